@@ -1,0 +1,81 @@
+"""The experts: many small SwiGLU networks, each run on the tokens routed to it, all in two grouped products."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_moe.config import HookedMoEConfig
+from hooked_moe.hook_points import HookPoint
+from hooked_moe.kernels.grouped_matmul import grouped_matmul
+
+
+class ExpertGroups:
+    """Token copies sorted by expert. n = batch * pos * slot rows; within an expert, rows keep their (batch, pos) order."""
+
+    def __init__(self, indices: Int[Tensor, "batch pos slot"], num_experts: int) -> None:
+        self.shape = indices.shape
+        flat = indices.flatten()
+        narrow = torch.uint8 if num_experts <= 256 else torch.int16  # sorting narrow keys is several times faster
+        self.order = flat.to(narrow).argsort(stable=True)
+        self.ends = torch.bincount(flat, minlength=num_experts).cumsum(0).to(torch.int32)
+        self.inverse = torch.empty_like(self.order)
+        self.inverse[self.order] = torch.arange(len(flat), device=flat.device)
+
+    def gather(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "n d_model"]:
+        """A copy of each token for each expert it goes to."""
+        return x.flatten(0, 1).index_select(0, self.order // self.shape[-1])
+
+    def to_slots(self, x: Float[Tensor, "n width"]) -> Float[Tensor, "batch pos slot width"]:
+        return x.index_select(0, self.inverse).unflatten(0, self.shape)
+
+    def to_sorted(self, x: Float[Tensor, "batch pos slot width"]) -> Float[Tensor, "n width"]:
+        return x.flatten(0, 2).index_select(0, self.order)
+
+    def tokens(self) -> Int[Tensor, "n 2"]:
+        """(batch, pos) of every row."""
+        token = self.order // self.shape[-1]
+        return torch.stack((token // self.shape[1], token % self.shape[1]), dim=-1)
+
+
+class ExpertSite(nn.Module):
+    """Where one expert's output can be hooked; the weights of all experts are stacked in `Experts`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_out = HookPoint()
+
+
+class Experts(nn.Module):
+    """`W_in[e, 0]` is the gate projection of expert e and `W_in[e, 1]` its up projection; `W_out[e]` its down projection."""
+
+    def __init__(self, cfg: HookedMoEConfig) -> None:
+        super().__init__()
+        self.W_in = nn.Parameter(torch.empty(cfg.num_experts, 2, cfg.d_expert, cfg.d_model))
+        self.W_out = nn.Parameter(torch.empty(cfg.num_experts, cfg.d_model, cfg.d_expert))
+        self.sites = [ExpertSite() for _ in range(cfg.num_experts)]
+        for index, site in enumerate(self.sites):
+            self.add_module(str(index), site)
+
+    def project_in(self, x: Float[Tensor, "n d_model"], groups: ExpertGroups) -> Float[Tensor, "n 2*d_expert"]:
+        """Gate projections, then up projections, by one grouped product."""
+        weight = rearrange(self.W_in, "expert two d_expert d_model -> expert (two d_expert) d_model")
+        return grouped_matmul(x, weight, groups.ends)
+
+    def project_out(self, post: Float[Tensor, "n d_expert"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
+        """Down projection, then the hooks of the single experts."""
+        out = grouped_matmul(post, self.W_out, groups.ends)
+        if any(site.hook_out.active for site in self.sites):
+            out = self._hook_each_expert(out, groups)
+        return out
+
+    def _hook_each_expert(self, out: Float[Tensor, "n d_model"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
+        ends = groups.ends.tolist()
+        tokens = groups.tokens()
+        pieces = []
+        for site, start, end in zip(self.sites, [0, *ends[:-1]], ends, strict=True):
+            site.hook_out.ctx["tokens"] = tokens[start:end]
+            pieces.append(site.hook_out(out[start:end]))
+        return torch.cat(pieces)

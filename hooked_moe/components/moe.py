@@ -1,0 +1,72 @@
+"""The mixture of experts: `y = sum over the top-k experts i of g_i(x) E_i(x)` (arXiv 2606.10703, section 2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_moe.components.experts import ExpertGroups, Experts
+from hooked_moe.components.router import Router
+from hooked_moe.config import HookedMoEConfig
+from hooked_moe.expert_mask import LayerMask
+from hooked_moe.hook_points import HookPoint
+
+
+class MoE(nn.Module):
+    """Router, experts and combination. Routing tensors keep [batch, pos, slot]; only the products run sorted by expert."""
+
+    def __init__(self, cfg: HookedMoEConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.router = Router(cfg)
+        self.experts = Experts(cfg)
+        self.hook_router_logits = HookPoint()
+        self.hook_expert_indices = HookPoint()
+        self.hook_expert_weights = HookPoint()
+        self.hook_expert_pre = HookPoint()
+        self.hook_expert_pre_linear = HookPoint()
+        self.hook_expert_post = HookPoint()
+        self.hook_expert_out = HookPoint()
+        self.hook_routed_out = HookPoint()
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        probabilities = self.hook_router_logits(self.router(x)).softmax(dim=-1)
+        if mask is not None:
+            probabilities = mask.before_selection(probabilities)
+        indices = self.hook_expert_indices(self.router.select(probabilities))
+        if self.hook_expert_indices.active:
+            self._check_indices(indices)
+        weights = self.router.weigh(probabilities, indices)
+        if mask is not None:
+            weights = mask.after_selection(weights, indices)
+        weights = self.hook_expert_weights(weights.to(x.dtype))
+
+        groups = ExpertGroups(indices, self.cfg.num_experts)
+        pre, pre_linear = self._hook_pre(self.experts.project_in(groups.gather(x), groups), groups).chunk(2, dim=-1)
+        post = _in_slots(self.hook_expert_post, F.silu(pre) * pre_linear, groups)
+        outputs = self.hook_expert_out(groups.to_slots(self.experts.project_out(post, groups)))
+        return self.hook_routed_out(einsum(outputs, weights, "batch pos slot d, batch pos slot -> batch pos d"))
+
+    def _hook_pre(self, both: Float[Tensor, "n 2*d_expert"], groups: ExpertGroups) -> Float[Tensor, "n 2*d_expert"]:
+        if not (self.hook_expert_pre.active or self.hook_expert_pre_linear.active):
+            return both
+        pre, pre_linear = both.chunk(2, dim=-1)
+        pre, pre_linear = _in_slots(self.hook_expert_pre, pre, groups), _in_slots(self.hook_expert_pre_linear, pre_linear, groups)
+        return torch.cat((pre, pre_linear), dim=-1)  # the same memory layout as without hooks, hence the same rounding
+
+    def _check_indices(self, indices: Tensor) -> None:
+        if indices.numel() and (indices.min() < 0 or indices.max() >= self.cfg.num_experts):
+            raise ValueError(
+                f"the hook on {self.hook_expert_indices.name} returned experts from {int(indices.min())} to "
+                f"{int(indices.max())}; this layer has experts 0 to {self.cfg.num_experts - 1}"
+            )
+
+
+def _in_slots(hook: HookPoint, x: Float[Tensor, "n width"], groups: ExpertGroups) -> Float[Tensor, "n width"]:
+    """Pass `x` through a hook point in the layout [batch pos slot width], if anyone listens."""
+    return groups.to_sorted(hook(groups.to_slots(x))) if hook.active else x

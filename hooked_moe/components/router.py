@@ -1,0 +1,38 @@
+"""The router: which experts a token goes to, and with what weight."""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_moe.components.norm import at_least_float32
+from hooked_moe.config import HookedMoEConfig
+
+
+class Router(nn.Module):
+    """Scores every expert in float32, whatever the dtype of the model: half precision ties the k-th expert too often."""
+
+    def __init__(self, cfg: HookedMoEConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.W = nn.Parameter(torch.empty(cfg.num_experts, cfg.d_model))
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert"]:
+        """Router logits."""
+        weight = at_least_float32(self.W)
+        return einsum(at_least_float32(x), weight, "batch pos d_model, expert d_model -> batch pos expert")
+
+    def select(self, probabilities: Float[Tensor, "batch pos expert"]) -> Int[Tensor, "batch pos slot"]:
+        """The k most probable experts, most probable first."""
+        return probabilities.topk(self.cfg.experts_per_token, dim=-1).indices
+
+    def weigh(
+        self, probabilities: Float[Tensor, "batch pos expert"], indices: Int[Tensor, "batch pos slot"]
+    ) -> Float[Tensor, "batch pos slot"]:
+        """Routing weights of the given experts: their probabilities, rescaled to sum to one where the family does so."""
+        weights = probabilities.gather(-1, indices)
+        if self.cfg.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights

@@ -1,0 +1,115 @@
+"""Expert masks: which (batch, pos, expert) contributions survive, layer by layer.
+
+One forward evaluates a different mask in every batch row, so many counterfactuals run as one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Removal = Literal["zero", "renormalize", "reroute"]
+Entry = tuple[int, int | None, int | None, int]
+
+
+def check_removal(removal: str) -> None:
+    if removal not in get_args(Removal):
+        raise ValueError(f"removal must be one of {', '.join(map(repr, get_args(Removal)))}, not {removal!r}")
+
+
+@dataclass(frozen=True)
+class LayerMask:
+    """The mask of one layer. `keep` is bool, or float to scale contributions instead of removing them."""
+
+    keep: Bool[Tensor, "batch pos expert"] | Float[Tensor, "batch pos expert"]
+    removal: Removal = "zero"
+
+    def before_selection(self, probabilities: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "batch pos expert"]:
+        """"reroute": a removed expert has no probability, so that the next-ranked one takes its slot."""
+        return probabilities * self.keep if self.removal == "reroute" else probabilities
+
+    def after_selection(
+        self, weights: Float[Tensor, "batch pos slot"], indices: Int[Tensor, "batch pos slot"]
+    ) -> Float[Tensor, "batch pos slot"]:
+        """"zero" and "renormalize": removed experts weigh nothing; the rest is rescaled to the same sum in the latter."""
+        if self.removal == "reroute":
+            return weights
+        kept = weights * self.keep.gather(-1, indices)
+        if self.removal == "renormalize":
+            rest = kept.sum(-1, keepdim=True)
+            kept = torch.where(rest > 0, kept * weights.sum(-1, keepdim=True) / rest.where(rest > 0, 1.0), 0.0)
+        return kept
+
+
+class ExpertMask:
+    """Masks for any set of layers; layers without one are untouched. Shared experts are never masked.
+
+    `keep` maps a layer to a bool or float tensor that broadcasts to [batch, pos, expert]; True (1.0) keeps a contribution.
+    What a removal means (method of arXiv 2606.10703, where "zero" is the default):
+
+    - "zero": the contribution is left out, nothing else changes;
+    - "renormalize": the remaining routing weights are rescaled to the same sum;
+    - "reroute": the next-ranked expert takes the slot, with its own routing weight (bool masks only).
+
+    Masking an expert that a token is not routed to changes nothing (except under "reroute", where it cannot step in).
+    """
+
+    def __init__(self, keep: Mapping[int, Tensor], removal: Removal = "zero") -> None:
+        check_removal(removal)
+        for layer, tensor in keep.items():
+            if not isinstance(tensor, Tensor) or not (tensor.dtype == torch.bool or tensor.is_floating_point()):
+                kind = getattr(tensor, "dtype", type(tensor).__name__)
+                raise TypeError(f"the mask of layer {layer} must be a bool or float tensor, not {kind}")
+            if removal == "reroute" and tensor.dtype != torch.bool:
+                raise TypeError(f"removal='reroute' takes bool masks: an expert is routed to or not; layer {layer} has floats")
+        self.removal: Removal = removal
+        self._keep = dict(keep)
+        self._entries: dict[int, list[Entry]] = {}
+
+    @classmethod
+    def ablate(cls, entries: Iterable[Entry], removal: Removal = "zero") -> ExpertMask:
+        """Remove single experts: `(layer, batch, pos, expert)`, where None for batch or pos means every one."""
+        mask = cls({}, removal)
+        for entry in entries:
+            layer, batch, pos, expert = entry
+            if any(index is not None and (not isinstance(index, int) or index < 0) for index in entry):
+                raise ValueError(f"(layer, batch, pos, expert) must be whole numbers from 0 (None: every batch, pos), not {entry}")
+            mask._entries.setdefault(layer, []).append((layer, batch, pos, expert))
+        return mask
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers this mask touches."""
+        return sorted({*self._keep, *self._entries})
+
+    def for_layer(self, layer: int, shape: tuple[int, int, int], device: torch.device) -> LayerMask | None:
+        """The mask of one layer at (batch, pos, expert) = `shape`; None where it has none. Raises `ValueError` if it does not fit."""
+        if layer in self._keep:
+            try:
+                keep = self._keep[layer].to(device).broadcast_to(shape)
+            except RuntimeError as error:
+                got = list(self._keep[layer].shape)
+                raise ValueError(
+                    f"the mask of layer {layer} has shape {got}; it must broadcast to [batch, pos, expert] = {list(shape)}"
+                ) from error
+            return LayerMask(keep, self.removal)
+        if layer in self._entries:
+            keep = torch.ones(shape, dtype=torch.bool, device=device)
+            for entry in self._entries[layer]:
+                for name, index, size in zip(("batch", "pos", "expert"), entry[1:], shape, strict=True):
+                    if index is not None and index >= size:
+                        raise ValueError(f"{name} {index} in {entry} is out of range: this input has {name} 0 to {size - 1}")
+                keep[tuple(slice(None) if index is None else index for index in entry[1:])] = False
+            return LayerMask(keep, self.removal)
+        return None
+
+    def check_layers(self, n_layers: int) -> None:
+        """Raise `ValueError` if a layer does not exist."""
+        for layer in self.layers:
+            if not 0 <= layer < n_layers:
+                raise ValueError(f"expert mask for layer {layer}: the model has layers 0 to {n_layers - 1}")

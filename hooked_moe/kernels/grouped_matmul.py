@@ -1,0 +1,32 @@
+"""One matrix product per expert over rows sorted by expert."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def grouped_matmul(
+    x: Float[Tensor, "n d_in"], weight: Float[Tensor, "expert d_out d_in"], ends: Int[Tensor, " expert"]
+) -> Float[Tensor, "n d_out"]:
+    """`out[r] = weight[e] @ x[r]` for the rows r of expert e, which are `ends[e-1] <= r < ends[e]`.
+
+    torch's `grouped_mm` takes float32, bfloat16 and float16 whose rows are whole numbers of 16 bytes; the loop takes the rest.
+    """
+    if x.dtype in _FUSED_DTYPES and (x.shape[1] * x.itemsize) % 16 == 0 and len(x) and x.stride(1) == 1:
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    return grouped_matmul_loop(x, weight, ends)
+
+
+def grouped_matmul_loop(
+    x: Float[Tensor, "n d_in"], weight: Float[Tensor, "expert d_out d_in"], ends: Int[Tensor, " expert"]
+) -> Float[Tensor, "n d_out"]:
+    """The same, one expert after another: the reference."""
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    rows = x.split(counts)
+    # unbind once: indexing a stacked weight expert by expert would make a gradient of the whole stack for each
+    return torch.cat([rows_e @ weight_e.T for rows_e, weight_e in zip(rows, weight.unbind(0), strict=True)])

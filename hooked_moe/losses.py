@@ -1,0 +1,23 @@
+"""Next-token losses."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_moe.components.norm import at_least_float32
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+) -> Float[Tensor, "batch pos-1"]:
+    """`-log p(tokens[t+1] | tokens[<=t])` in nats, in float32 or wider; nan where t or t+1 is padding."""
+    losses = F.cross_entropy(at_least_float32(logits[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    losses = losses.view(tokens.shape[0], -1)
+    if attention_mask is not None:
+        real = attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()
+        losses = losses.masked_fill(~real, float("nan"))
+    return losses

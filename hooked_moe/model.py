@@ -1,0 +1,254 @@
+"""A mixture-of-experts transformer with a hook point at every step.
+
+Architecture: token embedding; pre-norm blocks of causal attention (rotary positions, grouped key/value heads, optional norm of
+queries and keys) and a mixture of experts (softmax router, top-k SwiGLU experts); a final RMSNorm and an unembedding. Router,
+final norm, unembedding and loss are computed in float32 whatever the dtype of the weights.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, Literal, NamedTuple
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from hooked_moe.components.block import Block
+from hooked_moe.components.norm import RMSNorm, at_least_float32
+from hooked_moe.components.rotary import rotation
+from hooked_moe.config import HookedMoEConfig
+from hooked_moe.expert_mask import ExpertMask
+from hooked_moe.hook_points import HookPoint
+from hooked_moe.hooked_module import HookedModule
+from hooked_moe.losses import next_token_loss
+from hooked_moe.tokenizer import Tokenizer
+
+ReturnType = Literal["logits", "loss", "both"]
+_RETURN_TYPES = ("logits", "loss", "both", None)
+
+
+class LogitsAndLoss(NamedTuple):
+    logits: Float[Tensor, "batch pos d_vocab"]
+    loss: Float[Tensor, ""] | Float[Tensor, "batch pos-1"]
+
+
+class Embed(nn.Module):
+    def __init__(self, cfg: HookedMoEConfig) -> None:
+        super().__init__()
+        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return nn.functional.embedding(tokens, self.W_E)
+
+
+class Unembed(nn.Module):
+    """`W_U` is [d_vocab, d_model], as checkpoints store it."""
+
+    def __init__(self, cfg: HookedMoEConfig) -> None:
+        super().__init__()
+        self.W_U = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        if self.W_U.dtype == x.dtype:
+            return einsum(x, self.W_U, "batch pos d_model, d_vocab d_model -> batch pos d_vocab")
+        rows = self.W_U.split(8192)  # widen half-precision weights a piece at a time, never the whole matrix
+        return torch.cat([einsum(x, w.to(x.dtype), "batch pos d, vocab d -> batch pos vocab") for w in rows], dim=-1)
+
+
+class HookedMoE(HookedModule):
+    """The model. `HookedMoE(cfg)` has random weights and trains; `HookedMoE.from_pretrained(name)` has trained ones."""
+
+    def __init__(self, cfg: HookedMoEConfig, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        with torch.device(cfg.device):
+            self.embed = Embed(cfg)
+            self.hook_embed = HookPoint()
+            self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layers)])
+            self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
+            self.unembed = Unembed(cfg)
+        if cfg.tie_word_embeddings:
+            self.unembed.W_U = self.embed.W_E
+        self.to(cfg.dtype)
+        self.name_hook_points()
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal matrices of standard deviation `initializer_range`, norms at one, biases at zero, as transformers has them."""
+        for name, parameter in self.named_parameters():
+            leaf = name.rsplit(".", 1)[-1]
+            if leaf == "w":
+                parameter.fill_(1.0)
+            elif leaf.startswith("b_"):
+                parameter.zero_()
+            elif parameter.device.type != "meta":
+                parameter.normal_(0.0, self.cfg.initializer_range)
+
+    def forward(
+        self,
+        input: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"] | str | list[str],
+        return_type: ReturnType | None = "logits",
+        *,
+        loss_per_token: bool = False,
+        attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
+        expert_mask: ExpertMask | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+    ) -> Any:
+        """Logits [batch, pos, d_vocab], the next-token loss, both, or None.
+
+        `attention_mask` is 1 at real tokens and 0 at padding, on either side. `start_at_layer=l` takes the residual stream
+        before block l instead of tokens (then a loss needs `tokens` too); `stop_at_layer=l` returns the residual stream before
+        block l. The loss is the mean over all real next tokens, or [batch, pos-1] with `loss_per_token` (nan at padding).
+        Raises `ValueError` for what cannot be run: token ids outside the vocabulary, layers that do not exist, wrong shapes.
+        """
+        if return_type not in _RETURN_TYPES:
+            raise ValueError(f"return_type must be one of {_RETURN_TYPES}, not {return_type!r}")
+        start = self._layer_bound("start_at_layer", start_at_layer, default=0)
+        stop = self._layer_bound("stop_at_layer", stop_at_layer, default=self.cfg.n_layers)
+        if start_at_layer is None:
+            tokens, attention_mask = self._as_tokens(input, attention_mask)
+            resid = self.hook_embed(self.embed(tokens))
+        else:
+            resid = self._as_residual(input)
+        batch, pos = resid.shape[:2]
+        positions, visible = self._positions(batch, pos, attention_mask)
+        rotate = rotation(positions, self.cfg.d_head, self.cfg.rotary_base, resid.dtype)
+        if expert_mask is not None:
+            expert_mask.check_layers(self.cfg.n_layers)
+
+        for layer in range(start, stop):
+            mask = expert_mask and expert_mask.for_layer(layer, (batch, pos, self.cfg.num_experts), resid.device)
+            resid = self.blocks[layer](resid, rotate, visible, mask)
+
+        if stop_at_layer is not None:
+            return resid
+        logits = self.logits(resid)
+        if return_type == "logits" or return_type is None:
+            return logits if return_type else None
+        if tokens is None:
+            raise ValueError("a loss from a residual stream needs the tokens too: pass tokens=[batch, pos]")
+        loss = next_token_loss(logits, tokens, attention_mask)
+        loss = loss if loss_per_token else loss.nanmean()
+        return LogitsAndLoss(logits, loss) if return_type == "both" else loss
+
+    def logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Final norm and unembedding of a residual stream, in float32 or wider."""
+        return self.unembed(self.ln_final(at_least_float32(resid)).to(torch.promote_types(resid.dtype, torch.float32)))
+
+    def _positions(
+        self, batch: int, pos: int, attention_mask: Tensor | None
+    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch 1 query key"] | None]:
+        """The position of every token, counted from the first real one, and the keys that every query may see."""
+        if attention_mask is None or bool(attention_mask.all()):
+            return torch.arange(pos, device=self.cfg.device)[None], None
+        if attention_mask.shape != (batch, pos):
+            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; expected {[batch, pos]}")
+        real = attention_mask.to(self.cfg.device).bool()
+        causal = torch.ones(pos, pos, dtype=torch.bool, device=real.device).tril()
+        own = torch.eye(pos, dtype=torch.bool, device=real.device)  # padding sees itself, so that no row is empty
+        visible = (causal & real[:, None, None, :]) | own
+        return (real.long().cumsum(-1) - 1).clamp(min=0), visible
+
+    def _layer_bound(self, name: str, layer: int | None, default: int) -> int:
+        if layer is None:
+            return default
+        bound = layer + self.cfg.n_layers if layer < 0 else layer
+        if not 0 <= bound <= self.cfg.n_layers:
+            raise ValueError(f"{name}={layer} is out of range: the model has layers 0 to {self.cfg.n_layers - 1}")
+        return bound
+
+    def _as_tokens(self, input: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if isinstance(input, (str, list)):
+            if attention_mask is not None:
+                raise ValueError("attention_mask goes with tokens; texts are padded and masked by the model itself")
+            return self._require_tokenizer().pad([input] if isinstance(input, str) else input, self.cfg.device)
+        if not isinstance(input, Tensor) or input.dim() != 2 or input.is_floating_point() or input.dtype == torch.bool:
+            got = f"{input.dtype} {list(input.shape)}" if isinstance(input, Tensor) else type(input).__name__
+            raise ValueError(f"expected token ids as an integer tensor [batch, pos], or text, not {got}")
+        if input.shape[1] == 0 or input.shape[0] == 0:
+            raise ValueError(f"no tokens: the input has shape {list(input.shape)}")
+        low, high = int(input.min()), int(input.max())
+        if low < 0 or high >= self.cfg.d_vocab:
+            raise ValueError(
+                f"token id {low if low < 0 else high} is out of range: {self.cfg.model_name} has ids 0 to {self.cfg.d_vocab - 1}"
+            )
+        return input.to(self.cfg.device), attention_mask
+
+    def _as_residual(self, input: Any) -> Tensor:
+        if not isinstance(input, Tensor) or input.dim() != 3 or input.shape[-1] != self.cfg.d_model:
+            got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
+            raise ValueError(f"start_at_layer takes a residual stream [batch, pos, d_model={self.cfg.d_model}], not {got}")
+        return input.to(self.cfg.device, self.cfg.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HookedMoE:
+        super()._apply(fn, recurse)
+        weight = self.embed.W_E
+        if (weight.device, weight.dtype) != (self.cfg.device, self.cfg.dtype):
+            self.cfg = self.cfg.replace(device=weight.device, dtype=weight.dtype)
+        return self
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | PathLike[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> HookedMoE:
+        """A trained model by short name ("olmoe", "tiny-olmoe"), hub id, or local directory in HuggingFace layout.
+
+        See `hooked_moe.loading.from_pretrained` for what is read, and the errors raised.
+        """
+        from hooked_moe import loading
+
+        return loading.from_pretrained(
+            name,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+
+    def save_pretrained(self, path: str | PathLike[str]) -> None:
+        """Write config, weights and tokenizer in HuggingFace layout: transformers loads them, and so does `from_pretrained`."""
+        from hooked_moe import loading
+
+        loading.save_pretrained(self, path)
+
+    # Text
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: pass token ids, or set model.tokenizer = Tokenizer.from_file(...)")
+        return self.tokenizer
+
+    def to_tokens(self, text: str | list[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+        """Token ids; several texts are padded on the right. `prepend_bos=None` does as the model's family does."""
+        texts = [text] if isinstance(text, str) else text
+        return self._require_tokenizer().pad(texts, self.cfg.device, prepend_bos)[0]
+
+    def to_string(self, tokens: Int[Tensor, "..."] | list[int] | int) -> str | list[str]:
+        """The text of tokens [pos], or a list of texts for [batch, pos]."""
+        return self._require_tokenizer().to_string(tokens)
+
+    def to_str_tokens(self, text: str | Int[Tensor, " pos"], prepend_bos: bool | None = None) -> list[str]:
+        """Each token of a text (or of token ids) as a string."""
+        tokenizer = self._require_tokenizer()
+        ids = tokenizer.encode(text, prepend_bos) if isinstance(text, str) else torch.as_tensor(text).flatten().tolist()
+        return [tokenizer.decode([token]) for token in ids]
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is one token; `ValueError` shows its tokens if it is several."""
+        return self._require_tokenizer().to_single_token(text)

@@ -1,0 +1,81 @@
+"""Text to token ids and back, by a checkpoint's own `tokenizer.json`."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+import tokenizers
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer with the special ids of its model.
+
+    Whether a text begins with a BOS token is the checkpoint's own choice, written in its tokenizer.json.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> None:
+        self.backend = backend
+        self.bos_id, self.eos_id = bos_id, eos_id
+        self.pad_id = next(id for id in (pad_id, eos_id, 0) if id is not None)
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | PathLike[str],
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        pad_id: int | None = None,
+    ) -> Tokenizer:
+        """Raises `ValueError` if the file is not a tokenizer."""
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{Path(path)} is not a readable tokenizer.json: {error}") from error
+        return cls(backend, bos_id, eos_id, pad_id)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str, prepend_bos: bool | None = None) -> list[int]:
+        """Token ids; `prepend_bos=None` does as the checkpoint does."""
+        ids = self.backend.encode(text, add_special_tokens=prepend_bos is None).ids
+        if prepend_bos:
+            if self.bos_id is None:
+                raise ValueError("this model has no BOS token; use prepend_bos=False or None")
+            ids = [self.bos_id, *ids]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+    def pad(
+        self, texts: list[str], device: torch.device, prepend_bos: bool | None = None
+    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+        """Token ids of several texts, padded on the right, and which of them are real."""
+        rows = [self.encode(text, prepend_bos) for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            if not row:
+                raise ValueError(f"the text {text!r} has no tokens")
+        longest = max(map(len, rows), default=0)
+        if not longest:
+            raise ValueError("no texts given")
+        ids = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        return ids, torch.arange(longest, device=device) < lengths[:, None]
+
+    def to_string(self, tokens: Int[Tensor, "..."] | list[int] | int) -> str | list[str]:
+        ids = torch.as_tensor(tokens)
+        if ids.dim() > 1:
+            return [self.decode(row.tolist()) for row in ids]
+        return self.decode(ids.flatten().tolist())
+
+    def to_single_token(self, text: str) -> int:
+        ids = self.encode(text, prepend_bos=False)
+        if len(ids) != 1:
+            raise ValueError(f"{text!r} is {len(ids)} tokens, not one: {[self.decode([i]) for i in ids]}")
+        return ids[0]
