@@ -1,0 +1,1 @@
+"""One script per experiment: `python -m experiments.<name> --help`."""

@@ -1,0 +1,232 @@
+"""Train one of the small models that ship with the package, on public-domain text.
+
+    python -m experiments.build_corpus --out build/corpus
+    python -m experiments.train_tiny --model tiny-olmoe --corpus build/corpus --out build/tiny-olmoe
+
+The length is a number of steps, not of minutes, so that a retrain repeats. The optimiser's state is saved beside the weights
+every `--save-every` steps; a killed run goes on from there. On a GPU: `--device cuda`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from hooked_moe import HookedMoE, HookedMoEConfig, HookPoint
+
+ARCHITECTURES = {
+    "tiny-olmoe": HookedMoEConfig(
+        n_layers=6,
+        d_model=128,
+        d_vocab=4096,
+        n_ctx=512,
+        n_heads=4,
+        n_key_value_heads=4,
+        d_head=32,
+        qk_norm="full",
+        num_experts=64,
+        experts_per_token=8,
+        d_expert=24,
+        tie_word_embeddings=True,
+        model_type="olmoe",
+        model_name="tiny-olmoe",
+        eos_token_id=0,
+        pad_token_id=0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the shipped models were trained. A step is `batch` windows of `n_ctx` tokens."""
+
+    steps: int = 4000
+    batch: int = 8
+    n_ctx: int = 512
+    learning_rate: float = 4e-3
+    warmup_steps: int = 200
+    constant_until: float = 0.6
+    final_rate: float = 0.02
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    load_balancing: float = 0.01
+    router_z: float = 0.001
+    expert_out_scale: float = 3.0
+    """Initial scale of the experts' down projections: at 1 the routed experts stay weak for most of a short training."""
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate as a share of the peak: linear warm-up, constant, linear to `final_rate`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        decay_from = self.constant_until * self.steps
+        progress = max(0.0, (step - decay_from) / (self.steps - decay_from))
+        return 1.0 - (1.0 - self.final_rate) * progress
+
+
+class RouterLosses:
+    """Load balancing (Fedus et al. 2021, eq. 4) and router z-loss (Zoph et al. 2022, eq. 5), read off hook points."""
+
+    def __init__(self, cfg: HookedMoEConfig) -> None:
+        self.cfg = cfg
+        self.balance: list[Tensor] = []
+        self.z: list[Tensor] = []
+        self.counts = torch.zeros(cfg.n_layers, cfg.num_experts)
+
+    def hooks(self) -> list:
+        return [
+            (lambda name: name.endswith("hook_router_logits"), self._on_logits),
+            (lambda name: name.endswith("hook_expert_indices"), self._on_indices),
+        ]
+
+    def _on_logits(self, logits: Tensor, hook: HookPoint) -> None:
+        self.z.append(logits.logsumexp(-1).square().mean())
+        self._mean_probability = logits.softmax(-1).mean((0, 1))
+
+    def _on_indices(self, indices: Tensor, hook: HookPoint) -> None:
+        counts = torch.bincount(indices.flatten(), minlength=self.cfg.num_experts)
+        self.counts[hook.layer()] = counts.cpu().float()
+        share = counts / indices.numel()
+        self.balance.append(self.cfg.num_experts * (share * self._mean_probability).sum())
+
+    def total(self, recipe: Recipe) -> Tensor:
+        """The weighted sum over layers of one forward pass; forgets it."""
+        loss = recipe.load_balancing * torch.stack(self.balance).sum() + recipe.router_z * torch.stack(self.z).sum()
+        self.balance.clear()
+        self.z.clear()
+        return loss
+
+
+def batches(tokens: np.ndarray, recipe: Recipe) -> Iterator[Tensor]:
+    """[batch, n_ctx + 1] windows without end: every epoch cuts the text anew at a random offset and shuffles the windows."""
+    rng = np.random.default_rng(recipe.seed)
+    queue: list[int] = []
+    while True:
+        while len(queue) < recipe.batch:
+            starts = np.arange(rng.integers(recipe.n_ctx), len(tokens) - recipe.n_ctx - 1, recipe.n_ctx)
+            queue.extend(rng.permutation(starts).tolist())
+        rows = [tokens[s : s + recipe.n_ctx + 1] for s in queue[: recipe.batch]]
+        del queue[: recipe.batch]
+        yield torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def new_model(cfg: HookedMoEConfig, recipe: Recipe) -> HookedMoE:
+    torch.manual_seed(recipe.seed)
+    model = HookedMoE(cfg)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.experts.W_out.mul_(recipe.expert_out_scale)
+    return model
+
+
+def optimiser(model: HookedMoE, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW without weight decay on the norms."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def save_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW, step: int) -> None:
+    """Weights, both moments and the step in one safetensors file, renamed into place."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        state[f"weight/{name}"] = parameter.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[f"{moment}/{name}"] = optim.state[parameter][moment]
+    temporary = path.with_suffix(".tmp")
+    save_file(state, temporary, metadata={"step": str(step)})
+    temporary.replace(path)
+
+
+def load_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW) -> int:
+    """The inverse of `save_state`; returns the number of steps done."""
+    from safetensors import safe_open
+
+    state = load_file(path)
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[f"weight/{name}"])
+            moments = {moment: state[f"{moment}/{name}"].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
+            optim.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+    return step
+
+
+def train(cfg: HookedMoEConfig, recipe: Recipe, tokens: np.ndarray, out: Path, save_every: int) -> HookedMoE:
+    """Train by the recipe, from the last saved state if there is one; writes `log.csv` and `state.safetensors` to `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    model, losses = new_model(cfg, recipe), RouterLosses(cfg)
+    optim = optimiser(model, recipe)
+    state = out / "state.safetensors"
+    done = load_state(state, model, optim) if state.exists() else 0
+    if not done:
+        (out / "log.csv").write_text("step,loss,router_loss,dead_experts,max_load,tokens_per_second\n")
+    source = batches(tokens, recipe)
+    for _ in range(done):
+        next(source)
+    progress = tqdm(range(done, recipe.steps), initial=done, total=recipe.steps, desc=cfg.model_name, mininterval=10)
+    started, smooth = time.perf_counter(), None
+    with model.hooks(fwd_hooks=losses.hooks()):
+        for step in progress:
+            window = next(source).to(cfg.device)
+            logits = model(window[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+            router_loss = losses.total(recipe)
+            optim.zero_grad(set_to_none=True)
+            (loss + router_loss).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            for group in optim.param_groups:
+                group["lr"] = recipe.learning_rate * recipe.rate(step)
+            optim.step()
+            smooth = float(loss) if smooth is None else 0.98 * smooth + 0.02 * float(loss)
+            if (step + 1) % 20 == 0 or step + 1 == recipe.steps:
+                speed = (step + 1 - done) * window[:, 1:].numel() / (time.perf_counter() - started)
+                load = losses.counts / losses.counts.mean(-1, keepdim=True)
+                progress.set_postfix(loss=f"{smooth:.3f}", refresh=False)
+                with open(out / "log.csv", "a") as log:
+                    log.write(f"{step + 1},{smooth:.4f},{float(router_loss):.4f},{int((load == 0).sum())},{load.max():.2f},{speed:.0f}\n")
+            if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
+                save_state(state, model, optim, step + 1)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(ARCHITECTURES), default="tiny-olmoe")
+    parser.add_argument("--corpus", type=Path, default=Path("build/corpus"), help="what experiments.build_corpus wrote")
+    parser.add_argument("--out", type=Path, help="where to write; default build/<model>")
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    out = args.out or Path("build") / args.model
+    recipe = Recipe(steps=args.steps)
+    cfg = ARCHITECTURES[args.model].replace(device=torch.device(args.device))
+    if not (args.corpus / "train.npy").exists():
+        parser.error(f"no train.npy in {args.corpus}: run python -m experiments.build_corpus --out {args.corpus} first")
+    tokens = np.load(args.corpus / "train.npy", mmap_mode="r", allow_pickle=False)
+    from hooked_moe.tokenizer import Tokenizer
+
+    model = train(cfg, recipe, tokens, out, args.save_every)
+    model.tokenizer = Tokenizer.from_file(args.corpus / "tokenizer.json", eos_id=cfg.eos_token_id, pad_id=cfg.pad_token_id)
+    model.to("cpu", torch.float16).save_pretrained(out / "model")
+    (out / "model" / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
