@@ -39,11 +39,16 @@ class LayerMask:
         """"zero" and "renormalize": removed experts weigh nothing; the rest is rescaled to the same sum in the latter."""
         if self.removal == "reroute":
             return weights
-        kept = weights * self.keep.gather(-1, indices)
-        if self.removal == "renormalize":
-            rest = kept.sum(-1, keepdim=True)
-            kept = torch.where(rest > 0, kept * weights.sum(-1, keepdim=True) / rest.where(rest > 0, 1.0), 0.0)
-        return kept
+        return keep_weights(weights, self.keep.gather(-1, indices), self.removal)
+
+
+def keep_weights(weights: Float[Tensor, "*any slot"], keep: Tensor, removal: Removal) -> Float[Tensor, "*variants slot"]:
+    """Routing weights times `keep` (broadcast), rescaled to their old sum where `removal` is "renormalize"."""
+    kept = weights * keep
+    if removal == "renormalize":
+        rest = kept.sum(-1, keepdim=True)
+        kept = torch.where(rest > 0, kept * weights.sum(-1, keepdim=True) / rest.where(rest > 0, 1.0), 0.0)
+    return kept
 
 
 class ExpertMask:

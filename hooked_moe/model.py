@@ -112,7 +112,7 @@ class HookedMoE(HookedModule):
         start = self._layer_bound("start_at_layer", start_at_layer, default=0)
         stop = self._layer_bound("stop_at_layer", stop_at_layer, default=self.cfg.n_layers)
         if start_at_layer is None:
-            tokens, attention_mask = self._as_tokens(input, attention_mask)
+            tokens, attention_mask = self.as_tokens(input, attention_mask)
             resid = self.hook_embed(self.embed(tokens))
         else:
             resid = self._as_residual(input)
@@ -163,7 +163,8 @@ class HookedMoE(HookedModule):
             raise ValueError(f"{name}={layer} is out of range: the model has layers 0 to {self.cfg.n_layers - 1}")
         return bound
 
-    def _as_tokens(self, input: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def as_tokens(self, input: Any, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Token ids and attention mask of what `forward` accepts; `ValueError` says what is wrong with anything else."""
         if isinstance(input, (str, list)):
             if attention_mask is not None:
                 raise ValueError("attention_mask goes with tokens; texts are padded and masked by the model itself")

@@ -59,7 +59,7 @@ class Experts(nn.Module):
         for index, site in enumerate(self.sites):
             self.add_module(str(index), site)
 
-    def project_in(self, x: Float[Tensor, "n d_model"], groups: ExpertGroups) -> Float[Tensor, "n 2*d_expert"]:
+    def project_in(self, x: Float[Tensor, "n d_model"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:
         """Gate projections, then up projections, by one grouped product."""
         weight = rearrange(self.W_in, "expert two d_expert d_model -> expert (two d_expert) d_model")
         return grouped_matmul(x, weight, groups.ends)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_moe.components.experts import ExpertGroups, Experts
@@ -13,6 +15,11 @@ from hooked_moe.components.router import Router
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.hook_points import HookPoint
+
+
+class Routing(NamedTuple):
+    indices: Int[Tensor, "batch pos slot"]
+    weights: Float[Tensor, "batch pos slot"]
 
 
 class MoE(nn.Module):
@@ -35,6 +42,11 @@ class MoE(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
+        routing = self.route(x, mask)
+        return self.combine(self.run_experts(x, routing.indices), routing.weights)
+
+    def route(self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None) -> Routing:
+        """Which experts every token goes to, and the weights as applied."""
         probabilities = self.hook_router_logits(self.router(x)).softmax(dim=-1)
         if mask is not None:
             probabilities = mask.before_selection(probabilities)
@@ -44,15 +56,24 @@ class MoE(nn.Module):
         weights = self.router.weigh(probabilities, indices)
         if mask is not None:
             weights = mask.after_selection(weights, indices)
-        weights = self.hook_expert_weights(weights.to(x.dtype))
+        return Routing(indices, self.hook_expert_weights(weights.to(x.dtype)))
 
+    def run_experts(
+        self, x: Float[Tensor, "batch pos d_model"], indices: Int[Tensor, "batch pos slot"]
+    ) -> Float[Tensor, "batch pos slot d_model"]:
+        """Each active expert's output, before weighting."""
         groups = ExpertGroups(indices, self.cfg.num_experts)
         pre, pre_linear = self._hook_pre(self.experts.project_in(groups.gather(x), groups), groups).chunk(2, dim=-1)
         post = _in_slots(self.hook_expert_post, F.silu(pre) * pre_linear, groups)
-        outputs = self.hook_expert_out(groups.to_slots(self.experts.project_out(post, groups)))
+        return self.hook_expert_out(groups.to_slots(self.experts.project_out(post, groups)))
+
+    def combine(
+        self, outputs: Float[Tensor, "batch pos slot d_model"], weights: Float[Tensor, "batch pos slot"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The weighted sum over the active experts."""
         return self.hook_routed_out(einsum(outputs, weights, "batch pos slot d, batch pos slot -> batch pos d"))
 
-    def _hook_pre(self, both: Float[Tensor, "n 2*d_expert"], groups: ExpertGroups) -> Float[Tensor, "n 2*d_expert"]:
+    def _hook_pre(self, both: Float[Tensor, "n gate_and_up"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:
         if not (self.hook_expert_pre.active or self.hook_expert_pre_linear.active):
             return both
         pre, pre_linear = both.chunk(2, dim=-1)

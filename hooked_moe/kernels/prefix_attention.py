@@ -1,0 +1,86 @@
+"""Attention of counterfactual tokens: each sees the clean run strictly before its position, and itself.
+
+A variant changes one token; all earlier keys and values are the clean run's, and later tokens do not matter to it. So the
+variants of a position share one prefix, and no scores of all positions against all are ever held in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def prefix_attention(
+    q: Float[Tensor, "variant batch query head d_head"],
+    own_k: Float[Tensor, "variant batch query kv_head d_head"],
+    own_v: Float[Tensor, "variant batch query kv_head d_value"],
+    keys: Float[Tensor, "batch pos kv_head d_head"],
+    values: Float[Tensor, "batch pos kv_head d_value"],
+    positions: Int[Tensor, "batch query"] | None,
+    scale: float,
+) -> Float[Tensor, "variant batch query head d_value"]:
+    """Mix of `values[:, :t]` and the variant's own value, for each query at its position t.
+
+    `positions` None means that queries are all positions in order, query t at position t.
+
+    The softmax over prefix and own key splits exactly: with L the log-sum-exp of the prefix scores and s the own score, the
+    prefix has weight sigmoid(L - s) (the merge of FlashAttention blocks, Dao et al. 2022).
+    """
+    fused = q.device.type == "cpu" and q.dtype in _FUSED_DTYPES and q.shape[-1] == values.shape[-1]
+    over_prefix = _over_prefix_fused if fused else _over_prefix_spelled_out
+    group = q.shape[3] // keys.shape[2]
+    if group > 1:
+        keys, values, own_k, own_v = (x.repeat_interleave(group, dim=-2) for x in (keys, values, own_k, own_v))
+    mixed, log_sum = over_prefix(q, keys, values, positions, scale)
+    own_score = einsum(q, own_k, "variant batch query head e, variant batch query head e -> variant batch query head") * scale
+    prefix_weight = (log_sum - own_score).sigmoid().to(q.dtype)
+    return torch.lerp(own_v, mixed, prefix_weight.unsqueeze(-1))
+
+
+def _over_prefix_fused(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Flash attention, a sequence at a time, its keys and values shared by all variants without a copy."""
+    mixed = torch.zeros_like(q)
+    log_sum = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
+    for b in range(q.shape[1]):
+        rows = rearrange(q[:, b], "variant query head e -> variant head query e")
+        k, v = (rearrange(x[b], "pos head e -> 1 head pos e").expand(len(rows), -1, -1, -1) for x in (keys, values))
+        if positions is None:  # shifted by one against the keys, a causal kernel sees the strict prefix; position 0 has none
+            if rows.shape[2] < 2:
+                continue
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                rows[:, :, 1:], k[:, :, :-1], v[:, :, :-1], is_causal=True, scale=scale
+            )
+            mixed[:, b, 1:] = out.transpose(1, 2)
+            log_sum[:, b, 1:] = lse.transpose(1, 2)
+        else:
+            some = positions[b] > 0
+            before = torch.arange(k.shape[2], device=q.device) < positions[b][some][:, None]
+            bias = torch.zeros(before.shape, dtype=q.dtype, device=q.device).masked_fill(~before, float("-inf"))
+            if not len(bias):
+                continue
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                rows[:, :, some], k, v, attn_mask=bias[None, None], scale=scale
+            )
+            mixed[:, b, some] = out.transpose(1, 2)
+            log_sum[:, b, some] = lse.transpose(1, 2)
+    return mixed, log_sum
+
+
+def _over_prefix_spelled_out(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same by its definition: the reference, and what runs where there is no fused kernel."""
+    pos = torch.arange(keys.shape[1], device=q.device)
+    at = pos[None] if positions is None else positions
+    scores = einsum(q, keys, "variant batch query head e, batch pos head e -> variant batch query head pos") * scale
+    scores = scores.masked_fill((pos >= at[..., None])[None, :, :, None, :], float("-inf"))
+    log_sum = scores.logsumexp(-1)
+    weights = (scores - log_sum.where(log_sum.isfinite(), 0.0).unsqueeze(-1)).exp()
+    mixed = einsum(weights, values, "variant batch query head pos, batch pos head e -> variant batch query head e")
+    return mixed, log_sum

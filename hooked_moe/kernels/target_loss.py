@@ -1,0 +1,23 @@
+"""The loss at given targets without the logits of all tokens in memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK_BYTES = 4 << 20  # logits of one chunk: small enough for the cache
+
+
+def target_loss(
+    x: Float[Tensor, "n d_model"], weight: Float[Tensor, "d_vocab d_model"], targets: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """`-log softmax(weight @ x)[target]` in nats for every row, a chunk of rows at a time."""
+    rows = max(64, CHUNK_BYTES // (len(weight) * x.element_size()))
+    weight = weight.to(x.dtype)
+    losses = torch.empty(len(x), dtype=x.dtype, device=x.device)
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        losses[part] = F.cross_entropy(F.linear(x[part], weight), targets[part], reduction="none")
+    return losses
