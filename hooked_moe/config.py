@@ -65,15 +65,11 @@ class HookedMoEConfig:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
         if self.n_heads % self.n_key_value_heads:
-            raise ValueError(
-                f"n_heads ({self.n_heads}) must be a multiple of n_key_value_heads ({self.n_key_value_heads})"
-            )
+            raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_key_value_heads ({self.n_key_value_heads})")
         if self.d_head % 2:
             raise ValueError(f"d_head must be even, for rotary positions rotate pairs of coordinates, not {self.d_head}")
         if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"experts_per_token ({self.experts_per_token}) cannot exceed num_experts ({self.num_experts})"
-            )
+            raise ValueError(f"experts_per_token ({self.experts_per_token}) cannot exceed num_experts ({self.num_experts})")
         if self.clip_qkv is not None and self.clip_qkv <= 0:
             raise ValueError(f"clip_qkv must be positive or None, not {self.clip_qkv}")
         if self.qk_norm not in ("full", None):

@@ -97,6 +97,23 @@ def progressive_effects(
     return _measure(model, tokens, layers, positions, attention_mask, measure)
 
 
+def expert_observations(
+    model: HookedMoE,
+    tokens: Int[Tensor, "batch pos"],
+    layers: Sequence[int] | None = None,
+    attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
+) -> ExpertEffects:
+    """The same table from the clean run alone: what routing says, at the cost of one forward; `delta_loss` is nan."""
+
+    def measure(packed: Packed, chosen: list[int]) -> ExpertEffects:
+        clean_blocks, baseline = _clean_run(model, packed, chosen)
+        observations = [observe(clean) for clean in clean_blocks]
+        nothing = [torch.full_like(o["gap_norm"], float("nan")) for o in observations]
+        return _table(chosen, torch.stack(nothing), baseline, observations)
+
+    return _measure(model, tokens, layers, None, attention_mask, measure)
+
+
 def _measure(
     model: HookedMoE,
     tokens: Tensor,
@@ -147,6 +164,14 @@ def _position_scope(
 
 def _sequence_scope(model: HookedMoE, packed: Packed, layers: list[int], removal: Removal) -> ExpertEffects:
     """One partial forward per (sequence, expert that it uses)."""
+    clean_blocks, baseline = _clean_run(model, packed, layers)
+    deltas = [_sequence_losses(model, packed, clean, removal) - baseline.unsqueeze(-1) for clean in clean_blocks]
+    asked = packed.spread(torch.stack([take(delta, packed.positions) for delta in deltas]))
+    return _table(layers, asked, baseline, [observe(clean) for clean in clean_blocks])
+
+
+def _clean_run(model: HookedMoE, packed: Packed, layers: list[int]) -> tuple[list[CleanBlock], Float[Tensor, "batch pos"]]:
+    """The blocks of some layers, and the loss at every position."""
     rotate = rotation_of(model, packed.tokens.shape[1])
     resid = model.embed(packed.tokens)
     clean_blocks = []
@@ -155,10 +180,7 @@ def _sequence_scope(model: HookedMoE, packed: Packed, layers: list[int], removal
         if layer in layers:
             clean_blocks.append(clean)
         resid = clean.resid_post
-    baseline = loss_at(model, resid[None], packed.targets)[0]
-    deltas = [_sequence_losses(model, packed, clean, removal) - baseline.unsqueeze(-1) for clean in clean_blocks]
-    asked = packed.spread(torch.stack([take(delta, packed.positions) for delta in deltas]))
-    return _table(layers, asked, baseline, [observe(clean) for clean in clean_blocks])
+    return clean_blocks, loss_at(model, resid[None], packed.targets)[0]
 
 
 def _sequence_losses(

@@ -30,13 +30,13 @@ class LayerMask:
     removal: Removal = "zero"
 
     def before_selection(self, probabilities: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "batch pos expert"]:
-        """"reroute": a removed expert has no probability, so that the next-ranked one takes its slot."""
+        """ "reroute": a removed expert has no probability, so that the next-ranked one takes its slot."""
         return probabilities * self.keep if self.removal == "reroute" else probabilities
 
     def after_selection(
         self, weights: Float[Tensor, "batch pos slot"], indices: Int[Tensor, "batch pos slot"]
     ) -> Float[Tensor, "batch pos slot"]:
-        """"zero" and "renormalize": removed experts weigh nothing; the rest is rescaled to the same sum in the latter."""
+        """ "zero" and "renormalize": removed experts weigh nothing; the rest is rescaled to the same sum in the latter."""
         if self.removal == "reroute":
             return weights
         return keep_weights(weights, self.keep.gather(-1, indices), self.removal)
@@ -83,7 +83,9 @@ class ExpertMask:
         for entry in entries:
             layer, batch, pos, expert = entry
             if any(index is not None and (not isinstance(index, int) or index < 0) for index in entry):
-                raise ValueError(f"(layer, batch, pos, expert) must be whole numbers from 0 (None: every batch, pos), not {entry}")
+                raise ValueError(
+                    f"(layer, batch, pos, expert) must be whole numbers from 0 (None: every batch, pos), not {entry}"
+                )
             mask._entries.setdefault(layer, []).append((layer, batch, pos, expert))
         return mask
 
@@ -93,7 +95,7 @@ class ExpertMask:
         return sorted({*self._keep, *self._entries})
 
     def for_layer(self, layer: int, shape: tuple[int, int, int], device: torch.device) -> LayerMask | None:
-        """The mask of one layer at (batch, pos, expert) = `shape`; None where it has none. Raises `ValueError` if it does not fit."""
+        """The mask of one layer at (batch, pos, expert) = `shape`, if it has one. Raises `ValueError` if it does not fit."""
         if layer in self._keep:
             try:
                 keep = self._keep[layer].to(device).broadcast_to(shape)

@@ -91,9 +91,7 @@ class HookPoint(nn.Module):
         if not isinstance(edited, Tensor):
             raise TypeError(f"the hook on {self.name} returned a {type(edited).__name__}; return a tensor or None")
         if edited.shape != original.shape:
-            raise ValueError(
-                f"the hook on {self.name} returned shape {list(edited.shape)}; expected {list(original.shape)}"
-            )
+            raise ValueError(f"the hook on {self.name} returned shape {list(edited.shape)}; expected {list(original.shape)}")
         if edited.dtype != original.dtype:
             raise TypeError(
                 f"the hook on {self.name} returned {edited.dtype}; expected {original.dtype}: convert with .to(activation)"

@@ -48,9 +48,7 @@ class HookedModule(nn.Module):
                 raise unknown_name("hook point", name, self.hook_dict, "See model.hook_dict for all names.")
         return [self.hook_dict[name] for name in names]
 
-    def add_hook(
-        self, name: NameOrPredicate, fn: Callable[..., Any], dir: str = "fwd", is_permanent: bool = False
-    ) -> None:
+    def add_hook(self, name: NameOrPredicate, fn: Callable[..., Any], dir: str = "fwd", is_permanent: bool = False) -> None:
         """Attach `fn(activation, hook)` until `reset_hooks`; a permanent hook outlasts that too."""
         for point in self.hook_points(name):
             point.add_hook(fn, dir, is_permanent)
@@ -76,9 +74,7 @@ class HookedModule(nn.Module):
             for point, registered in attached:
                 point.remove(registered)
 
-    def run_with_hooks(
-        self, *args: Any, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = (), **kwargs: Any
-    ) -> Any:
+    def run_with_hooks(self, *args: Any, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = (), **kwargs: Any) -> Any:
         """A forward pass with hooks. Backward hooks outlive it in the graph: they fire when the result is differentiated."""
         with self.hooks(fwd_hooks, bwd_hooks):
             return self(*args, **kwargs)

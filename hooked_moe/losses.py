@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_moe.components.norm import at_least_float32
@@ -12,7 +12,7 @@ from hooked_moe.components.norm import at_least_float32
 def next_token_loss(
     logits: Float[Tensor, "batch pos d_vocab"],
     tokens: Int[Tensor, "batch pos"],
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "batch pos-1"]:
     """`-log p(tokens[t+1] | tokens[<=t])` in nats, in float32 or wider; nan where t or t+1 is padding."""
     losses = F.cross_entropy(at_least_float32(logits[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")

@@ -7,8 +7,9 @@ final norm, unembedding and loss are computed in float32 whatever the dtype of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from einops import einsum
@@ -67,7 +68,7 @@ class HookedMoE(HookedModule):
         with torch.device(cfg.device):
             self.embed = Embed(cfg)
             self.hook_embed = HookPoint()
-            self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layers)])
+            self.blocks = cast(Sequence[Block], nn.ModuleList([Block(cfg) for _ in range(cfg.n_layers)]))
             self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
             self.unembed = Unembed(cfg)
         if cfg.tie_word_embeddings:

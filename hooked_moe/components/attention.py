@@ -33,18 +33,12 @@ class Attention(nn.Module):
         self.W_K = nn.Parameter(torch.empty(kv, e, d))
         self.W_V = nn.Parameter(torch.empty(kv, e, d))
         self.W_O = nn.Parameter(torch.empty(d, h, e))
-        if cfg.attention_bias:
-            self.b_Q = nn.Parameter(torch.zeros(h, e))
-            self.b_K = nn.Parameter(torch.zeros(kv, e))
-            self.b_V = nn.Parameter(torch.zeros(kv, e))
-            self.b_O = nn.Parameter(torch.zeros(d))
-        else:
-            self.b_Q = self.b_K = self.b_V = self.b_O = None
-        if cfg.qk_norm == "full":
-            self.q_norm = RMSNorm(h * e, cfg.eps, hooked=False)
-            self.k_norm = RMSNorm(kv * e, cfg.eps, hooked=False)
-        else:
-            self.q_norm = self.k_norm = None
+        self.b_Q = nn.Parameter(torch.zeros(h, e)) if cfg.attention_bias else None
+        self.b_K = nn.Parameter(torch.zeros(kv, e)) if cfg.attention_bias else None
+        self.b_V = nn.Parameter(torch.zeros(kv, e)) if cfg.attention_bias else None
+        self.b_O = nn.Parameter(torch.zeros(d)) if cfg.attention_bias else None
+        self.q_norm = RMSNorm(h * e, cfg.eps, hooked=False) if cfg.qk_norm == "full" else None
+        self.k_norm = RMSNorm(kv * e, cfg.eps, hooked=False) if cfg.qk_norm == "full" else None
 
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
         self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()

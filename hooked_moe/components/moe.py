@@ -39,9 +39,7 @@ class MoE(nn.Module):
         self.hook_expert_out = HookPoint()
         self.hook_routed_out = HookPoint()
 
-    def forward(
-        self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None
-    ) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None) -> Float[Tensor, "batch pos d_model"]:
         routing = self.route(x, mask)
         return self.combine(self.run_experts(x, routing.indices), routing.weights)
 

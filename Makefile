@@ -1,0 +1,59 @@
+# `make help` lists what can be done. Each target installs what it needs into .venv, once, and again when
+# pyproject.toml or constraints.txt change. Options: MODEL=name-or-directory, ARGS="...", PYTHON=python3.12.
+# On a Linux machine without an NVIDIA GPU, PyTorch's CPU build saves several gigabytes:
+#   make audit PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+MODEL ?= tiny-olmoe
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable
+SOURCES := $(wildcard hooked_moe weights_conversion experiments benchmarks tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help audit test check format bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+audit: $(VENV)/.runtime ## remove every expert at every token of MODEL (tiny-olmoe) and report; ARGS="--help" lists options
+	@$(BIN)/python experiments/audit.py --model $(MODEL) $(ARGS)
+
+test: $(VENV)/.development ## run the tests; ARGS="-m slow", ARGS="-k masks"
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.development ## formatter, linter and type checker
+	@$(BIN)/python -m ruff format --check $(SOURCES)
+	@$(BIN)/python -m ruff check $(SOURCES)
+	@$(BIN)/python -m mypy
+
+format: $(VENV)/.development ## format the sources and apply the linter's safe fixes
+	@$(BIN)/python -m ruff format $(SOURCES)
+	@$(BIN)/python -m ruff check --fix $(SOURCES)
+
+bench: $(VENV)/.development ## time expert removals against one HuggingFace forward per removal
+	@$(BIN)/python benchmarks/removals.py $(ARGS)
+
+clean: ## delete .venv and caches; results/ stays
+	@rm -rf $(VENV) *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamps are written last, so an installation that was interrupted is taken up again.
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found; install Python 3.11 or newer, or name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: hooked_moe needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Installing hooked_moe and its packages into $(VENV) (PyTorch is large: this can take minutes) ..."
+	@$(INSTALL) .
+	@touch $@
+
+$(VENV)/.development: $(VENV)/.runtime
+	@echo "Installing what tests and checks need into $(VENV) ..."
+	@$(INSTALL) '.[test,dev]'
+	@touch $@

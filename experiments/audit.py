@@ -1,0 +1,207 @@
+"""Remove every routed expert at every token, one at a time, and ask what the routing statistics knew about it.
+
+    python -m experiments.audit                                     # the shipped model on the shipped corpus
+    python -m experiments.audit --model olmoe --corpus wikitext-2 --layers 0,4,7,11,15 --positions 200
+
+Verify -> measure -> analyse -> report. Results go to results/<model>/<run>/: tables as parquet and csv, report.html with
+figures, manifest.json. A killed run goes on where it stopped when the same command is given again, to the same bytes.
+Protocol of arXiv 2606.10703 in its stated form: expert removed at the token only, output zeroed, routed experts only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hooked_moe import HookedMoE
+from hooked_moe.cells import sample_positions
+from hooked_moe.corpus import load_corpus
+from hooked_moe.fingerprint import config_values, versions, weights_sha256
+from hooked_moe.measurement import Plan, TokenizedCorpus, measure, remove_shards
+from hooked_moe.report import analyse_run, terminal_table, write_report
+from hooked_moe.tables import remove_temporaries, write_json_atomic
+from hooked_moe.verification import noise_floor, verify
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLE_SIZE, SEED = 200, 42
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny-olmoe", help="short name, hub id or local directory (default: %(default)s)")
+    parser.add_argument("--corpus", default="held-out", help="held-out, wikitext-2, or a .txt or .jsonl file (default: %(default)s)")
+    parser.add_argument("--layers", default="all", help="comma-separated layers, or all (default)")
+    parser.add_argument("--positions", default="all", help="all (default), or how many to sample: the paper's sample is 200")
+    parser.add_argument("--scope", choices=["position", "both"], default="position", help="both: also remove experts sequence-wide")
+    parser.add_argument("--removal", choices=["zero", "renormalize", "reroute"], default="zero")
+    parser.add_argument("--context", type=int, help="tokens per window (default: the model's context, 512 at most)")
+    parser.add_argument("--documents", type=int, help="only the first so many documents of the corpus")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--revision", help="commit or branch of the model on the hub")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where results go (default: %(default)s)")
+    parser.add_argument("--run", help="name of the run (default: from its settings, so that the same command resumes it)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(args: argparse.Namespace) -> Path:
+    """The whole audit; returns the run's directory. Raises `ValueError` and `OSError` that say what to do."""
+    started = time.perf_counter()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = HookedMoE.from_pretrained(args.model, dtype=DTYPES[args.dtype], device=device, revision=args.revision)
+    corpus = load_corpus(args.corpus)
+    if args.documents is not None:
+        if not 1 <= args.documents <= len(corpus.documents):
+            raise ValueError(f"--documents {args.documents}: corpus {corpus.name!r} has {len(corpus.documents)} documents")
+        corpus = dataclasses.replace(corpus, documents=corpus.documents[: args.documents])
+    n_ctx = args.context or min(model.cfg.n_ctx, 512)
+    if n_ctx > model.cfg.n_ctx:
+        raise ValueError(f"--context {n_ctx} is longer than the context of {args.model}, {model.cfg.n_ctx} tokens")
+    tokenized = TokenizedCorpus(model, corpus, n_ctx)
+    layers = parse_layers(args.layers, model.cfg.n_layers)
+    valid = tokenized.valid_positions()
+    sample = parse_sample(args.positions, valid)
+    plan = Plan(layers, ("position", "sequence") if args.scope == "both" else ("position",), args.removal, n_ctx, sample)
+    manifest = describe(args, model, tokenized, plan)
+
+    directory = open_run(args, manifest)
+    print(f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active")
+    print(f"{corpus.name}: {len(corpus.documents)} documents, {sum(tokenized.lengths()):,} tokens")
+    removals = (len(sample) if sample is not None else len(valid)) * len(layers) * model.cfg.experts_per_token
+    print(f"removals to measure: {removals:,}\nresults: {directory}\n")
+
+    if not (directory / "manifest.json").exists():
+        manifest |= check(model, tokenized)
+        measure(model, tokenized, plan, directory)
+        write_json_atomic(manifest, directory / "manifest.json")
+    remove_shards(directory)
+
+    cells = analyse_run(directory, n_experts=model.cfg.num_experts, layers=layers, n_positions=min(SAMPLE_SIZE, len(valid)), seed=SEED)
+    report = write_report(directory)
+    print(terminal_table(cells))
+    print(f"\n{removals:,} removals; {time.perf_counter() - started:.0f} s in all\nreport: {report}")
+    return directory
+
+
+def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
+    if text == "all":
+        return tuple(range(n_layers))
+    try:
+        layers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise ValueError(f"--layers {text!r}: give numbers separated by commas, as in 0,4,7, or all") from None
+    for layer in layers:
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"--layers: layer {layer} is out of range; the model has layers 0 to {n_layers - 1}")
+    return tuple(layers)
+
+
+def parse_sample(text: str, valid: list[tuple[int, int]]) -> frozenset[tuple[int, int]] | None:
+    """The positions to measure: None for all, or the paper's kind of sample, frozen by its seed."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or not 3 <= int(text) <= len(valid):
+        raise ValueError(f"--positions {text!r}: give all, or a number from 3 to {len(valid)}, the valid positions of this corpus")
+    return frozenset(valid[index] for index in sample_positions(len(valid), int(text), SEED))
+
+
+def describe(args: argparse.Namespace, model: HookedMoE, tokenized: TokenizedCorpus, plan: Plan) -> dict[str, Any]:
+    """What identifies a run: two runs with the same description give the same tables."""
+    corpus = tokenized.corpus
+    return {
+        "format": 1,
+        "model": {
+            "name": model.cfg.model_name,
+            "source": str(args.model),
+            "revision": model.cfg.revision,
+            "weights_sha256": weights_sha256(model),
+            "config": config_values(model.cfg),
+        },
+        "corpus": {
+            "name": corpus.name,
+            "sha256": corpus.sha256,
+            "documents": len(corpus.documents),
+            "tokens": sum(tokenized.lengths()),
+        },
+        "protocol": {
+            "name": "defined",
+            "scopes": list(plan.scopes),
+            "removal": plan.removal,
+            "layers": list(plan.layers),
+            "context": plan.n_ctx,
+            "positions": "all" if plan.sample is None else len(plan.sample),
+            "analysis_sample": SAMPLE_SIZE,
+            "seed": SEED,
+        },
+        "versions": versions(),
+    }
+
+
+def open_run(args: argparse.Namespace, description: dict[str, Any]) -> Path:
+    """The run's directory, new or to be resumed; refuses one that was begun with other settings."""
+    text = json.dumps(description, sort_keys=True)
+    name = args.run or f"{Path(args.corpus).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    directory = args.results / Path(description["model"]["name"]).name / name
+    directory.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(directory)
+    if (directory / "shards").exists():
+        remove_temporaries(directory / "shards")
+    plan = directory / "plan.json"
+    if not plan.exists():
+        write_json_atomic(description, plan)
+    found = json.loads(plan.read_text(encoding="utf-8"))
+    if found != json.loads(text):
+        changed = sorted(key for key in description if found.get(key) != json.loads(text)[key])
+        raise ValueError(
+            f"{directory} was begun with another {' and '.join(changed)}; give another --run, or remove the directory to start anew"
+        )
+    return directory
+
+
+def check(model: HookedMoE, tokenized: TokenizedCorpus) -> dict[str, Any]:
+    """Verification and noise floor, for the manifest. Raises `ValueError` if a check fails: nothing is measured then."""
+    windows = [window.tokens for windows in tokenized.documents for window in windows if len(window.tokens) >= 8]
+    if not windows:
+        raise ValueError("the corpus has no window of 8 tokens to verify the model on")
+    length = min(len(windows[0]), 128)
+    alike = [window[:length] for window in windows if len(window) >= length][:4]
+    checks = verify(model, torch.from_numpy(windows[0][None]))
+    for one in checks:
+        print(f"  {'pass' if one.passed else 'FAIL'}  {one.name}: {one.value:.3g} (threshold {one.threshold:.3g}) - {one.detail}")
+    failed = [one.name for one in checks if not one.passed]
+    if failed:
+        raise ValueError(f"verification failed ({', '.join(failed)}); nothing was measured, for the effects could not be trusted")
+    floor = noise_floor(model, torch.from_numpy(np.stack(alike)))
+    print(f"  noise floor: {floor:.3g} nats\n")
+    return {
+        "verification": [dataclasses.asdict(one) for one in checks],
+        "noise_floor": {"max_abs_nats": floor, "windows": len(alike), "tokens_per_window": length},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

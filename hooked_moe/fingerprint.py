@@ -1,0 +1,38 @@
+"""What exactly was measured: checksums and versions for a manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import hooked_moe
+from hooked_moe.config import HookedMoEConfig
+from hooked_moe.model import HookedMoE
+
+_PACKAGES = ("torch", "numpy", "scipy", "pyarrow", "tokenizers", "safetensors")
+
+
+def weights_sha256(model: HookedMoE) -> str:
+    """SHA-256 over every parameter's name, dtype, shape and bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of this package, of Python and of what computes the numbers."""
+    found = {package: metadata.version(package) for package in _PACKAGES}
+    return {"hooked_moe": hooked_moe.__version__, "python": platform.python_version(), **found}
+
+
+def config_values(cfg: HookedMoEConfig) -> dict[str, Any]:
+    """The configuration as JSON values."""
+    values = dataclasses.asdict(cfg)
+    return {name: str(value) if isinstance(value, (torch.dtype, torch.device)) else value for name, value in values.items()}

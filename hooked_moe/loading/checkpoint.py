@@ -1,0 +1,155 @@
+"""The tensors of a checkpoint directory: what there is, from the headers alone, and their values, one at a time.
+
+Only safetensors files are ever opened. Nothing is unpickled, and no file outside the directory is named by an index.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from weights_conversion.errors import CheckpointError, abbreviated
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a file's header says of one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """In the words of safetensors: "BF16"."""
+
+    @property
+    def nbytes(self) -> int:
+        return DTYPES[self.dtype].itemsize * torch.Size(self.shape).numel()
+
+
+class Checkpoint:
+    """The safetensors files of a directory as one mapping from tensor names."""
+
+    def __init__(self, directory: Path) -> None:
+        """Reads the headers. Raises `CheckpointError` for files that are missing, broken or not where the index has them."""
+        self.directory = directory
+        self.tensors: dict[str, StoredTensor] = {}
+        if (directory / SINGLE_FILE).is_file():  # before the index, as in transformers
+            self.tensors = read_header(directory / SINGLE_FILE)
+        elif (directory / INDEX_FILE).is_file():
+            self._read_shards(read_index(directory / INDEX_FILE))
+        else:
+            raise CheckpointError(_no_weights(directory))
+        odd = [f"{name}: {tensor.dtype}" for name, tensor in self.tensors.items() if tensor.dtype not in DTYPES]
+        if odd:
+            raise CheckpointError(
+                f"{directory} has tensors of a dtype that is not supported ({', '.join(DTYPES)} are): {abbreviated(odd)}"
+            )
+
+    def _read_shards(self, weight_map: Mapping[str, str]) -> None:
+        index = self.directory / INDEX_FILE
+        shards = sorted(set(weight_map.values()))
+        absent = [shard for shard in shards if not (self.directory / shard).is_file()]
+        if absent:
+            raise CheckpointError(
+                f"{index} names shards that are not there; download them again, into the same directory:{abbreviated(absent)}"
+            )
+        wrong = []
+        for shard in shards:
+            for name, tensor in read_header(self.directory / shard).items():
+                if weight_map.get(name) == shard:
+                    self.tensors[name] = tensor
+                else:
+                    wrong.append(f"{name} is in {shard}; the index says {weight_map.get(name, 'nothing of it')}")
+        lost = weight_map.keys() - self.tensors.keys()
+        wrong += [f"{name} is not in {weight_map[name]}, where the index has it" for name in sorted(lost)]
+        if wrong:
+            raise CheckpointError(f"{index} and its shards disagree; download both again:{abbreviated(wrong)}")
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of these names, one at a time, file by file; none is kept.
+
+        Read into memory of its own ("pread"), not mapped: the pages of a mapped file count against the process until it is
+        closed, which would be the whole checkpoint on top of the model.
+        """
+        by_file: dict[Path, set[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, set()).add(name)
+        for file, wanted in by_file.items():
+            with opened(file) as handle:
+                for name in handle.offset_keys():  # in the order of the file, so that the disk reads forward
+                    if name in wanted:
+                        yield name, handle.get_tensor(name)
+
+
+def opened(file: Path) -> Any:
+    """A safetensors file; `CheckpointError` names one that is truncated or something else."""
+    try:
+        return safe_open(file, framework="pt", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file ({error}){_likely_cause(file)}") from error
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    tensors = {}
+    with opened(file) as handle:
+        for name in handle.keys():  # noqa: SIM118 (not a mapping)
+            entry = handle.get_slice(name)
+            tensors[name] = StoredTensor(file, tuple(entry.get_shape()), entry.get_dtype())
+    return tensors
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; `CheckpointError` names a file that is none."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Tensor names to shard names. A shard must be a safetensors file beside the index: no path is followed out of there."""
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{file} has no weight_map from tensor names to shard files; download it again")
+    unsafe = sorted({shard for shard in weight_map.values() if not _is_plain_name(shard)})
+    if unsafe:
+        listed = abbreviated([repr(shard) for shard in unsafe])
+        raise CheckpointError(f"{file} names shards that are not plain .safetensors file names, and is not followed:{listed}")
+    return weight_map
+
+
+def _is_plain_name(shard: str) -> bool:
+    return shard.endswith(".safetensors") and not any(character in shard for character in "/\\:\0")
+
+
+def _no_weights(directory: Path) -> str:
+    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return (
+            f"{directory} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code and are never opened: "
+            "convert them to safetensors (load them in transformers and call save_pretrained)"
+        )
+    return f"{directory} has no weights: expected {SINGLE_FILE}, or {INDEX_FILE} with its shards"
+
+
+def _likely_cause(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        start = stream.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        return ": it is a git-lfs pointer, not the weights; run `git lfs pull`"
+    return f": it has {file.stat().st_size:,} bytes and may be truncated; download it again"

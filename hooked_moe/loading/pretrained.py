@@ -1,0 +1,148 @@
+"""`from_pretrained`: find a checkpoint, check it against its config, and copy it tensor by tensor into a new model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hooked_moe.config import HookedMoEConfig
+from hooked_moe.loading.checkpoint import DTYPES, Checkpoint, read_json
+from hooked_moe.loading.hub import download
+from hooked_moe.loading.registry import locate
+from hooked_moe.model import HookedMoE
+from hooked_moe.tokenizer import Tokenizer
+from weights_conversion import CheckpointError, Conversion, HFConfig, abbreviated, conversion_for
+from weights_conversion.weight_map import Slot, slots_by_parameter
+
+
+def from_pretrained(
+    name: str | PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> HookedMoE:
+    """A trained model by short name, name of a shipped model, local directory, or hub id: the first that `name` is.
+
+    Weights are converted to `dtype` and put on `device` (None: the CPU) one tensor at a time: memory peaks at the model plus one
+    tensor. `revision` (branch, tag or commit), `cache_dir` and `local_files_only` are for the hub; `model.cfg.revision` is the
+    commit that was loaded. Only safetensors and json files are downloaded or read; nothing downloaded is ever executed.
+
+    Raises `UnknownNameError`, `FileNotFoundError` or `NotADirectoryError` for names and paths that lead to no model, `HubError`
+    where the hub does not give it, and `CheckpointError` for an architecture or option that is not supported and for weights
+    that are missing, superfluous, mis-shaped, or unreadable.
+    """
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, not {dtype!r}")
+    location = locate(name)
+    commit = None
+    if location.hub_id is not None:
+        directory, commit = download(location.hub_id, revision, cache_dir, local_files_only, check_config=read_config)
+    else:
+        assert location.directory is not None
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for models on the hub; {name!r} is the directory {location.directory}")
+        directory = location.directory
+
+    conversion, cfg = read_config(directory / "config.json")
+    cfg = cfg.replace(model_name=location.model_name, revision=commit, dtype=dtype)
+    model = HookedMoE(cfg.replace(device=torch.device("meta")), read_tokenizer(directory, cfg))
+    checkpoint = Checkpoint(directory)
+    plan = plan_copies(model, conversion, checkpoint)
+    allocate(model, torch.device(device) if device is not None else torch.device("cpu"))
+    copy_weights(model, checkpoint, plan)
+    return model.eval()
+
+
+def read_config(file: Path) -> tuple[Conversion, HookedMoEConfig]:
+    """The family and the config of a config.json. Raises `CheckpointError`."""
+    values = read_json(file)
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{file} has no model_type, so the architecture is unknown")
+    conversion = conversion_for(model_type, str(file))
+    return conversion, conversion.from_hf(HFConfig(values, str(file)))
+
+
+def read_tokenizer(directory: Path, cfg: HookedMoEConfig) -> Tokenizer | None:
+    file = directory / "tokenizer.json"
+    return Tokenizer.from_file(file, cfg.bos_token_id, cfg.eos_token_id, cfg.pad_token_id) if file.is_file() else None
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """Which checkpoint tensor goes where. Of tied weights, `repeated` are copies that a checkpoint may hold besides."""
+
+    copied: dict[str, Slot]
+    repeated: dict[str, Slot]
+
+
+def plan_copies(model: HookedMoE, conversion: Conversion, checkpoint: Checkpoint) -> CopyPlan:
+    """Match a checkpoint with a model, from names and shapes alone; a `CheckpointError` lists all that does not fit."""
+    own = dict(model.named_parameters())
+    every = dict(model.named_parameters(remove_duplicate=False))
+    slots = slots_by_parameter(conversion.weights, model.cfg, every)
+    for parameter, fused in slots_by_parameter(conversion.fused, model.cfg, every).items():
+        if all(slot.hf_name in checkpoint.tensors for slot in fused):
+            slots[parameter] = fused
+    assert slots.keys() == every.keys(), f"no checkpoint tensor for {every.keys() - slots.keys()}"
+    copied = {slot.hf_name: slot for parameter in own for slot in slots[parameter]}
+    repeated = {slot.hf_name: slot for parameter in every.keys() - own.keys() for slot in slots[parameter]}
+    repeated = {name: slot for name, slot in repeated.items() if name in checkpoint.tensors}
+
+    stored = checkpoint.tensors
+    missing = [name for name in copied if name not in stored]
+    extra = [name for name in stored if name not in copied and name not in repeated]
+    misshaped = [
+        f"{name}: {list(stored[name].shape)}, expected {list(expected)} ({slot.axes})"
+        for name, slot in (copied | repeated).items()
+        if name in stored and stored[name].shape != (expected := tuple(slot.of(every[slot.parameter]).shape))
+    ]
+    problems = [
+        f"{len(names)} {kind}:{abbreviated(names)}"
+        for kind, names in (("missing", missing), ("not part of this model", extra), ("of another shape", misshaped))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the tensors in {checkpoint.directory} are not those that its config.json describes "
+            f"({model.cfg.model_type}, {model.cfg.n_layers} layers). Check that both are of one model and complete. "
+            "Tensors\n" + "\n".join(problems)
+        )
+    return CopyPlan(copied, repeated)
+
+
+def allocate(model: HookedMoE, device: torch.device) -> None:
+    """Give a model on the meta device memory of its own, not yet filled."""
+    # `model.to_empty` would do, but for the half second and 40 MB of its detour through torch's symbolic shapes.
+    model._apply(lambda parameter: torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
+    if model.cfg.tie_word_embeddings:
+        model.unembed.W_U = model.embed.W_E  # moving a module unties it
+
+
+@torch.no_grad()
+def copy_weights(model: HookedMoE, checkpoint: Checkpoint, plan: CopyPlan) -> None:
+    """Fill the parameters. Raises `CheckpointError` if a repeated copy of a tied weight differs from the first."""
+    parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    total = sum(checkpoint.tensors[name].nbytes for name in plan.copied)
+    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2.0, disable=None) as progress:
+        for name, value in checkpoint.stream(plan.copied):
+            slot = plan.copied[name]
+            slot.of(parameters[slot.parameter]).copy_(value)
+            progress.update(value.nbytes)
+    for name, value in checkpoint.stream(plan.repeated):
+        slot = plan.repeated[name]
+        part = slot.of(parameters[slot.parameter])
+        if not torch.equal(part, value.to(part)):
+            raise CheckpointError(
+                f"{checkpoint.directory}: config.json ties the embeddings (tie_word_embeddings), but {name} differs from them; "
+                "set tie_word_embeddings to false if they are separate"
+            )

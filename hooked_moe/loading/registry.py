@@ -1,0 +1,91 @@
+"""What a name means: a short name, a shipped model, a directory, or a hub id, in this order."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from hooked_moe.hook_points import unknown_name
+
+SHIPPED = ("tiny-olmoe",)
+"""Models that come with the package, under `hooked_moe/pretrained/<name>/`."""
+
+
+@dataclass(frozen=True)
+class PretrainedName:
+    """A short name of a model on the hub."""
+
+    name: str
+    hub_id: str
+    aliases: tuple[str, ...] = ()
+
+
+PRETRAINED: tuple[PretrainedName, ...] = (
+    PretrainedName("olmoe", "allenai/OLMoE-1B-7B-0924", aliases=("olmoe-0924", "olmoe-1b-7b")),
+    PretrainedName("olmoe-instruct", "allenai/OLMoE-1B-7B-0924-Instruct", aliases=("olmoe-0924-instruct",)),
+    PretrainedName("olmoe-0125", "allenai/OLMoE-1B-7B-0125"),
+    PretrainedName("olmoe-0125-instruct", "allenai/OLMoE-1B-7B-0125-Instruct"),
+)
+
+_HUB_IDS = {name: entry.hub_id for entry in PRETRAINED for name in (entry.name, *entry.aliases)}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ACCEPTED = (
+    f"Accepted are short names ({', '.join(entry.name for entry in PRETRAINED)}), shipped models ({', '.join(SHIPPED)}), "
+    "hub ids as 'org/name', and directories in HuggingFace layout."
+)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model is: a directory here, or a repository on the hub."""
+
+    model_name: str
+    directory: Path | None = None
+    hub_id: str | None = None
+
+
+def locate(name: str | PathLike[str]) -> Location:
+    """Find what a name stands for. A path object is always a path; a string is tried as a name first.
+
+    Raises `UnknownNameError` for a name that is nothing known, and `FileNotFoundError` or `NotADirectoryError` for a path that
+    is no checkpoint.
+    """
+    text = os.fspath(name)
+    if not text:
+        raise unknown_name("model", text, (), _ACCEPTED)
+    if isinstance(name, str):
+        if text.lower() in _HUB_IDS:
+            hub_id = _HUB_IDS[text.lower()]
+            return Location(model_name=hub_id, hub_id=hub_id)
+        if text in SHIPPED:
+            return Location(model_name=text, directory=_shipped(text))
+    path = Path(text).expanduser()
+    if path.exists():
+        return Location(model_name=path.resolve().name, directory=_checked(path))
+    if isinstance(name, str) and _HUB_ID.fullmatch(text):
+        return Location(model_name=text, hub_id=text)
+    if not isinstance(name, str) or "/" in text or os.sep in text:
+        raise FileNotFoundError(f"there is no directory {text!r} here (the working directory is {Path.cwd()}). {_ACCEPTED}")
+    raise unknown_name("model", text, (*_HUB_IDS, *SHIPPED), _ACCEPTED)
+
+
+def _checked(path: Path) -> Path:
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; give the directory that holds config.json and the safetensors files")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json, so it is not a model directory in HuggingFace layout")
+    return path
+
+
+def _shipped(name: str) -> Path:
+    directory = Path(str(importlib.resources.files("hooked_moe"))) / "pretrained" / name
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(
+            f"this installation of hooked_moe lacks the model {name!r} (no {directory / 'config.json'}): "
+            "reinstall the package, or train the model with experiments/train_tiny.py"
+        )
+    return directory

@@ -1,0 +1,141 @@
+"""`save_pretrained`: a model as a directory in HuggingFace layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hooked_moe.config import HookedMoEConfig
+from hooked_moe.loading.checkpoint import INDEX_FILE, SINGLE_FILE
+from hooked_moe.model import HookedMoE
+from hooked_moe.tokenizer import Tokenizer
+from weights_conversion import conversion_for
+from weights_conversion.weight_map import slots_by_parameter
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""Larger checkpoints are split into several files and an index, as transformers does."""
+_TEMPORARY = ".tmp"
+
+
+def save_pretrained(model: HookedMoE, path: str | PathLike[str]) -> None:
+    """Write config.json, the weights as safetensors in the model's dtype, and the tokenizer if there is one.
+
+    transformers loads the directory, and `from_pretrained` restores the same bits. Every file is written under a temporary name
+    and renamed when all are complete, config.json last: a save that is cut short leaves no half-written file under its final
+    name. A model that was in the directory is replaced, and stays until then. Raises `CheckpointError` for a model that its
+    family's format cannot express, and `OSError` where the directory cannot be written.
+    """
+    cfg = model.cfg
+    if cfg.device.type == "meta":
+        raise ValueError("this model is on the meta device: it has no weights to save")
+    conversion = conversion_for(cfg.model_type, "this model")
+    config = conversion.to_hf(cfg)
+    parameters = dict(model.named_parameters())  # of tied weights, only the first
+    slots = slots_by_parameter(conversion.weights, cfg, parameters)
+    assert slots.keys() == parameters.keys(), f"no checkpoint tensor for {parameters.keys() - slots.keys()}"
+    tensors = {slot.hf_name: slot.of(parameters[name].detach()) for name in parameters for slot in slots[name]}
+
+    directory = Path(path).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"cannot save a model as {directory}: it is a file; give a directory")
+    with _files_of(directory) as files:
+        _write_weights(files, tensors)
+        if model.tokenizer is not None:
+            _write_tokenizer(files, model.tokenizer, cfg)
+        files.write_json("config.json", config)
+
+
+class _Files:
+    """The files of one save, under temporary names until `publish`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.names: list[str] = []
+
+    def temporary(self, name: str) -> Path:
+        self.names.append(name)
+        return self.directory / (name + _TEMPORARY)
+
+    def write_json(self, name: str, values: object) -> None:
+        self.temporary(name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    def publish(self) -> None:
+        """Put the new files in place of whatever model was here.
+
+        Its config.json goes first and the new one comes last: a directory cut short between the two is no model at all, rather
+        than a mixture of both.
+        """
+        (self.directory / "config.json").unlink(missing_ok=True)
+        for file in list(self.directory.iterdir()):
+            if _is_weight_file(file.name) and file.name not in self.names:
+                file.unlink()
+        for name in self.names:
+            temporary = self.directory / (name + _TEMPORARY)
+            shutil.copymode(self.directory / ("config.json" + _TEMPORARY), temporary)  # safetensors makes its files private
+            os.replace(temporary, self.directory / name)
+
+    def discard(self) -> None:
+        for name in self.names:
+            (self.directory / (name + _TEMPORARY)).unlink(missing_ok=True)
+
+
+@contextmanager
+def _files_of(directory: Path) -> Iterator[_Files]:
+    files = _Files(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield files
+        files.publish()
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot save a model in {directory}: {error}") from error
+    finally:
+        files.discard()
+
+
+def _is_weight_file(name: str) -> bool:
+    return name == INDEX_FILE or re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) is not None
+
+
+def _write_weights(files: _Files, tensors: dict[str, Tensor]) -> None:
+    shards = _shards(tensors)
+    if len(shards) == 1:
+        save_file(shards[0], files.temporary(SINGLE_FILE), metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, files.temporary(name), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    files.write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors in their order, cut where the next one would not fit."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _write_tokenizer(files: _Files, tokenizer: Tokenizer, cfg: HookedMoEConfig) -> None:
+    tokenizer.backend.save(str(files.temporary("tokenizer.json")))
+    special = {"bos_token": cfg.bos_token_id, "eos_token": cfg.eos_token_id, "pad_token": cfg.pad_token_id}
+    tokens = {key: None if id is None else tokenizer.backend.id_to_token(id) for key, id in special.items()}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": cfg.n_ctx, "clean_up_tokenization_spaces": False}
+    files.write_json("tokenizer_config.json", config | tokens)

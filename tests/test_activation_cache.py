@@ -1,0 +1,88 @@
+"""The cache: what a run leaves behind, by full and by short names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hooked_moe import ActivationCache, HookedMoE
+
+
+@pytest.fixture
+def cache(model: HookedMoE, tokens: Tensor) -> ActivationCache:
+    return model.run_with_cache(tokens)[1]
+
+
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        (("pattern", 1), "blocks.1.attn.hook_pattern"),
+        (("hook_pattern", 1), "blocks.1.attn.hook_pattern"),
+        (("z", 0, "attn"), "blocks.0.attn.hook_z"),
+        (("scale", 2, "ln2"), "blocks.2.ln2.hook_scale"),
+        (("resid_post", 2), "blocks.2.hook_resid_post"),
+        (("expert_out", 0), "blocks.0.mlp.hook_expert_out"),
+        (("router_logits", 2, "mlp"), "blocks.2.mlp.hook_router_logits"),
+    ],
+)
+def test_short_names_find_the_activation(short: tuple[str | int, ...], full: str, cache: ActivationCache) -> None:
+    assert cache[short] is cache[full]
+
+
+def test_an_ambiguous_short_name_asks_for_the_part(cache: ActivationCache) -> None:
+    with pytest.raises(KeyError, match=r"could be any of .*ln1.hook_scale.*ln2.hook_scale.*name the part too"):
+        cache["scale", 1]
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn.hook_patern", ("patern", 1), ("pattern", 1, "atn")])
+def test_an_unknown_name_suggests_the_nearest(name: str | tuple[str | int, ...], cache: ActivationCache) -> None:
+    with pytest.raises(KeyError, match=r"unknown activation .*'blocks.1.attn.hook_pattern'"):
+        cache[name]
+
+
+def test_a_layer_is_matched_whole(cache: ActivationCache) -> None:
+    renamed = ActivationCache({name.replace("blocks.2.", "blocks.12."): x for name, x in cache.items()})
+    with pytest.raises(KeyError):
+        renamed["pattern", 2]
+    assert renamed["pattern", 12] is cache["pattern", 2]
+
+
+def test_only_what_the_filter_selects_is_kept(model: HookedMoE, tokens: Tensor) -> None:
+    for names_filter in (
+        "blocks.1.attn.hook_z",
+        ["blocks.1.attn.hook_z"],
+        lambda name: name == "blocks.1.attn.hook_z",
+    ):
+        _, cache = model.run_with_cache(tokens, names_filter=names_filter)
+        assert list(cache) == ["blocks.1.attn.hook_z"]
+    assert list(model.run_with_cache(tokens, names_filter=[])[1]) == []
+
+
+def test_activations_are_detached_and_keep_the_order_of_the_computation(cache: ActivationCache) -> None:
+    assert not any(x.requires_grad for x in cache.values())
+    assert next(iter(cache)) == "hook_embed"
+    assert list(cache)[-1] == "ln_final.hook_normalized"
+
+
+def test_the_output_is_that_of_the_forward_with_its_options(model: HookedMoE, tokens: Tensor) -> None:
+    out, cache = model.run_with_cache(tokens, return_type="loss", loss_per_token=True)
+    assert torch.equal(out, model(tokens, return_type="loss", loss_per_token=True))
+    resid, cache = model.run_with_cache(tokens, stop_at_layer=1)
+    assert torch.equal(resid, cache["blocks.0.hook_resid_post"])
+    assert not any(name.startswith(("blocks.1.", "ln_final")) for name in cache)
+
+
+def test_a_cache_is_a_mapping_that_says_its_size(cache: ActivationCache) -> None:
+    assert "hook_embed" in cache
+    assert "nothing" not in cache
+    assert len(cache) == len(list(cache)) == len(dict(cache))
+    assert f"{len(cache)} activations" in repr(cache)
+
+
+def test_a_cache_moves_between_devices(model: HookedMoE, tokens: Tensor) -> None:
+    _, cache = model.run_with_cache(tokens, names_filter="hook_embed", device="meta")
+    assert cache["hook_embed"].device.type == "meta"
+    _, cache = model.run_with_cache(tokens, names_filter="hook_embed")
+    assert cache.to("meta")["hook_embed"].device.type == "meta"
+    assert torch.equal(cache.to("cpu")["hook_embed"], cache["hook_embed"])

@@ -1,0 +1,271 @@
+"""The parts, each against a slower or another's version of itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeRotaryEmbedding, apply_rotary_pos_emb
+
+from hooked_moe import HookedMoE, HookedMoEConfig
+from hooked_moe.components.attention import keep_unedited_bits
+from hooked_moe.components.experts import ExpertGroups
+from hooked_moe.components.norm import RMSNorm
+from hooked_moe.components.rotary import rotation
+from hooked_moe.kernels import grouped_matmul as kernel
+
+# Grouped products
+
+shapes = st.fixed_dictionaries(
+    {
+        "counts": st.lists(st.integers(0, 9), min_size=1, max_size=7),
+        "d_in": st.integers(1, 20),
+        "d_out": st.integers(1, 20),
+        "dtype": st.sampled_from([torch.float32, torch.float64]),
+        "seed": st.integers(0, 1000),
+    }
+)
+ALL_EMPTY = {"counts": [0, 0], "d_in": 8, "d_out": 4, "dtype": torch.float32, "seed": 0}
+ONE_EMPTY = {"counts": [3, 0, 2, 0], "d_in": 8, "d_out": 5, "dtype": torch.float32, "seed": 0}
+UNALIGNED = {"counts": [2, 5], "d_in": 7, "d_out": 3, "dtype": torch.float32, "seed": 0}
+
+
+def grouped_inputs(counts: list[int], d_in: int, d_out: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(counts), d_in, generator=generator, dtype=dtype)
+    weight = torch.randn(len(counts), d_out, d_in, generator=generator, dtype=dtype)
+    return x, weight, torch.tensor(counts).cumsum(0).to(torch.int32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes)
+@example(ALL_EMPTY)
+@example(ONE_EMPTY)
+@example(UNALIGNED)
+def test_a_grouped_product_is_one_product_per_expert(shape: dict[str, Any]) -> None:
+    x, weight, ends = grouped_inputs(**shape)
+    owner = torch.arange(len(ends)).repeat_interleave(torch.tensor(shape["counts"]))
+    expected = torch.einsum("noi,ni->no", weight[owner], x)
+    for product in (kernel.grouped_matmul, kernel.grouped_matmul_loop):
+        torch.testing.assert_close(product(x, weight, ends), expected, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes)
+@example(ALL_EMPTY)
+@example(ONE_EMPTY)
+def test_a_grouped_product_has_the_gradients_of_the_loop(shape: dict[str, Any]) -> None:
+    results = []
+    for product in (kernel.grouped_matmul, kernel.grouped_matmul_loop):
+        x, weight, ends = grouped_inputs(**shape)
+        x.requires_grad_()
+        weight.requires_grad_()
+        results.append(torch.autograd.grad(product(x, weight, ends).square().sum(), (x, weight)))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_grouped_product_of_half_precision_rounds_only_the_result(dtype: torch.dtype) -> None:
+    x, weight, ends = (t.to(dtype) if t.is_floating_point() else t for t in grouped_inputs([4, 0, 6], 16, 8, torch.float32, 0))
+    expected = kernel.grouped_matmul_loop(x.double(), weight.double(), ends)
+    torch.testing.assert_close(kernel.grouped_matmul(x, weight, ends).double(), expected, atol=0.02, rtol=0.02)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(0, 100), st.sampled_from([5, 300]))
+def test_sorting_by_expert_and_back_is_lossless(batch: int, pos: int, k: int, seed: int, num_experts: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(0, num_experts, (batch, pos, k), generator=generator)
+    groups = ExpertGroups(indices, num_experts)
+    x = torch.randn(batch, pos, 3, generator=generator)
+    sorted_rows = groups.gather(x)
+    owners = groups.to_sorted(indices[..., None].float())[:, 0].long()
+    assert torch.equal(owners, indices.flatten().sort().values)
+    assert groups.ends.tolist() == [int((indices <= e).sum()) for e in range(num_experts)]
+    assert torch.equal(groups.to_slots(sorted_rows), x[:, :, None].expand(-1, -1, k, -1))
+    assert torch.equal(groups.to_sorted(groups.to_slots(sorted_rows)), sorted_rows)
+    where = groups.tokens()
+    assert torch.equal(x[where[:, 0], where[:, 1]], sorted_rows)
+    flat = where[:, 0] * pos + where[:, 1]
+    for expert in owners.unique():
+        mine = flat[owners == expert]
+        assert torch.equal(mine, mine.sort().values)
+
+
+# Norm and rotation, against transformers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("eps", [1e-5, 0.3])
+def test_rms_norm_is_that_of_transformers(dtype: torch.dtype, eps: float) -> None:
+    torch.manual_seed(0)
+    ours, theirs = RMSNorm(24, eps).to(dtype), OlmoeRMSNorm(24, eps=eps).to(dtype)
+    with torch.no_grad():
+        theirs.weight.copy_(ours.w.normal_(1, 0.3))
+        x = torch.randn(3, 5, 24, dtype=dtype)
+        tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(ours(x), theirs(x), atol=tolerance, rtol=2 * tolerance)
+
+
+@pytest.mark.parametrize("base", [1e4, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_is_that_of_transformers(base: float, dtype: torch.dtype) -> None:
+    config = OlmoeConfig(hidden_size=64, num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": base})
+    torch.manual_seed(0)
+    positions = torch.stack((torch.arange(40), torch.arange(100, 140)))
+    q, k = torch.randn(2, 40, 4, 16, dtype=dtype), torch.randn(2, 40, 2, 16, dtype=dtype)
+    cos, sin = OlmoeRotaryEmbedding(config)(q, positions)
+    expected = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    rotate = rotation(positions, 16, base, dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 0.03
+    for ours, theirs in zip((rotate(q), rotate(k)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_rotated_products_depend_on_the_distance_alone() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+
+    def product(a: int, b: int) -> Tensor:
+        turn = [rotation(torch.tensor([[position]]), 16, 1e4, torch.float32) for position in (a, b)]
+        return (turn[0](q) * turn[1](k)).sum()
+
+    torch.testing.assert_close(product(7, 3), product(107, 103), atol=1e-4, rtol=1e-4)
+    assert not torch.isclose(product(7, 3), product(7, 4))
+
+
+# Attention: the fused kernel and the pattern spelled out
+
+
+def test_unedited_rows_keep_the_fused_bits_and_edited_ones_do_not() -> None:
+    torch.manual_seed(0)
+    fused = torch.randn(4, 3)
+    spelled = (fused + 1e-6).requires_grad_()
+    same = torch.tensor([True, False, True, False])[:, None]
+    out = keep_unedited_bits(spelled, fused, same)
+    assert torch.equal(out[0], fused[0])
+    assert torch.equal(out[1], spelled[1])
+    (gradient,) = torch.autograd.grad(out.sum(), spelled)
+    assert torch.equal(gradient, torch.ones_like(spelled))
+
+
+def test_attention_is_the_softmax_it_says_it_is(model: HookedMoE, tokens: Tensor) -> None:
+    """Queries, keys and values as cached, mixed by the textbook formula, one head at a time."""
+    mask = torch.ones_like(tokens)
+    mask[0, :3], mask[1, 8:] = 0, 0
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, attention_mask=mask)
+    for layer in range(model.cfg.n_layers):
+        q, k, v, z, pattern = (cache[name, layer, "attn"] for name in ("rot_q", "rot_k", "v", "z", "pattern"))
+        v = v.clamp(-model.cfg.clip_qkv, model.cfg.clip_qkv)
+        for b, p, h in [(0, 3, 0), (0, 10, 1), (1, 0, 2), (1, 7, 3)]:
+            seen = [j for j in range(p + 1) if mask[b, j]]
+            weights = (k[b, seen, h // 2] @ q[b, p, h] / model.cfg.d_head**0.5).softmax(0)
+            torch.testing.assert_close(pattern[b, h, p, seen], weights, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(z[b, p, h], weights @ v[b, seen, h // 2], atol=1e-6, rtol=1e-5)
+            assert pattern[b, h, p].count_nonzero() == len(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_pattern_agrees_with_the_fused_kernel_in_every_dtype(
+    dtype: torch.dtype, make_model: Callable[..., HookedMoE], tokens: Tensor
+) -> None:
+    model = make_model(dtype=dtype)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+        z, v = cache["z", 1], cache["v", 1].clamp(-2.5, 2.5).repeat_interleave(2, dim=2)
+        mixed = torch.einsum("bhqk,bkhd->bqhd", cache["pattern", 1], v)
+    assert cache["pattern", 1].dtype == dtype
+    torch.testing.assert_close(mixed, z, atol=10 * torch.finfo(dtype).eps, rtol=10 * torch.finfo(dtype).eps)
+
+
+# Losses
+
+
+def test_the_loss_is_cross_entropy_of_the_next_token(model: HookedMoE, tokens: Tensor) -> None:
+    with torch.no_grad():
+        logits, loss = model(tokens, return_type="both")
+        per_token = model(tokens, return_type="loss", loss_per_token=True)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item(), abs=1e-6)
+    by_hand = -logits.log_softmax(-1)[0, 4, tokens[0, 5]]
+    torch.testing.assert_close(per_token[0, 4], by_hand)
+    assert per_token.shape == (2, 10)
+
+
+# The config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layers": 0}, "n_layers must be a positive whole number, not 0"),
+        ({"d_model": 3.5}, "d_model must be a positive whole number, not 3.5"),
+        ({"n_key_value_heads": 3}, r"n_heads \(4\) must be a multiple of n_key_value_heads \(3\)"),
+        ({"d_head": 5}, "d_head must be even"),
+        ({"experts_per_token": 7}, r"experts_per_token \(7\) cannot exceed num_experts \(6\)"),
+        ({"clip_qkv": 0.0}, "clip_qkv must be positive or None, not 0.0"),
+        ({"qk_norm": "half"}, "qk_norm must be 'full' or None, not 'half'"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_refused(
+    changes: dict[str, Any], message: str, model: HookedMoE, unchecked: None
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.cfg.replace(**changes)
+
+
+def test_a_config_names_a_field_it_does_not_have(model: HookedMoE) -> None:
+    with pytest.raises(TypeError, match="n_experts"):
+        model.cfg.replace(n_experts=4)
+
+
+def test_a_new_model_is_initialised_as_transformers_does(model: HookedMoE) -> None:
+    cfg: HookedMoEConfig = model.cfg.replace(initializer_range=0.05, d_vocab=2000)
+    fresh = HookedMoE(cfg)
+    for name, parameter in fresh.named_parameters():
+        if name.endswith(".w"):
+            assert (parameter == 1).all(), name
+        elif ".b_" in name:
+            assert (parameter == 0).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.05, rel=0.1), name
+            assert abs(parameter.mean().item()) < 0.01, name
+
+
+def test_unembedding_half_precision_weights_in_pieces_is_the_whole_product(make_model: Callable[..., HookedMoE]) -> None:
+    model = make_model(d_vocab=8192 + 5, dtype=torch.bfloat16)
+    with torch.no_grad():
+        x = torch.randn(1, 3, model.cfg.d_model)
+        torch.testing.assert_close(model.unembed(x), x @ model.unembed.W_U.float().T)
+
+
+def test_the_config_says_where_the_model_is_and_in_what_dtype(make_model: Callable[..., HookedMoE]) -> None:
+    model = make_model()
+    assert model.double().cfg.dtype == torch.float64
+    assert model.to(torch.bfloat16).cfg.dtype == torch.bfloat16
+    assert model.to("meta").cfg.device.type == "meta"
+
+
+def test_a_copy_of_a_model_has_hook_points_of_its_own(model: HookedMoE, tokens: Tensor) -> None:
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = model(tokens)
+        for name in ("blocks.1.hook_mlp_out", "blocks.0.mlp.experts.2.hook_out"):
+            with twin.hooks(fwd_hooks=[(name, lambda x, hook: 0 * x)]):
+                assert torch.equal(model(tokens), expected)
+                assert not torch.equal(twin(tokens), expected)
+
+
+def test_tied_embeddings_are_one_parameter(make_model: Callable[..., HookedMoE], tokens: Tensor) -> None:
+    model = make_model(tie_word_embeddings=True).bfloat16()
+    assert model.unembed.W_U is model.embed.W_E
+    assert "unembed.W_U" not in dict(model.named_parameters())

@@ -1,0 +1,344 @@
+"""Masks remove what they say and nothing else.
+
+Two oracles: transformers with the routing weights of single (token, expert) pairs zeroed before its experts run, and a loop
+over tokens written from the definitions of the three removals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import OlmoeForCausalLM
+
+from hooked_moe import ExpertMask, HookedMoE
+from hooked_moe.expert_mask import LayerMask
+from tests.hf_models import random_tokens, save, tiny_olmoe
+
+N_EXPERTS, K, POS = 10, 3, 12
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "norm_topk_prob"])
+def hf(request: pytest.FixtureRequest) -> OlmoeForCausalLM:
+    return tiny_olmoe(norm_topk_prob=request.param, num_key_value_heads=2)
+
+
+@pytest.fixture(scope="module")
+def ours(hf: OlmoeForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> HookedMoE:
+    return HookedMoE.from_pretrained(save(hf, tmp_path_factory.mktemp("hf")))
+
+
+@pytest.fixture(scope="module")
+def batch() -> Tensor:
+    return random_tokens(2, POS)
+
+
+@contextmanager
+def zeroed(hf: OlmoeForCausalLM, entries: list[tuple[int, int, int, int]], pos: int = POS) -> Iterator[None]:
+    """transformers without these (layer, batch, pos, expert) contributions."""
+
+    def remove(layer: int) -> Callable[..., tuple[Tensor, ...]]:
+        def hook(module: torch.nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+            x, indices, weights = args
+            weights = weights.clone()
+            for at, b, p, expert in entries:
+                if at == layer:
+                    weights[b * pos + p, indices[b * pos + p] == expert] = 0.0
+            return x, indices, weights
+
+        return hook
+
+    handles = [layer.mlp.experts.register_forward_pre_hook(remove(i)) for i, layer in enumerate(hf.model.layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def active_experts(model: HookedMoE, tokens: Tensor) -> list[Tensor]:
+    """[batch, pos, slot] for every layer."""
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_expert_indices"))
+    return list(cache.values())
+
+
+@torch.no_grad()
+def test_every_single_removal_in_a_row_of_positions_is_that_of_transformers(
+    hf: OlmoeForCausalLM, ours: HookedMoE, batch: Tensor
+) -> None:
+    active = active_experts(ours, batch)
+    for layer in range(3):
+        for pos in (0, 5, POS - 1):
+            for slot in range(K):
+                entry = (layer, 1, pos, int(active[layer][1, pos, slot]))
+                with zeroed(hf, [entry]):
+                    expected = hf(batch).logits
+                logits = ours(batch, expert_mask=ExpertMask.ablate([entry]))
+                torch.testing.assert_close(logits, expected, atol=5e-5, rtol=0)
+                assert not torch.equal(logits, ours(batch)), entry
+
+
+@torch.no_grad()
+def test_sets_of_removals_across_layers_are_those_of_transformers(hf: OlmoeForCausalLM, ours: HookedMoE, batch: Tensor) -> None:
+    generator = torch.Generator().manual_seed(3)
+    keep = {layer: torch.rand(2, POS, N_EXPERTS, generator=generator) < 0.6 for layer in (0, 2)}
+    entries = [(layer, *where) for layer in keep for where in (~keep[layer]).nonzero().tolist()]
+    with zeroed(hf, entries):
+        expected = hf(batch).logits
+    for mask in (ExpertMask(keep), ExpertMask.ablate(entries)):
+        torch.testing.assert_close(ours(batch, expert_mask=mask), expected, atol=5e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_each_row_of_a_batch_can_have_its_own_counterfactual(ours: HookedMoE, batch: Tensor) -> None:
+    active = active_experts(ours, batch)
+    entries = [(1, 4, slot) for slot in range(K)] + [(0, 0, 0), (2, POS - 1, 1)]
+    rows = batch[:1].expand(len(entries), -1)
+    mask = ExpertMask.ablate(
+        (layer, row, pos, int(active[layer][0, pos, slot])) for row, (layer, pos, slot) in enumerate(entries)
+    )
+    together = ours(rows, expert_mask=mask)
+    for row, (layer, pos, slot) in enumerate(entries):
+        alone = ours(batch[:1], expert_mask=ExpertMask.ablate([(layer, 0, pos, int(active[layer][0, pos, slot]))]))
+        torch.testing.assert_close(together[row], alone[0], atol=5e-5, rtol=0)
+    differ = (together[:, None] - together[None]).abs().amax((-1, -2))
+    assert (differ + torch.eye(len(entries)) > 1e-4).all()
+
+
+@torch.no_grad()
+def test_none_stands_for_every_row_or_position(ours: HookedMoE, batch: Tensor) -> None:
+    expert = int(active_experts(ours, batch)[1][1].flatten().mode().values)
+    everywhere, row = torch.ones(2, 2, POS, N_EXPERTS, dtype=torch.bool)
+    everywhere[:, :, expert] = False
+    row[1, :, expert] = False
+    for entry, keep in [((1, None, None, expert), everywhere), ((1, 1, None, expert), row)]:
+        by_entry = ours(batch, expert_mask=ExpertMask.ablate([entry]))
+        assert torch.equal(by_entry, ours(batch, expert_mask=ExpertMask({1: keep})))
+        assert not torch.equal(by_entry, ours(batch))
+
+
+# The definitions, one token at a time
+
+
+def defined_weights(
+    probabilities: Tensor, keep: Tensor, removal: str, norm_topk_prob: bool, k: int = K
+) -> tuple[list[int], list[float]]:
+    """Experts and routing weights of one token, from router probabilities and a mask, both [expert]."""
+    ranked = sorted(range(len(probabilities)), key=lambda e: -probabilities[e])
+    if removal == "reroute":
+        ranked = [e for e in ranked if keep[e]]
+    chosen = ranked[:k]
+    weights = [probabilities[e].item() for e in chosen]
+    if norm_topk_prob:
+        weights = [w / sum(weights) for w in weights]
+    if removal == "reroute":
+        return chosen, weights
+    kept = [w * float(keep[e]) for w, e in zip(weights, chosen, strict=True)]
+    if removal == "renormalize":
+        kept = [w * sum(weights) / sum(kept) if sum(kept) else 0.0 for w in kept]
+    return chosen, kept
+
+
+@pytest.mark.parametrize(
+    ("removal", "scaled"),
+    [("zero", False), ("zero", True), ("renormalize", False), ("renormalize", True), ("reroute", False)],
+)
+@torch.no_grad()
+def test_each_removal_is_what_its_definition_says(
+    removal: Any, scaled: bool, hf: OlmoeForCausalLM, ours: HookedMoE, batch: Tensor
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    keep = torch.rand(2, POS, N_EXPERTS, generator=generator)
+    keep = keep * 2 if scaled else keep < 0.5
+    _, cache = ours.run_with_cache(batch, expert_mask=ExpertMask({1: keep}, removal=removal))
+    x = (cache["normalized", 1, "ln2"] * ours.blocks[1].ln2.w).detach()
+    expected = torch.zeros_like(x)
+    experts = hf.model.layers[1].mlp.experts
+    for b in range(2):
+        for p in range(POS):
+            probabilities = cache["router_logits", 1][b, p].softmax(-1)
+            chosen, weights = defined_weights(probabilities, keep[b, p], removal, ours.cfg.norm_topk_prob)
+            assert cache["expert_indices", 1][b, p].tolist()[: len(chosen)] == chosen  # fewer are left than slots, now and then
+            for e, weight in zip(chosen, weights, strict=True):
+                output = experts(x[b, p][None], torch.tensor([[e]]), torch.ones(1, 1))[0]  # transformers' own expert
+                expected[b, p] += weight * output
+    torch.testing.assert_close(cache["routed_out", 1], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+@torch.no_grad()
+def test_removing_an_expert_that_is_not_active_changes_no_bit(removal: Any, ours: HookedMoE, batch: Tensor) -> None:
+    expected = ours(batch)
+    active = active_experts(ours, batch)
+    keep = {layer: torch.zeros(2, POS, N_EXPERTS, dtype=torch.bool).scatter(-1, active[layer], True) for layer in (0, 2)}
+    assert torch.equal(ours(batch, expert_mask=ExpertMask(keep, removal=removal)), expected)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+@torch.no_grad()
+def test_earlier_positions_are_left_alone(removal: Any, layer: int, ours: HookedMoE, batch: Tensor) -> None:
+    keep = torch.ones(2, POS, N_EXPERTS, dtype=torch.bool)
+    keep[:, 6].scatter_(-1, active_experts(ours, batch)[layer][:, 6, :2], False)
+    removed, expected = ours(batch, expert_mask=ExpertMask({layer: keep}, removal=removal)), ours(batch)
+    if layer == 2 and removal != "reroute":
+        assert torch.equal(removed[:, :6], expected[:, :6])
+    else:  # later tokens go to other experts, so products run over groups of other sizes, which may round otherwise
+        torch.testing.assert_close(removed[:, :6], expected[:, :6], atol=2e-5, rtol=0)
+    changed = (removed - expected).abs().amax(-1) > 1e-4
+    assert changed[:, 6].all()
+    assert changed[:, 7:].all() if layer == 0 else not changed[:, 7:].any()
+
+
+@pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+@torch.no_grad()
+def test_removing_every_expert_leaves_the_block_without_its_routed_part(
+    removal: Any, hf: OlmoeForCausalLM, ours: HookedMoE, batch: Tensor
+) -> None:
+    nothing = torch.zeros(1, 1, N_EXPERTS, dtype=torch.bool)
+    logits, cache = ours.run_with_cache(batch, expert_mask=ExpertMask({1: nothing}, removal=removal))
+    assert not cache["mlp_out", 1].any()
+    assert torch.equal(cache["resid_post", 1], cache["resid_mid", 1])
+    handle = hf.model.layers[1].mlp.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+    try:
+        torch.testing.assert_close(logits, hf(batch).logits, atol=5e-5, rtol=0)
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def test_rerouting_steps_down_the_ranking(ours: HookedMoE, batch: Tensor) -> None:
+    _, cache = ours.run_with_cache(batch, names_filter="blocks.0.mlp.hook_router_logits")
+    ranking = cache["router_logits", 0].argsort(-1, descending=True)
+    for removed in range(N_EXPERTS - K + 1):
+        keep = torch.ones(2, POS, N_EXPERTS, dtype=torch.bool).scatter(-1, ranking[..., :removed], False)
+        _, cache = ours.run_with_cache(batch, expert_mask=ExpertMask({0: keep}, removal="reroute"))
+        assert torch.equal(cache["expert_indices", 0], ranking[..., removed : removed + K])
+
+
+@pytest.mark.parametrize("removed", [8, 9])
+@torch.no_grad()
+def test_rerouting_with_fewer_experts_left_than_slots_leaves_slots_empty(removed: int, ours: HookedMoE, batch: Tensor) -> None:
+    keep = torch.ones(1, 1, N_EXPERTS, dtype=torch.bool)
+    keep[..., :removed] = False
+    logits, cache = ours.run_with_cache(batch, expert_mask=ExpertMask({0: keep}, removal="reroute"))
+    assert logits.isfinite().all()
+    indices, weights = cache["expert_indices", 0], cache["expert_weights", 0]
+    assert (weights[indices < removed] == 0).all()
+    assert ((weights > 0).sum(-1) == N_EXPERTS - removed).all()
+
+
+@torch.no_grad()
+def test_float_masks_scale_contributions(ours: HookedMoE, batch: Tensor) -> None:
+    half = torch.full((1, 1, N_EXPERTS), 0.5)
+    _, cache = ours.run_with_cache(batch)
+    _, halved = ours.run_with_cache(batch, expert_mask=ExpertMask({0: half}))
+    torch.testing.assert_close(halved["routed_out", 0], 0.5 * cache["routed_out", 0])
+    _, same = ours.run_with_cache(batch, expert_mask=ExpertMask({0: half}, removal="renormalize"))
+    torch.testing.assert_close(same["routed_out", 0], cache["routed_out", 0])
+    ones = ExpertMask({layer: torch.ones(1, 1, N_EXPERTS) for layer in range(3)})
+    assert torch.equal(ours(batch, expert_mask=ones), ours(batch))
+
+
+@torch.no_grad()
+def test_masks_broadcast_over_rows_and_positions(ours: HookedMoE, batch: Tensor) -> None:
+    keep = torch.rand(2, POS, N_EXPERTS, generator=torch.Generator().manual_seed(6)) < 0.5
+    for smaller in (keep[:1], keep[:, :1], keep[:1, :1], keep[0, 0], keep[0]):
+        full = smaller.expand(2, POS, N_EXPERTS)
+        assert torch.equal(
+            ours(batch, expert_mask=ExpertMask({1: smaller})), ours(batch, expert_mask=ExpertMask({1: full.clone()}))
+        )
+
+
+def test_gradients_flow_into_a_float_mask(ours: HookedMoE, batch: Tensor) -> None:
+    """The derivative by the mask is the first-order effect of a removal."""
+    keep = torch.ones(2, POS, N_EXPERTS, requires_grad=True)
+    loss = ours(batch, expert_mask=ExpertMask({1: keep}), return_type="loss")
+    (gradient,) = torch.autograd.grad(loss, keep)
+    active = torch.zeros_like(gradient).scatter(-1, active_experts(ours, batch)[1], 1.0).bool()
+    assert not gradient[~active].any()
+    where = tuple((gradient.abs() == gradient.abs().max()).nonzero()[0].tolist())
+    with torch.no_grad():
+        losses = []
+        for step in (0.05, -0.05):
+            nudged = keep.detach().clone()
+            nudged[where] += step
+            losses.append(ours(batch, expert_mask=ExpertMask({1: nudged}), return_type="loss").item())
+    assert gradient[where].item() == pytest.approx((losses[0] - losses[1]) / 0.1, rel=0.02)
+
+
+@torch.no_grad()
+def test_entries_can_come_from_arrays(ours: HookedMoE, batch: Tensor) -> None:
+    expert = int(active_experts(ours, batch)[0][0, 3, 0])
+    expected = ours(batch, expert_mask=ExpertMask.ablate([(0, 0, 3, expert)]))
+    for entry in (np.array([0, 0, 3, expert]), torch.tensor([0, 0, 3, expert])):
+        assert torch.equal(ours(batch, expert_mask=ExpertMask.ablate([tuple(entry)])), expected)
+
+
+def test_a_mask_knows_the_layers_it_touches(ours: HookedMoE, batch: Tensor) -> None:
+    mask = ExpertMask.ablate([(2, 0, 0, 0), (0, 0, 0, 0), (2, 1, 1, 1)])
+    assert mask.layers == [0, 2]
+    assert mask.for_layer(1, (2, POS, N_EXPERTS), torch.device("cpu")) is None
+    layer = mask.for_layer(2, (2, POS, N_EXPERTS), torch.device("cpu"))
+    assert isinstance(layer, LayerMask)
+    assert (~layer.keep).nonzero().tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert ExpertMask.ablate([]).layers == []
+    with torch.no_grad():
+        assert torch.equal(ours(batch, expert_mask=ExpertMask.ablate([])), ours(batch))
+
+
+Build = Callable[[], ExpertMask]
+REFUSALS: dict[str, tuple[Build, type[Exception], str]] = {
+    "removal": (
+        lambda: ExpertMask({}, removal="drop"),
+        ValueError,
+        r"removal must be one of 'zero', 'renormalize', 'reroute', not 'drop'",
+    ),
+    "integers": (
+        lambda: ExpertMask({1: torch.ones(10, dtype=torch.long)}),
+        TypeError,
+        r"mask of layer 1 must be a bool or float tensor, not torch.int64",
+    ),
+    "lists": (lambda: ExpertMask({1: [True] * 10}), TypeError, r"mask of layer 1 must be .*, not list"),
+    "floats and reroute": (
+        lambda: ExpertMask({1: torch.ones(10)}, removal="reroute"),
+        TypeError,
+        r"takes bool masks.*layer 1 has floats",
+    ),
+    "negative": (lambda: ExpertMask.ablate([(0, 0, -1, 0)]), ValueError, r"must be whole numbers from 0 .*not \(0, 0, -1, 0\)"),
+    "fractions": (lambda: ExpertMask.ablate([(0, 0, 1.5, 0)]), ValueError, r"must be whole numbers from 0"),
+    "no expert": (lambda: ExpertMask.ablate([(0, 0, 0, None)]), ValueError, r"must be whole numbers from 0"),
+    "three numbers": (lambda: ExpertMask.ablate([(0, 0, 1)]), ValueError, r"must be whole numbers from 0 .*not \(0, 0, 1\)"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_what_is_no_mask_is_refused(refusal: str, unchecked: None) -> None:
+    build, error, message = REFUSALS[refusal]
+    with pytest.raises(error, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (ExpertMask.ablate([(3, 0, 0, 0)]), r"expert mask for layer 3: the model has layers 0 to 2"),
+        (ExpertMask({-1: torch.ones(10)}), r"expert mask for layer -1"),
+        (ExpertMask.ablate([(0, 2, 0, 0)]), r"batch 2 in \(0, 2, 0, 0\) is out of range: this input has batch 0 to 1"),
+        (ExpertMask.ablate([(0, 0, 12, 0)]), r"pos 12 in .* this input has pos 0 to 11"),
+        (ExpertMask.ablate([(0, None, None, 10)]), r"expert 10 in .* has expert 0 to 9"),
+        (
+            ExpertMask({0: torch.ones(2, 5, 10)}),
+            r"layer 0 has shape \[2, 5, 10\]; it must broadcast to \[batch, pos, expert\] = \[2, 12, 10\]",
+        ),
+        (ExpertMask({0: torch.ones(9)}), r"layer 0 has shape \[9\]"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask: ExpertMask, message: str, ours: HookedMoE, batch: Tensor) -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        ours(batch, expert_mask=mask)

@@ -1,0 +1,148 @@
+"""TransformerLens's activation patching runs on our models, unchanged, and finds what a plain loop finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from hooked_moe import ActivationCache, HookedMoE, HookPoint
+
+transformer_lens = pytest.importorskip("transformer_lens")
+patching = pytest.importorskip("transformer_lens.patching")
+protocol = pytest.importorskip("transformer_lens.model_protocol")
+
+pytestmark = pytest.mark.usefixtures("unchecked")  # many forwards, whose types other tests check
+POS = 4
+GRADIENTS = pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
+
+
+@pytest.fixture
+def clean(tokens: Tensor) -> Tensor:
+    return tokens[:, :POS]
+
+
+@pytest.fixture
+def corrupted(tokens: Tensor) -> Tensor:
+    """Another first token; the rest is the same."""
+    changed = tokens[:, :POS].clone()
+    changed[:, 0] = (changed[:, 0] + 7) % 61
+    return changed
+
+
+@pytest.fixture
+def cache(model: HookedMoE, clean: Tensor) -> ActivationCache:
+    return model.run_with_cache(clean)[1]
+
+
+def metric(logits: Tensor) -> Tensor:
+    return (logits[:, -1, 3] - logits[:, -1, 8]).mean()
+
+
+def patched(model: HookedMoE, tokens: Tensor, cache: ActivationCache, name: str, where: tuple[int | slice, ...]) -> float:
+    def patch(x: Tensor, hook: HookPoint) -> Tensor:
+        x = x.clone()
+        x[(slice(None), *where)] = cache[name][(slice(None), *where)]
+        return x
+
+    return metric(model.run_with_hooks(tokens, fwd_hooks=[(name, patch)])).item()
+
+
+def by_loop(model: HookedMoE, tokens: Tensor, cache: ActivationCache, activation: str, axes: str) -> Tensor:
+    """Every cell of the table, one forward each. `axes`: p for a position, h for a head, a for all positions."""
+    sizes = {"p": POS, "h": cache[f"blocks.0.{activation}"].shape[2 if axes[0] in "pa" else 1]}
+    results = torch.zeros(model.cfg.n_layers, *(sizes[axis] for axis in axes if axis != "a"))
+    for cell in torch.cartesian_prod(*(torch.arange(n) for n in results.shape)).tolist():
+        layer, *index = cell
+        indices = iter(index)
+        where = tuple(slice(None) if axis == "a" else next(indices) for axis in axes)
+        results[tuple(cell)] = patched(model, tokens, cache, f"blocks.{layer}.{activation}", where)
+    return results
+
+
+def test_the_model_meets_the_protocols(model: HookedMoE) -> None:
+    assert isinstance(model, protocol.TransformerLensModel)
+    assert isinstance(model, protocol.TrainableTransformerLensModel)
+
+
+@GRADIENTS
+@pytest.mark.parametrize(
+    ("patch", "activation", "axes"),
+    [
+        ("resid_pre", "hook_resid_pre", "p"),
+        ("resid_mid", "hook_resid_mid", "p"),
+        ("attn_out", "hook_attn_out", "p"),
+        ("mlp_out", "hook_mlp_out", "p"),
+        ("attn_head_out_all_pos", "attn.hook_z", "ah"),
+        ("attn_head_q_all_pos", "attn.hook_q", "ah"),
+        ("attn_head_k_all_pos", "attn.hook_k", "ah"),
+        ("attn_head_v_by_pos", "attn.hook_v", "ph"),
+        ("attn_head_out_by_pos", "attn.hook_z", "ph"),
+        ("attn_head_pattern_all_pos", "attn.hook_pattern", "h"),
+        ("attn_head_pattern_by_pos", "attn.hook_pattern", "hp"),
+    ],
+)
+def test_a_patching_table_is_that_of_a_loop(
+    patch: str, activation: str, axes: str, gradients: bool, model: HookedMoE, corrupted: Tensor, cache: ActivationCache
+) -> None:
+    with torch.set_grad_enabled(gradients):
+        table = getattr(patching, f"get_act_patch_{patch}")(model, corrupted, cache, metric)
+    with torch.no_grad():
+        expected = by_loop(model, corrupted, cache, activation, axes)
+        unpatched = metric(model(corrupted)).item()
+    torch.testing.assert_close(table, expected, atol=1e-6, rtol=1e-5)
+    assert (table - unpatched).abs().max() > 1e-4
+
+
+@GRADIENTS
+def test_every_block_part_is_patched_at_once(
+    gradients: bool, model: HookedMoE, corrupted: Tensor, clean: Tensor, cache: ActivationCache
+) -> None:
+    with torch.set_grad_enabled(gradients):
+        table = patching.get_act_patch_block_every(model, corrupted, cache, metric)
+    with torch.no_grad():
+        parts = [by_loop(model, corrupted, cache, f"hook_{part}", "p") for part in ("resid_pre", "attn_out", "mlp_out")]
+        restored = metric(model(clean)).item()
+    torch.testing.assert_close(table, torch.stack(parts), atol=1e-6, rtol=1e-5)
+    assert table[0, 0, 0].item() == pytest.approx(restored, abs=1e-5)  # the first token is all that differs
+
+
+def test_every_part_of_every_head_is_patched_with_grouped_key_value_heads(
+    model: HookedMoE, corrupted: Tensor, cache: ActivationCache
+) -> None:
+    with torch.no_grad():
+        table = patching.get_act_patch_attn_head_all_pos_every(model, corrupted, cache, metric)
+        expected = {
+            0: by_loop(model, corrupted, cache, "attn.hook_z", "ah"),
+            1: by_loop(model, corrupted, cache, "attn.hook_q", "ah"),
+            2: by_loop(model, corrupted, cache, "attn.hook_k", "ah"),
+            3: by_loop(model, corrupted, cache, "attn.hook_v", "ah"),
+            4: by_loop(model, corrupted, cache, "attn.hook_pattern", "h"),
+        }
+    for part, values in expected.items():
+        torch.testing.assert_close(table[part, :, : values.shape[1]], values, atol=1e-6, rtol=1e-5)
+
+
+def test_their_cache_class_holds_our_activations(model: HookedMoE, clean: Tensor, corrupted: Tensor) -> None:
+    """For code that insists on it."""
+    _, ours = model.run_with_cache(clean)
+    theirs = transformer_lens.ActivationCache(dict(ours), model)
+    for key in ("hook_embed", ("resid_pre", 1), ("pattern", 2), ("z", 0), ("scale", 1, "ln2")):
+        assert torch.equal(theirs[key], ours[key])
+    with torch.no_grad():
+        tables = [patching.get_act_patch_resid_pre(model, corrupted, cache, metric) for cache in (ours, theirs)]
+    assert torch.equal(*tables)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "none"])
+def test_per_example_results_come_with_a_baseline(
+    reduce: str, model: HookedMoE, corrupted: Tensor, cache: ActivationCache
+) -> None:
+    per_example: Callable[[Tensor], Tensor] = lambda logits: logits[:, -1, 3]  # noqa: E731
+    with torch.no_grad():
+        result = patching.get_act_patch_mlp_out(model, corrupted, cache, per_example, reduce=reduce, baseline=True)
+        baseline = per_example(model(corrupted))
+    torch.testing.assert_close(result.baseline, baseline if reduce == "none" else baseline.mean())
+    assert result.effect().abs().max() > 1e-4

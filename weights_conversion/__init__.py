@@ -1,0 +1,22 @@
+"""HuggingFace checkpoints to and from `hooked_moe`: one module per family, each a table of weights and two config functions.
+
+A new family adds its module and one entry here.
+"""
+
+from weights_conversion.conversion import Conversion
+from weights_conversion.errors import CheckpointError, abbreviated
+from weights_conversion.hf_config import HFConfig
+from weights_conversion.olmoe import OLMOE
+
+CONVERSIONS: dict[str, Conversion] = {conversion.model_type: conversion for conversion in (OLMOE,)}
+"""By the `model_type` of config.json."""
+
+
+def conversion_for(model_type: str, source: str) -> Conversion:
+    """The conversion of a family; `CheckpointError` names the families there are. `source` is what named this one."""
+    if model_type not in CONVERSIONS:
+        raise CheckpointError(f"{source}: model_type {model_type!r} is not supported; supported are: {', '.join(CONVERSIONS)}")
+    return CONVERSIONS[model_type]
+
+
+__all__ = ["CONVERSIONS", "CheckpointError", "Conversion", "HFConfig", "abbreviated", "conversion_for"]
