@@ -46,6 +46,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scope", choices=["position", "both"], default="position", help="both: also remove experts sequence-wide")
     parser.add_argument("--removal", choices=["zero", "renormalize", "reroute"], default="zero")
     parser.add_argument("--context", type=int, help="tokens per window (default: the model's context, 512 at most)")
+    parser.add_argument(
+        "--tokens", default="512", help="tokens of each document: a number (default: %(default)s, the paper's), or all"
+    )
     parser.add_argument("--documents", type=int, help="only the first so many documents of the corpus")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> Path:
     n_ctx = args.context or min(model.cfg.n_ctx, 512)
     if n_ctx > model.cfg.n_ctx:
         raise ValueError(f"--context {n_ctx} is longer than the context of {args.model}, {model.cfg.n_ctx} tokens")
-    tokenized = TokenizedCorpus(model, corpus, n_ctx)
+    tokenized = TokenizedCorpus(model, corpus, n_ctx, parse_tokens(args.tokens))
     layers = parse_layers(args.layers, model.cfg.n_layers)
     valid = tokenized.valid_positions()
     sample = parse_sample(args.positions, valid)
@@ -120,6 +123,15 @@ def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def parse_tokens(text: str) -> int | None:
+    """How many tokens of each document to read; None for all."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 8:
+        raise ValueError(f"--tokens {text!r}: give all, or a number of tokens from 8")
+    return int(text)
+
+
 def parse_sample(text: str, valid: list[tuple[int, int]]) -> frozenset[tuple[int, int]] | None:
     """The positions to measure: None for all, or the paper's kind of sample, frozen by its seed."""
     if text == "all":
@@ -153,6 +165,7 @@ def describe(args: argparse.Namespace, model: HookedMoE, tokenized: TokenizedCor
             "removal": plan.removal,
             "layers": list(plan.layers),
             "context": plan.n_ctx,
+            "tokens_per_document": args.tokens,
             "positions": "all" if plan.sample is None else len(plan.sample),
             "analysis_sample": SAMPLE_SIZE,
             "seed": SEED,

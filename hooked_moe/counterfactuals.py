@@ -20,7 +20,7 @@ from hooked_moe.components.norm import at_least_float32
 from hooked_moe.effects import ExpertEffects, concatenate
 from hooked_moe.expert_mask import LayerMask, Removal, check_removal, keep_weights
 from hooked_moe.fan_out import TOKENS_AT_ONCE, CleanBlock, fan_out, finish_block, loss_at, rotation_of, take
-from hooked_moe.kernels.masked_combine import masked_combine
+from hooked_moe.kernels.weighted_sum import masked_combine
 from hooked_moe.model import HookedMoE
 from hooked_moe.padding import Packed, pack
 
@@ -211,7 +211,7 @@ def without(clean: CleanBlock, keep: Keep, removal: Removal) -> Float[Tensor, "v
     """The residual stream after the block when only the slots in `keep` contribute."""
     indices, weights = clean.routing
     if removal != "reroute":
-        return masked_combine(clean.resid_mid, clean.expert_outputs, keep_weights(weights, keep, removal))
+        return masked_combine(clean.resid_mid, *clean.expert_outputs, keep_weights(weights, keep, removal))
     variants = []
     for kept in keep.expand(-1, *indices.shape):
         experts = torch.ones(*indices.shape[:2], clean.block.mlp.cfg.num_experts, dtype=torch.bool, device=indices.device)
@@ -223,7 +223,7 @@ def without(clean: CleanBlock, keep: Keep, removal: Removal) -> Float[Tensor, "v
 def observe(clean: CleanBlock) -> dict[str, Tensor]:
     """What the clean run says of every active expert: each [batch, pos, slot]."""
     indices, weights = clean.routing
-    weights, outputs = at_least_float32(weights), at_least_float32(clean.expert_outputs)
+    weights, outputs = at_least_float32(weights), at_least_float32(clean.expert_outputs.in_slots())
     contributions = weights.unsqueeze(-1) * outputs
     rest = contributions.sum(-2, keepdim=True) - contributions
     output_norm = outputs.norm(dim=-1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hooked_moe.components.attention import QueriesKeysValues
 from hooked_moe.components.block import Block
-from hooked_moe.components.moe import Routing
+from hooked_moe.components.moe import ExpertOutputs, Routing
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.components.rotary import Rotation, rotation
 from hooked_moe.kernels.prefix_attention import prefix_attention
@@ -38,7 +38,7 @@ class CleanBlock:
     resid_mid: Float[Tensor, "batch pos d_model"]
     mlp_input: Float[Tensor, "batch pos d_model"]
     routing: Routing
-    expert_outputs: Float[Tensor, "batch pos slot d_model"]
+    expert_outputs: ExpertOutputs
 
     @property
     def resid_post(self) -> Float[Tensor, "batch pos d_model"]:
@@ -59,7 +59,7 @@ class CleanBlock:
             pick(self.resid_mid),
             pick(self.mlp_input),
             Routing(*map(pick, self.routing)),
-            pick(self.expert_outputs),
+            ExpertOutputs(self.expert_outputs.rows, pick(self.expert_outputs.place)),
         )
 
 

@@ -44,12 +44,13 @@ class Plan:
 class TokenizedCorpus:
     """A corpus in windows of the model's context; windows of a document overlap by the one token that only the next one predicts."""
 
-    def __init__(self, model: HookedMoE, corpus: Corpus, n_ctx: int) -> None:
+    def __init__(self, model: HookedMoE, corpus: Corpus, n_ctx: int, limit: int | None = None) -> None:
+        """`limit` keeps the first so many tokens of each document. Raises `ValueError` without a tokenizer or with empty documents."""
         if model.tokenizer is None:
             raise ValueError("this model has no tokenizer, so it cannot read a corpus: put its tokenizer.json beside its weights")
         encode = model.tokenizer.encode
         self.corpus = corpus
-        windows = tokenize_documents(corpus.documents, lambda text: encode(text, prepend_bos=False), n_ctx)
+        windows = tokenize_documents(corpus.documents, lambda text: encode(text, prepend_bos=False)[:limit], n_ctx)
         by_document: dict[int, list[Window]] = defaultdict(list)
         for window in windows:
             by_document[window.document].append(window)

@@ -121,12 +121,22 @@ def test_looking_at_everything_at_once_changes_no_bit(model: HookedMoE, tokens: 
 
 @SPECS
 def test_a_random_edit_matters(spec: HookSpec, model: HookedMoE, tokens: Tensor) -> None:
+    edited_values = 0
+
+    def edit(x: Tensor, hook: HookPoint) -> Tensor:
+        nonlocal edited_values
+        edited_values = x.numel()
+        return perturbed(x) if x.numel() else x  # an expert that no token goes to
+
     with torch.no_grad():
         expected = model(tokens)
+        mattered = 0
         for name in spec.names(model.cfg):
-            edited = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: perturbed(x))])
-            assert not torch.allclose(edited, expected, atol=1e-4), name
+            edited = model.run_with_hooks(tokens, fwd_hooks=[(name, edit)])
             assert edited.isfinite().all(), name
+            assert torch.allclose(edited, expected, atol=1e-4) == (edited_values == 0), name
+            mattered += edited_values > 0
+    assert mattered >= model.cfg.n_layers if "{i}" in spec.name else mattered == 1
 
 
 @SPECS

@@ -21,15 +21,17 @@ class ExpertGroups:
         narrow = torch.uint8 if num_experts <= 256 else torch.int16  # sorting narrow keys is several times faster
         self.order = flat.to(narrow).argsort(stable=True)
         self.ends = torch.bincount(flat, minlength=num_experts).cumsum(0).to(torch.int32)
-        self.inverse = torch.empty_like(self.order)
-        self.inverse[self.order] = torch.arange(len(flat), device=flat.device)
+        inverse = torch.empty_like(self.order)
+        inverse[self.order] = torch.arange(len(flat), device=flat.device)
+        self.place = inverse.view(self.shape)
+        """The row of each slot."""
 
     def gather(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "n d_model"]:
         """A copy of each token for each expert it goes to."""
         return x.flatten(0, 1).index_select(0, self.order // self.shape[-1])
 
     def to_slots(self, x: Float[Tensor, "n width"]) -> Float[Tensor, "batch pos slot width"]:
-        return x.index_select(0, self.inverse).unflatten(0, self.shape)
+        return x.index_select(0, self.place.flatten()).unflatten(0, self.shape)
 
     def to_sorted(self, x: Float[Tensor, "batch pos slot width"]) -> Float[Tensor, "n width"]:
         return x.flatten(0, 2).index_select(0, self.order)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -15,11 +14,27 @@ from hooked_moe.components.router import Router
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.hook_points import HookPoint
+from hooked_moe.kernels.weighted_sum import weighted_sum
 
 
 class Routing(NamedTuple):
     indices: Int[Tensor, "batch pos slot"]
     weights: Float[Tensor, "batch pos slot"]
+
+
+class ExpertOutputs(NamedTuple):
+    """Outputs of the active experts, in whatever order their rows are: slot j of a token is `rows[place[batch, pos, j]]`."""
+
+    rows: Float[Tensor, "n d_model"]
+    place: Int[Tensor, "batch pos slot"]
+
+    @classmethod
+    def of_slots(cls, outputs: Float[Tensor, "batch pos slot d_model"]) -> ExpertOutputs:
+        rows = outputs.flatten(0, 2)
+        return cls(rows, torch.arange(len(rows), device=rows.device).view(outputs.shape[:3]))
+
+    def in_slots(self) -> Float[Tensor, "batch pos slot d_model"]:
+        return self.rows.index_select(0, self.place.flatten()).unflatten(0, self.place.shape)
 
 
 class MoE(nn.Module):
@@ -56,20 +71,17 @@ class MoE(nn.Module):
             weights = mask.after_selection(weights, indices)
         return Routing(indices, self.hook_expert_weights(weights.to(x.dtype)))
 
-    def run_experts(
-        self, x: Float[Tensor, "batch pos d_model"], indices: Int[Tensor, "batch pos slot"]
-    ) -> Float[Tensor, "batch pos slot d_model"]:
+    def run_experts(self, x: Float[Tensor, "batch pos d_model"], indices: Int[Tensor, "batch pos slot"]) -> ExpertOutputs:
         """Each active expert's output, before weighting."""
         groups = ExpertGroups(indices, self.cfg.num_experts)
         pre, pre_linear = self._hook_pre(self.experts.project_in(groups.gather(x), groups), groups).chunk(2, dim=-1)
         post = _in_slots(self.hook_expert_post, F.silu(pre) * pre_linear, groups)
-        return self.hook_expert_out(groups.to_slots(self.experts.project_out(post, groups)))
+        outputs = ExpertOutputs(self.experts.project_out(post, groups), groups.place)
+        return ExpertOutputs.of_slots(self.hook_expert_out(outputs.in_slots())) if self.hook_expert_out.active else outputs
 
-    def combine(
-        self, outputs: Float[Tensor, "batch pos slot d_model"], weights: Float[Tensor, "batch pos slot"]
-    ) -> Float[Tensor, "batch pos d_model"]:
+    def combine(self, outputs: ExpertOutputs, weights: Float[Tensor, "batch pos slot"]) -> Float[Tensor, "batch pos d_model"]:
         """The weighted sum over the active experts."""
-        return self.hook_routed_out(einsum(outputs, weights, "batch pos slot d, batch pos slot -> batch pos d"))
+        return self.hook_routed_out(weighted_sum(outputs.rows, outputs.place, weights))
 
     def _hook_pre(self, both: Float[Tensor, "n gate_and_up"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:
         if not (self.hook_expert_pre.active or self.hook_expert_pre_linear.active):
