@@ -26,7 +26,7 @@ from hooked_moe.padding import Packed, pack
 
 Scope = Literal["position", "sequence"]
 Order = Literal["descending", "ascending", "random"]
-Keep = Bool[Tensor, "variant batch pos slot"]
+Keep = Bool[Tensor, "variant #batch #pos slot"]
 
 MEMORY_BYTES = 1 << 30
 """About how much the variants in flight may take; larger batches go in parts."""
@@ -88,7 +88,7 @@ def progressive_effects(
         if order == "random":
             rank = torch.rand(weights.shape, generator=generator).argsort(-1).to(weights.device)
         else:
-            rank = weights.argsort(-1, descending=order == "descending", stable=True).argsort(-1)
+            rank = weights.argsort(dim=-1, descending=order == "descending", stable=True).argsort(-1)
         return rank >= torch.arange(1, weights.shape[-1] + 1, device=weights.device).view(-1, 1, 1, 1)
 
     def measure(packed: Packed, chosen: list[int]) -> ExpertEffects:

@@ -34,7 +34,7 @@ class ExpertEffects:
     baseline_loss: Float[Tensor, "batch pos"]
     """-log p(next token) of the clean run, in nats; nan where there is no next token."""
 
-    def at(self, layer: int, batch: int, pos: int, expert: int) -> dict[str, float]:
+    def at(self, layer: int, batch: int, pos: int, expert: int) -> dict[str, int | float]:
         """Every value of one expert at one token. Raises `ValueError` if it was not measured there."""
         if layer not in self.layers:
             raise ValueError(f"layer {layer} was not measured; measured layers are {self.layers}")

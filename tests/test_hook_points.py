@@ -497,6 +497,26 @@ def test_a_backward_hook_changes_no_bit_of_the_output_and_no_gradient(model: Hoo
         torch.testing.assert_close(hooked[name], gradient, atol=1e-7, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_each_backward_hook_sees_the_gradient_of_its_own_place(model: HookedMoE, tokens: Tensor) -> None:
+    """Also where one tensor stands in for several activations."""
+    names = ["blocks.0.hook_attn_out", "blocks.1.hook_attn_out", "blocks.2.hook_mlp_out"]
+    steering = torch.randn(*tokens.shape, model.cfg.d_model, requires_grad=True)
+    seen: dict[str, Tensor] = {}
+
+    def keep(gradient: Tensor, hook: HookPoint) -> None:
+        seen[hook.name] = gradient.clone()
+
+    loss = model.run_with_hooks(
+        tokens,
+        return_type="loss",
+        fwd_hooks=[(name, lambda x, hook: steering) for name in names],
+        bwd_hooks=[(name, keep) for name in names],
+    )
+    (total,) = torch.autograd.grad(loss, steering)
+    assert not torch.allclose(seen[names[0]], seen[names[1]])
+    torch.testing.assert_close(sum(seen.values()), total, atol=1e-7, rtol=1e-4)
+
+
 def test_a_backward_hook_can_replace_the_gradient(model: HookedMoE, tokens: Tensor) -> None:
     model.run_with_hooks(
         tokens, return_type="loss", bwd_hooks=[("blocks.0.hook_resid_post", lambda g, hook: torch.zeros_like(g))]

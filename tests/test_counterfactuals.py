@@ -1,0 +1,315 @@
+"""Every fast counterfactual against full forward passes: transformers' for removals, our own masked ones for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hooked_moe.counterfactuals as counterfactuals
+import hooked_moe.fan_out as fan_out
+from hooked_moe import ExpertMask, HookedMoE
+from hooked_moe.counterfactuals import expert_effects, expert_observations, progressive_effects
+from hooked_moe.effects import ExpertEffects
+from tests.conftest import random_model
+from tests.hf_models import OPTIONS, random_tokens, save, tiny_olmoe
+
+NATS = 1e-5
+
+PADDING = {
+    "none": None,
+    "right": torch.tensor([[1] * 11, [1] * 7 + [0] * 4]),
+    "left": torch.tensor([[0] * 3 + [1] * 8, [1] * 11]),
+    "both": torch.tensor([[0] * 2 + [1] * 6 + [0] * 3, [1] * 9 + [0] * 2]),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_removals_equal_transformers_with_the_routing_weight_zeroed(option: str, tmp_path: Path) -> None:
+    reference = tiny_olmoe(**OPTIONS[option])
+    model = HookedMoE.from_pretrained(save(reference, tmp_path / "model"))
+    tokens = random_tokens(batch=2, pos=14)
+    effects = expert_effects(model, tokens)
+    clean = reference_loss(reference, tokens)
+    torch.testing.assert_close(effects.baseline_loss[:, :-1], clean, atol=2e-6, rtol=0)
+    for layer in range(model.cfg.n_layers):
+        for batch, pos in [(0, 0), (1, 0), (0, 6), (1, 12), (0, 12)]:
+            for slot in range(model.cfg.experts_per_token):
+                expert = int(effects.expert_index[layer, batch, pos, slot])
+                with removed_in_transformers(reference, layer, batch * 14 + pos, expert):
+                    delta = (reference_loss(reference, tokens) - clean)[batch, pos]
+                assert abs(delta - effects.delta_loss[layer, batch, pos, slot]) < NATS
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("scope", ["position", "sequence"])
+@pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+@pytest.mark.parametrize("renormalised", [False, True])
+def test_every_mode_equals_a_masked_forward_per_removal(removal: Any, scope: Any, padding: str, renormalised: bool) -> None:
+    model = random_model(norm_topk_prob=renormalised, n_layers=2)
+    tokens, mask = some_tokens(), PADDING[padding]
+    effects = expert_effects(model, tokens, scope=scope, removal=removal, attention_mask=mask)
+    assert_equals_masked_forwards(model, tokens, effects, scope, removal, mask)
+
+
+@given(
+    experts=st.integers(1, 9),
+    active=st.integers(1, 9),
+    layers=st.integers(1, 4),
+    length=st.integers(2, 9),
+    options=st.fixed_dictionaries(
+        {
+            "n_key_value_heads": st.sampled_from([1, 2, 4]),
+            "norm_topk_prob": st.booleans(),
+            "qk_norm": st.sampled_from(["full", None]),
+            "tie_word_embeddings": st.booleans(),
+            "d_expert": st.sampled_from([3, 8]),
+        }
+    ),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+@settings(max_examples=25, deadline=None)
+def test_random_models_lengths_and_padding(
+    experts: int, active: int, layers: int, length: int, options: dict[str, Any], seed: int, data: st.DataObject
+) -> None:
+    model = random_model(n_layers=layers, num_experts=experts, experts_per_token=min(active, experts), **options)
+    tokens = torch.randint(0, 61, (2, length), generator=torch.Generator().manual_seed(seed))
+    rows = [data.draw(st.tuples(st.integers(0, length - 1), st.integers(0, length - 1))) for _ in range(2)]
+    mask = torch.tensor([[int(min(row) <= pos <= max(row)) for pos in range(length)] for row in rows])
+    positions = sorted(data.draw(st.sets(st.integers(0, length - 1), min_size=1)))
+    scope = data.draw(st.sampled_from(["position", "sequence"]))
+    asked = torch.zeros(2, length, dtype=torch.bool)
+    asked[:, positions] = True
+    if not (asked & mask.bool()).any():
+        return
+    effects = expert_effects(model, tokens, scope=scope, positions=positions, attention_mask=mask)
+    assert_equals_masked_forwards(model, tokens, effects, scope, "zero", mask, asked)
+
+
+def test_chunks_of_memory_and_of_tokens_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch, model: HookedMoE) -> None:
+    tokens = some_tokens()
+    whole = expert_effects(model, tokens)
+    monkeypatch.setattr(fan_out, "TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr(counterfactuals, "TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr(counterfactuals, "MEMORY_BYTES", 3 * 11 * 32 * 4)  # one layer of one row
+    for scope in ("position", "sequence"):
+        parts = expert_effects(model, tokens, scope=scope)
+        expected = whole if scope == "position" else expert_effects(model, tokens, scope=scope)
+        assert torch.equal(parts.expert_index, expected.expert_index)
+        torch.testing.assert_close(parts.delta_loss, expected.delta_loss, atol=2e-6, rtol=0, equal_nan=True)
+
+
+def test_positions_are_measured_alone_or_with_all_others_alike(model: HookedMoE) -> None:
+    tokens = some_tokens()
+    everything = expert_effects(model, tokens)
+    asked = torch.zeros(2, 11, dtype=torch.bool)
+    asked[0, 4] = asked[1, 0] = asked[1, 9] = asked[1, 10] = True
+    some = expert_effects(model, tokens, positions=asked)
+    torch.testing.assert_close(some.delta_loss[:, asked], everything.delta_loss[:, asked], atol=2e-6, rtol=0, equal_nan=True)
+    assert some.delta_loss[:, ~asked].isnan().all()
+    torch.testing.assert_close(some.gap_norm, everything.gap_norm)
+    by_number = expert_effects(model, tokens, positions=[4, 0])
+    measured = torch.zeros(11, dtype=torch.bool)
+    measured[[0, 4]] = True
+    assert torch.equal(by_number.delta_loss.isnan().all(0).all(0).all(-1), ~measured)
+
+
+def test_layers_are_measured_alone_or_with_all_others_alike(model: HookedMoE) -> None:
+    tokens = some_tokens()
+    everything = expert_effects(model, tokens)
+    some = expert_effects(model, tokens, layers=[2, 0])
+    assert some.layers == [0, 2]
+    torch.testing.assert_close(some.delta_loss, everything.delta_loss[[0, 2]], atol=2e-6, rtol=0, equal_nan=True)
+
+
+def test_observations_are_those_of_the_clean_run(model: HookedMoE) -> None:
+    tokens = some_tokens()
+    _, cache = model.run_with_cache(tokens)
+    for effects in (expert_effects(model, tokens), expert_observations(model, tokens)):
+        for layer in range(model.cfg.n_layers):
+            weights, outputs = cache["expert_weights", layer], cache["expert_out", layer]
+            contributions = weights[..., None] * outputs
+            assert torch.equal(effects.expert_index[layer], cache["expert_indices", layer])
+            torch.testing.assert_close(effects.routing_weight[layer], weights)
+            torch.testing.assert_close(effects.output_norm[layer], outputs.norm(dim=-1))
+            torch.testing.assert_close(effects.gap_norm[layer], weights * outputs.norm(dim=-1))
+            for slot in range(model.cfg.experts_per_token):
+                removed = contributions[:, :, slot]
+                rest = cache["routed_out", layer] - removed
+                cosine = (removed * rest).sum(-1) / (removed.norm(dim=-1) * rest.norm(dim=-1))
+                torch.testing.assert_close(effects.rest_cosine[layer, :, :, slot], cosine, atol=1e-5, rtol=1e-4)
+
+
+def test_scopes_agree_in_the_last_layer_and_at_the_first_position(model: HookedMoE) -> None:
+    position, sequence = (expert_effects(model, some_tokens(), scope=scope).delta_loss for scope in ("position", "sequence"))
+    torch.testing.assert_close(position[-1, :, :-1], sequence[-1, :, :-1], atol=2e-6, rtol=0)
+    torch.testing.assert_close(position[:, :, 0], sequence[:, :, 0], atol=2e-6, rtol=0)
+    assert (position[0, :, 1:-1] - sequence[0, :, 1:-1]).abs().max() > 1e-3, "elsewhere they differ"
+
+
+def test_the_last_token_of_a_row_has_no_effect_to_measure(model: HookedMoE) -> None:
+    effects = expert_effects(model, some_tokens(), attention_mask=PADDING["both"])
+    assert effects.delta_loss[:, 0, 7].isnan().all()
+    assert effects.delta_loss[:, 0, 2:7].isfinite().all()
+    assert (effects.expert_index[:, 0, 7] >= 0).all(), "but it is routed"
+    assert (effects.expert_index[:, 0, [0, 1, 8]] == -1).all()
+    assert effects.gap_norm[:, 1, 9:].isnan().all()
+    assert effects.baseline_loss[0].isfinite().tolist() == [False] * 2 + [True] * 5 + [False] * 4
+
+
+@pytest.mark.parametrize("order", ["descending", "ascending", "random"])
+@pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+def test_progressive_removal_equals_masked_forwards(order: Any, removal: Any, model: HookedMoE) -> None:
+    tokens = some_tokens()
+    effects = progressive_effects(model, tokens, order=order, removal=removal, seed=3)
+    losses = losses_of(model, tokens)
+    generator = torch.Generator().manual_seed(3)
+    for layer in range(model.cfg.n_layers):
+        k = model.cfg.experts_per_token
+        ranks = torch.rand((2, 11, k), generator=generator).argsort(-1)
+        for batch, pos in [(0, 0), (1, 5), (0, 9)]:
+            slots = {"descending": list(range(k)), "ascending": list(range(k))[::-1], "random": ranks[batch, pos].argsort().tolist()}
+            experts = effects.expert_index[layer, batch, pos, slots[order]].tolist()
+            for removed in range(1, k + 1):
+                mask = ExpertMask.ablate([(layer, batch, pos, expert) for expert in experts[:removed]], removal)
+                delta = (losses_of(model, tokens, mask) - losses)[batch, pos]
+                assert abs(delta - effects.delta_loss[layer, batch, pos, removed - 1]) < NATS
+
+
+def test_removing_all_experts_is_the_block_without_its_routed_part(model: HookedMoE) -> None:
+    tokens = some_tokens()
+    everything = progressive_effects(model, tokens).delta_loss[..., -1]
+    for layer in range(model.cfg.n_layers):
+        for pos in (0, 4):
+
+            def silence(activation: Tensor, hook: Any, pos: int = pos) -> Tensor:
+                return activation.index_fill(1, torch.tensor(pos), 0.0)
+
+            hooks = [(f"blocks.{layer}.mlp.hook_routed_out", silence)]
+            silenced = model.run_with_hooks(tokens, return_type="loss", loss_per_token=True, fwd_hooks=hooks)
+            torch.testing.assert_close(everything[layer, :, pos], (silenced - losses_of(model, tokens))[:, pos], atol=NATS, rtol=0)
+
+
+def test_half_precision_follows_its_own_masked_forward() -> None:
+    model = random_model(d_expert=16, n_layers=2).to(torch.bfloat16)
+    tokens = some_tokens()
+    effects = expert_effects(model, tokens)
+    assert effects.delta_loss.dtype == torch.float32
+    differences = []
+    for layer, batch, pos, slot in (~effects.delta_loss.isnan()).nonzero().tolist():
+        mask = ExpertMask.ablate([(layer, batch, pos, int(effects.expert_index[layer, batch, pos, slot]))])
+        delta = (losses_of(model, tokens, mask) - losses_of(model, tokens))[batch, pos]
+        differences.append(abs(float(delta - effects.delta_loss[layer, batch, pos, slot])))
+    assert torch.tensor(differences).median() < 2e-2
+
+
+def test_a_lookup_by_expert_refuses_experts_that_are_not_routed(model: HookedMoE) -> None:
+    effects = expert_effects(model, some_tokens(), layers=[1])
+    expert = int(effects.expert_index[0, 1, 4, 2])
+    found = effects.at(layer=1, batch=1, pos=4, expert=expert)
+    assert found["slot"] == 2
+    assert found["delta_loss"] == float(effects.delta_loss[0, 1, 4, 2])
+    other = next(e for e in range(6) if e not in effects.expert_index[0, 1, 4].tolist())
+    with pytest.raises(ValueError, match=rf"expert {other} is not routed at layer 1, batch 1, pos 4: the router chose"):
+        effects.at(1, 1, 4, other)
+    with pytest.raises(ValueError, match="layer 0 was not measured"):
+        effects.at(0, 1, 4, expert)
+    with pytest.raises(ValueError, match="out of range"):
+        effects.at(1, 1, 11, expert)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": [3]}, "layer 3 is out of range: the model has layers 0 to 2"),
+        ({"layers": []}, "no layers"),
+        ({"scope": "token"}, "scope must be 'position' or 'sequence', not 'token'"),
+        ({"removal": "mean"}, "removal must be one of"),
+        ({"positions": [11]}, "position 11 is out of range: the rows have positions 0 to 10"),
+        ({"positions": []}, "no positions"),
+        ({"positions": torch.ones(2, 3, dtype=torch.bool)}, "a bool mask must be"),
+        ({"attention_mask": torch.ones(2, 3)}, "attention_mask has shape"),
+        ({"attention_mask": torch.tensor([[0] * 11, [1] * 11])}, "batch row 0 has no real tokens"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_requests_say_what_is_wrong(model: HookedMoE, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expert_effects(model, some_tokens(), **arguments)
+
+
+def test_hooks_and_counterfactuals_do_not_mix(model: HookedMoE) -> None:
+    with model.hooks([("hook_embed", lambda activation, hook: None)]), pytest.raises(ValueError, match="hook_embed has hooks"):
+        expert_effects(model, some_tokens())
+
+
+def test_token_ids_out_of_range_are_refused(model: HookedMoE) -> None:
+    with pytest.raises(ValueError, match="token id 61 is out of range"):
+        expert_effects(model, torch.tensor([[1, 61]]))
+
+
+def some_tokens() -> Tensor:
+    return torch.randint(0, 61, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def losses_of(model: HookedMoE, tokens: Tensor, expert_mask: ExpertMask | None = None, mask: Tensor | None = None) -> Tensor:
+    return model(tokens, return_type="loss", loss_per_token=True, expert_mask=expert_mask, attention_mask=mask)
+
+
+def assert_equals_masked_forwards(
+    model: HookedMoE,
+    tokens: Tensor,
+    effects: ExpertEffects,
+    scope: str,
+    removal: Any,
+    mask: Tensor | None,
+    asked: Tensor | None = None,
+) -> None:
+    """One full forward with an `ExpertMask` for every entry; entries are nan just where there is no loss to read."""
+    clean = losses_of(model, tokens, mask=mask)
+    torch.testing.assert_close(effects.baseline_loss[:, :-1], clean, atol=2e-6, rtol=0, equal_nan=True)
+    for batch in range(tokens.shape[0]):
+        for pos in range(tokens.shape[1]):
+            there = pos + 1 < tokens.shape[1] and bool(clean[batch, pos].isfinite()) and (asked is None or bool(asked[batch, pos]))
+            assert effects.delta_loss[:, batch, pos].isnan().logical_not().all() == there
+            if not there:
+                continue
+            for layer in range(model.cfg.n_layers):
+                for slot, expert in enumerate(effects.expert_index[layer, batch, pos].tolist()):
+                    where = pos if scope == "position" else None
+                    ablated = losses_of(model, tokens, ExpertMask.ablate([(layer, batch, where, expert)], removal), mask)
+                    assert abs(ablated[batch, pos] - clean[batch, pos] - effects.delta_loss[layer, batch, pos, slot]) < NATS
+
+
+@torch.no_grad()
+def reference_loss(reference: Any, tokens: Tensor) -> Tensor:
+    logits = reference(tokens).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+
+
+@contextmanager
+def removed_in_transformers(reference: Any, layer: int, token: int, expert: int) -> Iterator[None]:
+    """Zero the routing weight of one expert at one token (row of the flattened batch), inside transformers' own model."""
+
+    def zero(module: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, indices, weights = arguments
+        weights = weights.clone()
+        weights[token, indices[token] == expert] = 0
+        return hidden, indices, weights
+
+    handle = reference.model.layers[layer].mlp.experts.register_forward_pre_hook(zero)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
