@@ -24,9 +24,11 @@ test: $(VENV)/.development ## run the tests; ARGS="-m slow", ARGS="-k masks"
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.development ## formatter, linter and type checker
-	@$(BIN)/python -m ruff format --check $(SOURCES)
-	@$(BIN)/python -m ruff check $(SOURCES)
-	@$(BIN)/python -m mypy
+	@status=0; \
+	$(BIN)/python -m ruff format --check $(SOURCES) || status=1; \
+	$(BIN)/python -m ruff check $(SOURCES) || status=1; \
+	$(BIN)/python -m mypy || status=1; \
+	exit $$status
 
 format: $(VENV)/.development ## format the sources and apply the linter's safe fixes
 	@$(BIN)/python -m ruff format $(SOURCES)

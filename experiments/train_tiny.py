@@ -50,7 +50,7 @@ ARCHITECTURES = {
 class Recipe:
     """How the shipped models were trained. A step is `batch` windows of `n_ctx` tokens."""
 
-    steps: int = 4000
+    steps: int = 4200
     batch: int = 8
     n_ctx: int = 512
     learning_rate: float = 4e-3
@@ -225,7 +225,7 @@ def main() -> None:
     model = train(cfg, recipe, tokens, out, args.save_every)
     model.tokenizer = Tokenizer.from_file(args.corpus / "tokenizer.json", eos_id=cfg.eos_token_id, pad_id=cfg.pad_token_id)
     model.to("cpu", torch.float16).save_pretrained(out / "model")
-    (out / "model" / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+    (out / "model" / "recipe.json").write_text(json.dumps({"model": args.model, **asdict(recipe)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

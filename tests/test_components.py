@@ -21,6 +21,7 @@ from hooked_moe.components.experts import ExpertGroups
 from hooked_moe.components.norm import RMSNorm
 from hooked_moe.components.rotary import rotation
 from hooked_moe.kernels import grouped_matmul as kernel
+from hooked_moe.kernels.weighted_sum import weighted_sum, weighted_sum_reference
 
 # Grouped products
 
@@ -99,6 +100,42 @@ def test_sorting_by_expert_and_back_is_lossless(batch: int, pos: int, k: int, se
     for expert in owners.unique():
         mine = flat[owners == expert]
         assert torch.equal(mine, mine.sort().values)
+
+
+sums = st.tuples(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 9), st.integers(0, 100))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@settings(max_examples=20, deadline=None)
+@given(sums)
+def test_a_weighted_sum_of_rows_is_its_definition(dtype: torch.dtype, shape: tuple[list[int], int, int, int]) -> None:
+    token, k, width, seed = shape
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(11, width, generator=generator).to(dtype)
+    place = torch.randint(0, 11, (*token, k), generator=generator)
+    weights = torch.randn(*token, k, generator=generator).to(dtype)
+    tolerance = 20 * torch.finfo(dtype).eps
+    expected = weighted_sum_reference(rows.double(), place, weights.double())
+    torch.testing.assert_close(weighted_sum(rows, place, weights).double(), expected, atol=tolerance, rtol=tolerance)
+
+    order = torch.randperm(11, generator=generator)
+    assert torch.equal(weighted_sum(rows[order], order.argsort()[place], weights), weighted_sum(rows, place, weights))
+
+
+@settings(max_examples=20, deadline=None)
+@given(sums)
+def test_a_weighted_sum_has_the_gradients_of_its_definition(shape: tuple[list[int], int, int, int]) -> None:
+    token, k, width, seed = shape
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(11, width, generator=generator, requires_grad=True)
+    weights = torch.randn(*token, k, generator=generator, requires_grad=True)
+    place = torch.randint(0, 11, (*token, k), generator=generator)
+    fast, slow = (
+        torch.autograd.grad(combine(rows, place, weights).square().sum(), (rows, weights))
+        for combine in (weighted_sum, weighted_sum_reference)
+    )
+    for ours, expected in zip(fast, slow, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 # Norm and rotation, against transformers

@@ -1,0 +1,1 @@
+"""Measured claims: each script prints ratios against a named peer, timed in the same process."""
