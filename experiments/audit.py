@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
 import sys
 import time
@@ -25,11 +26,13 @@ import torch
 from hooked_moe import HookedMoE
 from hooked_moe.cells import sample_positions
 from hooked_moe.corpus import load_corpus
+from hooked_moe.criteria import CRITERIA
 from hooked_moe.fingerprint import config_values, versions, weights_sha256
 from hooked_moe.measurement import Plan, TokenizedCorpus, measure, remove_shards
 from hooked_moe.report import analyse_run, terminal_table, write_report
+from hooked_moe.statistics import minimum_documents
 from hooked_moe.tables import remove_temporaries, write_json_atomic
-from hooked_moe.verification import noise_floor, verify
+from hooked_moe.verification import MINIMUM_TOKENS, noise_floor, verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLE_SIZE, SEED = 200, 42
@@ -40,10 +43,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m experiments.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="tiny-olmoe", help="short name, hub id or local directory (default: %(default)s)")
-    parser.add_argument("--corpus", default="held-out", help="held-out, wikitext-2, or a .txt or .jsonl file (default: %(default)s)")
+    parser.add_argument(
+        "--corpus", default="held-out", help="held-out, wikitext-2, or a .txt or .jsonl file (default: %(default)s)"
+    )
     parser.add_argument("--layers", default="all", help="comma-separated layers, or all (default)")
     parser.add_argument("--positions", default="all", help="all (default), or how many to sample: the paper's sample is 200")
-    parser.add_argument("--scope", choices=["position", "both"], default="position", help="both: also remove experts sequence-wide")
+    parser.add_argument(
+        "--scope", choices=["position", "both"], default="position", help="both: also remove experts sequence-wide"
+    )
     parser.add_argument("--removal", choices=["zero", "renormalize", "reroute"], default="zero")
     parser.add_argument("--context", type=int, help="tokens per window (default: the model's context, 512 at most)")
     parser.add_argument(
@@ -60,9 +67,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console that lacks a sign of the table shows "?"
     try:
         run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -74,16 +83,19 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> Path:
     """The whole audit; returns the run's directory. Raises `ValueError` and `OSError` that say what to do."""
     started = time.perf_counter()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_run_name(args.run)
+    device = choose_device(args.device)
     model = HookedMoE.from_pretrained(args.model, dtype=DTYPES[args.dtype], device=device, revision=args.revision)
     corpus = load_corpus(args.corpus)
     if args.documents is not None:
         if not 1 <= args.documents <= len(corpus.documents):
             raise ValueError(f"--documents {args.documents}: corpus {corpus.name!r} has {len(corpus.documents)} documents")
         corpus = dataclasses.replace(corpus, documents=corpus.documents[: args.documents])
-    n_ctx = args.context or min(model.cfg.n_ctx, 512)
-    if n_ctx > model.cfg.n_ctx:
-        raise ValueError(f"--context {n_ctx} is longer than the context of {args.model}, {model.cfg.n_ctx} tokens")
+    n_ctx = min(model.cfg.n_ctx, 512) if args.context is None else args.context
+    if args.context is not None and not MINIMUM_TOKENS <= n_ctx <= model.cfg.n_ctx:
+        raise ValueError(
+            f"--context {n_ctx}: give a number from {MINIMUM_TOKENS} to {model.cfg.n_ctx}, the context of {args.model}"
+        )
     tokenized = TokenizedCorpus(model, corpus, n_ctx, parse_tokens(args.tokens))
     layers = parse_layers(args.layers, model.cfg.n_layers)
     valid = tokenized.valid_positions()
@@ -92,22 +104,47 @@ def run(args: argparse.Namespace) -> Path:
     manifest = describe(args, model, tokenized, plan)
 
     directory = open_run(args, manifest)
-    print(f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active")
+    print(
+        f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active"
+    )
     print(f"{corpus.name}: {len(corpus.documents)} documents, {sum(tokenized.lengths()):,} tokens")
-    removals = (len(sample) if sample is not None else len(valid)) * len(layers) * model.cfg.experts_per_token
-    print(f"removals to measure: {removals:,}\nresults: {directory}\n")
+    n_positions = len(valid if sample is None else sample)
+    removals = n_positions * len(layers) * model.cfg.experts_per_token
+    print(f"removals to measure: {removals:,}\nresults: {directory}")
+    needed = minimum_documents(len(CRITERIA) * len(layers))
+    if len(corpus.documents) < needed:
+        print(f"note: tests over documents need {needed} or more of them and will be refused; those over positions are made")
+    print()
 
     if not (directory / "manifest.json").exists():
-        manifest |= check(model, tokenized)
+        manifest |= check(model, tokenized, plan)
         measure(model, tokenized, plan, directory)
         write_json_atomic(manifest, directory / "manifest.json")
     remove_shards(directory)
 
-    cells = analyse_run(directory, n_experts=model.cfg.num_experts, layers=layers, n_positions=min(SAMPLE_SIZE, len(valid)), seed=SEED)
+    n_sample = min(SAMPLE_SIZE, n_positions)
+    cells = analyse_run(directory, n_experts=model.cfg.num_experts, layers=layers, n_positions=n_sample, seed=SEED)
     report = write_report(directory)
     print(terminal_table(cells))
     print(f"\n{removals:,} removals; {time.perf_counter() - started:.0f} s in all\nreport: {report}")
     return directory
+
+
+def check_run_name(name: str | None) -> None:
+    if name is not None and (name == ".." or Path(name).name != name or not name):
+        raise ValueError(f"--run {name!r}: give a plain name; it becomes a directory under --results")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, once it has been seen to work; else a GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # PyTorch raises either, according to how it was built
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name!r} cannot be used here ({reason}); leave it out, or give cpu") from error
+    return torch.device(name)
 
 
 def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
@@ -127,8 +164,8 @@ def parse_tokens(text: str) -> int | None:
     """How many tokens of each document to read; None for all."""
     if text == "all":
         return None
-    if not text.isdecimal() or int(text) < 8:
-        raise ValueError(f"--tokens {text!r}: give all, or a number of tokens from 8")
+    if not text.isdecimal() or int(text) < MINIMUM_TOKENS:
+        raise ValueError(f"--tokens {text!r}: give all, or a number of tokens from {MINIMUM_TOKENS}")
     return int(text)
 
 
@@ -137,7 +174,9 @@ def parse_sample(text: str, valid: list[tuple[int, int]]) -> frozenset[tuple[int
     if text == "all":
         return None
     if not text.isdecimal() or not 3 <= int(text) <= len(valid):
-        raise ValueError(f"--positions {text!r}: give all, or a number from 3 to {len(valid)}, the valid positions of this corpus")
+        raise ValueError(
+            f"--positions {text!r}: give all, or a number from 3 to {len(valid)}, the valid positions of this corpus"
+        )
     return frozenset(valid[index] for index in sample_positions(len(valid), int(text), SEED))
 
 
@@ -158,6 +197,7 @@ def describe(args: argparse.Namespace, model: HookedMoE, tokenized: TokenizedCor
             "sha256": corpus.sha256,
             "documents": len(corpus.documents),
             "tokens": sum(tokenized.lengths()),
+            "tokens_sha256": tokenized.sha256(),
         },
         "protocol": {
             "name": "defined",
@@ -179,30 +219,48 @@ def open_run(args: argparse.Namespace, description: dict[str, Any]) -> Path:
     text = json.dumps(description, sort_keys=True)
     name = args.run or f"{Path(args.corpus).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     directory = args.results / Path(description["model"]["name"]).name / name
-    directory.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(directory)
-    if (directory / "shards").exists():
-        remove_temporaries(directory / "shards")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"cannot make the directory {directory}: {error.strerror}; give --results a directory that can be written"
+        raise OSError(error.errno, reason) from error
+    for part in (directory, directory / "shards", directory / "figures"):
+        remove_temporaries(part)
     plan = directory / "plan.json"
     if not plan.exists():
         write_json_atomic(description, plan)
-    found = json.loads(plan.read_text(encoding="utf-8"))
-    if found != json.loads(text):
-        changed = sorted(key for key in description if found.get(key) != json.loads(text)[key])
+    found, wanted = read_plan(plan), json.loads(text)
+    if found != wanted:
+        changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         raise ValueError(
-            f"{directory} was begun with another {' and '.join(changed)}; give another --run, or remove the directory to start anew"
+            f"{directory} was begun with another {' and '.join(changed)}: give another --run, or remove the directory "
+            "to start anew"
         )
     return directory
 
 
-def check(model: HookedMoE, tokenized: TokenizedCorpus) -> dict[str, Any]:
+def read_plan(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); remove the directory to start anew") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object; remove the directory to start anew")
+    return found
+
+
+def check(model: HookedMoE, tokenized: TokenizedCorpus, plan: Plan) -> dict[str, Any]:
     """Verification and noise floor, for the manifest. Raises `ValueError` if a check fails: nothing is measured then."""
-    windows = [window.tokens for windows in tokenized.documents for window in windows if len(window.tokens) >= 8]
-    if not windows:
-        raise ValueError("the corpus has no window of 8 tokens to verify the model on")
+    windows = [window.tokens for windows in tokenized.documents for window in windows]
+    windows.sort(key=len, reverse=True)
+    if len(windows[0]) < MINIMUM_TOKENS:
+        raise ValueError(
+            f"the longest document of {tokenized.corpus.name!r} has {len(windows[0])} tokens, and verifying the model takes "
+            f"{MINIMUM_TOKENS}: give a corpus with longer documents"
+        )
     length = min(len(windows[0]), 128)
     alike = [window[:length] for window in windows if len(window) >= length][:4]
-    checks = verify(model, torch.from_numpy(windows[0][None]))
+    checks = verify(model, torch.from_numpy(windows[0][None]), plan.removal, plan.scopes)
     for one in checks:
         print(f"  {'pass' if one.passed else 'FAIL'}  {one.name}: {one.value:.3g} (threshold {one.threshold:.3g}) - {one.detail}")
     failed = [one.name for one in checks if not one.passed]

@@ -98,7 +98,12 @@ def evaluate(model: HookedMoE, train_tokens: np.ndarray) -> dict[str, Any]:
         "loss_nats": {**by_domain, "all": _means(everything)},
         "uniform_loss_nats": float(np.log(model.cfg.d_vocab)),
         "expert_load": [
-            {"layer": layer, "lowest": round(float(row.min()), 3), "highest": round(float(row.max()), 3), "unused": int((row == 0).sum())}
+            {
+                "layer": layer,
+                "lowest": round(float(row.min()), 3),
+                "highest": round(float(row.max()), 3),
+                "unused": int((row == 0).sum()),
+            }
             for layer, row in enumerate(load)
         ],
     }

@@ -18,11 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from hooked_moe import HookedMoE, HookedMoEConfig, HookPoint
+from hooked_moe.hooked_module import Hook
+from hooked_moe.tokenizer import Tokenizer
 
 ARCHITECTURES = {
     "tiny-olmoe": HookedMoEConfig(
@@ -83,7 +86,7 @@ class RouterLosses:
         self.z: list[Tensor] = []
         self.counts = torch.zeros(cfg.n_layers, cfg.num_experts)
 
-    def hooks(self) -> list:
+    def hooks(self) -> list[Hook]:
         return [
             (lambda name: name.endswith("hook_router_logits"), self._on_logits),
             (lambda name: name.endswith("hook_expert_indices"), self._on_indices),
@@ -151,8 +154,6 @@ def save_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW, step: int
 
 def load_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW) -> int:
     """The inverse of `save_state`; returns the number of steps done."""
-    from safetensors import safe_open
-
     state = load_file(path)
     with safe_open(path, "pt") as file:
         step = int(file.metadata()["step"])
@@ -190,13 +191,15 @@ def train(cfg: HookedMoEConfig, recipe: Recipe, tokens: np.ndarray, out: Path, s
             for group in optim.param_groups:
                 group["lr"] = recipe.learning_rate * recipe.rate(step)
             optim.step()
-            smooth = float(loss) if smooth is None else 0.98 * smooth + 0.02 * float(loss)
+            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
             if (step + 1) % 20 == 0 or step + 1 == recipe.steps:
                 speed = (step + 1 - done) * window[:, 1:].numel() / (time.perf_counter() - started)
                 load = losses.counts / losses.counts.mean(-1, keepdim=True)
                 progress.set_postfix(loss=f"{smooth:.3f}", refresh=False)
                 with open(out / "log.csv", "a") as log:
-                    log.write(f"{step + 1},{smooth:.4f},{float(router_loss):.4f},{int((load == 0).sum())},{load.max():.2f},{speed:.0f}\n")
+                    log.write(
+                        f"{step + 1},{smooth:.4f},{router_loss.item():.4f},{int((load == 0).sum())},{load.max():.2f},{speed:.0f}\n"
+                    )
             if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
                 save_state(state, model, optim, step + 1)
     return model
@@ -220,8 +223,6 @@ def main() -> None:
     if not (args.corpus / "train.npy").exists():
         parser.error(f"no train.npy in {args.corpus}: run python -m experiments.build_corpus --out {args.corpus} first")
     tokens = np.load(args.corpus / "train.npy", mmap_mode="r", allow_pickle=False)
-    from hooked_moe.tokenizer import Tokenizer
-
     model = train(cfg, recipe, tokens, out, args.save_every)
     model.tokenizer = Tokenizer.from_file(args.corpus / "tokenizer.json", eos_id=cfg.eos_token_id, pad_id=cfg.pad_token_id)
     model.to("cpu", torch.float16).save_pretrained(out / "model")

@@ -155,7 +155,6 @@ def _position_scope(
         here = clean.at(packed.positions)
         return without(here, keep(here), removal)
 
-
     variants = model.cfg.experts_per_token
     losses, baseline = fan_out(model, packed.tokens, packed.targets, layers, variants, branch, packed.positions)
     delta = (losses - take(baseline, packed.positions)).permute(0, 2, 3, 1)
@@ -183,9 +182,7 @@ def _clean_run(model: HookedMoE, packed: Packed, layers: list[int]) -> tuple[lis
     return clean_blocks, loss_at(model, resid[None], packed.targets)[0]
 
 
-def _sequence_losses(
-    model: HookedMoE, packed: Packed, clean: CleanBlock, removal: Removal
-) -> Float[Tensor, "batch pos slot"]:
+def _sequence_losses(model: HookedMoE, packed: Packed, clean: CleanBlock, removal: Removal) -> Float[Tensor, "batch pos slot"]:
     """The loss at every position without the expert of each of its slots, removed from the whole sequence."""
     indices = clean.routing.indices
     batch, length, _ = indices.shape

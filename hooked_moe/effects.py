@@ -62,5 +62,7 @@ def concatenate(parts: list[ExpertEffects], axis: Literal["layer", "batch"]) -> 
     dim = 0 if axis == "layer" else 1
     joined = {name: torch.cat([getattr(part, name) for part in parts], dim) for name in PER_SLOT}
     if axis == "layer":
-        return ExpertEffects(layers=sum((p.layers for p in parts), []), baseline_loss=first.baseline_loss, **joined)
+        return ExpertEffects(
+            layers=[layer for part in parts for layer in part.layers], baseline_loss=first.baseline_loss, **joined
+        )
     return ExpertEffects(layers=first.layers, baseline_loss=torch.cat([part.baseline_loss for part in parts]), **joined)

@@ -5,9 +5,10 @@ One forward evaluates a different mask in every batch row, so many counterfactua
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +16,7 @@ from torch import Tensor
 
 Removal = Literal["zero", "renormalize", "reroute"]
 Entry = tuple[int, int | None, int | None, int]
+AnyEntry = tuple[SupportsIndex, SupportsIndex | None, SupportsIndex | None, SupportsIndex]
 
 
 def check_removal(removal: str) -> None:
@@ -47,7 +49,8 @@ def keep_weights(weights: Float[Tensor, "*any slot"], keep: Tensor, removal: Rem
     kept = weights * keep
     if removal == "renormalize":
         rest = kept.sum(-1, keepdim=True)
-        kept = torch.where(rest > 0, kept * weights.sum(-1, keepdim=True) / rest.where(rest > 0, 1.0), 0.0)
+        rescaled = torch.where(rest > 0, kept * weights.sum(-1, keepdim=True) / rest.where(rest > 0, 1.0), 0.0)
+        kept = torch.where((kept == weights).all(-1, keepdim=True), kept, rescaled)  # nothing removed: not a bit changes
     return kept
 
 
@@ -77,16 +80,12 @@ class ExpertMask:
         self._entries: dict[int, list[Entry]] = {}
 
     @classmethod
-    def ablate(cls, entries: Iterable[Entry], removal: Removal = "zero") -> ExpertMask:
+    def ablate(cls, entries: Iterable[AnyEntry], removal: Removal = "zero") -> ExpertMask:
         """Remove single experts: `(layer, batch, pos, expert)`, where None for batch or pos means every one."""
         mask = cls({}, removal)
-        for entry in entries:
-            layer, batch, pos, expert = entry
-            if any(index is not None and (not isinstance(index, int) or index < 0) for index in entry):
-                raise ValueError(
-                    f"(layer, batch, pos, expert) must be whole numbers from 0 (None: every batch, pos), not {entry}"
-                )
-            mask._entries.setdefault(layer, []).append((layer, batch, pos, expert))
+        for given in entries:
+            entry = _entry(given)
+            mask._entries.setdefault(entry[0], []).append(entry)
         return mask
 
     @property
@@ -120,3 +119,14 @@ class ExpertMask:
         for layer in self.layers:
             if not 0 <= layer < n_layers:
                 raise ValueError(f"expert mask for layer {layer}: the model has layers 0 to {n_layers - 1}")
+
+
+def _entry(given: Any) -> Entry:
+    """(layer, batch, pos, expert) as plain numbers, whatever array they came from; None only for batch and pos."""
+    try:
+        values = [None if value is None else operator.index(value) for value in given]
+    except TypeError:
+        values = []
+    if len(values) != 4 or values[0] is None or values[3] is None or any(value is not None and value < 0 for value in values):
+        raise ValueError(f"(layer, batch, pos, expert) must be whole numbers from 0 (None: every batch, every pos), not {given}")
+    return values[0], values[1], values[2], values[3]

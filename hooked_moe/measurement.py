@@ -6,6 +6,7 @@ is killed goes on with the first document that has no shard, and ends with the s
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,15 +43,24 @@ class Plan:
 
 
 class TokenizedCorpus:
-    """A corpus in windows of the model's context; windows of a document overlap by the one token that only the next one predicts."""
+    """A corpus in windows of the model's context. Windows of a document overlap by one token, which the later one predicts from."""
 
     def __init__(self, model: HookedMoE, corpus: Corpus, n_ctx: int, limit: int | None = None) -> None:
-        """`limit` keeps the first so many tokens of each document. Raises `ValueError` without a tokenizer or with empty documents."""
+        """`limit` keeps the first so many tokens of each document.
+
+        Raises `ValueError` without a tokenizer, with one that the model has no embeddings for, or with empty documents.
+        """
         if model.tokenizer is None:
             raise ValueError("this model has no tokenizer, so it cannot read a corpus: put its tokenizer.json beside its weights")
         encode = model.tokenizer.encode
         self.corpus = corpus
         windows = tokenize_documents(corpus.documents, lambda text: encode(text, prepend_bos=False)[:limit], n_ctx)
+        highest = max(int(window.tokens.max()) for window in windows)
+        if highest >= model.cfg.d_vocab:
+            raise ValueError(
+                f"the tokenizer gives token id {highest}, but {model.cfg.model_name} has ids 0 to {model.cfg.d_vocab - 1}: "
+                "put the model's own tokenizer.json beside its weights"
+            )
         by_document: dict[int, list[Window]] = defaultdict(list)
         for window in windows:
             by_document[window.document].append(window)
@@ -59,6 +69,13 @@ class TokenizedCorpus:
     def lengths(self) -> list[int]:
         """Tokens of each document."""
         return [windows[-1].start + len(windows[-1].tokens) for windows in self.documents]
+
+    def sha256(self) -> str:
+        """Of every window's document, start and tokens: the same text in another tokenizer's tokens is another corpus."""
+        digest = hashlib.sha256()
+        for window in (window for windows in self.documents for window in windows):
+            digest.update(np.array([window.document, window.start, *window.tokens], dtype="<i8").tobytes())
+        return digest.hexdigest()
 
     def valid_positions(self) -> list[tuple[int, int]]:
         """Every (document, position) that has a next token, in order."""
@@ -74,7 +91,9 @@ class TokenizedCorpus:
             "title": [d.title for d in documents],
             "n_tokens": self.lengths(),
         }
-        return pa.table({name: pa.array(values, DOCUMENTS.field(name).type) for name, values in columns.items()}, schema=DOCUMENTS)
+        return pa.table(
+            {name: pa.array(values, DOCUMENTS.field(name).type) for name, values in columns.items()}, schema=DOCUMENTS
+        )
 
 
 def measure(model: HookedMoE, corpus: TokenizedCorpus, plan: Plan, directory: Path, progress: bool = True) -> None:
@@ -150,9 +169,7 @@ def _asked(windows: Sequence[Window], plan: Plan) -> Bool[torch.Tensor, "batch p
     """Which positions of these windows are in the sample. A window's last token is measured in the next one."""
     if plan.sample is None:
         return None
-    rows = [
-        [(w.document, w.start + j) in plan.sample and j + 1 < len(w.tokens) for j in range(len(w.tokens))] for w in windows
-    ]
+    rows = [[(w.document, w.start + j) in plan.sample and j + 1 < len(w.tokens) for j in range(len(w.tokens))] for w in windows]
     return torch.tensor(rows)
 
 

@@ -112,6 +112,8 @@ class HookedMoE(HookedModule):
             raise ValueError(f"return_type must be one of {_RETURN_TYPES}, not {return_type!r}")
         start = self._layer_bound("start_at_layer", start_at_layer, default=0)
         stop = self._layer_bound("stop_at_layer", stop_at_layer, default=self.cfg.n_layers)
+        if start > stop:
+            raise ValueError(f"start_at_layer={start_at_layer} is after stop_at_layer={stop_at_layer}: there is no block to run")
         if start_at_layer is None:
             tokens, attention_mask = self.as_tokens(input, attention_mask)
             resid = self.hook_embed(self.embed(tokens))
@@ -146,10 +148,10 @@ class HookedMoE(HookedModule):
         self, batch: int, pos: int, attention_mask: Tensor | None
     ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch 1 query key"] | None]:
         """The position of every token, counted from the first real one, and the keys that every query may see."""
+        if attention_mask is not None and attention_mask.shape != (batch, pos):
+            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; expected {[batch, pos]}")
         if attention_mask is None or bool(attention_mask.all()):
             return torch.arange(pos, device=self.cfg.device)[None], None
-        if attention_mask.shape != (batch, pos):
-            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; expected {[batch, pos]}")
         real = attention_mask.to(self.cfg.device).bool()
         causal = torch.ones(pos, pos, dtype=torch.bool, device=real.device).tril()
         own = torch.eye(pos, dtype=torch.bool, device=real.device)  # padding sees itself, so that no row is empty

@@ -6,15 +6,22 @@ could not make: that the fast counterfactuals equal full forward passes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.counterfactuals import expert_effects
-from hooked_moe.expert_mask import ExpertMask
+from hooked_moe.counterfactuals import Scope, expert_effects, without
+from hooked_moe.expert_mask import ExpertMask, Removal
+from hooked_moe.fan_out import CleanBlock, fan_out
 from hooked_moe.model import HookedMoE
+from hooked_moe.padding import pack
+
+MINIMUM_TOKENS = 8
+SEQUENCE_TOKENS = 64
+"""Scope "sequence" is checked on the first so many tokens: it costs a forward per expert."""
 
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Nats between two ways of computing the same loss. Half precision rounds every activation; its checks are that loose."""
@@ -29,10 +36,20 @@ class Check:
     detail: str
 
 
-def verify(model: HookedMoE, tokens: Int[Tensor, "1 pos"], seed: int = 0) -> list[Check]:
-    """Run every check on one sequence of at least 8 tokens. Never raises for a failed check: look at `passed`."""
-    if tokens.shape[0] != 1 or tokens.shape[1] < 8:
-        raise ValueError(f"verification takes one sequence [1, pos] of at least 8 tokens, not {list(tokens.shape)}")
+def verify(
+    model: HookedMoE,
+    tokens: Int[Tensor, "1 pos"],
+    removal: Removal = "zero",
+    scopes: Sequence[Scope] = ("position",),
+    seed: int = 0,
+) -> list[Check]:
+    """Run every check on one sequence of at least 8 tokens, the last with the removal and in the scopes to be measured.
+
+    Never raises for a failed check: look at `passed`.
+    """
+    if tokens.shape[0] != 1 or tokens.shape[1] < MINIMUM_TOKENS:
+        raise ValueError(f"verification takes one sequence [1, pos] of {MINIMUM_TOKENS} tokens or more, not {list(tokens.shape)}")
+    tokens = tokens.to(model.cfg.device)
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
         return [
@@ -40,19 +57,26 @@ def verify(model: HookedMoE, tokens: Int[Tensor, "1 pos"], seed: int = 0) -> lis
             _no_stale_state(model, tokens),
             _losses_differ(model, tokens),
             _inactive_expert_has_no_effect(model, tokens, generator),
-            _effects_equal_full_forwards(model, tokens, generator),
+            _effects_equal_full_forwards(model, tokens, generator, removal, scopes),
         ]
 
 
 def noise_floor(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> float:
-    """Largest change of a loss, in nats, when nothing is removed but the sequence runs alone instead of in a batch.
+    """Largest "effect", in nats, of removing nothing: through the counterfactuals of every layer, in a batch, against the
+    baseline of each sequence alone.
 
     Effects below it are rounding. Zero is possible: the same operations in the same order.
     """
+
+    def nothing_removed(clean: CleanBlock) -> Float[Tensor, "1 batch pos d_model"]:
+        return without(clean, torch.ones_like(clean.routing.weights, dtype=torch.bool)[None], "zero")
+
+    everywhere = range(model.cfg.n_layers)
     with torch.inference_mode():
-        together = _losses(model, tokens)
-        alone = torch.cat([_losses(model, row[None]) for row in tokens])
-    return float((together - alone).abs().max())
+        packed = pack(tokens.to(model.cfg.device), None)
+        together = fan_out(model, packed.tokens, packed.targets, everywhere, 1, nothing_removed).losses
+        alone = torch.cat([fan_out(model, row.tokens, row.targets, [], 0, nothing_removed).baseline for row in packed.split(1)])
+    return float((together - alone)[..., :-1].abs().max())
 
 
 def _losses(model: HookedMoE, tokens: Tensor, mask: ExpertMask | None = None) -> Tensor:
@@ -64,9 +88,12 @@ def _loss_matches_logits(model: HookedMoE, tokens: Tensor) -> Check:
     log_probabilities = model(tokens)[0, :-1].double().log_softmax(-1)
     by_definition = -log_probabilities[torch.arange(tokens.shape[1] - 1), tokens[0, 1:]]
     engine = expert_effects(model, tokens, layers=[model.cfg.n_layers - 1]).baseline_loss[0, :-1]
-    difference = float((engine.double() - by_definition).abs().max())
+    used = torch.stack([engine, _losses(model, tokens)[0]])
+    difference = float((used.double() - by_definition).abs().max())
     threshold = LOSS_TOLERANCE[model.cfg.dtype]
-    return Check("loss", difference <= threshold, difference, threshold, "largest |loss used - cross-entropy of the logits|, nats")
+    return Check(
+        "loss", difference <= threshold, difference, threshold, "largest |losses used - cross-entropy of the logits|, nats"
+    )
 
 
 def _no_stale_state(model: HookedMoE, tokens: Tensor) -> Check:
@@ -78,13 +105,15 @@ def _no_stale_state(model: HookedMoE, tokens: Tensor) -> Check:
     moved = float((removed - before).abs().max())
     left = float((after - before).abs().max())
     passed = left == 0 and moved > 0
-    return Check("no stale state", passed, left, 0.0, f"largest change after a removal that moved the loss by up to {moved:.3g} nats")
+    return Check(
+        "no stale state", passed, left, 0.0, f"largest change after a removal that moved the loss by up to {moved:.3g} nats"
+    )
 
 
 def _losses_differ(model: HookedMoE, tokens: Tensor) -> Check:
     """3. Different positions have different losses: a loss read at the wrong place would repeat."""
     losses = _losses(model, tokens)[0]
-    share = len(losses.unique()) / len(losses)
+    share = len(losses[~losses.isnan()].unique()) / len(losses)
     return Check("losses differ", share > 0.5, share, 0.5, "share of positions whose loss no other position has")
 
 
@@ -103,24 +132,44 @@ def _inactive_expert_has_no_effect(model: HookedMoE, tokens: Tensor, generator: 
     something = (_losses(model, tokens, ExpertMask.ablate([(layer, 0, pos, active[0])]))[0] - clean).abs()
     before = float(something[:pos].max()) if pos else 0.0
     passed = nothing == 0 and before == 0 and float(something[pos:].max()) > 0
-    detail = f"layer {layer}, position {pos}: expert {inactive} inactive, expert {active[0]} active (moves later losses only)"
-    return Check("inactive expert", passed, max(nothing, before), threshold, detail)
+    other = "every expert active" if inactive == model.cfg.num_experts else f"expert {inactive} inactive"
+    detail = f"layer {layer}, position {pos}: {other}, expert {active[0]} removed (moves no earlier loss)"
+    return Check("inactive expert", passed, _largest([nothing, before]), threshold, detail)
 
 
-def _effects_equal_full_forwards(model: HookedMoE, tokens: Tensor, generator: torch.Generator, samples: int = 12) -> Check:
+def _effects_equal_full_forwards(
+    model: HookedMoE,
+    tokens: Tensor,
+    generator: torch.Generator,
+    removal: Removal,
+    scopes: Sequence[Scope],
+    samples: int = 12,
+) -> Check:
     """5. The fast counterfactuals equal one full forward pass per removal."""
-    effects = expert_effects(model, tokens)
-    clean = _losses(model, tokens)[0]
-    worst = 0.0
-    for _ in range(samples):
-        layer, pos = _somewhere(model, tokens, generator)
-        slot = int(torch.randint(model.cfg.experts_per_token, (1,), generator=generator))
-        expert = int(effects.expert_index[layer, 0, pos, slot])
-        full = _losses(model, tokens, ExpertMask.ablate([(layer, 0, pos, expert)]))[0, pos] - clean[pos]
-        worst = max(worst, abs(float(full - effects.delta_loss[layer, 0, pos, slot])))
-    threshold = LOSS_TOLERANCE[model.cfg.dtype]
-    detail = f"largest |fast - full forward| over {samples} random removals, nats"
+    differences = []
+    for scope in scopes:
+        layers = None
+        if scope == "sequence":
+            tokens = tokens[:, :SEQUENCE_TOKENS]
+            layers = [_somewhere(model, tokens, generator)[0]]
+        effects = expert_effects(model, tokens, layers, scope, removal)
+        clean = _losses(model, tokens)[0]
+        for _ in range(samples):
+            layer, pos = _somewhere(model, tokens, generator)
+            layer = layer if layers is None else layers[0]
+            slot = int(torch.randint(model.cfg.experts_per_token, (1,), generator=generator))
+            where = (effects.layers.index(layer), 0, pos, slot)
+            entry = (layer, 0, pos if scope == "position" else None, int(effects.expert_index[where]))
+            full = _losses(model, tokens, ExpertMask.ablate([entry], removal))[0, pos] - clean[pos]
+            differences.append(abs(float(full - effects.delta_loss[where])))
+    worst, threshold = _largest(differences), LOSS_TOLERANCE[model.cfg.dtype]
+    detail = f"largest |fast - full forward| over {len(differences)} random removals, nats"
     return Check("effects are exact", worst <= threshold, worst, threshold, detail)
+
+
+def _largest(values: Sequence[float]) -> float:
+    """nan if one of them is: Python's max would pass over it."""
+    return float(torch.tensor(values, dtype=torch.float64).max())
 
 
 def _somewhere(model: HookedMoE, tokens: Tensor, generator: torch.Generator) -> tuple[int, int]:

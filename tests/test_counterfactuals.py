@@ -176,7 +176,11 @@ def test_progressive_removal_equals_masked_forwards(order: Any, removal: Any, mo
         k = model.cfg.experts_per_token
         ranks = torch.rand((2, 11, k), generator=generator).argsort(-1)
         for batch, pos in [(0, 0), (1, 5), (0, 9)]:
-            slots = {"descending": list(range(k)), "ascending": list(range(k))[::-1], "random": ranks[batch, pos].argsort().tolist()}
+            slots = {
+                "descending": list(range(k)),
+                "ascending": list(range(k))[::-1],
+                "random": ranks[batch, pos].argsort().tolist(),
+            }
             experts = effects.expert_index[layer, batch, pos, slots[order]].tolist()
             for removed in range(1, k + 1):
                 mask = ExpertMask.ablate([(layer, batch, pos, expert) for expert in experts[:removed]], removal)
@@ -195,7 +199,9 @@ def test_removing_all_experts_is_the_block_without_its_routed_part(model: Hooked
 
             hooks = [(f"blocks.{layer}.mlp.hook_routed_out", silence)]
             silenced = model.run_with_hooks(tokens, return_type="loss", loss_per_token=True, fwd_hooks=hooks)
-            torch.testing.assert_close(everything[layer, :, pos], (silenced - losses_of(model, tokens))[:, pos], atol=NATS, rtol=0)
+            torch.testing.assert_close(
+                everything[layer, :, pos], (silenced - losses_of(model, tokens))[:, pos], atol=NATS, rtol=0
+            )
 
 
 def test_half_precision_follows_its_own_masked_forward() -> None:
@@ -279,7 +285,9 @@ def assert_equals_masked_forwards(
     torch.testing.assert_close(effects.baseline_loss[:, :-1], clean, atol=2e-6, rtol=0, equal_nan=True)
     for batch in range(tokens.shape[0]):
         for pos in range(tokens.shape[1]):
-            there = pos + 1 < tokens.shape[1] and bool(clean[batch, pos].isfinite()) and (asked is None or bool(asked[batch, pos]))
+            there = (
+                pos + 1 < tokens.shape[1] and bool(clean[batch, pos].isfinite()) and (asked is None or bool(asked[batch, pos]))
+            )
             assert effects.delta_loss[:, batch, pos].isnan().logical_not().all() == there
             if not there:
                 continue
@@ -293,7 +301,9 @@ def assert_equals_masked_forwards(
 @torch.no_grad()
 def reference_loss(reference: Any, tokens: Tensor) -> Tensor:
     logits = reference(tokens).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(
+        len(tokens), -1
+    )
 
 
 @contextmanager
@@ -311,5 +321,3 @@ def removed_in_transformers(reference: Any, layer: int, token: int, expert: int)
         yield
     finally:
         handle.remove()
-
-

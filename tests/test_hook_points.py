@@ -589,3 +589,33 @@ def test_without_hooks_no_layout_that_only_a_hook_would_see_is_built(
 def test_without_hooks_no_hook_point_allocates(model: HookedMoE) -> None:
     x = torch.zeros(3)
     assert all(point(x) is x for point in model.hook_dict.values())
+
+
+def test_edits_in_place_count_at_every_hook_point(make_model: Callable[..., HookedMoE], tokens: Tensor) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        own = make_model(d_expert=16).to(dtype)
+        with torch.inference_mode():
+            clean = own(tokens)
+            for name in own.hook_dict:
+
+                def edit_in_place(activation: Tensor, hook: HookPoint) -> Tensor:
+                    return activation.mul_(0) if activation.is_floating_point() else activation.fill_(0)
+
+                def return_a_clone(activation: Tensor, hook: HookPoint) -> Tensor:
+                    return activation.clone()
+
+                edited = own.run_with_hooks(tokens, fwd_hooks=[(name, edit_in_place)])
+                # scores of -inf times zero are nan; where an expert has no tokens, nothing can change
+                unused = "experts." in name and name not in routed_experts(own, tokens)
+                assert unused or not torch.equal(clean, edited), name
+                assert torch.equal(clean, own.run_with_hooks(tokens, fwd_hooks=[(name, return_a_clone)])), name
+
+
+def routed_experts(model: HookedMoE, tokens: Tensor) -> set[str]:
+    """The hook points of the experts that some token goes to."""
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_expert_indices"))
+    return {
+        f"{name.removesuffix('hook_expert_indices')}experts.{expert}.hook_out"
+        for name, indices in cache.items()
+        for expert in indices.unique().tolist()
+    }

@@ -10,7 +10,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hooked_moe.components.norm import RMSNorm
+from hooked_moe.components.norm import RMSNorm, at_least_float32
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.hook_points import HookPoint
@@ -85,9 +85,9 @@ class Attention(nn.Module):
             visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         scores = einsum(q, k, "batch head query e, batch head key e -> batch head query key") * self.cfg.attention_scale
         scores = scores.masked_fill(~visible, float("-inf"))
-        pattern = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) if q.dtype.itemsize < 4 else scores.softmax(-1)
-        edited = self.hook_attn_scores(scores)
-        edited = pattern if edited is scores else edited.softmax(dim=-1).to(q.dtype)
+        pattern = _softmax(scores)
+        # hooks get tensors of their own, so that an edit in place is seen by the comparison below
+        edited = _softmax(self.hook_attn_scores(scores)) if self.hook_attn_scores.active else pattern.clone()
         edited = self.hook_pattern(edited)
         z = einsum(edited, v, "batch head query key, batch head key e -> batch head query e")
         return keep_unedited_bits(z, fused, same=(edited == pattern).all(dim=-1, keepdim=True))
@@ -97,10 +97,14 @@ class Attention(nn.Module):
         out = einsum(z, self.W_O, "batch pos head d_head, d_model head d_head -> batch pos d_model")
         if self.hook_result.active:
             result = einsum(z, self.W_O, "batch pos head d_head, d_model head d_head -> batch pos head d_model")
-            edited = self.hook_result(result)
+            edited = self.hook_result(result.clone())
             same = (edited == result).all(dim=-1).all(dim=-1, keepdim=True)
             out = keep_unedited_bits(edited.sum(dim=2), out, same)
         return out if self.b_O is None else out + self.b_O
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return at_least_float32(scores).softmax(dim=-1).to(scores.dtype)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -34,5 +34,6 @@ class Router(nn.Module):
         """Routing weights of the given experts: their probabilities, rescaled to sum to one where the family does so."""
         weights = probabilities.gather(-1, indices)
         if self.cfg.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            total = weights.sum(dim=-1, keepdim=True)
+            weights = weights / total.clamp(min=torch.finfo(total.dtype).tiny)  # zero if a mask leaves no expert
         return weights

@@ -17,7 +17,8 @@ def grouped_matmul(
 
     torch's `grouped_mm` takes float32, bfloat16 and float16 whose rows are whole numbers of 16 bytes; the loop takes the rest.
     """
-    if x.dtype in _FUSED_DTYPES and (x.shape[1] * x.itemsize) % 16 == 0 and len(x) and x.stride(1) == 1:
+    whole_rows = all(width * x.itemsize % 16 == 0 for width in weight.shape[1:])  # both: one is a row of the gradient
+    if x.dtype in _FUSED_DTYPES and whole_rows and len(x) and x.stride(1) == 1:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     return grouped_matmul_loop(x, weight, ends)
 

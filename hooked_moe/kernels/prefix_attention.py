@@ -41,9 +41,7 @@ def prefix_attention(
     return torch.lerp(own_v, mixed, prefix_weight.unsqueeze(-1))
 
 
-def _over_prefix_fused(
-    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _over_prefix_fused(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Flash attention, a sequence at a time, its keys and values shared by all variants without a copy."""
     mixed = torch.zeros_like(q)
     log_sum = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
