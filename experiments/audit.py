@@ -108,11 +108,11 @@ def run(args: argparse.Namespace) -> Path:
         f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active"
     )
     print(f"{corpus.name}: {len(corpus.documents)} documents, {sum(tokenized.lengths()):,} tokens")
-    n_positions = len(valid if sample is None else sample)
-    removals = n_positions * len(layers) * model.cfg.experts_per_token
+    positions = valid if sample is None else sample
+    removals = len(positions) * len(layers) * model.cfg.experts_per_token
     print(f"removals to measure: {removals:,}\nresults: {directory}")
     needed = minimum_documents(len(CRITERIA) * len(layers))
-    if len(corpus.documents) < needed:
+    if len({document for document, _ in positions}) < needed:
         print(f"note: tests over documents need {needed} or more of them and will be refused; those over positions are made")
     print()
 
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> Path:
         write_json_atomic(manifest, directory / "manifest.json")
     remove_shards(directory)
 
-    n_sample = min(SAMPLE_SIZE, n_positions)
+    n_sample = min(SAMPLE_SIZE, len(positions))
     cells = analyse_run(directory, n_experts=model.cfg.num_experts, layers=layers, n_positions=n_sample, seed=SEED)
     report = write_report(directory)
     print(terminal_table(cells))

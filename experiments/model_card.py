@@ -97,16 +97,14 @@ def evaluate(model: HookedMoE, train_tokens: np.ndarray) -> dict[str, Any]:
         "tokens": int(sum(len(part) for part in everything["model"])),
         "loss_nats": {**by_domain, "all": _means(everything)},
         "uniform_loss_nats": float(np.log(model.cfg.d_vocab)),
-        "expert_load": [
-            {
-                "layer": layer,
-                "lowest": round(float(row.min()), 3),
-                "highest": round(float(row.max()), 3),
-                "unused": int((row == 0).sum()),
-            }
-            for layer, row in enumerate(load)
-        ],
+        "expert_load": [_load(layer, row) for layer, row in enumerate(load)],
     }
+
+
+def _load(layer: int, row: torch.Tensor) -> dict[str, float]:
+    """How unequally one layer's experts are used, in multiples of the uniform share."""
+    lowest, highest = round(float(row.min()), 3), round(float(row.max()), 3)
+    return {"layer": layer, "lowest": lowest, "highest": highest, "unused": int((row == 0).sum())}
 
 
 def _means(kinds: Mapping[str, list[np.ndarray]]) -> dict[str, float]:
@@ -132,9 +130,10 @@ language: en
 # {cfg.model_name}
 
 A mixture-of-experts language model small enough to ship: {parameters / 1e6:.2f} M parameters, {cfg.model_type} architecture,
-{cfg.n_layers} layers, width {cfg.d_model}, {cfg.n_heads} heads, {cfg.num_experts} experts of width {cfg.d_expert} a layer of which
-{cfg.experts_per_token} are active, no shared expert, context {cfg.n_ctx}, vocabulary {cfg.d_vocab:,}, embeddings
-{"tied" if cfg.tie_word_embeddings else "untied"}; weights in {str(cfg.dtype).removeprefix("torch.")}. It exists so that causal
+{cfg.n_layers} layers, width {cfg.d_model}, {cfg.n_heads} heads, {cfg.num_experts} experts of width
+{cfg.d_expert} a layer of which {cfg.experts_per_token} are active, no shared expert, context {cfg.n_ctx},
+vocabulary {cfg.d_vocab:,}, embeddings {"tied" if cfg.tie_word_embeddings else "untied"}; weights in
+{str(cfg.dtype).removeprefix("torch.")}. It exists so that causal
 experiments on experts run offline in minutes. It writes plausible fragments and knows nothing; use it for method, not for text.
 
 ## Data
@@ -146,11 +145,12 @@ training text beyond boilerplate (`hooked_moe/data/README.md`).
 
 ## Training
 
-`python -m experiments.train_tiny --model {cfg.model_name}`: {recipe["steps"]:,} steps of {recipe["batch"]} x {recipe["n_ctx"]} tokens
-({seen / 1e6:.1f} M tokens), AdamW (.9, .95), peak rate {recipe["learning_rate"]}, {recipe["warmup_steps"]} warm-up steps, constant to
-{recipe["constant_until"]:.0%}, then linear to {recipe["final_rate"]:.0%}; weight decay {recipe["weight_decay"]}, gradient norm clipped at
-{recipe["clip_norm"]}; load-balancing loss {recipe["load_balancing"]} and router z-loss {recipe["router_z"]} per layer; experts' down
-projections begin {recipe["expert_out_scale"]:.0f} times larger than the rest; seed {recipe["seed"]}.
+`python -m experiments.train_tiny --model {cfg.model_name}`: {recipe["steps"]:,} steps of
+{recipe["batch"]} x {recipe["n_ctx"]} tokens ({seen / 1e6:.1f} M tokens), AdamW (.9, .95), peak rate {recipe["learning_rate"]},
+{recipe["warmup_steps"]} warm-up steps, constant to {recipe["constant_until"]:.0%}, then linear to {recipe["final_rate"]:.0%};
+weight decay {recipe["weight_decay"]}, gradient norm clipped at {recipe["clip_norm"]}; load-balancing loss
+{recipe["load_balancing"]} and router z-loss {recipe["router_z"]} per layer; experts' down projections begin
+{recipe["expert_out_scale"]:.0f} times larger than the rest; seed {recipe["seed"]}.
 
 ## Held-out loss
 

@@ -196,10 +196,9 @@ def train(cfg: HookedMoEConfig, recipe: Recipe, tokens: np.ndarray, out: Path, s
                 speed = (step + 1 - done) * window[:, 1:].numel() / (time.perf_counter() - started)
                 load = losses.counts / losses.counts.mean(-1, keepdim=True)
                 progress.set_postfix(loss=f"{smooth:.3f}", refresh=False)
+                dead = int((load == 0).sum())
                 with open(out / "log.csv", "a") as log:
-                    log.write(
-                        f"{step + 1},{smooth:.4f},{router_loss.item():.4f},{int((load == 0).sum())},{load.max():.2f},{speed:.0f}\n"
-                    )
+                    log.write(f"{step + 1},{smooth:.4f},{router_loss.item():.4f},{dead},{load.max():.2f},{speed:.0f}\n")
             if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
                 save_state(state, model, optim, step + 1)
     return model

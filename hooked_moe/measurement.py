@@ -43,7 +43,7 @@ class Plan:
 
 
 class TokenizedCorpus:
-    """A corpus in windows of the model's context. Windows of a document overlap by one token, which the later one predicts from."""
+    """A corpus in windows of the model's context. The last token of a window is the first of the next, which predicts from it."""
 
     def __init__(self, model: HookedMoE, corpus: Corpus, n_ctx: int, limit: int | None = None) -> None:
         """`limit` keeps the first so many tokens of each document.
