@@ -107,7 +107,8 @@ def run(args: argparse.Namespace) -> Path:
     print(
         f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active"
     )
-    print(f"{corpus.name}: {len(corpus.documents)} documents, {sum(tokenized.lengths()):,} tokens")
+    extent = "" if args.tokens == "all" else f" (of each the first {args.tokens} at most)"
+    print(f"{corpus.name}: {len(corpus.documents)} documents, {sum(tokenized.lengths()):,} tokens{extent}")
     positions = valid if sample is None else sample
     removals = len(positions) * len(layers) * model.cfg.experts_per_token
     print(f"removals to measure: {removals:,}\nresults: {directory}")

@@ -313,8 +313,11 @@ def cells_from_table(table: pa.Table) -> list[Cell]:
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise ValueError(f"not a table of cells: column {', '.join(missing)} missing")
-    rows: list[dict[str, Any]] = table.select(list(columns)).to_pylist()
-    return [Cell(**{name: "" if value is None else value for name, value in row.items()}) for row in rows]
+    cells = []
+    for row in table.select(list(columns)).to_pylist():
+        values: dict[str, Any] = {name: "" if value is None else value for name, value in row.items()}
+        cells.append(Cell(**values))
+    return cells
 
 
 LAYER_COLUMNS = {

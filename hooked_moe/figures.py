@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,6 +19,7 @@ from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from hooked_moe.cells import CONTROL, POPULATIONS, Cell
@@ -28,7 +30,7 @@ BLUE, VERMILLION = "#0072B2", "#D55E00"
 GREYS = dict(zip(CRITERIA, (("#404040", "o"), ("#6b6b6b", "s"), ("#8c8c8c", "^"), ("#a8a8a8", "D")), strict=False))
 MINIMUM_REMOVALS = 30  # a mean over fewer is not drawn in the heat map
 
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -84,8 +86,7 @@ class Drawing:
 def _panels(narrow: bool, count: int, height: float, **options: object) -> tuple[Figure, Sequence[Axes]]:
     """`count` panels in a row, or stacked when narrow. Sizes in inches; a narrow page is 3.9 wide, a wide one 7.4."""
     size = (3.9, height * count * 0.92) if narrow else (7.4, height)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1 if narrow else 0.04)  # type: ignore[union-attr]
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1 if narrow else 0.04))
     rows, columns = (count, 1) if narrow else (1, count)
     axes = figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[call-overload]
     return figure, list(axes.ravel())
@@ -223,7 +224,7 @@ def _slot_bar(figure: Figure, panels: Sequence[Axes], count: int, narrow: bool) 
     where = {"orientation": "horizontal", "aspect": 30} if narrow else {"aspect": 22}
     bar = figure.colorbar(mappable, ax=list(panels), ticks=ticks, pad=0.03, shrink=0.85, **where)
     bar.set_label("slot (0 = highest routing weight)", fontsize=8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     if not narrow:
         bar.ax.invert_yaxis()
 
@@ -327,8 +328,9 @@ def draw_experts(numbers: pa.Table, narrow: bool) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(9 if narrow else 17, integer=True))
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
-    where = {"orientation": "horizontal", "aspect": 30} if narrow else {"aspect": 12, "pad": 0.015}
-    bar = figure.colorbar(image, ax=axes, extend="both", **where)
+    where = {"orientation": "horizontal", "aspect": 30} if narrow else {"aspect": 4 + 2 * len(layers), "pad": 0.015}
+    ticks = MaxNLocator(4 if narrow else 6)
+    bar = figure.colorbar(image, ax=axes, extend="both", extendfrac=0.03, ticks=ticks, **where)
     bar.set_label("mean Δ loss (nats)", fontsize=8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure

@@ -134,6 +134,8 @@ class HookedMoE(HookedModule):
         logits = self.logits(resid)
         if return_type == "logits" or return_type is None:
             return logits if return_type else None
+        if pos < 2:
+            raise ValueError("a next-token loss needs at least two tokens a row, not one")
         if tokens is None:
             raise ValueError("a loss from a residual stream needs the tokens too: pass tokens=[batch, pos]")
         loss = next_token_loss(logits, tokens, attention_mask)

@@ -307,6 +307,9 @@ def _model_name(manifest: dict[str, Any] | None) -> str:
     return str(((manifest or {}).get("model") or {}).get("name") or "unnamed model")
 
 
+TITLES = {"sample": "The sampled positions", "all": "Every position, documents as the unit"}
+
+
 def _headline(grid: EffectGrid, cells: Sequence[Cell], layers: pa.Table, manifest: dict[str, Any] | None) -> str:
     """What was measured and found, in words."""
     rows = [row for row in layers.to_pylist() if row["slot"] == -1]
@@ -330,6 +333,9 @@ def _headline(grid: EffectGrid, cells: Sequence[Cell], layers: pa.Table, manifes
     for population in POPULATIONS:
         here = [cell for cell in position if cell.population == population]
         if not here:
+            continue
+        if all(cell.outcome == "refused" for cell in here):
+            found.append(f"<li>{TITLES[population]}: every cell was refused ({html.escape(here[0].note)}).</li>")
             continue
         fixed, control = ([cell for cell in here if (cell.ranking == CONTROL) is wanted] for wanted in (False, True))
         name = (
@@ -379,15 +385,13 @@ CELL_COLUMNS = ("layer", "d", "95% interval", "p_t", "p_W", "outcome", "high", "
 
 
 def _cell_sections(cells: Sequence[Cell]) -> Iterable[str]:
-    titles = {
-        "sample": "Cells: the sampled positions",
-        "all": "Cells: every position, documents as the unit",
-    }
     for scope in dict.fromkeys(cell.scope for cell in cells):
         for population in POPULATIONS:
             here = [cell for cell in cells if (cell.scope, cell.population) == (scope, population)]
             if here:
-                title = titles[population] + ("" if scope == "position" else f" (removed in the whole {scope})")
+                title = f"Cells: {TITLES[population].lower()}" + (
+                    "" if scope == "position" else f" (removed in the whole {scope})"
+                )
                 yield f"<section><h2>{title}</h2><p>{_cell_note(here)}</p>{_cell_table(here)}</section>"
 
 

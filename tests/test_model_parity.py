@@ -410,3 +410,8 @@ def test_what_cannot_be_run_is_refused_by_name(refusal: str, plain: Pair, batch:
     run, message = REFUSALS[refusal]
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         run(plain.ours, batch)
+
+
+def test_a_loss_of_one_token_is_refused(make_model: Callable[..., HookedMoE]) -> None:
+    with pytest.raises(ValueError, match="at least two tokens"):
+        make_model()(torch.tensor([[1]]), return_type="loss")

@@ -516,7 +516,7 @@ def test_failed_checks_and_refused_cells_are_shown_as_such(tmp_path):
     text = Page((run / "report.html").read_text(encoding="utf-8")).text
     assert "FAILED" in text
     assert "8 documents; tests over documents at 0.05/12 need at least 10" in text
-    assert "15 were refused" in text
+    assert "every cell was refused (8 documents" in text
     assert printed.count("refused, see cells.csv") == 15
 
 
