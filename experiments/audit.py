@@ -24,12 +24,14 @@ import numpy as np
 import torch
 
 from hooked_moe import HookedMoE
+from hooked_moe.analysis import analyse_run
+from hooked_moe.cell_text import terminal_table
 from hooked_moe.cells import sample_positions
 from hooked_moe.corpus import load_corpus
 from hooked_moe.criteria import CRITERIA
 from hooked_moe.fingerprint import config_values, versions, weights_sha256
 from hooked_moe.measurement import Plan, TokenizedCorpus, measure, remove_shards
-from hooked_moe.report import analyse_run, terminal_table, write_report
+from hooked_moe.report import write_report
 from hooked_moe.statistics import minimum_documents
 from hooked_moe.tables import remove_temporaries, write_json_atomic
 from hooked_moe.verification import MINIMUM_TOKENS, noise_floor, verify

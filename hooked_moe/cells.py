@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 
 from hooked_moe import statistics
 from hooked_moe.criteria import CRITERIA
-from hooked_moe.tables import EffectGrid, Source, read_effects
+from hooked_moe.effect_grid import EffectGrid, Source, read_effects
 
 CONTROL = "routing_weight"
 POPULATIONS = ("sample", "all")
@@ -318,51 +318,3 @@ def cells_from_table(table: pa.Table) -> list[Cell]:
         values: dict[str, Any] = {name: "" if value is None else value for name, value in row.items()}
         cells.append(Cell(**values))
     return cells
-
-
-LAYER_COLUMNS = {
-    "layer": ("index", "transformer block, counted from 0"),
-    "slot": ("index", "rank of the removed expert by routing weight; -1: all slots together"),
-    "n_positions": ("positions", "positions measured"),
-    "n_removals": ("removals", "removals at positions with a next token; the loss columns are over these"),
-    "mean_delta": ("nats", "mean delta_loss"),
-    "mean_abs_delta": ("nats", "mean |delta_loss|"),
-    "p95_abs_delta": ("nats", "95th percentile of |delta_loss|"),
-    "share_positive": ("1", "removals that raise the loss"),
-    "mean_gap_norm": ("residual stream", "mean gap norm g ||E(x)||"),
-    "mean_output_norm": ("residual stream", "mean output norm ||E(x)||"),
-    "mean_routing_weight": ("1", "mean routing weight as applied"),
-}
-
-
-def layer_summary(effects: Source | EffectGrid) -> pa.Table:
-    """What removing one expert does: one row per layer and slot, and one per layer with slot -1 for all slots.
-
-    The columns are those of LAYER_COLUMNS; norms and weights are over all positions, NaN where the table lacks them.
-    """
-    grid = read_effects(effects)
-    rows = []
-    for axis, layer in enumerate(grid.layers):
-        for slot in range(-1, grid.n_slots):
-            slots = slice(None) if slot < 0 else slice(slot, slot + 1)
-            delta = grid.delta_loss[grid.valid, axis, slots].astype(np.float64)
-            size = np.abs(delta)
-            if not delta.size:
-                raise ValueError("no position of the effect table has a next token; there is nothing to summarise")
-            means = {}
-            for name in ("gap_norm", "output_norm", "routing_weight"):
-                values = getattr(grid, name)
-                means[name] = np.nan if values is None else values[:, axis, slots].mean(dtype=np.float64)
-            row = {
-                "layer": layer,
-                "slot": slot,
-                "n_positions": len(grid.valid),
-                "n_removals": delta.size,
-                "mean_delta": delta.mean(),
-                "mean_abs_delta": size.mean(),
-                "p95_abs_delta": np.quantile(size, 0.95),
-                "share_positive": np.mean(delta > 0),
-                **{f"mean_{name}": mean for name, mean in means.items()},
-            }
-            rows.append({name: row[name] for name in LAYER_COLUMNS})
-    return pa.Table.from_pylist(rows)

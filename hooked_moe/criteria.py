@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
-from hooked_moe.tables import column_values
+from hooked_moe.effect_grid import column_values
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from hooked_moe.kernels.prefix_attention import prefix_attention
 from hooked_moe.kernels.target_loss import target_loss
 from hooked_moe.model import HookedMoE
 
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 1024
 """Variant tokens that go through a block together: enough for large products, few enough for the cache."""
 
 

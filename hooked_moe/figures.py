@@ -1,112 +1,71 @@
-"""Figures of a run: each is a table of numbers and a drawing of it.
+"""The figures of a run: each is a table of numbers and a drawing of it.
 
 `*_numbers` turns effects or cells into the table that is saved beside the figure as csv; `draw_*` sees nothing but that
-table. Drawings come wide (two panels side by side, for a page) and narrow (stacked, for a phone). Colours are Okabe and
-Ito's (2008), lines differ in marker as well as in colour, and the files carry no date, so that a rerun gives the same
-bytes.
+table. `run_drawings` lists them all with their captions.
 """
 
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import functools
+from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int
-from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from hooked_moe.cells import CONTROL, POPULATIONS, Cell
 from hooked_moe.criteria import CRITERIA
-from hooked_moe.tables import EffectGrid, atomic_path, write_csv_atomic
+from hooked_moe.drawing import BLUE, VERMILLION, Drawing, layer_axis, panel_row, rows_where, slot_bar, slot_colour
+from hooked_moe.effect_grid import EffectGrid
 
-BLUE, VERMILLION = "#0072B2", "#D55E00"
 GREYS = dict(zip(CRITERIA, (("#404040", "o"), ("#6b6b6b", "s"), ("#8c8c8c", "^"), ("#a8a8a8", "D")), strict=False))
 MINIMUM_REMOVALS = 30  # a mean over fewer is not drawn in the heat map
 
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.linewidth": 0.8,
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "svg.hashsalt": "hooked_moe",
-    "savefig.facecolor": "white",
-}
 
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure of the report: file stem, caption, alternative text, numbers, and a function of (numbers, narrow)."""
-
-    name: str
-    title: str
-    caption: str
-    numbers: pa.Table
-    draw: Callable[[pa.Table, bool], Figure]
-
-    def render(self, *kinds: str, narrow: bool = False) -> dict[str, bytes]:
-        """The figure as "svg" or "png" bytes, the same for the same numbers."""
-        files = {}
-        with matplotlib.rc_context(STYLE):
-            figure = self.draw(self.numbers, narrow)
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # laid out once, for every format alike
-            for kind in kinds:
-                metadata = {"Date": None} if kind == "svg" else {"Software": None}
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
-                files[kind] = buffer.getvalue()
-        return files
-
-    def save(self, directory: Path) -> bytes:
-        """Write `name`.svg, .png and .csv into `directory`; returns the svg."""
-        files = self.render("svg", "png")
-        for kind, content in files.items():
-            with atomic_path(directory / f"{self.name}.{kind}") as temporary:
-                temporary.write_bytes(content)
-        write_csv_atomic(self.numbers, directory / f"{self.name}.csv")
-        return files["svg"]
-
-
-def _panels(narrow: bool, count: int, height: float, **options: object) -> tuple[Figure, Sequence[Axes]]:
-    """`count` panels in a row, or stacked when narrow. Sizes in inches; a narrow page is 3.9 wide, a wide one 7.4."""
-    size = (3.9, height * count * 0.92) if narrow else (7.4, height)
-    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1 if narrow else 0.04))
-    rows, columns = (count, 1) if narrow else (1, count)
-    axes = figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[call-overload]
-    return figure, list(axes.ravel())
-
-
-def _by(table: pa.Table, **equal: object) -> dict[str, np.ndarray]:
-    """Columns of the rows whose named columns equal the given values."""
-    keep = np.ones(table.num_rows, bool)
-    for name, value in equal.items():
-        keep &= np.array(table.column(name).to_pylist(), dtype=object) == value
-    return {name: np.array(table.column(name).to_pylist())[keep] for name in table.column_names}
-
-
-def _layer_axis(axes: Axes, layers: Int[np.ndarray, " layer"], label: bool = True) -> None:
-    if label:
-        axes.set_xlabel("layer")
-    if len(layers) <= 12:
-        axes.set_xticks(layers)
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+def run_drawings(
+    grid: EffectGrid, experts: pa.Table, cells: Sequence[Cell], layers: pa.Table, noise_floor: float | None
+) -> list[Drawing]:
+    """The figures of the report, in its order. `layers` is the table of `layer_summary`; `noise_floor` is in nats."""
+    n_experts = int(experts.column("expert").to_numpy().max()) + 1
+    position = [cell for cell in cells if cell.scope == "position"]
+    few = f"grey: fewer than {MINIMUM_REMOVALS} removals"
+    return [
+        Drawing(
+            "effect_size",
+            "Does the ranking point at the expert that matters?",
+            "Standardised difference in loss change between removing the active expert that a ranking puts highest and the "
+            "one it puts lowest, over single positions, by layer. Grey: criteria fixed for the whole corpus; vermillion: "
+            "the routing weight of the very token. Bands are 95% intervals: for the sample exact if positions were "
+            "independent, for all positions by jackknife over documents. Dashed: the size that the sample detects with 80% "
+            "power after correction.",
+            effect_size_numbers(position),
+            draw_effect_size,
+        ),
+        Drawing(
+            "removal_effect",
+            "What removing one expert does, by layer",
+            "First the change of the next token's loss, absolute and signed; then how far the removal moves the block's "
+            "output. Thin lines are the slots, thick ones all slots together.",
+            layers,
+            draw_removal_effect,
+        ),
+        Drawing(
+            "slots",
+            "Distribution of the loss change by slot",
+            "All layers together. Boxes run from the 25th to the 75th percentile with the median in white, whiskers to "
+            "the 5th and 95th, diamonds at the mean. Tails: share of removals that change the loss by more than x, either way.",
+            slot_numbers(grid),
+            functools.partial(draw_slots, noise_floor=noise_floor),
+        ),
+        Drawing(
+            "experts",
+            "Mean effect of every expert",
+            "Mean loss change from removing an expert, over the tokens that select it. Orange: the model is worse without "
+            f"it; purple: better; {few}. The scale is clipped at the 98th percentile.",
+            expert_numbers(grid, n_experts),
+            draw_experts,
+        ),
+    ]
 
 
 # --- Figure 1: effect size by layer --------------------------------------------------------------------------------
@@ -121,13 +80,13 @@ def effect_size_numbers(cells: Sequence[Cell]) -> pa.Table:
 def draw_effect_size(numbers: pa.Table, narrow: bool) -> Figure:
     """d over single positions by layer: criteria in grey, the routing-weight control in colour, bands 95% intervals."""
     shown = [name for name in POPULATIONS if name in numbers.column("population").to_pylist()]
-    figure, panels = _panels(narrow, len(shown), 3.2, sharey=True)
+    figure, panels = panel_row(narrow, len(shown), 3.2, sharey=True)
     for i, (axes, population) in enumerate(zip(panels, shown, strict=True)):
-        rows = _by(numbers, population=population)
+        rows = rows_where(numbers, population=population)
         layers = np.unique(rows["layer"])
         axes.axhline(0, color="#222222", linewidth=0.8, zorder=1)
         for ranking in (*CRITERIA, CONTROL):
-            one = _by(numbers, population=population, ranking=ranking)
+            one = rows_where(numbers, population=population, ranking=ranking)
             control = ranking == CONTROL
             colour, marker = (VERMILLION, "o") if control else GREYS[ranking]
             band = axes.fill_between(
@@ -154,7 +113,7 @@ def draw_effect_size(numbers: pa.Table, narrow: bool) -> Figure:
             axes.text(0.5, 0.5, "refused: see the table", transform=axes.transAxes, ha="center", va="center")
         if population == "sample":
             axes.set_title(f"{n} sampled positions")
-            detectable = _by(numbers, population=population, ranking=next(iter(CRITERIA)))["minimal_detectable_d"]
+            detectable = rows_where(numbers, population=population, ranking=next(iter(CRITERIA)))["minimal_detectable_d"]
             for sign in (-1, 1) if np.isfinite(detectable).all() else ():
                 axes.axhline(sign * detectable.mean(), color=BLUE, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
             if np.isfinite(detectable).all():
@@ -171,7 +130,7 @@ def draw_effect_size(numbers: pa.Table, narrow: bool) -> Figure:
                 )
         else:
             axes.set_title(f"all positions (n = {n} documents)")
-        _layer_axis(axes, layers, label=not narrow or i == len(shown) - 1)
+        layer_axis(axes, layers, label=not narrow or i == len(shown) - 1)
         if narrow or i == 0:
             axes.set_ylabel("effect size d (high \N{MINUS SIGN} low)")
     figure.legend(loc="outside lower center", ncols=1 if narrow else 3)
@@ -183,15 +142,15 @@ def draw_effect_size(numbers: pa.Table, narrow: bool) -> Figure:
 
 def draw_removal_effect(numbers: pa.Table, narrow: bool) -> Figure:
     """Mean |delta|, mean delta and its 95th percentile, and gap norm, by layer; thin lines are single slots."""
-    figure, (loss, gap) = _panels(narrow, 2, 3.0)
-    total = _by(numbers, slot=-1)
+    figure, (loss, gap) = panel_row(narrow, 2, 3.0)
+    total = rows_where(numbers, slot=-1)
     slots = sorted(set(numbers.column("slot").to_pylist()) - {-1})
     for axes, name, label in ((loss, "mean_abs_delta", "mean |Δ loss|"), (gap, "mean_gap_norm", "gap norm")):
         for slot in slots:
-            one = _by(numbers, slot=slot)
-            axes.plot(one["layer"], one[name], color=_slot_colour(slot, len(slots)), linewidth=0.9, zorder=2)
+            one = rows_where(numbers, slot=slot)
+            axes.plot(one["layer"], one[name], color=slot_colour(slot, len(slots)), linewidth=0.9, zorder=2)
         axes.plot(total["layer"], total[name], color="black", linewidth=2.2, marker="o", markersize=4, label=label)
-        _layer_axis(axes, total["layer"], label=not narrow or axes is gap)
+        layer_axis(axes, total["layer"], label=not narrow or axes is gap)
     loss.plot(
         total["layer"],
         total["mean_delta"],
@@ -208,25 +167,8 @@ def draw_removal_effect(numbers: pa.Table, narrow: bool) -> Figure:
     bottom, top = loss.get_ylim()
     loss.set_ylim(bottom, top + 0.28 * (top - bottom))  # room for the legend
     loss.legend(loc="upper left")
-    _slot_bar(figure, [loss, gap], len(slots), narrow)
+    slot_bar(figure, [loss, gap], len(slots), narrow)
     return figure
-
-
-def _slot_colour(slot: int, count: int) -> tuple[float, float, float, float]:
-    return matplotlib.colormaps["viridis"](0.08 + 0.84 * slot / max(count - 1, 1))
-
-
-def _slot_bar(figure: Figure, panels: Sequence[Axes], count: int, narrow: bool) -> None:
-    colours = matplotlib.colors.ListedColormap([_slot_colour(slot, count) for slot in range(count)])
-    norm = matplotlib.colors.BoundaryNorm(np.arange(count + 1) - 0.5, count)
-    mappable = matplotlib.cm.ScalarMappable(norm=norm, cmap=colours)
-    ticks = list(range(count)) if count <= 12 else list(range(0, count, count // 8))
-    where = {"orientation": "horizontal", "aspect": 30} if narrow else {"aspect": 22}
-    bar = figure.colorbar(mappable, ax=list(panels), ticks=ticks, pad=0.03, shrink=0.85, **where)
-    bar.set_label("slot (0 = highest routing weight)", fontsize=8)
-    bar.outline.set_visible(False)
-    if not narrow:
-        bar.ax.invert_yaxis()
 
 
 # --- Figure 3: distribution by slot --------------------------------------------------------------------------------
@@ -252,17 +194,17 @@ def slot_numbers(grid: EffectGrid) -> pa.Table:
 
 def draw_slots(numbers: pa.Table, narrow: bool, noise_floor: float | None = None) -> Figure:
     """Boxes of delta_loss by slot (25-75%, whiskers 5-95%), and how often |delta_loss| exceeds a size."""
-    figure, (boxes, tail) = _panels(narrow, 2, 3.0)
+    figure, (boxes, tail) = panel_row(narrow, 2, 3.0)
     slots = sorted(set(numbers.column("slot").to_pylist()))
     for slot in slots:
-        colour = _slot_colour(slot, len(slots))
-        low, first, median, third, high = _by(numbers, slot=slot, statistic="quantile of delta")["nats"]
+        colour = slot_colour(slot, len(slots))
+        low, first, median, third, high = rows_where(numbers, slot=slot, statistic="quantile of delta")["nats"]
         boxes.plot([slot, slot], [low, high], color=colour, linewidth=1.2, zorder=2)
         boxes.bar(slot, third - first, 0.62, first, color=colour, alpha=0.75, zorder=3)
         boxes.plot([slot - 0.31, slot + 0.31], [median, median], color="white", linewidth=1.6, zorder=4)
-        mean = _by(numbers, slot=slot, statistic="mean")["nats"]
+        mean = rows_where(numbers, slot=slot, statistic="mean")["nats"]
         boxes.plot(slot, mean, marker="D", color="black", markersize=4, zorder=5, linestyle="none")
-        exceeded = _by(numbers, slot=slot, statistic="abs delta exceeded by share")
+        exceeded = rows_where(numbers, slot=slot, statistic="abs delta exceeded by share")
         tail.plot(exceeded["nats"], exceeded["level"], color=colour, linewidth=1.4)
     boxes.axhline(0, color="#222222", linewidth=0.8, zorder=1)
     boxes.set(xlabel="slot (0 = highest routing weight)", ylabel="Δ loss (nats)", title="middle 90% (diamond: mean)")

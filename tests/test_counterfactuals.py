@@ -28,6 +28,7 @@ PADDING = {
     "right": torch.tensor([[1] * 11, [1] * 7 + [0] * 4]),
     "left": torch.tensor([[0] * 3 + [1] * 8, [1] * 11]),
     "both": torch.tensor([[0] * 2 + [1] * 6 + [0] * 3, [1] * 9 + [0] * 2]),
+    "holes": torch.tensor([[1] * 4 + [0] + [1] * 6, [0] + [1] * 2 + [0] * 2 + [1] * 6]),
 }
 
 

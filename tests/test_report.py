@@ -15,12 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
-from hooked_moe import cells as cells_module
 from hooked_moe import figures, statistics, tables
-from hooked_moe.cells import CONTROL, Cell, audit_cells, cells_from_table, cells_table, frozen_positions, layer_summary
+from hooked_moe.analysis import analyse_run
+from hooked_moe.cell_text import terminal_table
+from hooked_moe.cells import CONTROL, Cell, audit_cells, cells_from_table, cells_table, frozen_positions
 from hooked_moe.criteria import CRITERIA, expert_criteria
-from hooked_moe.report import analyse_run, domain_summary, scope_summary, terminal_table, write_report
-from hooked_moe.tables import read_effects
+from hooked_moe.drawing import Drawing
+from hooked_moe.effect_grid import EFFECT_VALUES, read_effects
+from hooked_moe.report import write_report
+from hooked_moe.summaries import LAYER_COLUMNS, domain_summary, layer_summary, scope_summary
 from tests.synthetic_effects import PLANTED_LAYER, synthetic_effects, synthetic_run
 
 N_EXPERTS = 16
@@ -50,7 +53,7 @@ def run(tmp_path_factory) -> Path:
 def unpainted(monkeypatch) -> None:
     """Pages without the seconds that painting takes, for tests of their words."""
     blank = {"svg": b"<svg/>", "png": b""}
-    monkeypatch.setattr(figures.Drawing, "render", lambda self, *kinds, narrow=False: {kind: blank[kind] for kind in kinds})
+    monkeypatch.setattr(Drawing, "render", lambda self, *kinds, narrow=False: {kind: blank[kind] for kind in kinds})
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -334,7 +337,7 @@ def test_the_grid_holds_the_rows_and_files_read_as_tables_do(tmp_path):
         assert (grid.document[p], grid.position[p], grid.layers[layer], slot) == tuple(
             one[name] for name in ("document", "position", "layer", "slot")
         )
-        for name in tables.EFFECT_VALUES:
+        for name in EFFECT_VALUES:
             assert getattr(grid, name)[p, layer, slot] == pytest.approx(one[name], nan_ok=True)
 
 
@@ -435,7 +438,7 @@ def test_every_column_of_every_schema_has_a_meaning_and_a_unit(run):
             assert set(column.metadata) == {b"meaning", b"unit"}, column.name
             assert all(column.metadata.values()), column.name
     assert pq.read_schema(run / "effects.parquet").field("gap_norm").metadata[b"meaning"].startswith(b"g ||E")
-    assert tables.read_csv(run / "layers.csv").column_names == list(cells_module.LAYER_COLUMNS)
+    assert tables.read_csv(run / "layers.csv").column_names == list(LAYER_COLUMNS)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

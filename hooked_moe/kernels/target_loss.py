@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_BYTES = 4 << 20  # logits of one chunk: small enough for the cache
+CHUNK_BYTES = 2 << 20  # logits of one chunk: small enough for the cache
 
 
 def target_loss(

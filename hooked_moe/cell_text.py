@@ -1,0 +1,62 @@
+"""Cells as text: the marks and words for outcomes and the spelling of numbers, shared with the page; a console's table."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hooked_moe.cells import CONTROL, POPULATIONS, Cell
+from hooked_moe.criteria import CRITERIA
+
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+OUTCOMES = {
+    "positive": ("+", "high matters more"),
+    "negative": (MINUS, "high matters less"),
+    "tests_disagree": ("?", "tests disagree"),
+    "not_detected": ("·", "not detected"),
+    "refused": ("x", "refused"),
+}
+
+
+def p_value(p: float) -> str:
+    if np.isnan(p):
+        return DASH
+    return f"{p:.3f}" if p >= 0.001 else (f"{p:.0e}" if p >= 1e-99 else "<1e-99")
+
+
+def signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def terminal_table(cells: Sequence[Cell]) -> str:
+    """The cells for a console of 100 columns: one line per ranking and layer, the populations side by side."""
+    lines = []
+    for scope in dict.fromkeys(cell.scope for cell in cells):
+        here = [cell for cell in cells if cell.scope == scope]
+        shown = [name for name in POPULATIONS if any(cell.population == name for cell in here)]
+        found = {(cell.population, cell.ranking, cell.layer): cell for cell in here}
+        titles = {name: _population_title([cell for cell in here if cell.population == name]) for name in shown}
+        lines.append(f"Removing the highest- against the lowest-ranked active expert (scope {scope})")
+        lines.append("        " + " | ".join(f"{titles[name]:<42}" for name in shown).rstrip())
+        columns = f"{'d':>6} {'95% interval':<16} {'p_t':>7} {'p_W':>7}   "
+        lines.append("  layer " + " | ".join(columns for _ in shown).rstrip())
+        for ranking in (*CRITERIA, CONTROL):
+            layers = sorted({cell.layer for cell in here if cell.ranking == ranking})
+            lines.append(ranking + (" (control: the token's own)" if ranking == CONTROL else ""))
+            for layer in layers:
+                parts = " | ".join(_terminal_cell(found[name, ranking, layer]) for name in shown)
+                lines.append(f"  {layer:>5} {parts}".rstrip())
+    lines.append(" ".join(f"{mark} {text};" for mark, text in OUTCOMES.values()).rstrip(";"))
+    return "\n".join(lines) + "\n"
+
+
+def _terminal_cell(cell: Cell) -> str:
+    mark = OUTCOMES[cell.outcome][0]
+    if cell.outcome == "refused":
+        return f"{'refused, see cells.csv':<40} {mark}"
+    interval = f"[{cell.d_position_low:+.3f},{cell.d_position_high:+.3f}]"
+    return f"{cell.d_position:+6.3f} {interval:<16} {p_value(cell.p_t):>7} {p_value(cell.p_wilcoxon):>7} {mark}"
+
+
+def _population_title(cells: Sequence[Cell]) -> str:
+    n = max((cell.n for cell in cells), default=0)
+    return f"{n} sampled positions" if cells[0].population == "sample" else f"all positions, by document (n={n})"
