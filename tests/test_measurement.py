@@ -15,9 +15,10 @@ from number_text import number_corpus, number_reader, number_tokenizer, token_id
 from hooked_moe import ExpertMask, HookedMoE, measurement
 from hooked_moe.corpus import Corpus
 from hooked_moe.counterfactuals import Scope
+from hooked_moe.effect_grid import read_effects
 from hooked_moe.expert_mask import Removal
 from hooked_moe.measurement import Plan, TokenizedCorpus, measure, remove_shards
-from hooked_moe.tables import DOCUMENTS, EFFECTS, EFFECTS_SEQUENCE, TOKENS, read_effects
+from hooked_moe.tables import DOCUMENTS, EFFECTS, EFFECTS_SEQUENCE, TOKENS
 
 N_CTX = 8
 KEYS = ["document", "position", "layer", "slot"]
