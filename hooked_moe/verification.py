@@ -118,23 +118,26 @@ def _losses_differ(model: HookedMoE, tokens: Tensor) -> Check:
 
 
 def _inactive_expert_has_no_effect(model: HookedMoE, tokens: Tensor, generator: torch.Generator) -> Check:
-    """4. Removing an expert where it is not active changes no loss at all; where it is, none before that position."""
+    """4. Removing an expert where it is not active changes no loss, to the bit; where it is, none before that position.
+
+    Before that position, up to rounding: later tokens may be routed otherwise, and products over groups of other sizes round
+    otherwise.
+    """
     layer, pos = _somewhere(model, tokens, generator)
     effects = expert_effects(model, tokens, layers=[layer], positions=[pos])
     active = effects.expert_index[0, 0, pos].tolist()
     inactive = next(e for e in range(model.cfg.num_experts + 1) if e not in active)
     clean = _losses(model, tokens)[0]
-    threshold = 0.0
     if inactive == model.cfg.num_experts:
         nothing = 0.0  # every expert is active everywhere: there is no inactive one to remove
     else:
         nothing = float((_losses(model, tokens, ExpertMask.ablate([(layer, 0, pos, inactive)]))[0] - clean).abs().max())
     something = (_losses(model, tokens, ExpertMask.ablate([(layer, 0, pos, active[0])]))[0] - clean).abs()
     before = float(something[:pos].max()) if pos else 0.0
-    passed = nothing == 0 and before == 0 and float(something[pos:].max()) > 0
+    passed = nothing == 0 and before <= LOSS_TOLERANCE[model.cfg.dtype] and float(something[pos:].max()) > 0
     other = "every expert active" if inactive == model.cfg.num_experts else f"expert {inactive} inactive"
-    detail = f"layer {layer}, position {pos}: {other}, expert {active[0]} removed (moves no earlier loss)"
-    return Check("inactive expert", passed, _largest([nothing, before]), threshold, detail)
+    detail = f"layer {layer}, position {pos}: {other}; expert {active[0]} removed moves earlier losses by {before:.1g} nats"
+    return Check("inactive expert", passed, nothing, 0.0, detail)
 
 
 def _effects_equal_full_forwards(
