@@ -59,7 +59,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--tokens", default="512", help="tokens of each document: a number (default: %(default)s, the paper's), or all"
     )
     parser.add_argument("--documents", type=int, help="only the first so many documents of the corpus")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(DTYPES),
+        default="float32",
+        help="of the weights (default: %(default)s); compare the noise floor in half precision",
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--revision", help="commit or branch of the model on the hub")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where results go (default: %(default)s)")

@@ -29,6 +29,8 @@ class ActivationCache(Mapping[str, Tensor]):
             raise unknown_name("activation", name, self._activations) from None
 
     def _full_name(self, short: tuple[str | int, ...]) -> str:
+        if len(short) < 2:
+            raise KeyError(f"{short}: give a name and a layer, as in cache['pattern', 3]")
         activation, layer, *part = short
         activation = str(activation).removeprefix("hook_")
         matches = [

@@ -48,7 +48,8 @@ def expert_effects(
     valid in every row or as a bool mask [batch, pos]. Padding may be anywhere in `attention_mask` and enters nothing.
 
     Exact: equals a full forward with the same `ExpertMask` (float32: within 1e-5 nats). The cost of all removals of a sequence
-    is that of `slots * (layers - 1) / 2` forwards over it, plus as many unembeddings. Raises `ValueError` for layers or
+    is about that of `slots * (layers - 1) / 2` forwards over it and `slots * layers` unembeddings; with scope="sequence", of a
+    partial forward per layer and expert in use. Raises `ValueError` for layers or
     positions out of range, and while hooks are attached, since hooks are written for the shapes of an ordinary forward.
     """
     check_removal(removal)
@@ -75,26 +76,35 @@ def progressive_effects(
 ) -> ExpertEffects:
     """Remove more and more of the active experts at one token: `delta_loss[..., m]` is the effect of removing m + 1 of them.
 
-    `order` is by routing weight, or random (one permutation per layer and token, from `seed`). All else as in
+    `order` is by routing weight, or random: one permutation for every layer, batch row and position, from `seed`. All else as in
     `expert_effects` at `scope="position"`; the other fields describe slot m of the clean run, whatever the order.
     """
     check_removal(removal)
     if order not in ("descending", "ascending", "random"):
         raise ValueError(f"order must be 'descending', 'ascending' or 'random', not {order!r}")
-    generator = torch.Generator().manual_seed(seed)
-
-    def keep(clean: CleanBlock) -> Keep:
-        weights = clean.routing.weights
-        if order == "random":
-            rank = torch.rand(weights.shape, generator=generator).argsort(-1).to(weights.device)
-        else:
-            rank = weights.argsort(dim=-1, descending=order == "descending", stable=True).argsort(-1)
-        return rank >= torch.arange(1, weights.shape[-1] + 1, device=weights.device).view(-1, 1, 1, 1)
 
     def measure(packed: Packed, chosen: list[int]) -> ExpertEffects:
+        def keep(clean: CleanBlock) -> Keep:
+            weights = clean.routing.weights
+            if order == "random":
+                rank = _random_ranks(packed, clean.layer, weights.shape[-1], seed)
+            else:
+                rank = weights.argsort(dim=-1, descending=order == "descending", stable=True).argsort(-1)
+            return rank >= torch.arange(1, weights.shape[-1] + 1, device=weights.device).view(-1, 1, 1, 1)
+
         return _position_scope(model, packed, chosen, removal, keep)
 
     return _measure(model, tokens, layers, positions, attention_mask, measure)
+
+
+def _random_ranks(packed: Packed, layer: int, slots: int, seed: int) -> Int[Tensor, "batch query slot"]:
+    """A permutation of the slots at every measured position, the same whatever else is measured along with it."""
+    rows = []
+    for row, source in zip(packed.rows.tolist(), packed.source, strict=True):
+        generator = torch.Generator().manual_seed(((seed * 1_000_003 + layer) * 1_000_003 + row) % (1 << 63))
+        ranks = torch.rand(packed.width, slots, generator=generator).argsort(-1).to(source.device)
+        rows.append(ranks[source.clamp(min=0)])
+    return take(torch.stack(rows), packed.positions)
 
 
 def expert_observations(
@@ -126,7 +136,12 @@ def _measure(
     tokens, attention_mask = model.as_tokens(tokens, attention_mask)
     hooked = [name for name, point in model.hook_dict.items() if point.active]
     if hooked:
-        raise ValueError(f"counterfactuals measure the unhooked model, and {hooked[0]} has hooks: call model.reset_hooks() first")
+        raise ValueError(
+            f"counterfactuals measure the unhooked model, and {hooked[0]} has hooks: call model.reset_hooks() first "
+            "(including_permanent=True for permanent hooks)"
+        )
+    if isinstance(layers, int):
+        raise ValueError(f"layers must be a list of layers, as in [{layers}], not the number {layers}")
     chosen = list(range(model.cfg.n_layers)) if layers is None else sorted(set(layers))
     for layer in chosen:
         if not 0 <= layer < model.cfg.n_layers:

@@ -50,7 +50,10 @@ def keep_weights(weights: Float[Tensor, "*any slot"], keep: Tensor, removal: Rem
     if removal == "renormalize":
         rest = kept.sum(-1, keepdim=True)
         rescaled = torch.where(rest > 0, kept * weights.sum(-1, keepdim=True) / rest.where(rest > 0, 1.0), 0.0)
-        kept = torch.where((kept == weights).all(-1, keepdim=True), kept, rescaled)  # nothing removed: not a bit changes
+        same = (kept == weights).all(
+            -1, keepdim=True
+        )  # nothing removed: not a bit changes, and the gradient is the rescaled one's
+        kept = torch.where(same, weights.detach() + (rescaled - rescaled.detach()), rescaled)
     return kept
 
 
@@ -70,11 +73,17 @@ class ExpertMask:
     def __init__(self, keep: Mapping[int, Tensor], removal: Removal = "zero") -> None:
         check_removal(removal)
         for layer, tensor in keep.items():
+            if not isinstance(layer, int):
+                raise TypeError(f"layers are whole numbers, not {layer!r}")
             if not isinstance(tensor, Tensor) or not (tensor.dtype == torch.bool or tensor.is_floating_point()):
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
                 raise TypeError(f"the mask of layer {layer} must be a bool or float tensor, not {kind}")
             if removal == "reroute" and tensor.dtype != torch.bool:
                 raise TypeError(f"removal='reroute' takes bool masks: an expert is routed to or not; layer {layer} has floats")
+            if removal == "renormalize" and tensor.dtype != torch.bool and bool((tensor < 0).any()):
+                raise ValueError(
+                    f"removal='renormalize' takes masks from 0: no rest could be rescaled; layer {layer} has negatives"
+                )
         self.removal: Removal = removal
         self._keep = dict(keep)
         self._entries: dict[int, list[Entry]] = {}

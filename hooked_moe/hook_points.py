@@ -41,6 +41,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], advice: str = "") -
 class _Registered:
     fn: Callable[..., Any]
     permanent: bool = False
+    reads_only: bool = False
 
 
 class HookPoint(nn.Module):
@@ -59,11 +60,16 @@ class HookPoint(nn.Module):
         """Whether any hook is attached. Layouts that only a hook would need are built only then."""
         return bool(self.fwd_hooks or self.bwd_hooks)
 
-    def add_hook(self, fn: Callable[..., Any], dir: str = "fwd", is_permanent: bool = False) -> _Registered:
-        """Attach `fn(activation, hook=self)` (dir "fwd") or `fn(gradient, hook=self)` (dir "bwd"); later hooks see earlier edits."""
+    def add_hook(
+        self, fn: Callable[..., Any], dir: str = "fwd", is_permanent: bool = False, reads_only: bool = False
+    ) -> _Registered:
+        """Attach `fn(activation, hook=self)` (dir "fwd") or `fn(gradient, hook=self)` (dir "bwd"); later hooks see earlier edits.
+
+        `reads_only` promises that `fn` does not write to the activation, which then is not copied for it.
+        """
         if dir not in ("fwd", "bwd"):
             raise ValueError(f"dir must be 'fwd' or 'bwd', not {dir!r}")
-        registered = _Registered(fn, is_permanent)
+        registered = _Registered(fn, is_permanent, reads_only)
         (self.fwd_hooks if dir == "fwd" else self.bwd_hooks).append(registered)
         return registered
 
@@ -79,6 +85,8 @@ class HookPoint(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.fwd_hooks or self.bwd_hooks):
             return x
+        if not all(registered.reads_only for registered in self.fwd_hooks):
+            x = x.clone()  # hooks may write in place, and hook points share memory with each other and with the caller
         for registered in self.fwd_hooks:
             edited = registered.fn(x, hook=self)
             if edited is not None:
@@ -170,7 +178,7 @@ HOOK_TABLE: tuple[HookSpec, ...] = (
     HookSpec(_B + "mlp.hook_expert_pre", "batch pos slot d_expert", "gate projection inside each active expert, before SiLU", "changes the expert's output"),
     HookSpec(_B + "mlp.hook_expert_pre_linear", "batch pos slot d_expert", "up projection inside each active expert", "changes the expert's output"),
     HookSpec(_B + "mlp.hook_expert_post", "batch pos slot d_expert", "neurons of each active expert: SiLU(gate) x up", "changes the expert's output"),
-    HookSpec(_B + "mlp.experts.{e}.hook_out", "n d_model", 'expert e on the n tokens routed to it, before weighting; hook.ctx["tokens"] is [n, 2]: (batch, pos)', "changes the expert's output"),
+    HookSpec(_B + "mlp.experts.{e}.hook_out", "n d_model", 'expert e on the n tokens routed to it, before weighting; hook.ctx["tokens"] of the latest forward is [n, 2]: (batch, pos)', "changes the expert's output"),
     HookSpec(_B + "mlp.hook_expert_out", "batch pos slot d_model", "each active expert's output, before weighting", "changes the routed sum"),
     HookSpec(_B + "mlp.hook_routed_out", "batch pos d_model", "weighted sum over the active experts", _STREAM),
     HookSpec(_B + "hook_mlp_out", "batch pos d_model", "output of the mixture of experts", _STREAM),

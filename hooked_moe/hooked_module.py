@@ -67,9 +67,14 @@ class HookedModule(nn.Module):
             for which, fn in hooks
             for point in self.hook_points(which)
         ]
-        attached = [(point, point.add_hook(fn, direction)) for point, fn, direction in wanted]
-        try:
+        with self._attached(wanted):
             yield self
+
+    @contextmanager
+    def _attached(self, wanted: list[tuple[HookPoint, Callable[..., Any], str]], reads_only: bool = False) -> Iterator[None]:
+        attached = [(point, point.add_hook(fn, direction, reads_only=reads_only)) for point, fn, direction in wanted]
+        try:
+            yield
         finally:
             for point, registered in attached:
                 point.remove(registered)
@@ -91,6 +96,6 @@ class HookedModule(nn.Module):
         def keep(activation: Tensor, hook: HookPoint) -> None:
             activations[hook.name] = activation.detach().to(device) if device is not None else activation.detach()
 
-        with self.hooks(fwd_hooks=[(point.name, keep) for point in self.hook_points(names_filter)]):
+        with self._attached([(point, keep, "fwd") for point in self.hook_points(names_filter)], reads_only=True):
             output = self(*args, **kwargs)
         return output, ActivationCache(activations)

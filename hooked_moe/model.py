@@ -115,14 +115,25 @@ class HookedMoE(HookedModule):
         if start > stop:
             raise ValueError(f"start_at_layer={start_at_layer} is after stop_at_layer={stop_at_layer}: there is no block to run")
         if start_at_layer is None:
+            if tokens is not None:
+                raise ValueError("tokens= goes with start_at_layer, where the input is a residual stream")
             tokens, attention_mask = self.as_tokens(input, attention_mask)
             resid = self.hook_embed(self.embed(tokens))
         else:
             resid = self._as_residual(input)
+            if tokens is not None:
+                tokens, attention_mask = self.as_tokens(tokens, attention_mask)
+                if tokens.shape != resid.shape[:2]:
+                    raise ValueError(f"tokens has shape {list(tokens.shape)}; the residual stream is of {list(resid.shape[:2])}")
         batch, pos = resid.shape[:2]
+        attention_mask = self._as_mask(attention_mask, batch, pos)
         positions, visible = self._positions(batch, pos, attention_mask)
         rotate = rotation(positions, self.cfg.d_head, self.cfg.rotary_base, resid.dtype)
         if expert_mask is not None:
+            if not isinstance(expert_mask, ExpertMask):
+                raise TypeError(
+                    f"expert_mask must be an ExpertMask, as ExpertMask({{layer: keep}}), not {type(expert_mask).__name__}"
+                )
             expert_mask.check_layers(self.cfg.n_layers)
 
         for layer in range(start, stop):
@@ -139,7 +150,10 @@ class HookedMoE(HookedModule):
         if tokens is None:
             raise ValueError("a loss from a residual stream needs the tokens too: pass tokens=[batch, pos]")
         loss = next_token_loss(logits, tokens, attention_mask)
-        loss = loss if loss_per_token else loss.nanmean()
+        if not loss_per_token:
+            loss = loss.nanmean()
+            if attention_mask is not None and bool(loss.isnan()):
+                raise ValueError("there is no loss: attention_mask leaves no two neighbouring tokens in any row")
         return LogitsAndLoss(logits, loss) if return_type == "both" else loss
 
     def logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
@@ -150,15 +164,21 @@ class HookedMoE(HookedModule):
         self, batch: int, pos: int, attention_mask: Tensor | None
     ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch 1 query key"] | None]:
         """The position of every token, counted from the first real one, and the keys that every query may see."""
-        if attention_mask is not None and attention_mask.shape != (batch, pos):
-            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; expected {[batch, pos]}")
         if attention_mask is None or bool(attention_mask.all()):
             return torch.arange(pos, device=self.cfg.device)[None], None
-        real = attention_mask.to(self.cfg.device).bool()
+        real = attention_mask
         causal = torch.ones(pos, pos, dtype=torch.bool, device=real.device).tril()
         own = torch.eye(pos, dtype=torch.bool, device=real.device)  # padding sees itself, so that no row is empty
         visible = (causal & real[:, None, None, :]) | own
         return (real.long().cumsum(-1) - 1).clamp(min=0), visible
+
+    def _as_mask(self, attention_mask: Any, batch: int, pos: int) -> Bool[Tensor, "batch pos"] | None:
+        if attention_mask is None:
+            return None
+        mask = torch.as_tensor(attention_mask, device=self.cfg.device)
+        if mask.shape != (batch, pos):
+            raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected {[batch, pos]}")
+        return mask.bool()
 
     def _layer_bound(self, name: str, layer: int | None, default: int) -> int:
         if layer is None:
@@ -170,7 +190,7 @@ class HookedMoE(HookedModule):
 
     def as_tokens(self, input: Any, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Token ids and attention mask of what `forward` accepts; `ValueError` says what is wrong with anything else."""
-        if isinstance(input, (str, list)):
+        if isinstance(input, str) or (isinstance(input, list) and all(isinstance(text, str) for text in input)):
             if attention_mask is not None:
                 raise ValueError("attention_mask goes with tokens; texts are padded and masked by the model itself")
             return self._require_tokenizer().pad([input] if isinstance(input, str) else input, self.cfg.device)
@@ -184,7 +204,7 @@ class HookedMoE(HookedModule):
             raise ValueError(
                 f"token id {low if low < 0 else high} is out of range: {self.cfg.model_name} has ids 0 to {self.cfg.d_vocab - 1}"
             )
-        return input.to(self.cfg.device), attention_mask
+        return input.to(self.cfg.device, torch.long), attention_mask
 
     def _as_residual(self, input: Any) -> Tensor:
         if not isinstance(input, Tensor) or input.dim() != 3 or input.shape[-1] != self.cfg.d_model:
@@ -241,7 +261,10 @@ class HookedMoE(HookedModule):
         return self.tokenizer
 
     def to_tokens(self, text: str | list[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
-        """Token ids; several texts are padded on the right. `prepend_bos=None` does as the model's family does."""
+        """Token ids; several texts are padded on the right. `prepend_bos=None` does as the model's family does.
+
+        Padding is not marked: pass several texts to the model itself, which masks it, or `attention_mask` along with these ids.
+        """
         texts = [text] if isinstance(text, str) else text
         return self._require_tokenizer().pad(texts, self.cfg.device, prepend_bos)[0]
 

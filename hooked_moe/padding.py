@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +24,8 @@ class Packed:
     """Where each packed token stood in the row; -1 for what fills the row up."""
     width: int
     """Length of the rows before packing."""
+    rows: Int[Tensor, " batch"]
+    """Which batch row each row is; a part of a batch keeps the numbers of the whole."""
     positions: Int[Tensor, "batch query"] | None = None
     """The packed positions to measure; None means all."""
     asked: Bool[Tensor, "batch query"] | None = None
@@ -42,6 +45,7 @@ class Packed:
                 tokens=self.tokens[part],
                 targets=self.targets[part],
                 source=self.source[part],
+                rows=self.rows[part],
                 positions=None if self.positions is None else self.positions[part],
                 asked=None if self.asked is None else self.asked[part],
             )
@@ -93,7 +97,8 @@ def pack(
     follows = filled[:, 1:] & (source[:, 1:] == source[:, :-1] + 1)
     targets = torch.full_like(packed, -1)
     targets[:, :-1] = packed[:, 1:].masked_fill(~follows, -1)
-    result = Packed(packed, targets, source.masked_fill(~filled, -1), tokens.shape[1])
+    rows = torch.arange(len(tokens), device=tokens.device)
+    result = Packed(packed, targets, source.masked_fill(~filled, -1), tokens.shape[1], rows)
     if positions is None:
         return result
     asked = _as_mask(positions, tokens) & real
@@ -105,14 +110,20 @@ def pack(
     return replace(result, positions=places, asked=asked_packed.gather(-1, places))
 
 
-def _as_mask(positions: Sequence[int] | Tensor, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        if positions.shape != tokens.shape:
-            raise ValueError(f"positions has shape {list(positions.shape)}; a bool mask must be {list(tokens.shape)}")
-        return positions.to(tokens.device)
+def _as_mask(positions: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
+    wanted = "a list of positions, valid in every row, or a bool mask [batch, pos]"
+    if isinstance(positions, slice):
+        raise ValueError(f"positions must be {wanted}, not a slice")
+    asked = torch.as_tensor(positions, device=tokens.device)
+    if asked.dtype == torch.bool:
+        if asked.shape != tokens.shape:
+            raise ValueError(f"positions has shape {list(asked.shape)}; a bool mask must be {list(tokens.shape)}")
+        return asked
+    if asked.dim() > 1 or (asked.is_floating_point() and asked.numel()):
+        raise ValueError(f"positions must be {wanted}, not {asked.dtype} {list(asked.shape)}")
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for position in torch.as_tensor(positions).flatten().tolist():
+    for position in asked.flatten().tolist():
         if not 0 <= position < tokens.shape[1]:
             raise ValueError(f"position {position} is out of range: the rows have positions 0 to {tokens.shape[1] - 1}")
-        mask[:, position] = True
+        mask[:, int(position)] = True
     return mask

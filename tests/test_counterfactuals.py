@@ -172,10 +172,9 @@ def test_progressive_removal_equals_masked_forwards(order: Any, removal: Any, mo
     tokens = some_tokens()
     effects = progressive_effects(model, tokens, order=order, removal=removal, seed=3)
     losses = losses_of(model, tokens)
-    generator = torch.Generator().manual_seed(3)
     for layer in range(model.cfg.n_layers):
         k = model.cfg.experts_per_token
-        ranks = torch.rand((2, 11, k), generator=generator).argsort(-1)
+        ranks = torch.stack([random_ranks(layer, row, k, seed=3) for row in range(2)])
         for batch, pos in [(0, 0), (1, 5), (0, 9)]:
             slots = {
                 "descending": list(range(k)),
@@ -187,6 +186,18 @@ def test_progressive_removal_equals_masked_forwards(order: Any, removal: Any, mo
                 mask = ExpertMask.ablate([(layer, batch, pos, expert) for expert in experts[:removed]], removal)
                 delta = (losses_of(model, tokens, mask) - losses)[batch, pos]
                 assert abs(delta - effects.delta_loss[layer, batch, pos, removed - 1]) < NATS
+
+
+def random_ranks(layer: int, row: int, slots: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) * 1_000_003 + row)
+    return torch.rand(11, slots, generator=generator).argsort(-1)
+
+
+def test_random_orders_do_not_depend_on_what_is_measured_together(model: HookedMoE) -> None:
+    tokens, mask = some_tokens(), PADDING["left"]
+    whole = progressive_effects(model, tokens, order="random", attention_mask=mask).delta_loss
+    some = progressive_effects(model, tokens, layers=[1], positions=[4, 7], order="random", attention_mask=mask).delta_loss
+    torch.testing.assert_close(some[0, :, [4, 7]], whole[1, :, [4, 7]], atol=2e-6, rtol=0)
 
 
 def test_removing_all_experts_is_the_block_without_its_routed_part(model: HookedMoE) -> None:
@@ -243,6 +254,11 @@ def test_a_lookup_by_expert_refuses_experts_that_are_not_routed(model: HookedMoE
         ({"positions": [11]}, "position 11 is out of range: the rows have positions 0 to 10"),
         ({"positions": []}, "no positions"),
         ({"positions": torch.ones(2, 3, dtype=torch.bool)}, "a bool mask must be"),
+        ({"positions": [True] * 11}, "a bool mask must be"),
+        ({"positions": torch.tensor([[3], [5]])}, "positions must be a list of positions"),
+        ({"positions": [0.5]}, "positions must be a list of positions"),
+        ({"positions": slice(2)}, "not a slice"),
+        ({"layers": 1}, "layers must be a list"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask has shape"),
         ({"attention_mask": torch.tensor([[0] * 11, [1] * 11])}, "batch row 0 has no real tokens"),
     ],

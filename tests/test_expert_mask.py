@@ -342,3 +342,20 @@ def test_what_is_no_mask_is_refused(refusal: str, unchecked: None) -> None:
 def test_a_mask_that_does_not_fit_is_refused(mask: ExpertMask, message: str, ours: HookedMoE, batch: Tensor) -> None:
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         ours(batch, expert_mask=mask)
+
+
+def test_the_gradient_of_a_mask_at_one_is_that_of_its_definition(make_model: Any) -> None:
+    own = make_model(n_layers=1, num_experts=4, experts_per_token=4).double()
+    tokens = torch.tensor([[3, 7, 11, 2]])
+    for removal in ("zero", "renormalize"):
+
+        def loss(keep: Tensor, removal: Any = removal) -> Tensor:
+            return own(tokens, return_type="loss", expert_mask=ExpertMask({0: keep}, removal=removal))
+
+        keep = torch.ones(1, 1, 4, dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(loss(keep), keep)
+        for expert in range(4):
+            step = torch.zeros(1, 1, 4, dtype=torch.float64)
+            step[..., expert] = 1e-6
+            slope = (loss(keep.detach() + step) - loss(keep.detach() - step)) / 2e-6
+            torch.testing.assert_close(gradient[0, 0, expert], slope.detach(), atol=1e-6, rtol=1e-4)

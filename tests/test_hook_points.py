@@ -619,3 +619,33 @@ def routed_experts(model: HookedMoE, tokens: Tensor) -> set[str]:
         for name, indices in cache.items()
         for expert in indices.unique().tolist()
     }
+
+
+def test_an_edit_in_place_reaches_nothing_but_what_follows(make_model: Callable[..., HookedMoE], tokens: Tensor) -> None:
+    own = make_model().double()
+    for name in own.hook_dict:
+        if "experts." in name or name.endswith("indices"):
+            continue
+        with torch.no_grad():
+            _, clean = own.run_with_cache(tokens)
+            with own.hooks([(name, lambda activation, hook: activation.mul_(0.9))]):
+                _, edited = own.run_with_cache(tokens)
+        for earlier in list(clean)[: list(clean).index(name)]:
+            assert torch.equal(clean[earlier], edited[earlier]), (name, earlier)
+        gradients = []
+        for edit in (lambda activation, hook: activation.mul_(0.9), lambda activation, hook: activation * 0.9):
+            own.zero_grad()
+            own.run_with_hooks(tokens, return_type="loss", fwd_hooks=[(name, edit)]).backward()
+            gradients.append(own.embed.W_E.grad.clone())
+        torch.testing.assert_close(*gradients)
+
+
+def test_an_edit_in_place_leaves_the_callers_residual_stream_alone(model: HookedMoE, tokens: Tensor) -> None:
+    resid = model(tokens, stop_at_layer=1).detach()
+    before = resid.clone()
+    hooks = [("blocks.1.hook_resid_pre", lambda activation, hook: activation.mul_(2))]
+    model.run_with_hooks(resid, start_at_layer=1, fwd_hooks=hooks)
+    assert torch.equal(resid, before)
+    resid.requires_grad_()
+    model.run_with_hooks(resid, start_at_layer=1, fwd_hooks=hooks).sum().backward()
+    assert resid.grad is not None

@@ -415,3 +415,25 @@ def test_what_cannot_be_run_is_refused_by_name(refusal: str, plain: Pair, batch:
 def test_a_loss_of_one_token_is_refused(make_model: Callable[..., HookedMoE]) -> None:
     with pytest.raises(ValueError, match="at least two tokens"):
         make_model()(torch.tensor([[1]]), return_type="loss")
+
+
+def test_tokens_of_any_integer_type_are_tokens(make_model: Callable[..., HookedMoE]) -> None:
+    own, tokens = make_model(), torch.tensor([[1, 2, 3]])
+    for dtype in (torch.int32, torch.int16):
+        assert torch.equal(own(tokens.to(dtype), return_type="loss"), own(tokens, return_type="loss"))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_goes_with_the_input_has_to_fit_it(make_model: Callable[..., HookedMoE]) -> None:
+    own, tokens = make_model(), torch.tensor([[1, 2, 3]])
+    resid = own(tokens, stop_at_layer=1)
+    with pytest.raises(ValueError, match="the residual stream is of"):
+        own(resid, start_at_layer=1, tokens=torch.tensor([[1, 2]]), return_type="loss")
+    with pytest.raises(ValueError, match="goes with start_at_layer"):
+        own(tokens, tokens=tokens)
+    with pytest.raises(ValueError, match="expected token ids as an integer tensor"):
+        own([[1, 2, 3]])
+    with pytest.raises(TypeError, match="must be an ExpertMask"):
+        own(tokens, expert_mask={0: torch.ones(1, 1, 6)})
+    with pytest.raises(ValueError, match="no two neighbouring tokens"):
+        own(tokens, return_type="loss", attention_mask=torch.tensor([[1, 0, 1]]))

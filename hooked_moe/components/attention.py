@@ -86,8 +86,7 @@ class Attention(nn.Module):
         scores = einsum(q, k, "batch head query e, batch head key e -> batch head query key") * self.cfg.attention_scale
         scores = scores.masked_fill(~visible, float("-inf"))
         pattern = _softmax(scores)
-        # hooks get tensors of their own, so that an edit in place is seen by the comparison below
-        edited = _softmax(self.hook_attn_scores(scores)) if self.hook_attn_scores.active else pattern.clone()
+        edited = _softmax(self.hook_attn_scores(scores)) if self.hook_attn_scores.active else pattern
         edited = self.hook_pattern(edited)
         z = einsum(edited, v, "batch head query key, batch head key e -> batch head query e")
         return keep_unedited_bits(z, fused, same=(edited == pattern).all(dim=-1, keepdim=True))
@@ -97,7 +96,7 @@ class Attention(nn.Module):
         out = einsum(z, self.W_O, "batch pos head d_head, d_model head d_head -> batch pos d_model")
         if self.hook_result.active:
             result = einsum(z, self.W_O, "batch pos head d_head, d_model head d_head -> batch pos head d_model")
-            edited = self.hook_result(result.clone())
+            edited = self.hook_result(result)
             same = (edited == result).all(dim=-1).all(dim=-1, keepdim=True)
             out = keep_unedited_bits(edited.sum(dim=2), out, same)
         return out if self.b_O is None else out + self.b_O

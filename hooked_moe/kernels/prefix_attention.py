@@ -36,9 +36,12 @@ def prefix_attention(
     if group > 1:
         keys, values, own_k, own_v = (x.repeat_interleave(group, dim=-2) for x in (keys, values, own_k, own_v))
     mixed, log_sum = over_prefix(q, keys, values, positions, scale)
-    own_score = einsum(q, own_k, "variant batch query head e, variant batch query head e -> variant batch query head") * scale
-    prefix_weight = (log_sum - own_score).sigmoid().to(q.dtype)
-    return torch.lerp(own_v, mixed, prefix_weight.unsqueeze(-1))
+    wide = torch.promote_types(q.dtype, torch.float32)  # a weight rounded to half precision would be the largest error of all
+    own_score = einsum(
+        q.to(wide), own_k.to(wide), "variant batch query head e, variant batch query head e -> variant batch query head"
+    )
+    prefix_weight = (log_sum - own_score * scale).sigmoid()
+    return torch.lerp(own_v.to(wide), mixed.to(wide), prefix_weight.unsqueeze(-1)).to(q.dtype)
 
 
 def _over_prefix_fused(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
