@@ -229,7 +229,7 @@ def _verification(manifest: dict[str, Any] | None) -> str:
             word = "not run" if passed is None else ("passed" if passed else "FAILED")
             cells = (check.get("name", ""), word, check.get("value"), check.get("threshold"), check.get("detail", ""))
             rows.append("<tr>" + "".join(f"<td>{html_value(DASH if x is None else x)}</td>" for x in cells) + "</tr>")
-        parts.append(html_table(("check", "result", "value", "threshold", "detail"), rows))
+        parts.append(html_table(("check", "result", "value", "threshold", "detail"), rows, "words"))
     else:
         parts.append('<p class="absent">Absent: the manifest records no verification.</p>')
     if floor:
