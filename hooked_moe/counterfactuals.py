@@ -19,7 +19,7 @@ from torch import Tensor
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.effects import ExpertEffects, concatenate
 from hooked_moe.expert_mask import LayerMask, Removal, check_removal, keep_weights
-from hooked_moe.fan_out import TOKENS_AT_ONCE, CleanBlock, fan_out, finish_block, loss_at, rotation_of, take
+from hooked_moe.fan_out import TOKENS_AT_ONCE, CleanBlock, clean_run, fan_out, loss_at, take
 from hooked_moe.kernels.weighted_sum import masked_combine
 from hooked_moe.model import HookedMoE
 from hooked_moe.padding import Packed, pack
@@ -116,7 +116,7 @@ def expert_observations(
     """The same table from the clean run alone: what routing says, at the cost of one forward; `delta_loss` is nan."""
 
     def measure(packed: Packed, chosen: list[int]) -> ExpertEffects:
-        clean_blocks, baseline = _clean_run(model, packed, chosen)
+        clean_blocks, baseline = _clean_blocks(model, packed, chosen)
         observations = [observe(clean) for clean in clean_blocks]
         nothing = [torch.full_like(o["gap_norm"], float("nan")) for o in observations]
         return _table(chosen, torch.stack(nothing), baseline, observations)
@@ -178,23 +178,19 @@ def _position_scope(
 
 def _sequence_scope(model: HookedMoE, packed: Packed, layers: list[int], removal: Removal) -> ExpertEffects:
     """One partial forward per (sequence, expert that it uses)."""
-    clean_blocks, baseline = _clean_run(model, packed, layers)
+    clean_blocks, baseline = _clean_blocks(model, packed, layers)
     deltas = [_sequence_losses(model, packed, clean, removal) - baseline.unsqueeze(-1) for clean in clean_blocks]
     asked = packed.spread(torch.stack([take(delta, packed.positions) for delta in deltas]))
     return _table(layers, asked, baseline, [observe(clean) for clean in clean_blocks])
 
 
-def _clean_run(model: HookedMoE, packed: Packed, layers: list[int]) -> tuple[list[CleanBlock], Float[Tensor, "batch pos"]]:
+def _clean_blocks(model: HookedMoE, packed: Packed, layers: list[int]) -> tuple[list[CleanBlock], Float[Tensor, "batch pos"]]:
     """The blocks of some layers, and the loss at every position."""
-    rotate = rotation_of(model, packed.tokens.shape[1])
-    resid = model.embed(packed.tokens)
-    clean_blocks = []
-    for layer, block in enumerate(model.blocks):
-        clean = finish_block(layer, block, resid, block.attn.project(block.ln1(resid), rotate))
-        if layer in layers:
-            clean_blocks.append(clean)
-        resid = clean.resid_post
-    return clean_blocks, loss_at(model, resid[None], packed.targets)[0]
+    kept = []
+    for clean in clean_run(model, packed.tokens):
+        if clean.layer in layers:
+            kept.append(clean)
+    return kept, loss_at(model, clean.resid_post[None], packed.targets)[0]
 
 
 def _sequence_losses(model: HookedMoE, packed: Packed, clean: CleanBlock, removal: Removal) -> Float[Tensor, "batch pos slot"]:

@@ -8,7 +8,7 @@ that have entered by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,14 +35,13 @@ class CleanBlock:
 
     layer: int
     block: Block
+    qkv: QueriesKeysValues
+    """At every position, whatever `at` and `rows` pick of the rest."""
     resid_mid: Float[Tensor, "batch pos d_model"]
     mlp_input: Float[Tensor, "batch pos d_model"]
     routing: Routing
     expert_outputs: ExpertOutputs
-
-    @property
-    def resid_post(self) -> Float[Tensor, "batch pos d_model"]:
-        return self.resid_mid + self.block.mlp.combine(self.expert_outputs, self.routing.weights)
+    resid_post: Float[Tensor, "batch pos d_model"]
 
     def rows(self, rows: Int[Tensor, " row"]) -> CleanBlock:
         """The same for some batch rows, which may repeat."""
@@ -56,10 +55,12 @@ class CleanBlock:
         return CleanBlock(
             self.layer,
             self.block,
+            self.qkv,
             pick(self.resid_mid),
             pick(self.mlp_input),
             Routing(*map(pick, self.routing)),
             ExpertOutputs(self.expert_outputs.rows, pick(self.expert_outputs.place)),
+            pick(self.resid_post),
         )
 
 
@@ -91,29 +92,39 @@ def fan_out(
     batch, length = tokens.shape
     queries = length if positions is None else positions.shape[1]
     rotate = rotation_of(model, length)
-    resid = model.embed(tokens)
-    variants = resid.new_empty(n_variants * len(layers), batch, queries, model.cfg.d_model)
+    variants = model.embed.W_E.new_empty(n_variants * len(layers), batch, queries, model.cfg.d_model)
     entered = 0
-    for layer, block in enumerate(model.blocks):
-        qkv = block.attn.project(block.ln1(resid), rotate)
-        advance(variants[:entered], block, qkv, rotate, positions)
-        clean = finish_block(layer, block, resid, qkv)
-        if layer in layers:
+    for clean in clean_run(model, tokens):
+        advance(variants[:entered], clean, rotate, positions)
+        if clean.layer in layers:
             variants[entered : entered + n_variants] = branch(clean)
             entered += n_variants
-        resid = clean.resid_post
     losses = loss_at(model, variants, take(targets, positions)).unflatten(0, (len(layers), n_variants))
-    return FanOut(losses, loss_at(model, resid[None], targets)[0])
+    return FanOut(losses, loss_at(model, clean.resid_post[None], targets)[0])
+
+
+def clean_run(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> Iterator[CleanBlock]:
+    """The blocks of an ordinary forward over rows padded on the right only, one after another."""
+    rotate = rotation_of(model, tokens.shape[1])
+    resid = model.embed(tokens)
+    for layer, block in enumerate(model.blocks):
+        qkv = block.attn.project(block.ln1(resid), rotate)
+        resid_mid = resid + block.attn.output(block.attn.attend(qkv, None))
+        mlp_input = block.ln2(resid_mid)
+        routing = block.mlp.route(mlp_input)
+        outputs = block.mlp.run_experts(mlp_input, routing.indices)
+        resid = resid_mid + block.mlp.combine(outputs, routing.weights)
+        yield CleanBlock(layer, block, qkv, resid_mid, mlp_input, routing, outputs, resid)
 
 
 def advance(
     variants: Float[Tensor, "variant batch query d_model"],
-    block: Block,
-    clean: QueriesKeysValues,
+    clean: CleanBlock,
     rotate: Rotation,
     positions: Int[Tensor, "batch query"] | None,
 ) -> None:
     """Take every variant through a block, in place, over the clean run's keys and values."""
+    block = clean.block
     _, batch, queries, _ = variants.shape
     at_once = max(1, TOKENS_AT_ONCE // (batch * queries))
     for some in variants.split(at_once):
@@ -122,7 +133,7 @@ def advance(
         x = some.flatten(0, 1)
         own = block.attn.project(block.ln1(x), here)
         q, k, v = (part.unflatten(0, (count, batch)) for part in own)
-        z = prefix_attention(q, k, v, clean.k, clean.v, positions, block.attn.cfg.attention_scale)
+        z = prefix_attention(q, k, v, clean.qkv.k, clean.qkv.v, positions, block.attn.cfg.attention_scale)
         x = x + block.attn.output(z.flatten(0, 1))
         x = x + block.mlp(block.ln2(x))
         some.copy_(x.unflatten(0, (count, batch)))
@@ -133,24 +144,16 @@ def loss_at(
 ) -> Float[Tensor, "variant batch pos"]:
     """Loss of final residual streams at their targets; nan where the target is -1."""
     losses = resid.new_full(resid.shape[:-1], float("nan"), dtype=torch.promote_types(resid.dtype, torch.float32))
+    real = targets >= 0
+    wanted, weight = targets[real], at_least_float32(model.unembed.W_U)
     for variant, loss in zip(resid, losses, strict=True):  # a variant at a time bounds the float32 copies
-        real = targets >= 0
-        x = model.ln_final(at_least_float32(variant[real]))
-        loss[real] = target_loss(at_least_float32(x), model.unembed.W_U, targets[real])
+        loss[real] = target_loss(model.ln_final(at_least_float32(variant[real])), weight, wanted)
     return losses
 
 
 def take(x: Shaped[Tensor, "batch pos *rest"], positions: Int[Tensor, "batch query"] | None) -> Tensor:
     """The rows of `x` at the queried positions."""
     return x if positions is None else x[torch.arange(len(x), device=x.device)[:, None], positions]
-
-
-def finish_block(layer: int, block: Block, resid: Tensor, qkv: QueriesKeysValues) -> CleanBlock:
-    """The rest of a block, once its queries, keys and values are known."""
-    resid_mid = resid + block.attn.output(block.attn.attend(qkv, None))
-    mlp_input = block.ln2(resid_mid)
-    routing = block.mlp.route(mlp_input)
-    return CleanBlock(layer, block, resid_mid, mlp_input, routing, block.mlp.run_experts(mlp_input, routing.indices))
 
 
 def rotation_of(model: HookedMoE, length: int) -> Rotation:

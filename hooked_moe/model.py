@@ -122,11 +122,11 @@ class HookedMoE(HookedModule):
         else:
             resid = self._as_residual(input)
             if tokens is not None:
-                tokens, attention_mask = self.as_tokens(tokens, attention_mask)
+                tokens, _ = self.as_tokens(tokens)
                 if tokens.shape != resid.shape[:2]:
                     raise ValueError(f"tokens has shape {list(tokens.shape)}; the residual stream is of {list(resid.shape[:2])}")
+            attention_mask = self._as_mask(attention_mask, *resid.shape[:2])
         batch, pos = resid.shape[:2]
-        attention_mask = self._as_mask(attention_mask, batch, pos)
         positions, visible = self._positions(batch, pos, attention_mask)
         rotate = rotation(positions, self.cfg.d_head, self.cfg.rotary_base, resid.dtype)
         if expert_mask is not None:
@@ -158,7 +158,7 @@ class HookedMoE(HookedModule):
 
     def logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Final norm and unembedding of a residual stream, in float32 or wider."""
-        return self.unembed(self.ln_final(at_least_float32(resid)).to(torch.promote_types(resid.dtype, torch.float32)))
+        return self.unembed(self.ln_final(at_least_float32(resid)))
 
     def _positions(
         self, batch: int, pos: int, attention_mask: Tensor | None
@@ -204,7 +204,7 @@ class HookedMoE(HookedModule):
             raise ValueError(
                 f"token id {low if low < 0 else high} is out of range: {self.cfg.model_name} has ids 0 to {self.cfg.d_vocab - 1}"
             )
-        return input.to(self.cfg.device, torch.long), attention_mask
+        return input.to(self.cfg.device, torch.long), self._as_mask(attention_mask, *input.shape)
 
     def _as_residual(self, input: Any) -> Tensor:
         if not isinstance(input, Tensor) or input.dim() != 3 or input.shape[-1] != self.cfg.d_model:

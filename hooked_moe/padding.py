@@ -77,16 +77,14 @@ class Packed:
 
 def pack(
     tokens: Int[Tensor, "batch pos"],
-    attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None,
+    attention_mask: Bool[Tensor, "batch pos"] | None,
     positions: Sequence[int] | Bool[Tensor, "batch pos"] | None = None,
 ) -> Packed:
     """Pack the real tokens of every row. `positions` are the places to measure, in the original rows.
 
-    Raises `ValueError` for a mask or positions that do not fit, and for a row without real tokens.
+    Raises `ValueError` for positions that do not fit, and for a row without real tokens.
     """
-    real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.to(tokens.device).bool()
-    if real.shape != tokens.shape:
-        raise ValueError(f"attention_mask has shape {list(real.shape)}; expected {list(tokens.shape)}")
+    real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
     counts = real.sum(-1)
     if not bool(counts.all()):
         raise ValueError(f"batch row {int((counts == 0).nonzero()[0])} has no real tokens: attention_mask is 0 everywhere")

@@ -15,7 +15,6 @@ def target_loss(
 ) -> Float[Tensor, " n"]:
     """`-log softmax(weight @ x)[target]` in nats for every row, a chunk of rows at a time."""
     rows = max(64, CHUNK_BYTES // (len(weight) * x.element_size()))
-    weight = weight.to(x.dtype)
     losses = torch.empty(len(x), dtype=x.dtype, device=x.device)
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
