@@ -13,8 +13,9 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,29 +25,65 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hooked_moe import HookedMoE, HookedMoEConfig, HookPoint
+from hooked_moe.components.moe import MoE
+from hooked_moe.config import YarnScaling
 from hooked_moe.hooked_module import Hook
 from hooked_moe.tokenizer import Tokenizer
 
+_COMMON: dict[str, Any] = {
+    "n_layers": 6,
+    "d_model": 128,
+    "d_vocab": 4096,
+    "n_ctx": 512,
+    "n_heads": 4,
+    "n_key_value_heads": 4,
+    "d_expert": 24,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 ARCHITECTURES = {
     "tiny-olmoe": HookedMoEConfig(
-        n_layers=6,
-        d_model=128,
-        d_vocab=4096,
-        n_ctx=512,
-        n_heads=4,
-        n_key_value_heads=4,
+        **_COMMON,
+        model_type="olmoe",
+        model_name="tiny-olmoe",
         d_head=32,
         qk_norm="full",
         num_experts=64,
         experts_per_token=8,
-        d_expert=24,
-        tie_word_embeddings=True,
-        model_type="olmoe",
-        model_name="tiny-olmoe",
-        eos_token_id=0,
-        pad_token_id=0,
+    ),
+    "tiny-qwen-moe": HookedMoEConfig(
+        **_COMMON,
+        model_type="qwen2_moe",
+        model_name="tiny-qwen-moe",
+        d_head=32,
+        rotary_base=1_000_000.0,
+        qkv_bias=True,
+        num_experts=60,
+        experts_per_token=4,
+        d_shared=128,
+        shared_gate=True,
+        eps=1e-6,
+    ),
+    "tiny-deepseek-moe": HookedMoEConfig(
+        **_COMMON,
+        model_type="deepseek_v2",
+        model_name="tiny-deepseek-moe",
+        d_head=48,
+        d_rotary=16,
+        d_value=32,
+        kv_lora_rank=32,
+        rotary_interleaved=True,
+        rotary_scaling=YarnScaling(factor=4.0, original_ctx=128, mscale=0.707, mscale_all_dim=0.707),
+        num_experts=64,
+        experts_per_token=6,
+        d_shared=48,
+        dense_layers=(0,),
+        d_mlp=384,
+        eps=1e-6,
     ),
 }
+"""Each as its family's published models are, down to the long-context scaling of DeepSeek-V2-Lite's positions."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +114,13 @@ class Recipe:
         return 1.0 - (1.0 - self.final_rate) * progress
 
 
+RECIPES = {
+    "tiny-qwen-moe": Recipe(steps=3600, load_balancing=0.02),
+    "tiny-deepseek-moe": Recipe(steps=3600, load_balancing=0.02),
+}
+"""Where they differ from the default. Beside shared experts, two in a thousand routed ones die at .01."""
+
+
 class RouterLosses:
     """Load balancing (Fedus et al. 2021, eq. 4) and router z-loss (Zoph et al. 2022, eq. 5), read off hook points."""
 
@@ -84,7 +128,7 @@ class RouterLosses:
         self.cfg = cfg
         self.balance: list[Tensor] = []
         self.z: list[Tensor] = []
-        self.counts = torch.zeros(cfg.n_layers, cfg.num_experts)
+        self.counts = torch.zeros(len(cfg.moe_layers), cfg.num_experts)
 
     def hooks(self) -> list[Hook]:
         return [
@@ -98,7 +142,7 @@ class RouterLosses:
 
     def _on_indices(self, indices: Tensor, hook: HookPoint) -> None:
         counts = torch.bincount(indices.flatten(), minlength=self.cfg.num_experts)
-        self.counts[hook.layer()] = counts.cpu().float()
+        self.counts[self.cfg.moe_layers.index(hook.layer())] = counts.cpu().float()
         share = counts / indices.numel()
         self.balance.append(self.cfg.num_experts * (share * self._mean_probability).sum())
 
@@ -128,15 +172,19 @@ def new_model(cfg: HookedMoEConfig, recipe: Recipe) -> HookedMoE:
     model = HookedMoE(cfg)
     with torch.no_grad():
         for block in model.blocks:
-            block.mlp.experts.W_out.mul_(recipe.expert_out_scale)
+            if isinstance(block.mlp, MoE):
+                block.mlp.experts.W_out.mul_(recipe.expert_out_scale)
     return model
 
 
 def optimiser(model: HookedMoE, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW without weight decay on the norms."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    norms = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    """AdamW without weight decay on norms and biases."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() > 1 and not name.rpartition(".")[2].startswith("b_")
+        (matrices if is_matrix else others).append(parameter)
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -209,7 +257,7 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(ARCHITECTURES), default="tiny-olmoe")
     parser.add_argument("--corpus", type=Path, default=Path("build/corpus"), help="what experiments.build_corpus wrote")
     parser.add_argument("--out", type=Path, help="where to write; default build/<model>")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -217,7 +265,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     out = args.out or Path("build") / args.model
-    recipe = Recipe(steps=args.steps)
+    recipe = replace(RECIPES.get(args.model, Recipe()), **({} if args.steps is None else {"steps": args.steps}))
     cfg = ARCHITECTURES[args.model].replace(device=torch.device(args.device))
     if not (args.corpus / "train.npy").exists():
         parser.error(f"no train.npy in {args.corpus}: run python -m experiments.build_corpus --out {args.corpus} first")

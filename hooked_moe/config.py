@@ -7,10 +7,46 @@ Names follow TransformerLens where it has them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): rotary positions for contexts `factor` times longer than `original_ctx`.
+
+    Fast rotations stay, slow ones slow down by `factor`, and those that turn between `beta_slow` and `beta_fast` times within
+    `original_ctx` tokens lie in between.
+    """
+
+    factor: float
+    original_ctx: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    """DeepSeek-V2's split of YaRN's temperature: rotations are scaled by `m(mscale) / m(mscale_all_dim)` and attention scores by
+    `m(mscale_all_dim)^2`, where m(x) = 0.1 x ln(factor) + 1. The defaults are YaRN's own: all of it in the rotations."""
+
+    def __post_init__(self) -> None:
+        if self.factor < 1 or self.original_ctx < 1 or self.beta_fast <= self.beta_slow or self.beta_slow <= 0:
+            raise ValueError(f"factor and original_ctx must be at least 1, and beta_fast > beta_slow > 0, not as in {self}")
+
+    @property
+    def rotation_scale(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
+
+    @property
+    def score_scale(self) -> float:
+        """What attention scores are multiplied by, besides the usual scale."""
+        return self._temperature(self.mscale_all_dim) ** 2
+
+    def _temperature(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +63,52 @@ class HookedMoEConfig:
     n_key_value_heads: int
     """Smaller than `n_heads` for grouped-query attention: each key/value head serves `n_heads / n_key_value_heads` queries."""
     d_head: int
+    """Width of one head's query and key."""
     rotary_base: float = 10_000.0
-    qk_norm: Literal["full", None] = None
-    """"full": an RMSNorm over the whole projected width of q and of k, before they are split into heads (OLMoE)."""
+    rotary_interleaved: bool = False
+    """Which coordinates turn together: j with j + 1 (True), or j with j + half the rotated width, as in Llama."""
+    rotary_scaling: YarnScaling | None = None
+    qk_norm: Literal["full", "head", None] = None
+    """An RMSNorm of q and of k before rotation: over the whole projected width (OLMoE), or over each head (Qwen3)."""
     clip_qkv: float | None = None
     """Clamp q, k and v to [-clip, clip], after the norm."""
-    attention_bias: bool = False
-    """Whether the q, k, v and output projections have biases."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """Whether the attention's output projection has a bias."""
+
+    kv_lora_rank: int | None = None
+    """Latent attention (DeepSeek-V2): keys and values of all heads are projected from one vector of this width per token."""
+    q_lora_rank: int | None = None
+    """Latent attention: queries likewise; None: straight from the residual stream."""
+    d_rotary: int | None = None
+    """Latent attention: how many coordinates of a head, the last ones, carry the position; None: all of `d_head`."""
+    d_value: int | None = None
+    """Latent attention: width of one head's value; None: `d_head`."""
 
     num_experts: int
+    """Routed experts of a layer; `experts_by_layer` where layers differ."""
     experts_per_token: int
     d_expert: int
     """Hidden width of one expert."""
+    experts_by_layer: tuple[int, ...] | None = None
+    """Routed experts of every layer, 0 in dense ones: only where `HookedMoE.remove_experts` left unequal numbers."""
     norm_topk_prob: bool = False
     """Whether the routing weights of the selected experts are rescaled to sum to one."""
+    routed_scaling_factor: float = 1.0
+    """What routing weights are multiplied by at last."""
+    n_expert_groups: int = 1
+    """Experts stand in so many groups of equal size (DeepSeek-V2's devices) ..."""
+    groups_per_token: int = 1
+    """... and a token goes only to experts of the groups whose best expert is most probable."""
+    d_shared: int | None = None
+    """Width of the shared experts together, which serve every token; None: there are none."""
+    shared_gate: bool = False
+    """Whether the shared experts' output is multiplied by `sigmoid(x w)` (Qwen1.5-MoE)."""
+
+    dense_layers: tuple[int, ...] = ()
+    """Layers with one ordinary MLP in place of experts."""
+    d_mlp: int | None = None
+    """Hidden width of the dense layers' MLP."""
 
     eps: float = 1e-5
     tie_word_embeddings: bool = False
@@ -60,25 +128,93 @@ class HookedMoEConfig:
 
     def __post_init__(self) -> None:
         sizes = ("n_layers", "d_model", "d_vocab", "n_ctx", "n_heads", "n_key_value_heads", "d_head")
-        for name in (*sizes, "num_experts", "experts_per_token", "d_expert"):
+        optional = ("kv_lora_rank", "q_lora_rank", "d_rotary", "d_value", "d_shared", "d_mlp")
+        routing = ("num_experts", "experts_per_token", "d_expert", "n_expert_groups", "groups_per_token")
+        for name in (*sizes, *routing, *(name for name in optional if getattr(self, name) is not None)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        self._check_attention()
+        self._check_experts()
+
+    def _check_attention(self) -> None:
         if self.n_heads % self.n_key_value_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_key_value_heads ({self.n_key_value_heads})")
-        if self.d_head % 2:
-            raise ValueError(f"d_head must be even, for rotary positions rotate pairs of coordinates, not {self.d_head}")
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(f"experts_per_token ({self.experts_per_token}) cannot exceed num_experts ({self.num_experts})")
+        rotated = "d_head" if self.d_rotary is None else "d_rotary"
+        if self.rotary_width % 2:
+            raise ValueError(
+                f"{rotated} must be even, for rotary positions rotate pairs of coordinates, not {getattr(self, rotated)}"
+            )
         if self.clip_qkv is not None and self.clip_qkv <= 0:
             raise ValueError(f"clip_qkv must be positive or None, not {self.clip_qkv}")
-        if self.qk_norm not in ("full", None):
-            raise ValueError(f"qk_norm must be 'full' or None, not {self.qk_norm!r}")
+        if self.qk_norm not in ("full", "head", None):
+            raise ValueError(f"qk_norm must be 'full', 'head' or None, not {self.qk_norm!r}")
+        if self.kv_lora_rank is None:
+            given = [name for name in ("q_lora_rank", "d_rotary", "d_value") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{', '.join(given)} go with latent attention, which kv_lora_rank makes")
+        else:
+            if self.rotary_width >= self.d_head:
+                raise ValueError(f"d_rotary ({self.d_rotary}) must be less than d_head ({self.d_head}) in latent attention")
+            if self.n_key_value_heads != self.n_heads or self.qk_norm or self.clip_qkv or self.qkv_bias:
+                raise ValueError("latent attention has a key and value head for every query head, and no norm, clipping or bias")
+
+    def _check_experts(self) -> None:
+        if any(not 0 <= layer < self.n_layers for layer in self.dense_layers) or self.dense_layers != tuple(
+            sorted(set(self.dense_layers))
+        ):
+            raise ValueError(f"dense_layers must be ascending layers from 0 to {self.n_layers - 1}, not {self.dense_layers}")
+        if bool(self.dense_layers) != (self.d_mlp is not None):
+            raise ValueError(f"d_mlp is the width of dense layers: got dense_layers={self.dense_layers}, d_mlp={self.d_mlp}")
+        if not self.moe_layers:
+            raise ValueError("every layer is dense: there are no experts")
+        if self.experts_by_layer is not None and len(self.experts_by_layer) != self.n_layers:
+            raise ValueError(f"experts_by_layer must have {self.n_layers} entries, not {len(self.experts_by_layer)}")
+        for layer in range(self.n_layers):
+            if (self.experts_in(layer) == 0) != (layer in self.dense_layers):
+                raise ValueError(f"layer {layer} has {self.experts_in(layer)} experts, and dense_layers are {self.dense_layers}")
+        fewest = min(self.experts_in(layer) for layer in self.moe_layers)
+        if self.experts_per_token > fewest:
+            raise ValueError(f"experts_per_token ({self.experts_per_token}) cannot exceed num_experts ({fewest})")
+        if self.groups_per_token > self.n_expert_groups:
+            raise ValueError(f"groups_per_token ({self.groups_per_token}) cannot exceed n_expert_groups ({self.n_expert_groups})")
+        if self.n_expert_groups > 1:
+            if self.num_experts % self.n_expert_groups or self.experts_by_layer is not None:
+                raise ValueError(f"{self.n_expert_groups} groups of equal size cannot hold {self.num_experts} experts")
+            reachable = self.num_experts // self.n_expert_groups * self.groups_per_token
+            if self.experts_per_token > reachable:
+                raise ValueError(
+                    f"experts_per_token ({self.experts_per_token}) cannot exceed the {reachable} of a token's groups"
+                )
+        if self.shared_gate and self.d_shared is None:
+            raise ValueError("shared_gate needs shared experts: set d_shared")
+
+    def experts_in(self, layer: int) -> int:
+        """Routed experts of a layer; 0 if it is dense."""
+        if self.experts_by_layer is not None:
+            return self.experts_by_layer[layer]
+        return 0 if layer in self.dense_layers else self.num_experts
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """The layers with experts."""
+        return [layer for layer in range(self.n_layers) if layer not in self.dense_layers]
+
+    @property
+    def rotary_width(self) -> int:
+        """How many coordinates of a head carry the position."""
+        return self.d_head if self.d_rotary is None else self.d_rotary
+
+    @property
+    def value_width(self) -> int:
+        """Width of one head's value."""
+        return self.d_head if self.d_value is None else self.d_value
 
     @property
     def attention_scale(self) -> float:
         """What query-key products are multiplied by before the softmax."""
-        return self.d_head**-0.5
+        scale: float = self.d_head**-0.5
+        return scale if self.rotary_scaling is None else scale * self.rotary_scaling.score_scale
 
     def replace(self, **changes: object) -> HookedMoEConfig:
         """A copy with some values changed."""

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_moe.components.moe import plus
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.effects import ExpertEffects, concatenate
 from hooked_moe.expert_mask import LayerMask, Removal, check_removal, keep_weights
-from hooked_moe.fan_out import TOKENS_AT_ONCE, CleanBlock, clean_run, fan_out, loss_at, take
+from hooked_moe.fan_out import TOKENS_AT_ONCE, CleanExperts, clean_run, fan_out, loss_at, take
 from hooked_moe.kernels.weighted_sum import masked_combine
 from hooked_moe.model import HookedMoE
 from hooked_moe.padding import Packed, pack
@@ -44,13 +45,14 @@ def expert_effects(
     """Remove every active expert at every token, one at a time, and measure the loss there.
 
     `scope="position"` removes the expert at the measured token only; `scope="sequence"` at every token of the sequence that
-    it serves. `removal` is as in `ExpertMask`. `layers` None means all; `positions` restricts what is measured, as indices
-    valid in every row or as a bool mask [batch, pos]. Padding may be anywhere in `attention_mask` and enters nothing.
+    it serves. `removal` is as in `ExpertMask`; shared experts stay. `layers` None means all that have experts; `positions`
+    restricts what is measured, as indices valid in every row or as a bool mask [batch, pos]. Padding may be anywhere in
+    `attention_mask` and enters nothing.
 
     Exact: equals a full forward with the same `ExpertMask` (float32: within 1e-5 nats). The cost of all removals of a sequence
     is about that of `slots * (layers - 1) / 2` forwards over it and `slots * layers` unembeddings; with scope="sequence", of a
-    partial forward per layer and expert in use. Raises `ValueError` for layers or
-    positions out of range, and while hooks are attached, since hooks are written for the shapes of an ordinary forward.
+    partial forward per layer and expert in use. Raises `ValueError` for layers or positions out of range, for dense layers, and
+    while hooks are attached, since hooks are written for the shapes of an ordinary forward.
     """
     check_removal(removal)
     if scope not in ("position", "sequence"):
@@ -84,7 +86,7 @@ def progressive_effects(
         raise ValueError(f"order must be 'descending', 'ascending' or 'random', not {order!r}")
 
     def measure(packed: Packed, chosen: list[int]) -> ExpertEffects:
-        def keep(clean: CleanBlock) -> Keep:
+        def keep(clean: CleanExperts) -> Keep:
             weights = clean.routing.weights
             if order == "random":
                 rank = _random_ranks(packed, clean.layer, weights.shape[-1], seed)
@@ -142,10 +144,12 @@ def _measure(
         )
     if isinstance(layers, int):
         raise ValueError(f"layers must be a list of layers, as in [{layers}], not the number {layers}")
-    chosen = list(range(model.cfg.n_layers)) if layers is None else sorted(set(layers))
+    chosen = model.cfg.moe_layers if layers is None else sorted(set(layers))
     for layer in chosen:
         if not 0 <= layer < model.cfg.n_layers:
             raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {model.cfg.n_layers - 1}")
+        if not model.cfg.experts_in(layer):
+            raise ValueError(f"layer {layer} is dense: it has no experts; layers {model.cfg.moe_layers} have")
     if not chosen:
         raise ValueError("no layers to measure: layers is empty")
     packed = pack(tokens, attention_mask, positions)
@@ -161,11 +165,11 @@ def _measure(
 
 
 def _position_scope(
-    model: HookedMoE, packed: Packed, layers: list[int], removal: Removal, keep: Callable[[CleanBlock], Keep]
+    model: HookedMoE, packed: Packed, layers: list[int], removal: Removal, keep: Callable[[CleanExperts], Keep]
 ) -> ExpertEffects:
     observations = []
 
-    def branch(clean: CleanBlock) -> Float[Tensor, "variant batch query d_model"]:
+    def branch(clean: CleanExperts) -> Float[Tensor, "variant batch query d_model"]:
         observations.append(observe(clean))
         here = clean.at(packed.positions)
         return without(here, keep(here), removal)
@@ -184,21 +188,22 @@ def _sequence_scope(model: HookedMoE, packed: Packed, layers: list[int], removal
     return _table(layers, asked, baseline, [observe(clean) for clean in clean_blocks])
 
 
-def _clean_blocks(model: HookedMoE, packed: Packed, layers: list[int]) -> tuple[list[CleanBlock], Float[Tensor, "batch pos"]]:
+def _clean_blocks(model: HookedMoE, packed: Packed, layers: list[int]) -> tuple[list[CleanExperts], Float[Tensor, "batch pos"]]:
     """The blocks of some layers, and the loss at every position."""
     kept = []
     for clean in clean_run(model, packed.tokens):
         if clean.layer in layers:
+            assert isinstance(clean, CleanExperts), f"layer {clean.layer} has no experts"
             kept.append(clean)
     return kept, loss_at(model, clean.resid_post[None], packed.targets)[0]
 
 
-def _sequence_losses(model: HookedMoE, packed: Packed, clean: CleanBlock, removal: Removal) -> Float[Tensor, "batch pos slot"]:
+def _sequence_losses(model: HookedMoE, packed: Packed, clean: CleanExperts, removal: Removal) -> Float[Tensor, "batch pos slot"]:
     """The loss at every position without the expert of each of its slots, removed from the whole sequence."""
     indices = clean.routing.indices
     batch, length, _ = indices.shape
-    without_expert = torch.full((batch, model.cfg.num_experts, length), float("nan"), device=indices.device)
-    used = torch.zeros(batch, model.cfg.num_experts, dtype=torch.bool, device=indices.device)
+    without_expert = torch.full((batch, clean.moe.num_experts, length), float("nan"), device=indices.device)
+    used = torch.zeros(batch, clean.moe.num_experts, dtype=torch.bool, device=indices.device)
     used.scatter_(1, indices.flatten(1), True)
     for pairs in used.nonzero().split(max(1, TOKENS_AT_ONCE // length)):
         row, expert = pairs.unbind(-1)
@@ -209,26 +214,27 @@ def _sequence_losses(model: HookedMoE, packed: Packed, clean: CleanBlock, remova
     return without_expert.transpose(1, 2).gather(-1, indices)
 
 
-def each_slot_removed(clean: CleanBlock) -> Keep:
+def each_slot_removed(clean: CleanExperts) -> Keep:
     """Variant j removes the expert of slot j."""
     slots = clean.routing.weights.shape[-1]
     return ~torch.eye(slots, dtype=torch.bool, device=clean.routing.weights.device)[:, None, None, :]
 
 
-def without(clean: CleanBlock, keep: Keep, removal: Removal) -> Float[Tensor, "variant batch pos d_model"]:
+def without(clean: CleanExperts, keep: Keep, removal: Removal) -> Float[Tensor, "variant batch pos d_model"]:
     """The residual stream after the block when only the slots in `keep` contribute."""
     indices, weights = clean.routing
     if removal != "reroute":
-        return masked_combine(clean.resid_mid, *clean.expert_outputs, keep_weights(weights, keep, removal))
+        routed = masked_combine(*clean.expert_outputs, keep_weights(weights, keep, removal))
+        return clean.resid_mid + plus(routed, clean.shared_out)
     variants = []
     for kept in keep.expand(-1, *indices.shape):
-        experts = torch.ones(*indices.shape[:2], clean.block.mlp.cfg.num_experts, dtype=torch.bool, device=indices.device)
+        experts = torch.ones(*indices.shape[:2], clean.moe.num_experts, dtype=torch.bool, device=indices.device)
         mask = LayerMask(experts.scatter(-1, indices, kept), removal)
-        variants.append(clean.resid_mid + clean.block.mlp(clean.mlp_input, mask))
+        variants.append(clean.resid_mid + clean.moe(clean.mlp_input, mask))
     return torch.stack(variants)
 
 
-def observe(clean: CleanBlock) -> dict[str, Tensor]:
+def observe(clean: CleanExperts) -> dict[str, Tensor]:
     """What the clean run says of every active expert: each [batch, pos, slot]."""
     indices, weights = clean.routing
     weights, outputs = at_least_float32(weights), at_least_float32(clean.expert_outputs.in_slots())

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_moe.config import HookedMoEConfig
+
 Removal = Literal["zero", "renormalize", "reroute"]
 Entry = tuple[int, int | None, int | None, int]
 AnyEntry = tuple[SupportsIndex, SupportsIndex | None, SupportsIndex | None, SupportsIndex]
@@ -123,11 +125,15 @@ class ExpertMask:
             return LayerMask(keep, self.removal)
         return None
 
-    def check_layers(self, n_layers: int) -> None:
-        """Raise `ValueError` if a layer does not exist."""
+    def check_layers(self, cfg: HookedMoEConfig) -> None:
+        """Raise `ValueError` if a layer does not exist, or has no experts."""
         for layer in self.layers:
-            if not 0 <= layer < n_layers:
-                raise ValueError(f"expert mask for layer {layer}: the model has layers 0 to {n_layers - 1}")
+            if not 0 <= layer < cfg.n_layers:
+                raise ValueError(f"expert mask for layer {layer}: the model has layers 0 to {cfg.n_layers - 1}")
+            if not cfg.experts_in(layer):
+                raise ValueError(
+                    f"expert mask for layer {layer}, which is dense: it has no experts; layers {cfg.moe_layers} have"
+                )
 
 
 def _entry(given: Any) -> Entry:

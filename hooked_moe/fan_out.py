@@ -9,7 +9,7 @@ that have entered by then.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hooked_moe.components.attention import QueriesKeysValues
 from hooked_moe.components.block import Block
-from hooked_moe.components.moe import ExpertOutputs, Routing
+from hooked_moe.components.moe import ExpertOutputs, MoE, Routing, plus
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.components.rotary import Rotation, rotation
 from hooked_moe.kernels.prefix_attention import prefix_attention
@@ -36,35 +36,42 @@ class CleanBlock:
     layer: int
     block: Block
     qkv: QueriesKeysValues
-    """At every position, whatever `at` and `rows` pick of the rest."""
+    """At every position, whatever `CleanExperts.at` and `.rows` pick of the rest."""
+    resid_post: Float[Tensor, "batch pos d_model"]
+
+
+@dataclass(frozen=True)
+class CleanExperts(CleanBlock):
+    """What it computed in a block with experts."""
+
+    moe: MoE
     resid_mid: Float[Tensor, "batch pos d_model"]
     mlp_input: Float[Tensor, "batch pos d_model"]
     routing: Routing
     expert_outputs: ExpertOutputs
-    resid_post: Float[Tensor, "batch pos d_model"]
+    shared_out: Float[Tensor, "batch pos d_model"] | None
 
-    def rows(self, rows: Int[Tensor, " row"]) -> CleanBlock:
+    def rows(self, rows: Int[Tensor, " row"]) -> CleanExperts:
         """The same for some batch rows, which may repeat."""
         return self._map(lambda x: x[rows])
 
-    def at(self, positions: Int[Tensor, "batch query"] | None) -> CleanBlock:
+    def at(self, positions: Int[Tensor, "batch query"] | None) -> CleanExperts:
         """The same at some positions only."""
         return self._map(lambda x: take(x, positions))
 
-    def _map(self, pick: Callable[[Tensor], Tensor]) -> CleanBlock:
-        return CleanBlock(
-            self.layer,
-            self.block,
-            self.qkv,
-            pick(self.resid_mid),
-            pick(self.mlp_input),
-            Routing(*map(pick, self.routing)),
-            ExpertOutputs(self.expert_outputs.rows, pick(self.expert_outputs.place)),
-            pick(self.resid_post),
+    def _map(self, pick: Callable[[Tensor], Tensor]) -> CleanExperts:
+        return replace(
+            self,
+            resid_post=pick(self.resid_post),
+            resid_mid=pick(self.resid_mid),
+            mlp_input=pick(self.mlp_input),
+            routing=Routing(*map(pick, self.routing)),
+            expert_outputs=ExpertOutputs(self.expert_outputs.rows, pick(self.expert_outputs.place)),
+            shared_out=None if self.shared_out is None else pick(self.shared_out),
         )
 
 
-Branch = Callable[[CleanBlock], Float[Tensor, "variant batch query d_model"]]
+Branch = Callable[[CleanExperts], Float[Tensor, "variant batch query d_model"]]
 """Makes the variants of one layer from the clean run: the residual stream after its block, at the queried positions."""
 
 
@@ -97,6 +104,7 @@ def fan_out(
     for clean in clean_run(model, tokens):
         advance(variants[:entered], clean, rotate, positions)
         if clean.layer in layers:
+            assert isinstance(clean, CleanExperts), f"layer {clean.layer} has no experts"
             variants[entered : entered + n_variants] = branch(clean)
             entered += n_variants
     losses = loss_at(model, variants, take(targets, positions)).unflatten(0, (len(layers), n_variants))
@@ -111,10 +119,15 @@ def clean_run(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> Iterator[Cl
         qkv = block.attn.project(block.ln1(resid), rotate)
         resid_mid = resid + block.attn.output(block.attn.attend(qkv, None))
         mlp_input = block.ln2(resid_mid)
-        routing = block.mlp.route(mlp_input)
-        outputs = block.mlp.run_experts(mlp_input, routing.indices)
-        resid = resid_mid + block.mlp.combine(outputs, routing.weights)
-        yield CleanBlock(layer, block, qkv, resid_mid, mlp_input, routing, outputs, resid)
+        if isinstance(block.mlp, MoE):
+            routing = block.mlp.route(mlp_input)
+            outputs = block.mlp.run_experts(mlp_input, routing.indices)
+            shared = block.mlp.run_shared(mlp_input)
+            resid = resid_mid + plus(block.mlp.combine(outputs, routing.weights), shared)
+            yield CleanExperts(layer, block, qkv, resid, block.mlp, resid_mid, mlp_input, routing, outputs, shared)
+        else:
+            resid = resid_mid + block.mlp(mlp_input)
+            yield CleanBlock(layer, block, qkv, resid)
 
 
 def advance(
@@ -129,7 +142,7 @@ def advance(
     at_once = max(1, TOKENS_AT_ONCE // (batch * queries))
     for some in variants.split(at_once):
         count = len(some)
-        here = rotate if positions is None else Rotation(*(x[0][positions].repeat(count, 1, 1, 1) for x in rotate))
+        here = rotate if positions is None else rotate.at(positions, count)
         x = some.flatten(0, 1)
         own = block.attn.project(block.ln1(x), here)
         q, k, v = (part.unflatten(0, (count, batch)) for part in own)
@@ -159,4 +172,4 @@ def take(x: Shaped[Tensor, "batch pos *rest"], positions: Int[Tensor, "batch que
 def rotation_of(model: HookedMoE, length: int) -> Rotation:
     """The rotation of positions 0 to length - 1."""
     positions = torch.arange(length, device=model.cfg.device)[None]
-    return rotation(positions, model.cfg.d_head, model.cfg.rotary_base, model.cfg.dtype)
+    return rotation(positions, model.cfg)

@@ -68,7 +68,7 @@ class HookedMoE(HookedModule):
         with torch.device(cfg.device):
             self.embed = Embed(cfg)
             self.hook_embed = HookPoint()
-            self.blocks = cast(Sequence[Block], nn.ModuleList([Block(cfg) for _ in range(cfg.n_layers)]))
+            self.blocks = cast(Sequence[Block], nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)]))
             self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
             self.unembed = Unembed(cfg)
         if cfg.tie_word_embeddings:
@@ -128,16 +128,16 @@ class HookedMoE(HookedModule):
             attention_mask = self._as_mask(attention_mask, *resid.shape[:2])
         batch, pos = resid.shape[:2]
         positions, visible = self._positions(batch, pos, attention_mask)
-        rotate = rotation(positions, self.cfg.d_head, self.cfg.rotary_base, resid.dtype)
+        rotate = rotation(positions, self.cfg)
         if expert_mask is not None:
             if not isinstance(expert_mask, ExpertMask):
                 raise TypeError(
                     f"expert_mask must be an ExpertMask, as ExpertMask({{layer: keep}}), not {type(expert_mask).__name__}"
                 )
-            expert_mask.check_layers(self.cfg.n_layers)
+            expert_mask.check_layers(self.cfg)
 
         for layer in range(start, stop):
-            mask = expert_mask and expert_mask.for_layer(layer, (batch, pos, self.cfg.num_experts), resid.device)
+            mask = expert_mask and expert_mask.for_layer(layer, (batch, pos, self.cfg.experts_in(layer)), resid.device)
             resid = self.blocks[layer](resid, rotate, visible, mask)
 
         if stop_at_layer is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hooked_moe.counterfactuals import Scope, expert_effects, without
 from hooked_moe.expert_mask import ExpertMask, Removal
-from hooked_moe.fan_out import CleanBlock, fan_out
+from hooked_moe.fan_out import CleanExperts, fan_out
 from hooked_moe.model import HookedMoE
 from hooked_moe.padding import pack
 
@@ -68,10 +68,10 @@ def noise_floor(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> float:
     Effects below it are rounding. Zero is possible: the same operations in the same order.
     """
 
-    def nothing_removed(clean: CleanBlock) -> Float[Tensor, "1 batch pos d_model"]:
+    def nothing_removed(clean: CleanExperts) -> Float[Tensor, "1 batch pos d_model"]:
         return without(clean, torch.ones_like(clean.routing.weights, dtype=torch.bool)[None], "zero")
 
-    everywhere = range(model.cfg.n_layers)
+    everywhere = model.cfg.moe_layers
     with torch.inference_mode():
         packed = pack(tokens.to(model.cfg.device), None)
         together = fan_out(model, packed.tokens, packed.targets, everywhere, 1, nothing_removed).losses
@@ -87,7 +87,7 @@ def _loss_matches_logits(model: HookedMoE, tokens: Tensor) -> Check:
     """1. The loss in use is the cross-entropy of the logits at the right token: recomputed in float64, by its definition."""
     log_probabilities = model(tokens)[0, :-1].double().log_softmax(-1)
     by_definition = -log_probabilities[torch.arange(tokens.shape[1] - 1), tokens[0, 1:]]
-    engine = expert_effects(model, tokens, layers=[model.cfg.n_layers - 1]).baseline_loss[0, :-1]
+    engine = expert_effects(model, tokens, layers=model.cfg.moe_layers[-1:]).baseline_loss[0, :-1]
     used = torch.stack([engine, _losses(model, tokens)[0]])
     difference = float((used.double() - by_definition).abs().max())
     threshold = LOSS_TOLERANCE[model.cfg.dtype]
@@ -99,7 +99,7 @@ def _loss_matches_logits(model: HookedMoE, tokens: Tensor) -> Check:
 def _no_stale_state(model: HookedMoE, tokens: Tensor) -> Check:
     """2. A removal leaves nothing behind: the loss before and after it is the same to the bit."""
     before = _losses(model, tokens)
-    everything = ExpertMask({layer: torch.zeros(1, 1, 1, dtype=torch.bool) for layer in range(model.cfg.n_layers)})
+    everything = ExpertMask({layer: torch.zeros(1, 1, 1, dtype=torch.bool) for layer in model.cfg.moe_layers})
     removed = _losses(model, tokens, everything)
     after = _losses(model, tokens)
     moved = float((removed - before).abs().max())
@@ -126,16 +126,17 @@ def _inactive_expert_has_no_effect(model: HookedMoE, tokens: Tensor, generator: 
     layer, pos = _somewhere(model, tokens, generator)
     effects = expert_effects(model, tokens, layers=[layer], positions=[pos])
     active = effects.expert_index[0, 0, pos].tolist()
-    inactive = next(e for e in range(model.cfg.num_experts + 1) if e not in active)
+    experts = model.cfg.experts_in(layer)
+    inactive = next(e for e in range(experts + 1) if e not in active)
     clean = _losses(model, tokens)[0]
-    if inactive == model.cfg.num_experts:
+    if inactive == experts:
         nothing = 0.0  # every expert is active everywhere: there is no inactive one to remove
     else:
         nothing = float((_losses(model, tokens, ExpertMask.ablate([(layer, 0, pos, inactive)]))[0] - clean).abs().max())
     something = (_losses(model, tokens, ExpertMask.ablate([(layer, 0, pos, active[0])]))[0] - clean).abs()
     before = float(something[:pos].max()) if pos else 0.0
     passed = nothing == 0 and before <= LOSS_TOLERANCE[model.cfg.dtype] and float(something[pos:].max()) > 0
-    other = "every expert active" if inactive == model.cfg.num_experts else f"expert {inactive} inactive"
+    other = "every expert active" if inactive == experts else f"expert {inactive} inactive"
     detail = f"layer {layer}, position {pos}: {other}; expert {active[0]} removed moves earlier losses by {before:.1g} nats"
     return Check("inactive expert", passed, nothing, 0.0, detail)
 
@@ -179,5 +180,5 @@ def _largest(values: Sequence[float]) -> float:
 
 
 def _somewhere(model: HookedMoE, tokens: Tensor, generator: torch.Generator) -> tuple[int, int]:
-    layer = int(torch.randint(model.cfg.n_layers, (1,), generator=generator))
+    layer = model.cfg.moe_layers[int(torch.randint(len(model.cfg.moe_layers), (1,), generator=generator))]
     return layer, int(torch.randint(tokens.shape[1] - 1, (1,), generator=generator))

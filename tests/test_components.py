@@ -162,7 +162,7 @@ def test_rotation_is_that_of_transformers(base: float, dtype: torch.dtype) -> No
     q, k = torch.randn(2, 40, 4, 16, dtype=dtype), torch.randn(2, 40, 2, 16, dtype=dtype)
     cos, sin = OlmoeRotaryEmbedding(config)(q, positions)
     expected = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
-    rotate = rotation(positions, 16, base, dtype)
+    rotate = rotation(positions, random_model(d_head=16, rotary_base=base, dtype=dtype).cfg)
     tolerance = 1e-6 if dtype == torch.float32 else 0.03
     for ours, theirs in zip((rotate(q), rotate(k)), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
@@ -172,8 +172,10 @@ def test_rotated_products_depend_on_the_distance_alone() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
+    cfg = random_model(d_head=16).cfg
+
     def product(a: int, b: int) -> Tensor:
-        turn = [rotation(torch.tensor([[position]]), 16, 1e4, torch.float32) for position in (a, b)]
+        turn = [rotation(torch.tensor([[position]]), cfg) for position in (a, b)]
         return (turn[0](q) * turn[1](k)).sum()
 
     torch.testing.assert_close(product(7, 3), product(107, 103), atol=1e-4, rtol=1e-4)

@@ -115,7 +115,7 @@ def test_a_mask_that_removes_nothing_fails_the_checks_that_remove_something(
 
 
 def test_losses_that_repeat_fail_the_third_check_alone(make_model: Callable[..., HookedMoE]) -> None:
-    model = make_model(attention_bias=False)
+    model = make_model(qkv_bias=False, output_bias=False)
     with torch.no_grad():
         for block in model.blocks:
             block.attn.W_O.zero_()  # without attention, a token alone decides its loss

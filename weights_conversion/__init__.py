@@ -4,11 +4,16 @@ A new family adds its module and one entry here.
 """
 
 from weights_conversion.conversion import Conversion
+from weights_conversion.deepseek_v2 import DEEPSEEK_V2
 from weights_conversion.errors import CheckpointError, abbreviated
 from weights_conversion.hf_config import HFConfig
+from weights_conversion.mixtral import MIXTRAL
 from weights_conversion.olmoe import OLMOE
+from weights_conversion.qwen2_moe import QWEN2_MOE
+from weights_conversion.qwen3_moe import QWEN3_MOE
 
-CONVERSIONS: dict[str, Conversion] = {conversion.model_type: conversion for conversion in (OLMOE,)}
+_FAMILIES = (OLMOE, QWEN2_MOE, DEEPSEEK_V2, QWEN3_MOE, MIXTRAL)
+CONVERSIONS: dict[str, Conversion] = {conversion.model_type: conversion for conversion in _FAMILIES}
 """By the `model_type` of config.json."""
 
 

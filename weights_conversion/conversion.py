@@ -24,8 +24,8 @@ class Conversion:
     weights: tuple[Weight, ...]
     """Every tensor of a checkpoint, in the layout that is saved. Weights without a parameter in a model are not in its
     checkpoint (biases, where a config has none), so one table serves all configs of a family."""
-    fused: tuple[Weight, ...] = ()
-    """Tensors that a checkpoint may have instead, each for all of one parameter."""
+    alternatives: tuple[Weight, ...] = ()
+    """Tensors that a checkpoint may have instead, each for all of one parameter: as transformers 5 can save them."""
 
     def from_hf(self, hf: HFConfig) -> HookedMoEConfig:
         """The config of a checkpoint; `CheckpointError` names the option that the model does not have."""
@@ -38,6 +38,11 @@ class Conversion:
 
     def to_hf(self, cfg: HookedMoEConfig) -> dict[str, object]:
         """config.json for a model; `CheckpointError` names what the family's format cannot express."""
+        if cfg.experts_by_layer is not None:
+            raise CheckpointError(
+                f"a checkpoint of model_type {self.model_type!r} states one number of experts for all layers, and this model has "
+                f"{cfg.experts_by_layer} (layer by layer): remove as many from every layer with experts, or mask them instead"
+            )
         written = self.write_config(cfg)
         try:
             back = self.from_hf(HFConfig(written, f"the config.json of this {self.model_type} model"))

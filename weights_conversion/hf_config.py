@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hooked_moe.config import YarnScaling
 from weights_conversion.errors import CheckpointError
 
 _REQUIRED: Any = object()
@@ -34,6 +35,16 @@ class HFConfig:
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
         return bool(self._value((key,), default, "true or false", lambda v: isinstance(v, bool)))
+
+    def integers(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A list of whole numbers."""
+        return self._value(
+            (key,), default, "a list of whole numbers", lambda v: isinstance(v, list) and all(type(i) is int for i in v)
+        )
+
+    def states_null(self, key: str) -> bool:
+        """Whether the key is there and null, as where a family's default is something else."""
+        return key in self.values and self.values[key] is None
 
     def token_id(self, key: str) -> int | None:
         """A special token; the first, where a config lists several that end a text."""
@@ -71,11 +82,17 @@ class HFConfig:
         if "sliding_attention" in (self.values.get("layer_types") or ()):
             raise self.error("'sliding_attention' in layer_types is not supported: attention here always sees the whole context")
 
-    def rotary_base(self, default: float) -> float:
-        """The base of plain rotary positions, from `rope_theta` (hub) or `rope_parameters` (transformers 5)."""
-        stated: dict[str, float] = {}
+    def rotary(self, default_base: float, split_temperature: bool = False) -> dict[str, Any]:
+        """`rotary_base` and `rotary_scaling`, from the hub's keys (`rope_theta`, `rope_scaling`) or those of transformers 5
+        (`rope_parameters`).
+
+        Scaling is none or YaRN. `split_temperature` says whether the family takes `mscale_all_dim` out of the rotations and into
+        the attention scores, as DeepSeek-V2 does.
+        """
+        bases: dict[str, float] = {}
+        scalings: dict[str, YarnScaling | None] = {}
         if self.values.get("rope_theta") is not None:
-            stated["rope_theta"] = self.number("rope_theta")
+            bases["rope_theta"] = self.number("rope_theta")
         for key in ("rope_parameters", "rope_scaling"):
             section = self.values.get(key)
             if section is None:
@@ -83,17 +100,62 @@ class HFConfig:
             if not isinstance(section, dict):
                 raise self.error(f"{key} must be an object or null, not {section!r}")
             inner = HFConfig(section, f"{self.source}: {key}")
-            for kind in ("rope_type", "type"):
-                inner.refuse(kind, ("default",), "rotary positions are not scaled here")
             inner.refuse("partial_rotary_factor", (1,), "all coordinates of a head are rotated here")
+            scalings[key] = inner.yarn(split_temperature)
             if section.get("rope_theta") is not None:
-                stated[f"{key}.rope_theta"] = inner.number("rope_theta")
+                bases[f"{key}.rope_theta"] = inner.number("rope_theta")
         self.refuse("partial_rotary_factor", (1,), "all coordinates of a head are rotated here")
+        self._agree(bases)
+        self._agree(scalings)
+        return {
+            "rotary_base": next(iter(bases.values()), default_base),
+            "rotary_scaling": next(iter(scalings.values()), None),
+        }
+
+    def _agree(self, stated: Mapping[str, object]) -> None:
         if len(set(stated.values())) > 1:
-            raise self.error(f"{' and '.join(f'{key}={base}' for key, base in stated.items())} contradict each other")
-        return next(iter(stated.values()), default)
+            raise self.error(f"{' and '.join(f'{key}={value}' for key, value in stated.items())} contradict each other")
+
+    def yarn(self, split_temperature: bool) -> YarnScaling | None:
+        """The scaling that a section on rotary positions describes; None for plain positions."""
+        kinds = {key: self.values[key] for key in ("rope_type", "type") if self.values.get(key) is not None}
+        self._agree(kinds)
+        kind = next(iter(kinds.values()), "default")
+        if kind == "default":
+            return None
+        if kind != "yarn":
+            raise self.error(f"rope_type={kind!r} is not supported: 'default' and 'yarn' are")
+        self.refuse("truncate", (True,), "YaRN's range of frequencies is rounded to whole pairs here")
+        self.refuse("attention_factor", (), "YaRN's temperature follows from its factor here")
+        mscale, all_dim = self.number("mscale", default=None), self.number("mscale_all_dim", default=None)
+        if (mscale is None) != (all_dim is None) or (all_dim == 0 and mscale != 1):
+            raise self.error(f"mscale={mscale} with mscale_all_dim={all_dim} is not supported: state both, above 0, or neither")
+        if all_dim and not split_temperature:
+            raise self.error("mscale_all_dim is not supported in this family: its attention scores are not rescaled")
+        return YarnScaling(
+            factor=self.number("factor"),
+            original_ctx=self.integer("original_max_position_embeddings"),
+            beta_fast=self.number("beta_fast", default=32.0),
+            beta_slow=self.number("beta_slow", default=1.0),
+            mscale=1.0 if mscale is None else mscale,
+            mscale_all_dim=all_dim or 0.0,
+        )
 
 
-def rotary_base_entries(base: float) -> dict[str, object]:
-    """The same base in both dialects."""
-    return {"rope_theta": base, "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
+def rotary_entries(base: float, scaling: YarnScaling | None) -> dict[str, object]:
+    """The same in both dialects."""
+    if scaling is None:
+        return {"rope_theta": base, "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
+    section: dict[str, object] = {
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_ctx,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+    }
+    if scaling.mscale_all_dim:
+        section |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+    return {
+        "rope_theta": base,
+        "rope_scaling": {"type": "yarn", **section},
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": base, **section},
+    }

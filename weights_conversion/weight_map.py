@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,11 +29,13 @@ class Weight:
     hf: str
     ours: str
     axes: str
+    when: Callable[[HookedMoEConfig], bool] = lambda cfg: True
+    """For which configs, where the same parameter has another name in others."""
 
     def slots(self, cfg: HookedMoEConfig) -> Iterator[Slot]:
         """Every tensor of this row in a model of this configuration."""
         for layer in range(cfg.n_layers) if "{layer}" in self.hf else (0,):
-            for expert in range(cfg.num_experts) if "{expert}" in self.hf else (0,):
+            for expert in range(cfg.experts_in(layer)) if "{expert}" in self.hf else (0,):
                 hf, ours = (name.replace("{layer}", str(layer)).replace("{expert}", str(expert)) for name in (self.hf, self.ours))
                 parameter, _, index = ours.rstrip("]").partition("[")
                 yield Slot(hf, parameter, tuple(int(i) for i in index.split(",") if i), self.axes)
@@ -62,7 +64,7 @@ def slots_by_parameter(
 ) -> dict[str, list[Slot]]:
     """For each parameter of a model, the checkpoint tensors that it is made of, in the order of the table."""
     found: dict[str, list[Slot]] = {}
-    for weight in weights:
+    for weight in (weight for weight in weights if weight.when(cfg)):
         for slot in weight.slots(cfg):
             if slot.parameter in parameters:
                 found.setdefault(slot.parameter, []).append(slot)

@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary positions, grouped key/value heads, and optional norm and clipping of q and k."""
+"""Causal self-attention: what its kinds share, the mix of values and the way back into the residual stream."""
 
 from __future__ import annotations
 
@@ -10,36 +10,30 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hooked_moe.components.norm import RMSNorm, at_least_float32
+from hooked_moe.components.norm import at_least_float32
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.hook_points import HookPoint
+from hooked_moe.key_value_cache import LayerCache
 
 
 class QueriesKeysValues(NamedTuple):
     q: Float[Tensor, "batch pos head d_head"]
-    k: Float[Tensor, "batch pos kv_head d_head"]
-    v: Float[Tensor, "batch pos kv_head d_head"]
+    k: Float[Tensor, "batch key_pos kv_head d_head"]
+    v: Float[Tensor, "batch key_pos kv_head d_value"]
 
 
 class Attention(nn.Module):
-    """Weights keep the orientation of the checkpoint, [out, in], so that every einsum is one product over a view."""
+    """Subclasses say how queries, keys and values come about (`project`).
+
+    Weights keep the orientation of the checkpoint, [out, in], so that every einsum is one product over a view.
+    """
 
     def __init__(self, cfg: HookedMoEConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        h, kv, e, d = cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, cfg.d_model
-        self.W_Q = nn.Parameter(torch.empty(h, e, d))
-        self.W_K = nn.Parameter(torch.empty(kv, e, d))
-        self.W_V = nn.Parameter(torch.empty(kv, e, d))
-        self.W_O = nn.Parameter(torch.empty(d, h, e))
-        self.b_Q = nn.Parameter(torch.zeros(h, e)) if cfg.attention_bias else None
-        self.b_K = nn.Parameter(torch.zeros(kv, e)) if cfg.attention_bias else None
-        self.b_V = nn.Parameter(torch.zeros(kv, e)) if cfg.attention_bias else None
-        self.b_O = nn.Parameter(torch.zeros(d)) if cfg.attention_bias else None
-        self.q_norm = RMSNorm(h * e, cfg.eps, hooked=False) if cfg.qk_norm == "full" else None
-        self.k_norm = RMSNorm(kv * e, cfg.eps, hooked=False) if cfg.qk_norm == "full" else None
-
+        self.W_O = nn.Parameter(torch.empty(cfg.d_model, cfg.n_heads, cfg.value_width))
+        self.b_O = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.output_bias else None
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
         self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
         self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
@@ -50,33 +44,36 @@ class Attention(nn.Module):
         x: Float[Tensor, "batch pos d_model"],
         rotate: Rotation,
         visible: Bool[Tensor, "batch 1 query key"] | None = None,
+        past: LayerCache | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """`visible` says which keys a query may see; None means all up to its own."""
-        return self.output(self.attend(self.project(x, rotate), visible))
+        """`visible` says which keys a query may see; None means all up to its own. `past` holds earlier keys and values."""
+        q, k, v = self.project(x, rotate)
+        if past is not None:
+            k, v = past.extend(k, v)
+        return self.output(self.attend(QueriesKeysValues(q, k, v), visible))
 
     def project(self, x: Float[Tensor, "batch pos d_model"], rotate: Rotation) -> QueriesKeysValues:
-        """Queries, keys and values as attention uses them: projected, normalised, clipped, rotated."""
-        q = self.hook_q(_project(x, self.W_Q, self.b_Q))
-        k = self.hook_k(_project(x, self.W_K, self.b_K))
-        v = self.hook_v(_project(x, self.W_V, self.b_V))
-        if self.q_norm is not None and self.k_norm is not None:
-            q = self.q_norm(q.flatten(-2)).unflatten(-1, q.shape[-2:])
-            k = self.k_norm(k.flatten(-2)).unflatten(-1, k.shape[-2:])
-        if self.cfg.clip_qkv is not None:
-            q, k, v = (x.clamp(-self.cfg.clip_qkv, self.cfg.clip_qkv) for x in (q, k, v))
-        return QueriesKeysValues(self.hook_rot_q(rotate(q)), self.hook_rot_k(rotate(k)), v)
+        """Queries, keys and values as attention uses them."""
+        raise NotImplementedError
 
     def attend(
         self, qkv: QueriesKeysValues, visible: Bool[Tensor, "batch 1 query key"] | None
-    ) -> Float[Tensor, "batch pos head d_head"]:
+    ) -> Float[Tensor, "batch pos head d_value"]:
         """Mix values by attention: a fused kernel, or the pattern itself where a hook looks at it."""
-        q, k, v = (rearrange(x, "batch pos head d_head -> batch head pos d_head") for x in qkv)
+        q, k, v = (rearrange(x, "batch pos head width -> batch head pos width") for x in qkv)
+        narrower = max(0, q.shape[-1] - v.shape[-1])  # fused kernels want values as wide as keys; a column of zeros costs little
         z = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, scale=self.cfg.attention_scale, enable_gqa=True
-        )
+            q,
+            k,
+            F.pad(v, (0, narrower)) if narrower else v,
+            attn_mask=visible,
+            is_causal=visible is None,
+            scale=self.cfg.attention_scale,
+            enable_gqa=True,
+        )[..., : v.shape[-1]]
         if self.hook_attn_scores.active or self.hook_pattern.active:
             z = self._attend_by_pattern(z, q, k, v, visible)
-        return self.hook_z(rearrange(z, "batch head pos d_head -> batch pos head d_head"))
+        return self.hook_z(rearrange(z, "batch head pos d_value -> batch pos head d_value"))
 
     def _attend_by_pattern(self, fused: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         group = q.shape[1] // k.shape[1]
@@ -91,24 +88,25 @@ class Attention(nn.Module):
         z = einsum(edited, v, "batch head query key, batch head key e -> batch head query e")
         return keep_unedited_bits(z, fused, same=(edited == pattern).all(dim=-1, keepdim=True))
 
-    def output(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+    def output(self, z: Float[Tensor, "batch pos head d_value"]) -> Float[Tensor, "batch pos d_model"]:
         """The heads' outputs, summed in the residual stream."""
-        out = einsum(z, self.W_O, "batch pos head d_head, d_model head d_head -> batch pos d_model")
+        out = einsum(z, self.W_O, "batch pos head d_value, d_model head d_value -> batch pos d_model")
         if self.hook_result.active:
-            result = einsum(z, self.W_O, "batch pos head d_head, d_model head d_head -> batch pos head d_model")
+            result = einsum(z, self.W_O, "batch pos head d_value, d_model head d_value -> batch pos head d_model")
             edited = self.hook_result(result)
             same = (edited == result).all(dim=-1).all(dim=-1, keepdim=True)
             out = keep_unedited_bits(edited.sum(dim=2), out, same)
         return out if self.b_O is None else out + self.b_O
 
 
+def project_heads(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Float[Tensor, "batch pos head width"]:
+    """`weight` is [head, width, d_in]."""
+    out = einsum(x, weight, "batch pos d_in, head width d_in -> batch pos head width")
+    return out if bias is None else out + bias
+
+
 def _softmax(scores: Tensor) -> Tensor:
     return at_least_float32(scores).softmax(dim=-1).to(scores.dtype)
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = einsum(x, weight, "batch pos d_model, head d_head d_model -> batch pos head d_head")
-    return out if bias is None else out + bias
 
 
 def keep_unedited_bits(spelled_out: Tensor, fused: Tensor, same: Tensor) -> Tensor:

@@ -3,24 +3,29 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hooked_moe.components.attention import Attention
+from hooked_moe.components.gated_mlp import GatedMLP
+from hooked_moe.components.grouped_query_attention import GroupedQueryAttention
+from hooked_moe.components.latent_attention import LatentAttention
 from hooked_moe.components.moe import MoE
 from hooked_moe.components.norm import RMSNorm
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.hook_points import HookPoint
+from hooked_moe.key_value_cache import LayerCache
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: attention, then a mixture of experts, each added to the residual stream."""
+    """A pre-norm transformer block: attention, then experts (or one dense MLP), each added to the residual stream."""
 
-    def __init__(self, cfg: HookedMoEConfig) -> None:
+    def __init__(self, cfg: HookedMoEConfig, layer: int) -> None:
         super().__init__()
         self.ln1 = RMSNorm(cfg.d_model, cfg.eps)
-        self.attn = Attention(cfg)
+        self.attn = GroupedQueryAttention(cfg) if cfg.kv_lora_rank is None else LatentAttention(cfg)
         self.ln2 = RMSNorm(cfg.d_model, cfg.eps)
-        self.mlp = MoE(cfg)
+        self.mlp = (
+            MoE(cfg, cfg.experts_in(layer)) if cfg.d_mlp is None or cfg.experts_in(layer) else GatedMLP(cfg.d_model, cfg.d_mlp)
+        )
         self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
         self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
 
@@ -30,7 +35,10 @@ class Block(nn.Module):
         rotate: Rotation,
         visible: Bool[Tensor, "batch 1 query key"] | None = None,
         mask: LayerMask | None = None,
+        past: LayerCache | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         resid = self.hook_resid_pre(resid)
-        resid = self.hook_resid_mid(resid + self.hook_attn_out(self.attn(self.ln1(resid), rotate, visible)))
-        return self.hook_resid_post(resid + self.hook_mlp_out(self.mlp(self.ln2(resid), mask)))
+        resid = self.hook_resid_mid(resid + self.hook_attn_out(self.attn(self.ln1(resid), rotate, visible, past)))
+        x = self.ln2(resid)
+        mlp_out = self.mlp(x) if mask is None else self.mlp(x, mask)
+        return self.hook_resid_post(resid + self.hook_mlp_out(mlp_out))

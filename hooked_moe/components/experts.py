@@ -53,11 +53,11 @@ class ExpertSite(nn.Module):
 class Experts(nn.Module):
     """`W_in[e, 0]` is the gate projection of expert e and `W_in[e, 1]` its up projection; `W_out[e]` its down projection."""
 
-    def __init__(self, cfg: HookedMoEConfig) -> None:
+    def __init__(self, cfg: HookedMoEConfig, num_experts: int) -> None:
         super().__init__()
-        self.W_in = nn.Parameter(torch.empty(cfg.num_experts, 2, cfg.d_expert, cfg.d_model))
-        self.W_out = nn.Parameter(torch.empty(cfg.num_experts, cfg.d_model, cfg.d_expert))
-        self.sites = [ExpertSite() for _ in range(cfg.num_experts)]
+        self.W_in = nn.Parameter(torch.empty(num_experts, 2, cfg.d_expert, cfg.d_model))
+        self.W_out = nn.Parameter(torch.empty(num_experts, cfg.d_model, cfg.d_expert))
+        self.sites = [ExpertSite() for _ in range(num_experts)]
         for index, site in enumerate(self.sites):
             self.add_module(str(index), site)
 

@@ -1,4 +1,4 @@
-"""The mixture of experts: `y = sum over the top-k experts i of g_i(x) E_i(x)` (arXiv 2606.10703, section 2)."""
+"""The mixture of experts: `y = sum over the top-k experts i of g_i(x) E_i(x)` (arXiv 2606.10703, section 2), and shared experts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_moe.components.experts import ExpertGroups, Experts
+from hooked_moe.components.gated_mlp import GatedMLP
 from hooked_moe.components.router import Router
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
@@ -40,11 +42,13 @@ class ExpertOutputs(NamedTuple):
 class MoE(nn.Module):
     """Router, experts and combination. Routing tensors keep [batch, pos, slot]; only the products run sorted by expert."""
 
-    def __init__(self, cfg: HookedMoEConfig) -> None:
+    def __init__(self, cfg: HookedMoEConfig, num_experts: int) -> None:
         super().__init__()
-        self.cfg = cfg
-        self.router = Router(cfg)
-        self.experts = Experts(cfg)
+        self.num_experts = num_experts
+        self.router = Router(cfg, num_experts)
+        self.experts = Experts(cfg, num_experts)
+        self.shared = GatedMLP(cfg.d_model, cfg.d_shared) if cfg.d_shared is not None else None
+        self.W_shared_gate = nn.Parameter(torch.empty(1, cfg.d_model)) if cfg.shared_gate else None
         self.hook_router_logits = HookPoint()
         self.hook_expert_indices = HookPoint()
         self.hook_expert_weights = HookPoint()
@@ -53,10 +57,15 @@ class MoE(nn.Module):
         self.hook_expert_post = HookPoint()
         self.hook_expert_out = HookPoint()
         self.hook_routed_out = HookPoint()
+        if self.shared is not None:
+            self.hook_shared_out = HookPoint()
+        if self.W_shared_gate is not None:
+            self.hook_shared_gate = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None) -> Float[Tensor, "batch pos d_model"]:
         routing = self.route(x, mask)
-        return self.combine(self.run_experts(x, routing.indices), routing.weights)
+        routed = self.combine(self.run_experts(x, routing.indices), routing.weights)
+        return plus(routed, self.run_shared(x))
 
     def route(self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None) -> Routing:
         """Which experts every token goes to, and the weights as applied."""
@@ -73,7 +82,7 @@ class MoE(nn.Module):
 
     def run_experts(self, x: Float[Tensor, "batch pos d_model"], indices: Int[Tensor, "batch pos slot"]) -> ExpertOutputs:
         """Each active expert's output, before weighting."""
-        groups = ExpertGroups(indices, self.cfg.num_experts)
+        groups = ExpertGroups(indices, self.num_experts)
         pre, pre_linear = self._hook_pre(self.experts.project_in(groups.gather(x), groups), groups).chunk(2, dim=-1)
         post = _in_slots(self.hook_expert_post, F.silu(pre) * pre_linear, groups)
         outputs = ExpertOutputs(self.experts.project_out(post, groups), groups.place)
@@ -83,6 +92,17 @@ class MoE(nn.Module):
         """The weighted sum over the active experts."""
         return self.hook_routed_out(weighted_sum(outputs.rows, outputs.place, weights))
 
+    def run_shared(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"] | None:
+        """The shared experts' output, gated where the family gates it; None where there are none."""
+        if self.shared is None:
+            return None
+        out = self.shared(x)
+        if self.W_shared_gate is not None:
+            out = out * self.hook_shared_gate(
+                einsum(x, self.W_shared_gate, "batch pos d_model, one d_model -> batch pos one").sigmoid()
+            )
+        return self.hook_shared_out(out)
+
     def _hook_pre(self, both: Float[Tensor, "n gate_and_up"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:
         if not (self.hook_expert_pre.active or self.hook_expert_pre_linear.active):
             return both
@@ -91,11 +111,16 @@ class MoE(nn.Module):
         return torch.cat((pre, pre_linear), dim=-1)  # the same memory layout as without hooks, hence the same rounding
 
     def _check_indices(self, indices: Tensor) -> None:
-        if indices.numel() and (indices.min() < 0 or indices.max() >= self.cfg.num_experts):
+        if indices.numel() and (indices.min() < 0 or indices.max() >= self.num_experts):
             raise ValueError(
                 f"the hook on {self.hook_expert_indices.name} returned experts from {int(indices.min())} to "
-                f"{int(indices.max())}; this layer has experts 0 to {self.cfg.num_experts - 1}"
+                f"{int(indices.max())}; this layer has experts 0 to {self.num_experts - 1}"
             )
+
+
+def plus(routed: Float[Tensor, "*any d_model"], shared: Tensor | None) -> Float[Tensor, "*any d_model"]:
+    """The layer's output: what the routed experts and the shared ones, if there are any, make together."""
+    return routed if shared is None else routed + shared
 
 
 def _in_slots(hook: HookPoint, x: Float[Tensor, "n width"], groups: ExpertGroups) -> Float[Tensor, "n width"]:

@@ -14,10 +14,10 @@ from hooked_moe.config import HookedMoEConfig
 class Router(nn.Module):
     """Scores every expert in float32, whatever the dtype of the model: half precision ties the k-th expert too often."""
 
-    def __init__(self, cfg: HookedMoEConfig) -> None:
+    def __init__(self, cfg: HookedMoEConfig, num_experts: int) -> None:
         super().__init__()
         self.cfg = cfg
-        self.W = nn.Parameter(torch.empty(cfg.num_experts, cfg.d_model))
+        self.W = nn.Parameter(torch.empty(num_experts, cfg.d_model))
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert"]:
         """Router logits."""
@@ -25,15 +25,24 @@ class Router(nn.Module):
         return einsum(at_least_float32(x), weight, "batch pos d_model, expert d_model -> batch pos expert")
 
     def select(self, probabilities: Float[Tensor, "batch pos expert"]) -> Int[Tensor, "batch pos slot"]:
-        """The k most probable experts, most probable first."""
+        """The k most probable experts, most probable first; of the token's groups only, where experts stand in groups."""
+        if self.cfg.n_expert_groups > 1:
+            probabilities = self._within_best_groups(probabilities)
         return probabilities.topk(self.cfg.experts_per_token, dim=-1).indices
+
+    def _within_best_groups(self, probabilities: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "batch pos expert"]:
+        """Zero outside the groups with the most probable best expert (DeepSeek-V2, arXiv 2405.04434, section 2.2.2)."""
+        groups = probabilities.unflatten(-1, (self.cfg.n_expert_groups, -1))
+        best = groups.amax(dim=-1).topk(self.cfg.groups_per_token, dim=-1).indices
+        chosen = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=groups.device).scatter(-1, best, True)
+        return groups.masked_fill(~chosen.unsqueeze(-1), 0.0).flatten(-2)
 
     def weigh(
         self, probabilities: Float[Tensor, "batch pos expert"], indices: Int[Tensor, "batch pos slot"]
     ) -> Float[Tensor, "batch pos slot"]:
-        """Routing weights of the given experts: their probabilities, rescaled to sum to one where the family does so."""
+        """Routing weights of the given experts: their probabilities, where the family does so rescaled to sum to one or scaled."""
         weights = probabilities.gather(-1, indices)
         if self.cfg.norm_topk_prob:
             total = weights.sum(dim=-1, keepdim=True)
             weights = weights / total.clamp(min=torch.finfo(total.dtype).tiny)  # zero if a mask leaves no expert
-        return weights
+        return weights if self.cfg.routed_scaling_factor == 1 else weights * self.cfg.routed_scaling_factor

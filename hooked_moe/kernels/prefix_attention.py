@@ -7,6 +7,7 @@ variants of a position share one prefix, and no scores of all positions against 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -30,7 +31,7 @@ def prefix_attention(
     The softmax over prefix and own key splits exactly: with L the log-sum-exp of the prefix scores and s the own score, the
     prefix has weight sigmoid(L - s) (the merge of FlashAttention blocks, Dao et al. 2022).
     """
-    fused = q.device.type == "cpu" and q.dtype in _FUSED_DTYPES and q.shape[-1] == values.shape[-1]
+    fused = q.device.type == "cpu" and q.dtype in _FUSED_DTYPES and values.shape[-1] <= q.shape[-1]
     over_prefix = _over_prefix_fused if fused else _over_prefix_spelled_out
     group = q.shape[3] // keys.shape[2]
     if group > 1:
@@ -46,6 +47,8 @@ def prefix_attention(
 
 def _over_prefix_fused(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Flash attention, a sequence at a time, its keys and values shared by all variants without a copy."""
+    d_value = values.shape[-1]
+    values = F.pad(values, (0, q.shape[-1] - d_value))  # the kernel wants values as wide as keys
     mixed = torch.zeros_like(q)
     log_sum = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
     for b in range(q.shape[1]):
@@ -70,7 +73,7 @@ def _over_prefix_fused(q: Tensor, keys: Tensor, values: Tensor, positions: Tenso
             )
             mixed[:, b, some] = out.transpose(1, 2)
             log_sum[:, b, some] = lse.transpose(1, 2)
-    return mixed, log_sum
+    return mixed[..., :d_value], log_sum
 
 
 def _over_prefix_spelled_out(

@@ -28,10 +28,9 @@ def weighted_sum_reference(
 
 
 def masked_combine(
-    resid: Float[Tensor, "batch pos d_model"],
     rows: Float[Tensor, "n d_model"],
     place: Int[Tensor, "batch pos slot"],
     weights: Float[Tensor, "variant batch pos slot"],
 ) -> Float[Tensor, "variant batch pos d_model"]:
-    """The block's output under each variant's routing weights: the residual stream plus the weighted sum."""
-    return resid + weighted_sum(rows, place.expand(weights.shape), weights)
+    """The weighted sum under each variant's routing weights."""
+    return weighted_sum(rows, place.expand(weights.shape), weights)

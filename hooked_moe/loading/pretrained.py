@@ -90,9 +90,9 @@ def plan_copies(model: HookedMoE, conversion: Conversion, checkpoint: Checkpoint
     own = dict(model.named_parameters())
     every = dict(model.named_parameters(remove_duplicate=False))
     slots = slots_by_parameter(conversion.weights, model.cfg, every)
-    for parameter, fused in slots_by_parameter(conversion.fused, model.cfg, every).items():
-        if all(slot.hf_name in checkpoint.tensors for slot in fused):
-            slots[parameter] = fused
+    for parameter, others in slots_by_parameter(conversion.alternatives, model.cfg, every).items():
+        if all(slot.hf_name in checkpoint.tensors for slot in others):
+            slots[parameter] = others
     assert slots.keys() == every.keys(), f"no checkpoint tensor for {every.keys() - slots.keys()}"
     copied = {slot.hf_name: slot for parameter in own for slot in slots[parameter]}
     repeated = {slot.hf_name: slot for parameter in every.keys() - own.keys() for slot in slots[parameter]}

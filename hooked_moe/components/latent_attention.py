@@ -1,0 +1,58 @@
+"""Multi-head latent attention: keys and values of all heads from one small vector per token."""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_moe.components.attention import Attention, QueriesKeysValues, project_heads
+from hooked_moe.components.norm import RMSNorm
+from hooked_moe.components.rotary import Rotation
+from hooked_moe.config import HookedMoEConfig
+from hooked_moe.hook_points import HookPoint
+
+LATENT_EPS = 1e-6
+"""Of the norms of latents, whatever that of the other norms (transformers' DeepseekV2RMSNorm default)."""
+
+
+class LatentAttention(Attention):
+    """DeepSeek-V2 (arXiv 2405.04434, section 2.1). A head's query and key are [content | position]: only the last `d_rotary`
+    coordinates are rotated, and those of the key are the same for all heads.
+
+    Weights in the paper's names: `W_DKV` stacks W^DKV and, in its last `d_rotary` rows, W^KR; `W_UKV` stacks W^UK and W^UV per
+    head; `W_Q` stacks W^UQ and W^QR, and takes the normalised latent query `x W_DQ` where there is one.
+    """
+
+    def __init__(self, cfg: HookedMoEConfig) -> None:
+        super().__init__(cfg)
+        assert cfg.kv_lora_rank is not None
+        h, d, self.d_content = cfg.n_heads, cfg.d_model, cfg.d_head - cfg.rotary_width
+        self.W_DQ = nn.Parameter(torch.empty(cfg.q_lora_rank, d)) if cfg.q_lora_rank else None
+        self.q_norm = RMSNorm(cfg.q_lora_rank, LATENT_EPS, hooked=False) if cfg.q_lora_rank else None
+        self.W_Q = nn.Parameter(torch.empty(h, cfg.d_head, cfg.q_lora_rank or d))
+        self.W_DKV = nn.Parameter(torch.empty(cfg.kv_lora_rank + cfg.rotary_width, d))
+        self.kv_norm = RMSNorm(cfg.kv_lora_rank, LATENT_EPS, hooked=False)
+        self.W_UKV = nn.Parameter(torch.empty(h, self.d_content + cfg.value_width, cfg.kv_lora_rank))
+        self.hook_kv_latent = HookPoint()
+
+    def project(self, x: Float[Tensor, "batch pos d_model"], rotate: Rotation) -> QueriesKeysValues:
+        """Down to the latents, up to the heads, rotated."""
+        q = self.hook_q(project_heads(self._latent_query(x), self.W_Q))
+        down = einsum(x, self.W_DKV, "batch pos d_model, latent d_model -> batch pos latent")
+        latent, k_position = down.split([len(self.kv_norm.w), self.cfg.rotary_width], dim=-1)
+        up = project_heads(self.hook_kv_latent(self.kv_norm(latent)), self.W_UKV)
+        k_content, v = up.split([self.d_content, self.cfg.value_width], dim=-1)
+        k = torch.cat((k_content, k_position.unsqueeze(2).expand(-1, -1, self.cfg.n_heads, -1)), dim=-1)
+        q, k = self._rotated(q, rotate), self._rotated(self.hook_k(k), rotate)
+        return QueriesKeysValues(self.hook_rot_q(q), self.hook_rot_k(k), self.hook_v(v))
+
+    def _latent_query(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_in"]:
+        if self.W_DQ is None or self.q_norm is None:
+            return x
+        return self.q_norm(einsum(x, self.W_DQ, "batch pos d_model, latent d_model -> batch pos latent"))
+
+    def _rotated(self, x: Float[Tensor, "batch pos head d_head"], rotate: Rotation) -> Float[Tensor, "batch pos head d_head"]:
+        content, position = x.split([self.d_content, self.cfg.rotary_width], dim=-1)
+        return torch.cat((content, rotate(position)), dim=-1)

@@ -1,0 +1,41 @@
+"""Keys and values of earlier tokens, so that generating a token costs one token."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class LayerCache:
+    """The keys and values of one layer, as attention uses them: normalised, clipped and rotated."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extend(
+        self, keys: Float[Tensor, "batch pos kv_head d_head"], values: Float[Tensor, "batch pos kv_head d_value"]
+    ) -> tuple[Float[Tensor, "batch key_pos kv_head d_head"], Float[Tensor, "batch key_pos kv_head d_value"]]:
+        """Keep those of new tokens; returns those of all tokens so far."""
+        self.keys = keys if self.keys is None else torch.cat((self.keys, keys), dim=1)
+        self.values = values if self.values is None else torch.cat((self.values, values), dim=1)
+        return self.keys, self.values
+
+
+class KeyValueCache:
+    """What `HookedMoE.forward` needs of earlier tokens to run the next ones alone: keys and values, and which were padding."""
+
+    def __init__(self, n_layers: int) -> None:
+        self.layers = [LayerCache() for _ in range(n_layers)]
+        self.real: Bool[Tensor, "batch pos"] | None = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens of each row have been run."""
+        return 0 if self.real is None else self.real.shape[1]
+
+    def extend_mask(self, new: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch all_pos"]:
+        """Keep which new tokens are real; returns it of all tokens so far."""
+        self.real = new if self.real is None else torch.cat((self.real, new), dim=1)
+        return self.real
