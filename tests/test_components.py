@@ -22,6 +22,7 @@ from hooked_moe.components.norm import RMSNorm
 from hooked_moe.components.rotary import rotation
 from hooked_moe.kernels import grouped_matmul as kernel
 from hooked_moe.kernels.weighted_sum import weighted_sum, weighted_sum_reference
+from tests.conftest import random_model
 
 # Grouped products
 

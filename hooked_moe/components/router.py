@@ -40,7 +40,7 @@ class Router(nn.Module):
     def weigh(
         self, probabilities: Float[Tensor, "batch pos expert"], indices: Int[Tensor, "batch pos slot"]
     ) -> Float[Tensor, "batch pos slot"]:
-        """Routing weights of the given experts: their probabilities, where the family does so rescaled to sum to one or scaled."""
+        """Routing weights of the given experts: their probabilities, rescaled to sum to one and scaled as the family does."""
         weights = probabilities.gather(-1, indices)
         if self.cfg.norm_topk_prob:
             total = weights.sum(dim=-1, keepdim=True)
