@@ -33,6 +33,10 @@ class LayerMask:
     keep: Bool[Tensor, "batch pos expert"] | Float[Tensor, "batch pos expert"]
     removal: Removal = "zero"
 
+    def part(self, positions: slice) -> LayerMask:
+        """The mask of some positions."""
+        return LayerMask(self.keep[:, positions], self.removal)
+
     def before_selection(self, probabilities: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "batch pos expert"]:
         """ "reroute": a removed expert has no probability, so that the next-ranked one takes its slot."""
         return probabilities * self.keep if self.removal == "reroute" else probabilities

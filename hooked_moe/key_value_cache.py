@@ -24,9 +24,13 @@ class LayerCache:
 
 
 class KeyValueCache:
-    """What `HookedMoE.forward` needs of earlier tokens to run the next ones alone: keys and values, and which were padding."""
+    """What `HookedMoE.forward` needs of earlier tokens to run the next ones alone: keys and values, and which were padding.
 
-    def __init__(self, n_layers: int) -> None:
+    `width` is how long the rows may become; an expert mask then says something of so many positions. None: as long as they are.
+    """
+
+    def __init__(self, n_layers: int, width: int | None = None) -> None:
+        self.width = width
         self.layers = [LayerCache() for _ in range(n_layers)]
         self.real: Bool[Tensor, "batch pos"] | None = None
 

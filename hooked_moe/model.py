@@ -1,13 +1,14 @@
 """A mixture-of-experts transformer with a hook point at every step.
 
-Architecture: token embedding; pre-norm blocks of causal attention (rotary positions, grouped key/value heads, optional norm of
-queries and keys) and a mixture of experts (softmax router, top-k SwiGLU experts); a final RMSNorm and an unembedding. Router,
-final norm, unembedding and loss are computed in float32 whatever the dtype of the weights.
+Architecture: token embedding; pre-norm blocks of causal attention (rotary positions; grouped key/value heads, or latent
+attention) and a mixture of experts (softmax router, top-k SwiGLU experts, in some families shared ones) or one dense MLP; a
+final RMSNorm and an unembedding. Router, final norm, unembedding and loss are computed in float32 whatever the dtype of the
+weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, NamedTuple, cast
 
@@ -23,6 +24,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import ExpertMask
 from hooked_moe.hook_points import HookPoint
 from hooked_moe.hooked_module import HookedModule
+from hooked_moe.key_value_cache import KeyValueCache
 from hooked_moe.losses import next_token_loss
 from hooked_moe.tokenizer import Tokenizer
 
@@ -100,12 +102,15 @@ class HookedMoE(HookedModule):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         tokens: Int[Tensor, "batch pos"] | None = None,
+        past_kv_cache: KeyValueCache | None = None,
     ) -> Any:
         """Logits [batch, pos, d_vocab], the next-token loss, both, or None.
 
         `attention_mask` is 1 at real tokens and 0 at padding, on either side. `start_at_layer=l` takes the residual stream
         before block l instead of tokens (then a loss needs `tokens` too); `stop_at_layer=l` returns the residual stream before
         block l. The loss is the mean over all real next tokens, or [batch, pos-1] with `loss_per_token` (nan at padding).
+        With a `past_kv_cache`, the tokens continue those it has seen, and are added to it: `pos` counts the new ones only, in
+        hooks too.
         Raises `ValueError` for what cannot be run: token ids outside the vocabulary, layers that do not exist, wrong shapes.
         """
         if return_type not in _RETURN_TYPES:
@@ -127,7 +132,11 @@ class HookedMoE(HookedModule):
                     raise ValueError(f"tokens has shape {list(tokens.shape)}; the residual stream is of {list(resid.shape[:2])}")
             attention_mask = self._as_mask(attention_mask, *resid.shape[:2])
         batch, pos = resid.shape[:2]
-        positions, visible = self._positions(batch, pos, attention_mask)
+        before = 0 if past_kv_cache is None else past_kv_cache.length
+        if past_kv_cache is not None:
+            new = torch.ones(batch, pos, dtype=torch.bool, device=resid.device) if attention_mask is None else attention_mask
+            attention_mask = past_kv_cache.extend_mask(new)
+        positions, visible = self._positions(batch, pos, before, attention_mask)
         rotate = rotation(positions, self.cfg)
         if expert_mask is not None:
             if not isinstance(expert_mask, ExpertMask):
@@ -135,10 +144,16 @@ class HookedMoE(HookedModule):
                     f"expert_mask must be an ExpertMask, as ExpertMask({{layer: keep}}), not {type(expert_mask).__name__}"
                 )
             expert_mask.check_layers(self.cfg)
+        width = (past_kv_cache and past_kv_cache.width) or before + pos
 
         for layer in range(start, stop):
-            mask = expert_mask and expert_mask.for_layer(layer, (batch, pos, self.cfg.experts_in(layer)), resid.device)
-            resid = self.blocks[layer](resid, rotate, visible, mask)
+            mask = None
+            if expert_mask is not None:
+                mask = expert_mask.for_layer(layer, (batch, width, self.cfg.experts_in(layer)), resid.device)
+            if mask is not None and width > pos:
+                mask = mask.part(slice(before, before + pos))
+            past = None if past_kv_cache is None else past_kv_cache.layers[layer]
+            resid = self.blocks[layer](resid, rotate, visible, mask, past)
 
         if stop_at_layer is not None:
             return resid
@@ -149,7 +164,7 @@ class HookedMoE(HookedModule):
             raise ValueError("a next-token loss needs at least two tokens a row, not one")
         if tokens is None:
             raise ValueError("a loss from a residual stream needs the tokens too: pass tokens=[batch, pos]")
-        loss = next_token_loss(logits, tokens, attention_mask)
+        loss = next_token_loss(logits, tokens, None if attention_mask is None else attention_mask[:, before:])
         if not loss_per_token:
             loss = loss.nanmean()
             if attention_mask is not None and bool(loss.isnan()):
@@ -161,16 +176,23 @@ class HookedMoE(HookedModule):
         return self.unembed(self.ln_final(at_least_float32(resid)))
 
     def _positions(
-        self, batch: int, pos: int, attention_mask: Tensor | None
-    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch 1 query key"] | None]:
-        """The position of every token, counted from the first real one, and the keys that every query may see."""
-        if attention_mask is None or bool(attention_mask.all()):
+        self, batch: int, pos: int, before: int, attention_mask: Tensor | None
+    ) -> tuple[Int[Tensor, "#batch pos"], Bool[Tensor, "batch 1 query key"] | None]:
+        """The position of every token, counted from the first real one, and the keys that every query may see.
+
+        `attention_mask` is of all tokens: `before` earlier ones and `pos` new ones. None for the keys means all up to its own.
+        """
+        everything = attention_mask is None or bool(attention_mask.all())
+        if everything and not before:
             return torch.arange(pos, device=self.cfg.device)[None], None
-        real = attention_mask
-        causal = torch.ones(pos, pos, dtype=torch.bool, device=real.device).tril()
-        own = torch.eye(pos, dtype=torch.bool, device=real.device)  # padding sees itself, so that no row is empty
-        visible = (causal & real[:, None, None, :]) | own
-        return (real.long().cumsum(-1) - 1).clamp(min=0), visible
+        length = before + pos
+        keys = torch.arange(length, device=self.cfg.device)
+        queries = keys[before:, None]
+        if everything or attention_mask is None:
+            return queries.T, (keys <= queries).expand(batch, 1, pos, length)
+        own = keys == queries  # padding sees itself, so that no row is empty
+        visible = ((keys <= queries) & attention_mask[:, None, None, :]) | own
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, before:], visible
 
     def _as_mask(self, attention_mask: Any, batch: int, pos: int) -> Bool[Tensor, "batch pos"] | None:
         if attention_mask is None:
@@ -193,7 +215,7 @@ class HookedMoE(HookedModule):
         if isinstance(input, str) or (isinstance(input, list) and all(isinstance(text, str) for text in input)):
             if attention_mask is not None:
                 raise ValueError("attention_mask goes with tokens; texts are padded and masked by the model itself")
-            return self._require_tokenizer().pad([input] if isinstance(input, str) else input, self.cfg.device)
+            return self.require_tokenizer().pad([input] if isinstance(input, str) else input, self.cfg.device)
         if not isinstance(input, Tensor) or input.dim() != 2 or input.is_floating_point() or input.dtype == torch.bool:
             got = f"{input.dtype} {list(input.shape)}" if isinstance(input, Tensor) else type(input).__name__
             raise ValueError(f"expected token ids as an integer tensor [batch, pos], or text, not {got}")
@@ -253,9 +275,37 @@ class HookedMoE(HookedModule):
 
         loading.save_pretrained(self, path)
 
+    def remove_experts(self, experts: Mapping[int, Iterable[int]]) -> dict[int, list[int]]:
+        """Remove routed experts, {layer: [expert, ...]}, and their router rows for good: for saving a pruned model.
+
+        See `hooked_moe.pruning.remove_experts`. To remove experts for one forward pass, use an `ExpertMask`.
+        """
+        from hooked_moe import pruning
+
+        return pruning.remove_experts(self, experts)
+
     # Text
 
-    def _require_tokenizer(self) -> Tokenizer:
+    def generate(
+        self, input: Int[Tensor, "batch pos"] | str | list[str], max_new_tokens: int = 10, **options: Any
+    ) -> Int[Tensor, "batch all_pos"] | str | list[str]:
+        """Continue token ids or texts, one token at a time; returns the whole, of the kind of the input.
+
+        Keyword options, with TransformerLens's meanings: `do_sample=True` (False, or `temperature=0`: the most probable token),
+        `temperature=1.0`, `top_k`, `top_p`, `stop_at_eos=True` with `eos_token_id` (rows that have ended are filled up with it),
+        `prepend_bos`, `use_past_kv_cache=True`, `return_type="input"` ("str", "tokens"), `verbose`. Besides: `generator` for
+        repeatable samples, `attention_mask` for token ids padded on the left, and `expert_mask`, whose positions are those of the
+        whole: prompt and `max_new_tokens`.
+
+        Hooks are active. With the cache, they see the prompt at once and then each new token alone (pos = 1); without it, all
+        tokens so far at every step. Raises `ValueError` for options out of range and rows that end in padding.
+        """
+        from hooked_moe import generation
+
+        return generation.generate(self, input, max_new_tokens, **options)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer; `ValueError` if there is none."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: pass token ids, or set model.tokenizer = Tokenizer.from_file(...)")
         return self.tokenizer
@@ -266,18 +316,18 @@ class HookedMoE(HookedModule):
         Padding is not marked: pass several texts to the model itself, which masks it, or `attention_mask` along with these ids.
         """
         texts = [text] if isinstance(text, str) else text
-        return self._require_tokenizer().pad(texts, self.cfg.device, prepend_bos)[0]
+        return self.require_tokenizer().pad(texts, self.cfg.device, prepend_bos)[0]
 
     def to_string(self, tokens: Int[Tensor, "..."] | list[int] | int) -> str | list[str]:
         """The text of tokens [pos], or a list of texts for [batch, pos]."""
-        return self._require_tokenizer().to_string(tokens)
+        return self.require_tokenizer().to_string(tokens)
 
     def to_str_tokens(self, text: str | Int[Tensor, " pos"], prepend_bos: bool | None = None) -> list[str]:
         """Each token of a text (or of token ids) as a string."""
-        tokenizer = self._require_tokenizer()
+        tokenizer = self.require_tokenizer()
         ids = tokenizer.encode(text, prepend_bos) if isinstance(text, str) else torch.as_tensor(text).flatten().tolist()
         return [tokenizer.decode([token]) for token in ids]
 
     def to_single_token(self, text: str) -> int:
         """The id of a text that is one token; `ValueError` shows its tokens if it is several."""
-        return self._require_tokenizer().to_single_token(text)
+        return self.require_tokenizer().to_single_token(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import tokenizers
 import torch
@@ -14,11 +15,20 @@ from torch import Tensor
 class Tokenizer:
     """A `tokenizers` tokenizer with the special ids of its model.
 
-    Whether a text begins with a BOS token is the checkpoint's own choice, written in its tokenizer.json.
+    Whether a text begins with a BOS token is the checkpoint's own choice: `adds_bos`, or where that is None the template in its
+    tokenizer.json.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        bos_id: int | None,
+        eos_id: int | None,
+        pad_id: int | None,
+        adds_bos: bool | None = None,
+    ) -> None:
         self.backend = backend
+        self.adds_bos = adds_bos
         self.bos_id, self.eos_id = bos_id, eos_id
         self.pad_id = next(id for id in (pad_id, eos_id, 0) if id is not None)
 
@@ -29,13 +39,14 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_id: int | None = None,
         pad_id: int | None = None,
+        adds_bos: bool | None = None,
     ) -> Tokenizer:
         """Raises `ValueError` if the file is not a tokenizer."""
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{Path(path)} is not a readable tokenizer.json: {error}") from error
-        return cls(backend, bos_id, eos_id, pad_id)
+        return cls(backend, bos_id, eos_id, pad_id, adds_bos)
 
     @property
     def vocab_size(self) -> int:
@@ -43,20 +54,22 @@ class Tokenizer:
 
     def encode(self, text: str, prepend_bos: bool | None = None) -> list[int]:
         """Token ids; `prepend_bos=None` does as the checkpoint does."""
-        ids = self.backend.encode(text, add_special_tokens=prepend_bos is None).ids
+        prepend_bos = self.adds_bos if prepend_bos is None else prepend_bos
+        ids: list[int] = self.backend.encode(text, add_special_tokens=prepend_bos is None).ids
         if prepend_bos:
             if self.bos_id is None:
                 raise ValueError("this model has no BOS token; use prepend_bos=False or None")
             ids = [self.bos_id, *ids]
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        return self.backend.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: list[int], special: bool = True) -> str:
+        """The text of token ids, with or without special tokens."""
+        return self.backend.decode(ids, skip_special_tokens=not special)
 
     def pad(
-        self, texts: list[str], device: torch.device, prepend_bos: bool | None = None
+        self, texts: list[str], device: torch.device, prepend_bos: bool | None = None, side: Literal["left", "right"] = "right"
     ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-        """Token ids of several texts, padded on the right, and which of them are real."""
+        """Token ids of several texts, padded on one side, and which of them are real."""
         rows = [self.encode(text, prepend_bos) for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if not row:
@@ -64,9 +77,11 @@ class Tokenizer:
         longest = max(map(len, rows), default=0)
         if not longest:
             raise ValueError("no texts given")
-        ids = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows], device=device)
+        padding = [[self.pad_id] * (longest - len(row)) for row in rows]
+        padded = [pad + row if side == "left" else row + pad for pad, row in zip(padding, rows, strict=True)]
         lengths = torch.tensor([len(row) for row in rows], device=device)
-        return ids, torch.arange(longest, device=device) < lengths[:, None]
+        real = torch.arange(longest, device=device) < lengths[:, None]
+        return torch.tensor(padded, device=device), real.flip(1) if side == "left" else real
 
     def to_string(self, tokens: Int[Tensor, "..."] | list[int] | int) -> str | list[str]:
         ids = torch.as_tensor(tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -60,6 +62,15 @@ class Experts(nn.Module):
         self.sites = [ExpertSite() for _ in range(num_experts)]
         for index, site in enumerate(self.sites):
             self.add_module(str(index), site)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Forget all experts but these; the i-th kept one is expert i from now on."""
+        with torch.no_grad():
+            self.W_in = nn.Parameter(self.W_in[kept].clone(), self.W_in.requires_grad)
+            self.W_out = nn.Parameter(self.W_out[kept].clone(), self.W_out.requires_grad)
+        for index in range(len(kept), len(self.sites)):
+            delattr(self, str(index))
+        self.sites = self.sites[: len(kept)]
 
     def project_in(self, x: Float[Tensor, "n d_model"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:
         """Gate projections, then up projections, by one grouped product."""

@@ -1,7 +1,8 @@
-"""The mixture of experts: `y = sum over the top-k experts i of g_i(x) E_i(x)` (arXiv 2606.10703, section 2), and shared experts."""
+"""The mixture of experts: `y = sum over the top-k experts i of g_i(x) E_i(x)` (arXiv 2606.10703, section 2), and shared ones."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,13 @@ class MoE(nn.Module):
                 einsum(x, self.W_shared_gate, "batch pos d_model, one d_model -> batch pos one").sigmoid()
             )
         return self.hook_shared_out(out)
+
+    def keep_experts(self, kept: Sequence[int]) -> None:
+        """Forget all routed experts but these, for good; the i-th kept one is expert i from now on."""
+        with torch.no_grad():
+            self.router.W = nn.Parameter(self.router.W[kept].clone(), self.router.W.requires_grad)
+        self.experts.keep(kept)
+        self.num_experts = len(kept)
 
     def _hook_pre(self, both: Float[Tensor, "n gate_and_up"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:
         if not (self.hook_expert_pre.active or self.hook_expert_pre_linear.active):

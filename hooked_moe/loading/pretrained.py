@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -73,8 +74,13 @@ def read_config(file: Path) -> tuple[Conversion, HookedMoEConfig]:
 
 
 def read_tokenizer(directory: Path, cfg: HookedMoEConfig) -> Tokenizer | None:
-    file = directory / "tokenizer.json"
-    return Tokenizer.from_file(file, cfg.bos_token_id, cfg.eos_token_id, cfg.pad_token_id) if file.is_file() else None
+    """From tokenizer.json; whether it puts BOS before a text may be said in tokenizer_config.json (DeepSeek-V2, Mixtral)."""
+    file, options = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    stated = read_json(options).get("add_bos_token") if options.is_file() else None
+    adds_bos = bool(stated) if stated is not None and cfg.bos_token_id is not None else None
+    return Tokenizer.from_file(file, cfg.bos_token_id, cfg.eos_token_id, cfg.pad_token_id, adds_bos)
 
 
 @dataclass(frozen=True)
@@ -128,16 +134,30 @@ def allocate(model: HookedMoE, device: torch.device) -> None:
         model.unembed.W_U = model.embed.W_E  # moving a module unties it
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no infinity: a sum shows either, at a fraction of the cost of looking at every value."""
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(values.isfinite().all())  # finite values may overflow a sum
+
+
 @torch.no_grad()
 def copy_weights(model: HookedMoE, checkpoint: Checkpoint, plan: CopyPlan) -> None:
     """Fill the parameters. Raises `CheckpointError` if a repeated copy of a tied weight differs from the first."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    broken = []
     total = sum(checkpoint.tensors[name].nbytes for name in plan.copied)
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2.0, disable=None) as progress:
         for name, value in checkpoint.stream(plan.copied):
             slot = plan.copied[name]
             slot.of(parameters[slot.parameter]).copy_(value)
+            if not all_finite(value):
+                broken.append(name)
             progress.update(value.nbytes)
+    if broken:
+        warnings.warn(
+            f"{checkpoint.directory} has NaN or infinite weights, and what they touch will be NaN. Tensors:{abbreviated(broken)}",
+            stacklevel=4,
+        )
     for name, value in checkpoint.stream(plan.repeated):
         slot = plan.repeated[name]
         part = slot.of(parameters[slot.parameter])

@@ -29,6 +29,22 @@ PRETRAINED: tuple[PretrainedName, ...] = (
     PretrainedName("olmoe-instruct", "allenai/OLMoE-1B-7B-0924-Instruct", aliases=("olmoe-0924-instruct",)),
     PretrainedName("olmoe-0125", "allenai/OLMoE-1B-7B-0125"),
     PretrainedName("olmoe-0125-instruct", "allenai/OLMoE-1B-7B-0125-Instruct"),
+    PretrainedName("qwen1.5-moe", "Qwen/Qwen1.5-MoE-A2.7B", aliases=("qwen1.5-moe-a2.7b", "qwen-moe")),
+    PretrainedName("qwen1.5-moe-chat", "Qwen/Qwen1.5-MoE-A2.7B-Chat", aliases=("qwen1.5-moe-a2.7b-chat",)),
+    PretrainedName("qwen2-57b-a14b", "Qwen/Qwen2-57B-A14B"),
+    PretrainedName("qwen2-57b-a14b-instruct", "Qwen/Qwen2-57B-A14B-Instruct"),
+    PretrainedName("deepseek-v2-lite", "deepseek-ai/DeepSeek-V2-Lite"),
+    PretrainedName("deepseek-v2-lite-chat", "deepseek-ai/DeepSeek-V2-Lite-Chat"),
+    PretrainedName("deepseek-coder-v2-lite", "deepseek-ai/DeepSeek-Coder-V2-Lite-Base"),
+    PretrainedName("deepseek-coder-v2-lite-instruct", "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct"),
+    PretrainedName("deepseek-v2", "deepseek-ai/DeepSeek-V2"),
+    PretrainedName("deepseek-v2-chat", "deepseek-ai/DeepSeek-V2-Chat"),
+    PretrainedName("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B-Base", aliases=("qwen3-30b-a3b-base", "qwen3-moe")),
+    PretrainedName("qwen3-30b-a3b-instruct", "Qwen/Qwen3-30B-A3B-Instruct-2507"),
+    PretrainedName("qwen3-30b-a3b-thinking", "Qwen/Qwen3-30B-A3B-Thinking-2507"),
+    PretrainedName("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1", aliases=("mixtral",)),
+    PretrainedName("mixtral-8x7b-instruct", "mistralai/Mixtral-8x7B-Instruct-v0.1", aliases=("mixtral-instruct",)),
+    PretrainedName("mixtral-8x22b", "mistralai/Mixtral-8x22B-v0.1"),
 )
 
 _HUB_IDS = {name: entry.hub_id for entry in PRETRAINED for name in (entry.name, *entry.aliases)}

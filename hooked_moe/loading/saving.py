@@ -138,4 +138,5 @@ def _write_tokenizer(files: _Files, tokenizer: Tokenizer, cfg: HookedMoEConfig) 
     special = {"bos_token": cfg.bos_token_id, "eos_token": cfg.eos_token_id, "pad_token": cfg.pad_token_id}
     tokens = {key: None if id is None else tokenizer.backend.id_to_token(id) for key, id in special.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": cfg.n_ctx, "clean_up_tokenization_spaces": False}
-    files.write_json("tokenizer_config.json", config | tokens)
+    bos = {} if tokenizer.adds_bos is None else {"add_bos_token": tokenizer.adds_bos}
+    files.write_json("tokenizer_config.json", config | tokens | bos)

@@ -1,0 +1,124 @@
+"""Generating tokens one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from hooked_moe.expert_mask import ExpertMask
+from hooked_moe.key_value_cache import KeyValueCache
+from hooked_moe.model import HookedMoE
+
+Returned = Literal["input", "str", "tokens"]
+
+
+@torch.no_grad()
+def generate(
+    model: HookedMoE,
+    input: Int[Tensor, "batch pos"] | str | list[str],
+    max_new_tokens: int = 10,
+    *,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    stop_at_eos: bool = True,
+    eos_token_id: int | Sequence[int] | None = None,
+    use_past_kv_cache: bool = True,
+    prepend_bos: bool | None = None,
+    attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
+    expert_mask: ExpertMask | None = None,
+    return_type: Returned = "input",
+    verbose: bool = True,
+) -> Any:
+    """See `HookedMoE.generate`."""
+    if return_type not in ("input", "str", "tokens"):
+        raise ValueError(f"return_type must be 'input', 'str' or 'tokens', not {return_type!r}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    _check_sampling(temperature, top_k, top_p)
+    ends = _end_tokens(model, eos_token_id) if stop_at_eos else []
+    tokens, real = _prompt(model, input, attention_mask, prepend_bos)
+    width = tokens.shape[1] + max_new_tokens
+    cache = KeyValueCache(model.cfg.n_layers, width)
+    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    for _ in tqdm(range(max_new_tokens), desc="generating", unit="tok", delay=2.0, disable=None if verbose else True):
+        if not use_past_kv_cache:
+            cache = KeyValueCache(model.cfg.n_layers, width)  # forget: every token is run anew
+        new = slice(cache.length, None)
+        resid = model(
+            tokens[:, new],
+            attention_mask=real[:, new],
+            expert_mask=expert_mask,
+            past_kv_cache=cache,
+            stop_at_layer=model.cfg.n_layers,
+        )
+        logits = model.logits(resid[:, -1:])[:, 0]
+        chosen = _choose(logits, temperature, top_k, top_p, generator) if do_sample and temperature else logits.argmax(-1)
+        if ends:
+            chosen = torch.where(finished, ends[0], chosen)
+            finished |= torch.isin(chosen, torch.tensor(ends, device=chosen.device))
+        tokens = torch.cat((tokens, chosen[:, None]), dim=1)
+        real = torch.cat((real, torch.ones_like(real[:, :1])), dim=1)
+        if bool(finished.all()):
+            break
+    if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
+        return tokens
+    texts = [model.require_tokenizer().decode(row[kept].tolist(), special=False) for row, kept in zip(tokens, real, strict=True)]
+    return texts if isinstance(input, list) or (isinstance(input, Tensor) and len(texts) > 1) else texts[0]
+
+
+def _prompt(
+    model: HookedMoE, input: Any, attention_mask: Tensor | None, prepend_bos: bool | None
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Token ids that end together, and which are real."""
+    if isinstance(input, Tensor):
+        tokens, mask = model.as_tokens(input, attention_mask)
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        if not bool(real[:, -1].all()):
+            raise ValueError("generation continues the last token of every row: pad on the left, so that it is a real one")
+        return tokens, real
+    if attention_mask is not None:
+        raise ValueError("attention_mask goes with tokens; texts are padded and masked by the model itself")
+    texts = [input] if isinstance(input, str) else input
+    return model.require_tokenizer().pad(texts, model.cfg.device, prepend_bos, side="left")
+
+
+def _end_tokens(model: HookedMoE, eos_token_id: int | Sequence[int] | None) -> list[int]:
+    given = model.cfg.eos_token_id if eos_token_id is None else eos_token_id
+    if given is None:
+        raise ValueError("this model names no end-of-text token: pass eos_token_id, or stop_at_eos=False")
+    return [given] if isinstance(given, int) else list(given)
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+
+
+def _choose(
+    logits: Float[Tensor, "batch d_vocab"],
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> Int[Tensor, " batch"]:
+    """Sample among the `top_k` most probable tokens, and of those the fewest whose probabilities reach `top_p`."""
+    ordered, tokens = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        ordered, tokens = ordered[:, :top_k], tokens[:, :top_k]
+    probabilities = ordered.softmax(-1)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # the first has nothing before it, and stays
+    return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
