@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hooked_moe import HookedMoE
+from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.analysis import analyse_run
 from hooked_moe.cell_text import terminal_table
 from hooked_moe.cells import sample_positions
@@ -104,15 +104,17 @@ def run(args: argparse.Namespace) -> Path:
             f"--context {n_ctx}: give a number from {MINIMUM_TOKENS} to {model.cfg.n_ctx}, the context of {args.model}"
         )
     tokenized = TokenizedCorpus(model, corpus, n_ctx, parse_tokens(args.tokens))
-    layers = parse_layers(args.layers, model.cfg.n_layers)
+    layers = parse_layers(args.layers, model.cfg)
     valid = tokenized.valid_positions()
     sample = parse_sample(args.positions, valid)
     plan = Plan(layers, ("position", "sequence") if args.scope == "both" else ("position",), args.removal, n_ctx, sample)
     manifest = describe(args, model, tokenized, plan)
 
     directory = open_run(args, manifest)
+    shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"
     print(
         f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active"
+        f"{shared}"
     )
     extent = "" if args.tokens == "all" else f" (of each the first {args.tokens} at most)"
     print(f"{corpus.name}: {len(corpus.documents)} documents, {sum(tokenized.lengths()):,} tokens{extent}")
@@ -155,16 +157,19 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
+def parse_layers(text: str, cfg: HookedMoEConfig) -> tuple[int, ...]:
+    """The layers to audit; "all" means all that have experts."""
     if text == "all":
-        return tuple(range(n_layers))
+        return tuple(cfg.moe_layers)
     try:
         layers = sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise ValueError(f"--layers {text!r}: give numbers separated by commas, as in 0,4,7, or all") from None
     for layer in layers:
-        if not 0 <= layer < n_layers:
-            raise ValueError(f"--layers: layer {layer} is out of range; the model has layers 0 to {n_layers - 1}")
+        if not 0 <= layer < cfg.n_layers:
+            raise ValueError(f"--layers: layer {layer} is out of range; the model has layers 0 to {cfg.n_layers - 1}")
+        if not cfg.experts_in(layer):
+            raise ValueError(f"--layers: layer {layer} is dense, it has no experts; layers {cfg.moe_layers} have")
     return tuple(layers)
 
 

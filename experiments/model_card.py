@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hooked_moe import HookedMoE
+from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.corpus import load_corpus
 from hooked_moe.measurement import TokenizedCorpus
 
@@ -75,10 +75,10 @@ def evaluate(model: HookedMoE, train_tokens: np.ndarray) -> dict[str, Any]:
         name: NGramModel(train_tokens, n, model.cfg.d_vocab) for n, name in enumerate(["unigram", "bigram", "trigram"], start=1)
     }
     losses: dict[str, dict[str, list[np.ndarray]]] = {}
-    selected = torch.zeros(model.cfg.n_layers, model.cfg.num_experts)
+    selected = torch.zeros(len(model.cfg.moe_layers), model.cfg.num_experts)
 
     def count(indices: torch.Tensor, hook: Any) -> None:
-        selected[hook.layer()] += torch.bincount(indices.flatten(), minlength=model.cfg.num_experts)
+        selected[model.cfg.moe_layers.index(hook.layer())] += torch.bincount(indices.flatten(), minlength=model.cfg.num_experts)
 
     hooks = [(lambda name: name.endswith("hook_expert_indices"), count)]
     with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
@@ -97,7 +97,7 @@ def evaluate(model: HookedMoE, train_tokens: np.ndarray) -> dict[str, Any]:
         "tokens": int(sum(len(part) for part in everything["model"])),
         "loss_nats": {**by_domain, "all": _means(everything)},
         "uniform_loss_nats": float(np.log(model.cfg.d_vocab)),
-        "expert_load": [_load(layer, row) for layer, row in enumerate(load)],
+        "expert_load": [_load(layer, row) for layer, row in zip(model.cfg.moe_layers, load, strict=True)],
     }
 
 
@@ -130,8 +130,8 @@ language: en
 # {cfg.model_name}
 
 A mixture-of-experts language model small enough to ship: {parameters / 1e6:.2f} M parameters, {cfg.model_type} architecture,
-{cfg.n_layers} layers, width {cfg.d_model}, {cfg.n_heads} heads, {cfg.num_experts} experts of width
-{cfg.d_expert} a layer of which {cfg.experts_per_token} are active, no shared expert, context {cfg.n_ctx},
+{_layers(cfg)}, width {cfg.d_model}, {_attention(cfg)}, {cfg.num_experts} experts of width
+{cfg.d_expert} a layer of which {cfg.experts_per_token} are active, {_shared(cfg)}, context {cfg.n_ctx},
 vocabulary {cfg.d_vocab:,}, embeddings {"tied" if cfg.tie_word_embeddings else "untied"}; weights in
 {str(cfg.dtype).removeprefix("torch.")}. It exists so that causal
 experiments on experts run offline in minutes. It writes plausible fragments and knows nothing; use it for method, not for text.
@@ -173,6 +173,23 @@ Times selected, as a multiple of the uniform share.
 
 MIT, as the code. The texts are in the public domain.
 """
+
+
+def _layers(cfg: HookedMoEConfig) -> str:
+    dense = f" ({len(cfg.dense_layers)} of them dense, of width {cfg.d_mlp})" if cfg.dense_layers else ""
+    return f"{cfg.n_layers} layers{dense}"
+
+
+def _attention(cfg: HookedMoEConfig) -> str:
+    if cfg.kv_lora_rank is None:
+        return f"{cfg.n_heads} heads"
+    return f"{cfg.n_heads} heads of latent attention (rank {cfg.kv_lora_rank})"
+
+
+def _shared(cfg: HookedMoEConfig) -> str:
+    if cfg.d_shared is None:
+        return "no shared expert"
+    return f"shared experts of width {cfg.d_shared} together{' behind a sigmoid gate' if cfg.shared_gate else ''}"
 
 
 def main() -> None:

@@ -31,10 +31,11 @@ def test_its_held_out_loss_and_expert_load_are_those_of_its_card(shipped: Hooked
     evaluation = json.loads((DIRECTORY / shipped.cfg.model_name / "evaluation.json").read_text())
     corpus = TokenizedCorpus(shipped, load_corpus(), shipped.cfg.n_ctx)
     losses: dict[str, list[torch.Tensor]] = {}
-    selected = torch.zeros(shipped.cfg.n_layers, shipped.cfg.num_experts)
+    layers = shipped.cfg.moe_layers
+    selected = torch.zeros(len(layers), shipped.cfg.num_experts)
 
     def count(indices: torch.Tensor, hook) -> None:  # type: ignore[no-untyped-def]
-        selected[hook.layer()] += torch.bincount(indices.flatten(), minlength=shipped.cfg.num_experts)
+        selected[layers.index(hook.layer())] += torch.bincount(indices.flatten(), minlength=shipped.cfg.num_experts)
 
     with torch.inference_mode(), shipped.hooks([(lambda name: name.endswith("hook_expert_indices"), count)]):
         for document, windows in zip(corpus.corpus.documents, corpus.documents, strict=True):

@@ -83,6 +83,26 @@ def test_a_text_begins_with_bos_where_asked_or_where_the_checkpoint_says(
         Tokenizer.from_file(file).encode("whale", prepend_bos=True)
 
 
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("stated", [True, False, None])
+def test_what_the_tokenizer_config_says_of_bos_outweighs_the_template(
+    stated: bool | None, template: bool, file: Path, make_model: Callable[..., HookedMoE], tmp_path: Path
+) -> None:
+    """DeepSeek-V2's tokenizer.json has no BOS, and its tokenizer_config.json says `add_bos_token: true`."""
+    model = make_model(d_vocab=300, bos_token_id=0, qkv_bias=False, output_bias=False, clip_qkv=None)
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    if template:
+        backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
+    model.tokenizer = Tokenizer(backend, 0, None, None, adds_bos=stated)
+    model.save_pretrained(tmp_path)
+    loaded = HookedMoE.from_pretrained(tmp_path)
+    plain = backend.encode("whale", add_special_tokens=False).ids
+    adds = template if stated is None else stated
+    assert loaded.to_tokens("whale").tolist() == [[0, *plain] if adds else plain]
+    assert loaded.to_tokens("whale", prepend_bos=False).tolist() == [plain]
+    assert loaded.to_tokens("whale", prepend_bos=True).tolist() == [[0, *plain]]
+
+
 def test_a_single_token_is_found_and_several_are_shown(reader: HookedMoE, tokenizer: Tokenizer) -> None:
     token = reader.to_single_token(" whale")
     assert tokenizer.decode([token]) == " whale"
