@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hooked_moe.hook_points import unknown_name
 
-SHIPPED = ("tiny-olmoe", "tiny-qwen-moe")
+SHIPPED = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe")
 """Models that come with the package, under `hooked_moe/pretrained/<name>/`."""
 
 
