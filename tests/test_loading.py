@@ -6,17 +6,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_models import OPTIONS, logits_of, random_tokens, save, tiny_olmoe
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hooked_moe import HookedMoE
-from weights_conversion import CheckpointError
+from hooked_moe import HookedMoE, HookedMoEConfig
+from tests.hf_models import CASES, FAMILIES, Options, logits_of, pair_of, random_tokens, save, tiny_olmoe
+from weights_conversion import CONVERSIONS, CheckpointError, HFConfig
+from weights_conversion.weight_map import slots_by_parameter
 
 LAYOUTS = {
     "per-expert": {},
@@ -74,27 +76,15 @@ def refusal(directory: Path, *words: str) -> str:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", OPTIONS)
-def test_logits_equal_those_of_transformers(options: str, layout: str, tmp_path: Path) -> None:
-    theirs = tiny_olmoe(**OPTIONS[options])
-    ours = HookedMoE.from_pretrained(save(theirs, tmp_path, **LAYOUTS[layout]))
+@pytest.mark.parametrize("case", [case for case, (_, option) in CASES.items() if option in ("plain", "all-at-once")])
+def test_logits_equal_those_of_transformers(case: str, layout: str, tmp_path: Path) -> None:
+    theirs, how = pair_of(case).hf, LAYOUTS[layout]
+    ours = HookedMoE.from_pretrained(save(theirs, tmp_path, **how))
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == how.get("sharded", False)
+    assert any(".gate_up_proj" in name for file in files for name in load_file(file)) == how.get("fused", False)
     tokens = random_tokens()
     torch.testing.assert_close(logits_of(ours, tokens), logits_of(theirs, tokens), atol=5e-5, rtol=0)
-
-
-def test_configs_of_the_hub_say_the_same_in_their_own_words(tmp_path: Path) -> None:
-    directory = save(tiny_olmoe(rope_parameters={"rope_type": "default", "rope_theta": 50.0}), tmp_path)
-    newer = HookedMoE.from_pretrained(directory).cfg
-    edit_config(directory, rope_parameters=..., rope_theta=50, rope_scaling=None, dtype=..., torch_dtype="float32")
-    assert HookedMoE.from_pretrained(directory).cfg == newer
-    assert newer.rotary_base == 50.0
-
-
-def test_options_that_a_config_leaves_out_have_the_defaults_of_transformers(directory: Path) -> None:
-    before = HookedMoE.from_pretrained(directory).cfg
-    optional = ("num_key_value_heads", "rope_parameters", "clip_qkv", "attention_bias", "norm_topk_prob", "rms_norm_eps")
-    edit_config(directory, **dict.fromkeys((*optional, "tie_word_embeddings", "hidden_act"), ...))
-    assert HookedMoE.from_pretrained(directory).cfg == before
 
 
 def test_special_tokens_and_name_reach_the_config(directory: Path) -> None:
@@ -178,6 +168,312 @@ def test_memory_peaks_at_the_model_and_one_tensor(make_model: Callable[..., Hook
     assert peak < size + 15e6
 
 
+# Configs
+
+
+def read(values: Options) -> HookedMoEConfig:
+    return CONVERSIONS[values["model_type"]].from_hf(HFConfig(values, "config.json"))
+
+
+def without_special_tokens(cfg: HookedMoEConfig) -> HookedMoEConfig:
+    return cfg.replace(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+
+def as_transformers_reads(values: Options) -> HookedMoEConfig:
+    """transformers' own config object of a config.json, in our terms. Its default special tokens are those of one model."""
+    return without_special_tokens(read(FAMILIES[values["model_type"]].config(**values).to_dict()))
+
+
+def config_file(family: str, directory: Path, **options: Any) -> Options:
+    """config.json of a tiny model as transformers 5 writes it."""
+    FAMILIES[family].tiny_config(**options).save_pretrained(directory)
+    return json.loads((directory / "config.json").read_text())
+
+
+def in_words_of_the_hub(values: Options) -> Options:
+    """The same config.json as older versions of transformers wrote it."""
+    hub = dict(values)
+    rotary = hub.pop("rope_parameters")
+    hub["rope_theta"] = rotary["rope_theta"]
+    scaling = {key: value for key, value in rotary.items() if key not in ("rope_theta", "rope_type")}
+    hub["rope_scaling"] = {"type": rotary["rope_type"], **scaling} if scaling else None
+    hub["torch_dtype"] = hub.pop("dtype", "float32")
+    if hub["model_type"] == "qwen3_moe":
+        hub["num_experts"] = hub.pop("num_local_experts")
+    return hub
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_configs_of_the_hub_say_the_same_in_their_own_words(case: str, tmp_path: Path) -> None:
+    family, option = CASES[case]
+    newer = config_file(family, tmp_path, **FAMILIES[family].options[option])
+    older = in_words_of_the_hub(newer)
+    assert read(older) == read(newer)
+    assert as_transformers_reads(older) == without_special_tokens(read(newer))
+
+
+SIZES = {
+    "olmoe": {"num_experts", "intermediate_size"},
+    "qwen2_moe": {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size"},
+    "deepseek_v2": {
+        "n_routed_experts",
+        "moe_intermediate_size",
+        "intermediate_size",
+        "kv_lora_rank",
+        "q_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+    },
+    "qwen3_moe": {"num_local_experts", "moe_intermediate_size"},
+    "mixtral": {"num_local_experts", "intermediate_size"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_options_that_a_config_leaves_out_have_the_defaults_of_transformers(family: str, tmp_path: Path) -> None:
+    """Sizes have none here: a config has to state them."""
+    values = config_file(family, tmp_path, num_attention_heads=16)
+    required = set()
+    for key in values.keys() - {"model_type"}:
+        fewer = {other: value for other, value in values.items() if other != key}
+        try:
+            cfg = read(fewer)
+        except CheckpointError:
+            required.add(key)
+        else:
+            assert without_special_tokens(cfg) == as_transformers_reads(fewer), key
+    assert (
+        required
+        == {"hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok"} | SIZES[family]
+    )
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model: its config.json, and what its safetensors hold."""
+
+    config: Options
+    parameters: int
+    tensors: int
+
+
+PUBLISHED = {
+    "allenai/OLMoE-1B-7B-0924": Published(
+        {
+            "architectures": ["OlmoeForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "clip_qkv": None,
+            "eos_token_id": 50279,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 1024,
+            "max_position_embeddings": 4096,
+            "model_type": "olmoe",
+            "norm_topk_prob": False,
+            "num_attention_heads": 16,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 16,
+            "output_router_logits": False,
+            "pad_token_id": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "router_aux_loss_coef": 0.01,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "vocab_size": 50304,
+        },
+        parameters=6_919_161_856,
+        tensors=3_219,
+    ),
+    "Qwen/Qwen1.5-MoE-A2.7B": Published(
+        {
+            "architectures": ["Qwen2MoeForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "eos_token_id": 151643,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 5632,
+            "max_position_embeddings": 8192,
+            "max_window_layers": 21,
+            "model_type": "qwen2_moe",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 16,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+            "decoder_sparse_step": 1,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts_per_tok": 4,
+            "num_experts": 60,
+            "norm_topk_prob": False,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+        },
+        parameters=14_315_784_192,
+        tensors=4_659,
+    ),
+    "deepseek-ai/DeepSeek-V2-Lite": Published(
+        {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "aux_loss_alpha": 0.001,
+            "bos_token_id": 100000,
+            "eos_token_id": 100001,
+            "first_k_dense_replace": 1,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 10944,
+            "kv_lora_rank": 512,
+            "max_position_embeddings": 163840,
+            "model_type": "deepseek_v2",
+            "moe_intermediate_size": 1408,
+            "moe_layer_freq": 1,
+            "n_group": 1,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "num_attention_heads": 16,
+            "num_experts_per_tok": 6,
+            "num_hidden_layers": 27,
+            "num_key_value_heads": 16,
+            "pretraining_tp": 1,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 40,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+                "original_max_position_embeddings": 4096,
+                "type": "yarn",
+            },
+            "rope_theta": 10000,
+            "routed_scaling_factor": 1.0,
+            "scoring_func": "softmax",
+            "seq_aux": True,
+            "tie_word_embeddings": False,
+            "topk_group": 1,
+            "topk_method": "greedy",
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "v_head_dim": 128,
+            "vocab_size": 102400,
+        },
+        parameters=15_706_484_224,
+        tensors=5_291,
+    ),
+    "Qwen/Qwen3-30B-A3B-Base": Published(
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "decoder_sparse_step": 1,
+            "eos_token_id": 151643,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 6144,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 48,
+            "mlp_only_layers": [],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "num_attention_heads": 32,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "output_router_logits": False,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        parameters=30_532_122_624,
+        tensors=18_867,
+    ),
+    "mistralai/Mixtral-8x7B-v0.1": Published(
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "model_type": "mixtral",
+            "num_attention_heads": 32,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "output_router_logits": False,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.02,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "vocab_size": 32000,
+        },
+        parameters=46_702_792_704,
+        tensors=995,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_describe_the_models_that_were_published(name: str) -> None:
+    published = PUBLISHED[name]
+    cfg = read(published.config)
+    assert without_special_tokens(cfg) == as_transformers_reads(published.config)
+    parameters = dict(HookedMoE(cfg.replace(device=torch.device("meta"))).named_parameters())
+    assert sum(parameter.numel() for parameter in parameters.values()) == published.parameters
+    slots = slots_by_parameter(CONVERSIONS[cfg.model_type].weights, cfg, parameters)
+    assert slots.keys() == parameters.keys()
+    assert sum(map(len, slots.values())) == published.tensors
+
+
+def test_deepseek_v2_lite_scales_scores_but_not_rotations() -> None:
+    cfg = read(PUBLISHED["deepseek-ai/DeepSeek-V2-Lite"].config)
+    assert cfg.attention_scale == pytest.approx(0.1147213868, abs=1e-10)
+    assert cfg.rotary_scaling is not None
+    assert cfg.rotary_scaling.rotation_scale == 1
+
+
 # Configs that are refused
 
 
@@ -189,8 +485,6 @@ def test_memory_peaks_at_the_model_and_one_tensor(make_model: Callable[..., Hook
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
         ({"sliding_window": 128}, ["sliding_window=128"]),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["rope_type='yarn'"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["type='linear'"]),
         ({"rope_theta": 77.0}, ["rope_theta=77.0", "rope_parameters.rope_theta=10000.0", "contradict"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
         ({"head_dim": 32}, ["head_dim=32", "16"]),
@@ -210,12 +504,83 @@ def test_a_config_that_is_not_supported_is_refused_by_name(change: dict[str, Any
     refusal(directory, "config.json", *words)
 
 
+WINDOW, YARN = {"sliding_window": 128}, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+BOTH = {"mscale": 0.7, "mscale_all_dim": 0.7}
+
+
+@pytest.mark.parametrize("dialect", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "longrope"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotary_positions_of_another_kind_are_refused(family: str, kind: str, dialect: str, tmp_path: Path) -> None:
+    values = config_file(family, tmp_path) | {"rope_parameters": None, dialect: {"rope_type": kind, "factor": 2.0}}
+    with pytest.raises(CheckpointError, match=rf"config\.json: {dialect}: rope_type='{kind}' is not supported"):
+        read(values)
+
+
 @pytest.mark.parametrize(
-    "harmless", [{"sliding_window": 0}, {"sliding_window": 128, "use_sliding_window": False}, {"head_dim": 16}]
+    ("family", "changes", "words"),
+    [
+        ("olmoe", WINDOW, "sliding_window=128"),
+        ("qwen2_moe", WINDOW | {"use_sliding_window": True}, "sliding_window=128"),
+        ("qwen2_moe", {"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention' in layer_types"),
+        ("qwen3_moe", WINDOW | {"use_sliding_window": True}, "sliding_window=128"),
+        ("deepseek_v2", WINDOW, "sliding_window=128"),
+        ("mixtral", WINDOW, "sliding_window=128"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1, not 0"),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, "every layer is dense"),
+        ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers must be a list of whole numbers, not 'all'"),
+        ("qwen3_moe", {"num_key_value_heads": 3}, r"n_key_value_heads \(3\)"),
+        ("deepseek_v2", {"attention_bias": True}, "attention_bias=True"),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias=True"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "n_group is missing"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
+        ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ("deepseek_v2", {"first_k_dense_replace": 3}, "every layer is dense"),
+        ("deepseek_v2", {"rope_scaling": YARN | {"mscale": 0.7}}, "mscale=0.7 with mscale_all_dim=None"),
+        ("deepseek_v2", {"rope_scaling": YARN | {"mscale_all_dim": 0.7}}, "mscale=None with mscale_all_dim=0.7"),
+        ("deepseek_v2", {"rope_scaling": YARN | {"mscale": 0.0, "mscale_all_dim": 0.7}}, "mscale=0.0 with mscale_all_dim=0.7"),
+        ("deepseek_v2", {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.0}}, "mscale=0.7 with mscale_all_dim=0.0"),
+        ("deepseek_v2", {"rope_scaling": YARN | {"attention_factor": 1.0}}, "attention_factor=1.0"),
+        ("deepseek_v2", {"rope_scaling": YARN | {"truncate": False}}, "truncate=False"),
+        ("deepseek_v2", {"rope_scaling": YARN | {"factor": 0.5}}, "factor and original_ctx must be at least 1"),
+        ("deepseek_v2", {"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "beta_fast > beta_slow"),
+        ("deepseek_v2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings is missing"),
+        ("deepseek_v2", {"rope_scaling": YARN | {"rope_type": "linear"}}, "rope_type=linear and type=yarn contradict"),
+        ("deepseek_v2", {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, "contradict each other"),
+        ("qwen3_moe", {"rope_scaling": YARN | BOTH}, "mscale_all_dim is not supported in this family"),
+        ("mixtral", {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("mixtral", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+    ],
+    ids=str,
 )
-def test_an_option_that_changes_nothing_is_accepted(harmless: dict[str, Any], directory: Path) -> None:
-    edit_config(directory, **harmless)
-    HookedMoE.from_pretrained(directory)
+def test_what_a_family_does_not_have_here_is_refused_by_name(family: str, changes: Options, words: str, tmp_path: Path) -> None:
+    values = config_file(family, tmp_path) | {"rope_parameters": None} | changes
+    with pytest.raises(CheckpointError, match=rf"config\.json.*{words}"):
+        read(values)
+
+
+@pytest.mark.parametrize(
+    ("family", "harmless"),
+    [
+        ("olmoe", {"sliding_window": 0}),
+        ("olmoe", WINDOW | {"use_sliding_window": False}),
+        ("olmoe", {"head_dim": 16}),
+        ("qwen2_moe", WINDOW),
+        ("qwen3_moe", WINDOW),
+        ("qwen2_moe", {"layer_types": ["full_attention"] * 3}),
+        ("deepseek_v2", {"topk_method": None, "n_group": 5, "topk_group": 1}),
+        ("deepseek_v2", {"scoring_func": "softmax", "moe_layer_freq": 1, "num_key_value_heads": 4}),
+        ("mixtral", {"router_jitter_noise": 0.1}),
+    ],
+    ids=str,
+)
+def test_an_option_that_changes_nothing_is_accepted(family: str, harmless: Options, tmp_path: Path) -> None:
+    values = config_file(family, tmp_path)
+    assert read(values | harmless) == read(values)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from hf_models import OPTIONS, logits_of, random_tokens, save, tiny_olmoe
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, OlmoeForCausalLM
@@ -20,6 +19,8 @@ from transformers import AutoTokenizer, OlmoeForCausalLM
 from hooked_moe import HookedMoE
 from hooked_moe.loading import CheckpointError, saving
 from hooked_moe.tokenizer import Tokenizer
+from tests.hf_models import CASES, FAMILIES, logits_of, pair_of, random_tokens, save, tiny_olmoe
+from weights_conversion import CONVERSIONS, HFConfig
 
 
 def assert_same_bits(first: HookedMoE, second: HookedMoE) -> None:
@@ -42,35 +43,63 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "MAX_SHARD_BYTES", 60_000)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_transformers_loads_what_is_saved_with_equal_logits(options: str, tmp_path: Path) -> None:
-    ours = HookedMoE.from_pretrained(save(tiny_olmoe(**OPTIONS[options]), tmp_path / "theirs"))
-    ours.save_pretrained(tmp_path / "ours")
-    theirs = OlmoeForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_loads_what_is_saved_with_equal_logits(case: str, tmp_path: Path) -> None:
+    pair = pair_of(case)
+    pair.ours.save_pretrained(tmp_path)
+    theirs, report = type(pair.hf).from_pretrained(tmp_path, attn_implementation="eager", output_loading_info=True)
+    assert not any(report.values()), report
     tokens = random_tokens()
-    torch.testing.assert_close(logits_of(theirs, tokens), logits_of(ours, tokens), atol=5e-5, rtol=0)
+    torch.testing.assert_close(logits_of(theirs.eval(), tokens), logits_of(pair.ours, tokens), atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("fused", [False, True])
-def test_the_round_trip_keeps_every_bit_and_every_option(options: str, fused: bool, tmp_path: Path) -> None:
-    directory = save(tiny_olmoe(**OPTIONS[options]), tmp_path / "model", fused=fused)
-    first = HookedMoE.from_pretrained(directory)
-    first.save_pretrained(tmp_path / "again" / "model")
-    second = HookedMoE.from_pretrained(tmp_path / "again" / "model")
-    assert_same_bits(first, second)
-    assert first.cfg == second.cfg
-
-
-def test_saved_files_hold_the_tensors_that_transformers_saves(tmp_path: Path) -> None:
-    theirs = save(tiny_olmoe(attention_bias=True, num_key_value_heads=2), tmp_path / "theirs") / "model.safetensors"
-    HookedMoE.from_pretrained(theirs.parent).save_pretrained(tmp_path / "ours")
-    ours = tmp_path / "ours" / "model.safetensors"
-    expected, written = load_file(theirs), load_file(ours)
+@pytest.mark.parametrize("case", CASES)
+def test_the_round_trip_keeps_every_bit_and_every_option(case: str, tmp_path: Path) -> None:
+    """Also of the file: it holds the tensors that transformers saves."""
+    pair = pair_of(case)
+    save(pair.hf, tmp_path / "theirs")
+    pair.ours.save_pretrained(tmp_path / "ours")
+    expected, written = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in expected)
-    with safe_open(ours, "pt") as file:
+    again = HookedMoE.from_pretrained(tmp_path / "ours")
+    assert_same_bits(again, pair.ours)
+    assert again.cfg.replace(model_name=pair.ours.cfg.model_name) == pair.ours.cfg
+
+
+@pytest.mark.parametrize("dialect", [("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_saved_config_says_everything_in_both_dialects(case: str, dialect: tuple[str, ...]) -> None:
+    cfg = pair_of(case).ours.cfg
+    conversion = CONVERSIONS[cfg.model_type]
+    values = conversion.to_hf(cfg)
+    assert values.keys() >= set(dialect)
+    other = HFConfig({key: value for key, value in values.items() if key not in dialect}, "config.json")
+    assert conversion.from_hf(other).replace(model_name=cfg.model_name) == cfg
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_was_stored_fused_is_saved_one_expert_at_a_time(family: str, tmp_path: Path) -> None:
+    pair = pair_of(f"{family}-all-at-once")
+    HookedMoE.from_pretrained(save(pair.hf, tmp_path / "fused", fused=True)).save_pretrained(tmp_path / "again")
+    pair.ours.save_pretrained(tmp_path / "ours")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "ours" / "model.safetensors").read_bytes()
+
+
+def test_saved_files_say_what_they_are(model: HookedMoE, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_transformers_loads_a_deepseek_without_shared_experts(tmp_path: Path) -> None:
+    """transformers then has shared experts of width 0, which add nothing."""
+    ours = HookedMoE(pair_of("deepseek_v2-plain").ours.cfg.replace(d_shared=None, initializer_range=0.1)).eval()
+    ours.save_pretrained(tmp_path)
+    theirs = FAMILIES["deepseek_v2"].model.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    tokens = random_tokens()
+    torch.testing.assert_close(logits_of(theirs, tokens), logits_of(ours, tokens), atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -126,6 +155,32 @@ def test_a_model_that_the_format_cannot_express_is_not_saved(
 ) -> None:
     with pytest.raises(CheckpointError, match=words):
         make_model(**changes).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("olmoe", {"output_bias": True}, "output_bias=True would be read back as False"),
+        ("olmoe", {"dense_layers": (0,), "d_mlp": 40}, r"dense_layers=\(0,\) would be read back as \(\)"),
+        ("qwen2_moe", {"d_shared": None, "shared_gate": False}, "shared_expert_intermediate_size is missing"),
+        ("qwen2_moe", {"shared_gate": False}, "shared_gate=False would be read back as True"),
+        ("qwen2_moe", {"routed_scaling_factor": 2.0}, "routed_scaling_factor=2.0 would be read back as 1.0"),
+        ("deepseek_v2", {"d_shared": 50}, "d_shared=50 would be read back as 48"),
+        ("deepseek_v2", {"dense_layers": (1,)}, r"dense_layers=\(1,\) would be read back as \(0,\)"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True is not supported"),
+        ("deepseek_v2", {"rotary_interleaved": False}, "rotary_interleaved=False would be read back as True"),
+        ("qwen3_moe", {"d_shared": 24}, "d_shared=24 would be read back as None"),
+        ("qwen3_moe", {"clip_qkv": 1.0}, "clip_qkv=1.0 would be read back as None"),
+        ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob=False would be read back as True"),
+        ("mixtral", {"qkv_bias": True}, "qkv_bias=True would be read back as False"),
+        ("mixtral", {"experts_by_layer": (10, 9, 10)}, r"one number of experts for all layers, and this model has \(10, 9, 10\)"),
+    ],
+)
+def test_what_a_family_does_not_have_is_not_saved(family: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    cfg = pair_of(f"{family}-plain").ours.cfg.replace(**changes)
+    with pytest.raises(CheckpointError, match=words):
+        HookedMoE(cfg).save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 

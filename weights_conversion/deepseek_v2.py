@@ -33,7 +33,8 @@ def read_config(hf: HFConfig) -> HookedMoEConfig:
     hf.refuse("norm_topk_prob", (False,), "transformers and the original code disagree on what it means in this family")
     n_heads = hf.integer("num_attention_heads")
     hf.refuse("num_key_value_heads", (n_heads,), f"latent attention makes keys and values for every head: expected {n_heads}")
-    d_expert, shared = hf.integer("moe_intermediate_size"), hf.integer("n_shared_experts", default=0)
+    d_expert = hf.integer("moe_intermediate_size")
+    shared = 0 if hf.states_null("n_shared_experts") else hf.integer("n_shared_experts", default=2)
     dense = hf.integer("first_k_dense_replace", default=0)
     return HookedMoEConfig(
         **read_common(hf, n_ctx=2048, eps=1e-6),
@@ -75,7 +76,7 @@ def write_config(cfg: HookedMoEConfig) -> dict[str, object]:
         "attention_bias": False,
         "mlp_bias": False,
         "n_routed_experts": cfg.num_experts,
-        "n_shared_experts": (cfg.d_shared or 0) // cfg.d_expert or None,
+        "n_shared_experts": (cfg.d_shared or 0) // cfg.d_expert,
         "moe_intermediate_size": cfg.d_expert,
         "intermediate_size": cfg.d_mlp or cfg.d_shared or cfg.d_expert,  # without dense layers nobody reads it
         "first_k_dense_replace": len(cfg.dense_layers),

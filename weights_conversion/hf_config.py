@@ -128,7 +128,7 @@ class HFConfig:
         self.refuse("truncate", (True,), "YaRN's range of frequencies is rounded to whole pairs here")
         self.refuse("attention_factor", (), "YaRN's temperature follows from its factor here")
         mscale, all_dim = self.number("mscale", default=None), self.number("mscale_all_dim", default=None)
-        if (mscale is None) != (all_dim is None) or (all_dim == 0 and mscale != 1):
+        if (mscale is None) != (all_dim is None) or mscale == 0 or (all_dim == 0 and mscale != 1):
             raise self.error(f"mscale={mscale} with mscale_all_dim={all_dim} is not supported: state both, above 0, or neither")
         if all_dim and not split_temperature:
             raise self.error("mscale_all_dim is not supported in this family: its attention scores are not rescaled")
