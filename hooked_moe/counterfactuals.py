@@ -27,11 +27,11 @@ from hooked_moe.readouts import NamedReadout
 from hooked_moe.removals import (
     AnyRemoval,
     ExpertMeans,
-    Keep,
     check_any_removal,
     each_slot_removed,
     each_slot_removed_in_windows,
     in_windows,
+    rerouted,
     with_experts,
     without,
 )
@@ -39,6 +39,8 @@ from hooked_moe.requests import Mask, Positions, Request, Work, make_request
 
 Scope = Literal["position", "sequence", "from_position"]
 Order = Literal["descending", "ascending", "random"]
+Variants = Float[Tensor, "variant batch token d_model"]
+"""Residual streams after a block, at every token of the windows."""
 
 
 def expert_effects(
@@ -76,15 +78,15 @@ def expert_effects(
     request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget)
     check_any_removal(removal, means, request.layers)
 
-    def removed(clean: CleanExperts, packed: Packed) -> Keep:
+    def variants(clean: CleanExperts, packed: Packed) -> Variants:
         if scope == "from_position" and request.width > 1:
-            return each_slot_removed_in_windows(clean, request.width)
-        return in_windows(each_slot_removed(clean), clean, request.width)
+            return without(clean, each_slot_removed_in_windows(clean, request.width), removal, means)
+        return without(clean, in_windows(each_slot_removed(clean), clean, request.width), removal, means)
 
     if scope == "sequence":
         work = _sequence_scope(request, removal, means)
     else:
-        work = _position_scope(request, removal, means, removed, model.cfg.experts_per_token, observed=True)
+        work = _position_scope(request, variants, model.cfg.experts_per_token, observed=True)
     return _as_expert_effects(request.run(work, model.cfg.experts_per_token))
 
 
@@ -114,16 +116,16 @@ def progressive_effects(
 
     slots = model.cfg.experts_per_token
 
-    def removed(clean: CleanExperts, packed: Packed) -> Keep:
+    def variants(clean: CleanExperts, packed: Packed) -> Variants:
         weights = clean.routing.weights[:, :: request.width]
         if order == "random":
             rank = _random_ranks(packed, clean.layer, slots, seed)
         else:
             rank = weights.argsort(dim=-1, descending=order == "descending", stable=True).argsort(-1)
         keep = rank >= torch.arange(1, slots + 1, device=weights.device).view(-1, 1, 1, 1)
-        return in_windows(keep, clean, request.width)
+        return without(clean, in_windows(keep, clean, request.width), removal, means)
 
-    return _as_expert_effects(request.run(_position_scope(request, removal, means, removed, slots, observed=True), slots))
+    return _as_expert_effects(request.run(_position_scope(request, variants, slots, observed=True), slots))
 
 
 def _random_ranks(packed: Packed, layer: int, slots: int, seed: int) -> Int[Tensor, "batch query slot"]:
@@ -162,12 +164,15 @@ def mask_effects(
     if len(counts) > 1:
         raise ValueError(f"every layer must have as many masks as the others; got {counts}")
 
-    def kept(clean: CleanExperts, packed: Packed) -> Keep:
-        here = full[clean.layer][:, packed.rows[:, None], packed.places().clamp(min=0)]
+    def variants(clean: CleanExperts, packed: Packed) -> Variants:
+        keep = full[clean.layer][:, packed.rows[:, None], packed.places().clamp(min=0)]
+        if removal == "reroute":
+            return rerouted(clean, in_windows(keep, clean, request.width))
         indices = clean.routing.indices[:, :: request.width]
-        return in_windows(here.gather(-1, indices.expand(len(here), *indices.shape)), clean, request.width)
+        by_slot = keep.gather(-1, indices.expand(len(keep), *indices.shape))
+        return without(clean, in_windows(by_slot, clean, request.width), removal, means)
 
-    work = _position_scope(request, removal, means, kept, counts[0], observed=False)
+    work = _position_scope(request, variants, counts[0], observed=False)
     return _as_variant_effects(request.run(work, counts[0]))
 
 
@@ -228,7 +233,7 @@ def token_effects(
         places = packed.where()
         where = Where(packed.rows[:, None].expand_as(places), places)
 
-        def branch(clean: CleanBlock) -> Float[Tensor, "variant batch token d_model"]:
+        def branch(clean: CleanBlock) -> Variants:
             edited = edit(clean.first_of(request.width), where)
             expected = (n_variants, *places.shape, model.cfg.d_model)
             if edited.shape != expected:
@@ -263,19 +268,13 @@ def expert_observations(
 
 
 def _position_scope(
-    request: Request,
-    removal: AnyRemoval,
-    means: ExpertMeans | None,
-    keep: Callable[[CleanExperts, Packed], Keep],
-    n_variants: int,
-    observed: bool,
+    request: Request, variants: Callable[[CleanExperts, Packed], Variants], n_variants: int, observed: bool
 ) -> Work:
-    """Variants that lack the experts that `keep` says, at one token each."""
+    """The variants that the given function makes of a layer with experts, each changed at one token."""
 
     def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
-        def branch(clean: CleanBlock) -> Float[Tensor, "variant batch token d_model"]:
-            here = with_experts(clean)
-            return without(here, keep(here, packed), removal, means)
+        def branch(clean: CleanBlock) -> Variants:
+            return variants(with_experts(clean), packed)
 
         visit = _observer(packed, some, results) if observed else None
         return request.fan_out(packed, some, results, n_variants, branch, visit)

@@ -57,7 +57,10 @@ class CleanBlock:
         return self if width == 1 else self._map(lambda x: x[:, ::width])
 
     def _map(self: Clean, pick: Callable[[Tensor], Tensor]) -> Clean:
-        return replace(self, resid_mid=pick(self.resid_mid), mlp_input=pick(self.mlp_input), resid_post=pick(self.resid_post))
+        return replace(self, **self._picked(pick))
+
+    def _picked(self, pick: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        return {name: pick(getattr(self, name)) for name in ("resid_mid", "mlp_input", "resid_post")}
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,12 @@ class CleanExperts(CleanBlock):
     expert_outputs: ExpertOutputs
     shared_out: Float[Tensor, "batch pos d_model"] | None
 
-    def _map(self, pick: Callable[[Tensor], Tensor]) -> CleanExperts:
-        return replace(
-            super()._map(pick),
-            routing=Routing(*map(pick, self.routing)),
-            expert_outputs=ExpertOutputs(self.expert_outputs.rows, pick(self.expert_outputs.place)),
-            shared_out=None if self.shared_out is None else pick(self.shared_out),
-        )
+    def _picked(self, pick: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        return super()._picked(pick) | {
+            "routing": Routing(*map(pick, self.routing)),
+            "expert_outputs": ExpertOutputs(self.expert_outputs.rows, pick(self.expert_outputs.place)),
+            "shared_out": None if self.shared_out is None else pick(self.shared_out),
+        }
 
 
 @dataclass(frozen=True)

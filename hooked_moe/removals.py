@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from hooked_moe.components.moe import plus
@@ -49,7 +49,7 @@ def each_slot_removed(clean: CleanExperts) -> Keep:
     return ~torch.eye(slots, dtype=torch.bool, device=clean.routing.weights.device)[:, None, None, :]
 
 
-def in_windows(keep: Keep, clean: CleanExperts, width: int) -> Keep:
+def in_windows(keep: Shaped[Tensor, "variant #batch #query slot"], clean: CleanExperts, width: int) -> Keep:
     """What to keep at each query, for windows of tokens that start there: all of their later tokens."""
     if width == 1:
         return keep
@@ -76,7 +76,8 @@ def without(
     """
     indices, weights = clean.routing
     if removal == "reroute":
-        return _rerouted(clean, keep)
+        experts = torch.ones(len(keep), *indices.shape[:2], clean.moe.num_experts, dtype=torch.bool, device=indices.device)
+        return rerouted(clean, experts.scatter(-1, indices.expand(len(keep), *indices.shape), keep.expand(-1, *indices.shape)))
     kept = keep_weights(weights, keep, "zero" if removal == "mean" else removal)
     routed = masked_combine(*clean.expert_outputs, kept)
     if removal == "mean":
@@ -85,14 +86,11 @@ def without(
     return clean.resid_mid + plus(routed, clean.shared_out)
 
 
-def _rerouted(clean: CleanExperts, keep: Keep) -> Float[Tensor, "variant batch pos d_model"]:
-    indices = clean.routing.indices
-    variants = []
-    for kept in keep.expand(-1, *indices.shape):
-        experts = torch.ones(*indices.shape[:2], clean.moe.num_experts, dtype=torch.bool, device=indices.device)
-        mask = LayerMask(experts.scatter(-1, indices, kept), "reroute")
-        variants.append(clean.resid_mid + clean.moe(clean.mlp_input, mask))
-    return torch.stack(variants)
+def rerouted(clean: CleanExperts, keep: Bool[Tensor, "variant #batch #pos expert"]) -> Float[Tensor, "variant batch pos d_model"]:
+    """The residual stream after the block when every token goes to the best experts of those in `keep`, active or not."""
+    shape = (*clean.routing.indices.shape[:2], clean.moe.num_experts)
+    masks = (LayerMask(kept.expand(shape), "reroute") for kept in keep)
+    return torch.stack([clean.resid_mid + clean.moe(clean.mlp_input, mask) for mask in masks])
 
 
 def _known(means: ExpertMeans, clean: CleanExperts) -> Float[Tensor, "expert d_model"]:
