@@ -35,7 +35,7 @@ from hooked_moe.removals import (
     with_experts,
     without,
 )
-from hooked_moe.requests import Mask, Positions, Request, Work, make_request
+from hooked_moe.requests import Mask, Positions, Request, Work, complete, make_request
 
 Scope = Literal["position", "sequence", "from_position"]
 Order = Literal["descending", "ascending", "random"]
@@ -71,6 +71,36 @@ def expert_effects(
     Raises `ValueError` for layers or positions out of range, for dense layers, for a budget too small for one position, and
     while hooks are attached, since hooks are written for the shapes of an ordinary forward.
     """
+    return complete(
+        expert_effects_steps(
+            model,
+            tokens,
+            layers,
+            scope,
+            removal,
+            positions,
+            attention_mask,
+            means=means,
+            readouts=readouts,
+            memory_budget=memory_budget,
+        )
+    )
+
+
+def expert_effects_steps(
+    model: HookedMoE,
+    tokens: Int[Tensor, "batch pos"],
+    layers: Sequence[int] | None,
+    scope: Scope,
+    removal: AnyRemoval,
+    positions: Positions | None,
+    attention_mask: Mask | None = None,
+    *,
+    means: ExpertMeans | None = None,
+    readouts: Sequence[NamedReadout] = (),
+    memory_budget: int | str | None = None,
+) -> Steps[ExpertEffects]:
+    """`expert_effects` that pauses after every layer, so that several texts can go through the layers side by side."""
     if scope not in ("position", "sequence", "from_position"):
         raise ValueError(f"scope must be 'position', 'sequence' or 'from_position', not {scope!r}")
     if scope == "sequence" and readouts:
@@ -87,7 +117,7 @@ def expert_effects(
         work = _sequence_scope(request, removal, means)
     else:
         work = _position_scope(request, variants, model.cfg.experts_per_token, observed=True)
-    return _as_expert_effects(request.run(work, model.cfg.experts_per_token))
+    return _as_expert_effects((yield from request.run(work, model.cfg.experts_per_token)))
 
 
 def progressive_effects(
@@ -125,7 +155,7 @@ def progressive_effects(
         keep = rank >= torch.arange(1, slots + 1, device=weights.device).view(-1, 1, 1, 1)
         return without(clean, in_windows(keep, clean, request.width), removal, means)
 
-    return _as_expert_effects(request.run(_position_scope(request, variants, slots, observed=True), slots))
+    return _as_expert_effects(complete(request.run(_position_scope(request, variants, slots, observed=True), slots)))
 
 
 def _random_ranks(packed: Packed, layer: int, slots: int, seed: int) -> Int[Tensor, "batch query slot"]:
@@ -173,7 +203,7 @@ def mask_effects(
         return without(clean, in_windows(by_slot, clean, request.width), removal, means)
 
     work = _position_scope(request, variants, counts[0], observed=False)
-    return _as_variant_effects(request.run(work, counts[0]))
+    return _as_variant_effects(complete(request.run(work, counts[0])))
 
 
 def _full_mask(
@@ -246,7 +276,7 @@ def token_effects(
 
         return request.fan_out(packed, some, results, n_variants, branch)
 
-    return _as_variant_effects(request.run(work, n_variants))
+    return _as_variant_effects(complete(request.run(work, n_variants)))
 
 
 def expert_observations(
@@ -256,13 +286,20 @@ def expert_observations(
     attention_mask: Mask | None = None,
 ) -> ExpertEffects:
     """The same table from the clean run alone: what routing says, at the cost of one forward; `delta_loss` is nan."""
+    return complete(expert_observations_steps(model, tokens, layers, attention_mask))
+
+
+def expert_observations_steps(
+    model: HookedMoE, tokens: Int[Tensor, "batch pos"], layers: Sequence[int] | None, attention_mask: Mask | None = None
+) -> Steps[ExpertEffects]:
+    """`expert_observations` that pauses after every layer."""
     request = make_request(model, tokens, layers, None, attention_mask, (), None)
 
     def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
         resid = yield from clean_blocks(model, packed.tokens, _observer(packed, some, results))
         results.put_baseline(loss_at(model, resid[None], packed.targets)[0], packed)
 
-    results = request.run(work, model.cfg.experts_per_token)
+    results = yield from request.run(work, model.cfg.experts_per_token)
     results.tables["delta_loss"] = torch.full_like(results.tables["gap_norm"], float("nan"))
     return _as_expert_effects(results)
 

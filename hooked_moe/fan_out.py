@@ -8,7 +8,7 @@ block of all variants that have entered by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +24,7 @@ from hooked_moe.components.rotary import Rotation, rotation
 from hooked_moe.kernels.prefix_attention import window_attention
 from hooked_moe.kernels.target_loss import target_loss
 from hooked_moe.model import HookedMoE
+from hooked_moe.spill import Waiting
 
 TOKENS_AT_ONCE = 1024
 """Variant tokens that go through a block together: enough for large products, few enough for the cache."""
@@ -157,6 +158,22 @@ def finish(steps: Steps[Done]) -> Done:
             return stop.value
 
 
+def side_by_side(works: Iterable[Steps[Any]]) -> Steps[None]:
+    """Run several through the layers together: each waits until all have done a layer. What they return is lost."""
+    active = list(works)
+    while active:
+        active = [work for work in active if _goes_on(work)]
+        yield
+
+
+def _goes_on(work: Steps[Any]) -> bool:
+    try:
+        next(work)
+    except StopIteration:
+        return False
+    return True
+
+
 def fan_out(
     model: HookedMoE,
     tokens: Int[Tensor, "batch pos"],
@@ -166,14 +183,14 @@ def fan_out(
     branch: Branch,
     windows: Windows = Windows(None),
     readouts: Mapping[str, Readout] | None = None,
-    allocate: Callable[..., Tensor] = torch.empty,
+    waiting: Waiting | None = None,
     visit: Callable[[CleanBlock], Any] | None = None,
 ) -> Steps[FanOut]:
     """Run `n_variants` changes per layer of `layers` (in order) and query, each read at its own position.
 
     `targets` is the token that each position should predict, -1 where there is none. Tokens must be padded on the right only:
-    what follows a position does not matter to it. `allocate(*shape, dtype=, device=)` makes the memory that variants wait in;
-    `visit` is shown every block of the clean run, at all positions.
+    what follows a position does not matter to it. Between layers the variants stay in memory, or in the file `waiting`; `visit`
+    is shown every block of the clean run, at all positions.
     """
     batch, length = tokens.shape
     cfg = model.cfg
@@ -181,23 +198,32 @@ def fan_out(
     rotate = rotation_of(model, length)
     count = n_variants * len(layers)
     width = length if places is None else places.shape[1]
-    variants = allocate(count, batch, width, cfg.d_model, dtype=cfg.dtype, device=cfg.device)
+    shape = (count, batch, width, cfg.d_model)
+    variants: Tensor | None = None
     entered, resid = 0, model.embed(tokens)
     for layer in range(cfg.n_layers):
         clean = clean_block(model.blocks[layer], layer, resid, rotate)
         resid = clean.resid_post
         if visit is not None:
             visit(clean)
+        if variants is None:
+            variants = torch.empty(shape, dtype=cfg.dtype, device=cfg.device)
+            if waiting is not None and entered:
+                waiting.get(variants[:entered])
         advance(variants[:entered], clean, rotate, windows, places)
         if layer in layers:
             variants[entered : entered + n_variants] = branch(clean.at(places))
             entered += n_variants
         del clean  # while this work waits for others, it holds no more than it needs
+        if waiting is not None and layer + 1 < cfg.n_layers:
+            waiting.put(variants[:entered])
+            variants = None
         yield
+    assert variants is not None
     final = Final(model, variants, take(resid, places), windows.targets(targets), windows.width)
-    shape = (len(layers), n_variants)
-    losses = loss_at(model, final.first(variants), final.targets[:, :: windows.width]).unflatten(0, shape)
-    read = {name: readout(final).unflatten(0, shape) for name, readout in (readouts or {}).items()}
+    split = (len(layers), n_variants)
+    losses = loss_at(model, final.first(variants), final.targets[:, :: windows.width]).unflatten(0, split)
+    read = {name: readout(final).unflatten(0, split) for name, readout in (readouts or {}).items()}
     return FanOut(losses, loss_at(model, resid[None], targets)[0], read)
 
 

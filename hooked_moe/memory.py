@@ -36,6 +36,11 @@ class Demand:
     """For each token of each variant: its residual stream."""
 
 
+def variant_bytes(cfg: HookedMoEConfig) -> int:
+    """Of one token of one variant."""
+    return cfg.d_model * cfg.dtype.itemsize
+
+
 def demand_of(cfg: HookedMoEConfig, length: int) -> Demand:
     """An upper estimate, from the largest activations of a block."""
     size, wide = cfg.dtype.itemsize, 4
@@ -43,7 +48,7 @@ def demand_of(cfg: HookedMoEConfig, length: int) -> Demand:
     experts = cfg.experts_per_token * (2 * cfg.d_model + 3 * cfg.d_expert) + 3 * ((cfg.d_shared or 0) + cfg.num_experts)
     token = size * (6 * cfg.d_model + attention + max(experts, 3 * (cfg.d_mlp or 0))) + 2 * wide * cfg.d_model
     logits = max(64 * wide * cfg.d_vocab, 64 << 20)
-    return Demand(fixed=max(TOKENS_AT_ONCE, length) * token + logits, row=length * token, variant_token=size * cfg.d_model)
+    return Demand(fixed=max(TOKENS_AT_ONCE, length) * token + logits, row=length * token, variant_token=variant_bytes(cfg))
 
 
 def divide(

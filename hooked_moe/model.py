@@ -26,6 +26,7 @@ from hooked_moe.hook_points import HookPoint
 from hooked_moe.hooked_module import HookedModule
 from hooked_moe.key_value_cache import KeyValueCache
 from hooked_moe.losses import next_token_loss
+from hooked_moe.spill import Spill
 from hooked_moe.tokenizer import Tokenizer
 
 ReturnType = Literal["logits", "loss", "both"]
@@ -234,7 +235,18 @@ class HookedMoE(HookedModule):
             raise ValueError(f"start_at_layer takes a residual stream [batch, pos, d_model={self.cfg.d_model}], not {got}")
         return input.to(self.cfg.device, self.cfg.dtype)
 
+    @property
+    def spill(self) -> Spill | None:
+        """Of a streamed model: where residual streams wait between layers. None for a model that is wholly in memory."""
+        return getattr(self.blocks, "spill", None)
+
+    def require_weights(self, purpose: str) -> None:
+        """Raise `ValueError` if weights are streamed: then only one block's are in memory."""
+        if self.spill is not None:
+            raise ValueError(f"{purpose} needs all weights in memory, and this model streams them: load it without stream=True")
+
     def _apply(self, fn: Any, recurse: bool = True) -> HookedMoE:
+        self.require_weights("changing dtype or device")
         super()._apply(fn, recurse)
         weight = self.embed.W_E
         if (weight.device, weight.dtype) != (self.cfg.device, self.cfg.dtype):
@@ -253,6 +265,7 @@ class HookedMoE(HookedModule):
         revision: str | None = None,
         cache_dir: str | PathLike[str] | None = None,
         local_files_only: bool = False,
+        stream: bool = False,
     ) -> HookedMoE:
         """A trained model by short name ("olmoe", "tiny-olmoe"), hub id, or local directory in HuggingFace layout.
 
@@ -267,6 +280,7 @@ class HookedMoE(HookedModule):
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
+            stream=stream,
         )
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:

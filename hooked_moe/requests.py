@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_moe.fan_out import Branch, CleanBlock, Steps, Windows, fan_out, finish
-from hooked_moe.memory import demand_of, divide, parse_bytes
+from hooked_moe.fan_out import Branch, CleanBlock, Done, Steps, Windows, fan_out, finish, side_by_side
+from hooked_moe.memory import demand_of, divide, parse_bytes, variant_bytes
 from hooked_moe.model import HookedMoE
 from hooked_moe.padding import Packed, Results, pack
 from hooked_moe.readouts import NamedReadout
+from hooked_moe.spill import Waiting
 
 MEMORY_BUDGET: int | str = "1GiB"
 """Where none is given: memory beside the model's weights and the results."""
@@ -37,13 +39,17 @@ class Request:
         """How many tokens from the changed one on have to be run."""
         return max((readout.width for readout in self.readouts.values()), default=1)
 
-    def run(self, work: Work, n_variants: int) -> Results:
-        """All parts, one after another."""
+    def run(self, work: Work, n_variants: int) -> Steps[Results]:
+        """All parts one after another; or, where weights are streamed, side by side through the layers."""
         results = Results(self.layers, (len(self.packed.tokens), self.packed.width))
         demand = demand_of(self.model.cfg, self.packed.tokens.shape[1])
-        with torch.inference_mode():
-            for packed, layers in divide(self.packed, self.layers, demand, n_variants * self.width, self.budget):
-                finish(work(packed, layers, results))
+        parts = divide(self.packed, self.layers, demand, n_variants * self.width, self.budget)
+        works = (work(packed, layers, results) for packed, layers in parts)
+        if self.model.spill is not None:
+            yield from side_by_side(works)
+        else:
+            for one in works:
+                yield from one
         return results
 
     def fan_out(
@@ -57,14 +63,47 @@ class Request:
     ) -> Steps[None]:
         """Fan out, and put losses and readouts into the results as `delta_loss`, `baseline_loss` and `readouts/<name>`."""
         windows = Windows(packed.positions, self.width)
-        out = yield from fan_out(
-            self.model, packed.tokens, packed.targets, layers, n_variants, branch, windows, self.readouts, visit=visit
-        )
+        nbytes = n_variants * len(layers) * packed.queries * self.width * len(packed.tokens) * variant_bytes(self.model.cfg)
+        with waiting_room(self.model, nbytes) as waiting:
+            out = yield from fan_out(
+                self.model,
+                packed.tokens,
+                packed.targets,
+                layers,
+                n_variants,
+                branch,
+                windows,
+                self.readouts,
+                waiting,
+                visit,
+            )
         baseline = out.baseline if packed.positions is None else out.baseline.gather(1, packed.positions)
         results.put("delta_loss", (out.losses - baseline).movedim(1, 3), packed, layers)
         results.put_baseline(out.baseline, packed)
         for name, values in out.readouts.items():
             results.put(f"readouts/{name}", values.movedim(1, 3), packed, layers)
+
+
+def complete(steps: Steps[Done]) -> Done:
+    """Run a measurement to its end, without gradients."""
+    with torch.inference_mode():
+        return finish(steps)
+
+
+@contextmanager
+def waiting_room(model: HookedMoE, nbytes: int) -> Iterator[Waiting | None]:
+    """Where variants wait between layers: a file, or None for memory."""
+    if model.spill is None:
+        yield None
+        return
+    waiting = model.spill.claim(nbytes)
+    try:
+        yield waiting
+    finally:
+        if waiting is None:
+            model.spill.release(nbytes)
+        else:
+            waiting.close()
 
 
 def make_request(
