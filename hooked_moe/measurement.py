@@ -28,14 +28,14 @@ from hooked_moe.counterfactuals import Scope, expert_effects_steps, expert_obser
 from hooked_moe.effects import ExpertEffects
 from hooked_moe.expert_mask import Removal
 from hooked_moe.fan_out import Steps, side_by_side
-from hooked_moe.memory import variant_bytes
+from hooked_moe.memory import parse_bytes, variant_bytes
 from hooked_moe.model import HookedMoE
-from hooked_moe.requests import complete
+from hooked_moe.requests import MEMORY_BUDGET, complete
 from hooked_moe.tables import DOCUMENTS, EFFECTS, EFFECTS_SEQUENCE, TOKENS, atomic_path, write_parquet_atomic
 
 WINDOWS_AT_ONCE = 4
 MAX_WORKERS = 4
-"""Documents measured side by side, at most: each may take `requests.MEMORY_BUDGET`."""
+"""Documents measured side by side, at most: where no budget is given, each may take `requests.MEMORY_BUDGET`."""
 
 Result = TypeVar("Result")
 
@@ -106,11 +106,21 @@ class TokenizedCorpus:
         )
 
 
-def measure(model: HookedMoE, corpus: TokenizedCorpus, plan: Plan, directory: Path, progress: bool = True) -> None:
+def measure(
+    model: HookedMoE,
+    corpus: TokenizedCorpus,
+    plan: Plan,
+    directory: Path,
+    progress: bool = True,
+    memory_budget: int | str | None = None,
+) -> None:
     """Write documents.parquet, tokens.parquet, effects.parquet and, for scope "sequence", effects_sequence.parquet.
 
-    Shards already in `directory`/shards are kept: the caller sees to it that they are of the same plan.
+    Shards already in `directory`/shards are kept: the caller sees to it that they are of the same plan. `memory_budget` bounds the
+    memory beside the model's weights, all documents that are measured at once together.
     """
+    workers = _workers(model, len(corpus.documents))
+    budget = parse_bytes(MEMORY_BUDGET if memory_budget is None else memory_budget) // (1 if memory_budget is None else workers)
     shards = directory / "shards"
     shards.mkdir(exist_ok=True)
     names = ["tokens", *(_table_name(scope) for scope in plan.scopes)]
@@ -121,7 +131,7 @@ def measure(model: HookedMoE, corpus: TokenizedCorpus, plan: Plan, directory: Pa
     pending = [index for index in range(len(paths)) if not all(path.exists() for path in paths[index].values())]
 
     def measure_documents(indices: list[int]) -> list[int]:
-        works = [_measure_document(model, corpus.documents[index], plan) for index in indices]
+        works = [_measure_document(model, corpus.documents[index], plan, budget) for index in indices]
         for index, tables in zip(indices, _together(works), strict=True):
             for name, table in tables.items():
                 write_parquet_atomic(table, paths[index][name])
@@ -177,8 +187,7 @@ def _in_parallel(work: Callable[[list[int]], list[int]], groups: list[list[int]]
     would wait for each other's threads; the cores are shared out among a few workers.
     """
     cores = torch.get_num_threads()
-    alone = model.cfg.device.type != "cpu" or model.spill is not None
-    workers = 1 if alone else max(1, min(cores, len(groups), MAX_WORKERS))
+    workers = _workers(model, len(groups))
     per_worker = max(1, cores // workers)
     executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(per_worker,))
     try:
@@ -187,6 +196,12 @@ def _in_parallel(work: Callable[[list[int]], list[int]], groups: list[list[int]]
     finally:
         executor.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
+
+
+def _workers(model: HookedMoE, groups: int) -> int:
+    """How many groups are measured at once. Streamed weights are of one layer at a time, so all go through it together."""
+    alone = model.cfg.device.type != "cpu" or model.spill is not None
+    return 1 if alone else max(1, min(torch.get_num_threads(), groups, MAX_WORKERS))
 
 
 def remove_shards(directory: Path) -> None:
@@ -202,7 +217,7 @@ def _table_name(scope: Scope) -> str:
     return "effects" if scope == "position" else "effects_sequence"
 
 
-def _measure_document(model: HookedMoE, windows: list[Window], plan: Plan) -> Steps[dict[str, pa.Table]]:
+def _measure_document(model: HookedMoE, windows: list[Window], plan: Plan, budget: int) -> Steps[dict[str, pa.Table]]:
     """Every table of one document, in the order of its positions."""
     tables: dict[str, list[tuple[int, pa.Table]]] = defaultdict(list)
     for numbers in _equal_lengths(windows):
@@ -213,7 +228,9 @@ def _measure_document(model: HookedMoE, windows: list[Window], plan: Plan) -> St
             if asked is not None and not asked.any():
                 effects = yield from expert_observations_steps(model, tokens, plan.layers)
             else:
-                effects = yield from expert_effects_steps(model, tokens, plan.layers, scope, plan.removal, asked)
+                effects = yield from expert_effects_steps(
+                    model, tokens, plan.layers, scope, plan.removal, asked, memory_budget=budget
+                )
             for row, number in enumerate(numbers):
                 last = number == len(windows) - 1
                 schema = EFFECTS if scope == "position" else EFFECTS_SEQUENCE

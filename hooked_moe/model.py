@@ -253,6 +253,26 @@ class HookedMoE(HookedModule):
             self.cfg = self.cfg.replace(device=weight.device, dtype=weight.dtype)
         return self
 
+    def run_variants(
+        self,
+        tokens: Int[Tensor, "batch pos"] | str | list[str],
+        edits: Sequence[Any],
+        return_type: ReturnType = "logits",
+        **options: Any,
+    ) -> Any:
+        """Many interventions as rows of one forward pass: what `run_with_hooks` gives for each, with a leading "variant" axis.
+
+        Each edit is a hook, (name or predicate, function), or a list of hooks that act together; its functions see the rows of
+        their own variant only, in the shapes of `tokens`. The pass starts at the first layer that any edit touches, from the
+        clean residual stream. Returns logits [variant, batch, pos, d_vocab], or losses [variant] (`loss_per_token=True`:
+        [variant, batch, pos-1]), or both; without gradients. Options: `loss_per_token`, `attention_mask`, `memory_budget`
+        ("4GB"): edits go in as many groups as that takes. Equal to serial runs up to rounding. Raises `ValueError` while other
+        hooks are attached.
+        """
+        from hooked_moe import variants
+
+        return variants.run_variants(self, tokens, edits, return_type, **options)
+
     # Loading and saving
 
     @classmethod

@@ -118,17 +118,22 @@ def make_request(
 ) -> Request:
     """Check what is asked for. `dense` allows layers without experts. Raises `ValueError` for what cannot be measured."""
     tokens, attention_mask = model.as_tokens(tokens, attention_mask)
+    require_unhooked(model)
+    named = {readout.name: readout for readout in readouts}
+    if len(named) < len(readouts):
+        raise ValueError(f"readouts need different names; got {[readout.name for readout in readouts]}")
+    budget = parse_bytes(MEMORY_BUDGET if memory_budget is None else memory_budget)
+    return Request(model, _checked_layers(model, layers, dense), pack(tokens, attention_mask, positions), named, budget)
+
+
+def require_unhooked(model: HookedMoE) -> None:
+    """Raise `ValueError` if hooks are attached: they would act on batches of variants."""
     hooked = [name for name, point in model.hook_dict.items() if point.active]
     if hooked:
         raise ValueError(
             f"counterfactuals measure the unhooked model, and {hooked[0]} has hooks: call model.reset_hooks() first "
             "(including_permanent=True for permanent hooks)"
         )
-    named = {readout.name: readout for readout in readouts}
-    if len(named) < len(readouts):
-        raise ValueError(f"readouts need different names; got {[readout.name for readout in readouts]}")
-    budget = parse_bytes(MEMORY_BUDGET if memory_budget is None else memory_budget)
-    return Request(model, _checked_layers(model, layers, dense), pack(tokens, attention_mask, positions), named, budget)
 
 
 def _checked_layers(model: HookedMoE, layers: Sequence[int] | None, dense: bool) -> list[int]:
