@@ -263,6 +263,8 @@ def advance(
     places: Int[Tensor, "batch token"] | None,
 ) -> None:
     """Take every variant through a block, in place, over the clean run's keys and values."""
+    if not len(variants):
+        return
     block = clean.block
     _, batch, tokens, _ = variants.shape
     at_once = max(1, TOKENS_AT_ONCE // (batch * tokens))

@@ -116,8 +116,8 @@ def measure(
 ) -> None:
     """Write documents.parquet, tokens.parquet, effects.parquet and, for scope "sequence", effects_sequence.parquet.
 
-    Shards already in `directory`/shards are kept: the caller sees to it that they are of the same plan. `memory_budget` bounds the
-    memory beside the model's weights, all documents that are measured at once together.
+    Shards already in `directory`/shards are kept: the caller sees to it that they are of the same plan. `memory_budget` bounds
+    the memory beside the model's weights, of all documents that are measured at once together.
     """
     workers = _workers(model, len(corpus.documents))
     budget = parse_bytes(MEMORY_BUDGET if memory_budget is None else memory_budget) // (1 if memory_budget is None else workers)

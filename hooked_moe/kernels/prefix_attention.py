@@ -1,7 +1,7 @@
 """Attention of counterfactual tokens: each sees the clean run strictly before its position, and itself.
 
-A variant changes one token; all earlier keys and values are the clean run's, and later tokens do not matter to it. So the
-variants of a position share one prefix, and no scores of all positions against all are ever held in memory.
+A variant changes one token; all earlier keys and values are the clean run's. So the variants of a position share one prefix, and
+no scores of all positions against all are ever held in memory. Heads that share a key/value head are but more queries of it.
 """
 
 from __future__ import annotations
@@ -78,11 +78,22 @@ def _for_every_head(q: Tensor, x: Tensor) -> Tensor:
     return x if group == 1 else x.repeat_interleave(group, dim=-2)
 
 
-def _over_prefix(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _over_prefix(
+    q: Float[Tensor, "variant batch query head d_head"],
+    keys: Float[Tensor, "batch pos kv_head d_head"],
+    values: Float[Tensor, "batch pos kv_head d_value"],
+    positions: Int[Tensor, "batch query"] | None,
+    scale: float,
+) -> tuple[Float[Tensor, "variant batch query head d_value"], Float[Tensor, "variant batch query head"]]:
     """The mix over the strict prefix, and the log-sum-exp of its scores (minus infinity where there is none)."""
+    kv_heads = keys.shape[2]
+    group = q.shape[3] // kv_heads
     fused = q.device.type == "cpu" and q.dtype in _FUSED_DTYPES and values.shape[-1] <= q.shape[-1]
     over_prefix = _over_prefix_fused if fused else _over_prefix_spelled_out
-    return over_prefix(q, _for_every_head(q, keys), _for_every_head(q, values), positions, scale)
+    by_kv_head = rearrange(q, "variant batch query (kv_head group) e -> (variant group) batch query kv_head e", kv_head=kv_heads)
+    mixed, log_sum = over_prefix(by_kv_head, keys, values, positions, scale)
+    by_head = "(variant group) batch query kv_head ... -> variant batch query (kv_head group) ..."
+    return rearrange(mixed, by_head, group=group), rearrange(log_sum, by_head, group=group)
 
 
 def _over_prefix_fused(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
