@@ -65,6 +65,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="float32",
         help="of the weights (default: %(default)s); compare the noise floor in half precision",
     )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="keep one block of the model in memory at a time, for models larger than memory; residuals wait on disk",
+    )
+    parser.add_argument("--memory", metavar="BYTES", help="bound the memory beside the model's weights, as in 4GB")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--revision", help="commit or branch of the model on the hub")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where results go (default: %(default)s)")
@@ -92,7 +98,9 @@ def run(args: argparse.Namespace) -> Path:
     started = time.perf_counter()
     check_run_name(args.run)
     device = choose_device(args.device)
-    model = HookedMoE.from_pretrained(args.model, dtype=DTYPES[args.dtype], device=device, revision=args.revision)
+    model = HookedMoE.from_pretrained(
+        args.model, dtype=DTYPES[args.dtype], device=device, revision=args.revision, stream=args.stream
+    )
     corpus = load_corpus(args.corpus)
     if args.documents is not None:
         if not 1 <= args.documents <= len(corpus.documents):
@@ -128,7 +136,7 @@ def run(args: argparse.Namespace) -> Path:
 
     if not (directory / "manifest.json").exists():
         manifest |= check(model, tokenized, plan)
-        measure(model, tokenized, plan, directory)
+        measure(model, tokenized, plan, directory, memory_budget=args.memory)
         write_json_atomic(manifest, directory / "manifest.json")
     remove_shards(directory)
 

@@ -5,32 +5,42 @@
 
 Definitions follow arXiv 2606.10703: routed experts only (shared experts are never removed), the loss at position t is that of
 predicting token t+1, and a position counts when t+1 exists.
+
+Sets of experts and float masks are `mask_effects`; any other change of the residual stream at single tokens is `token_effects`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooked_moe.components.moe import plus
 from hooked_moe.components.norm import at_least_float32
-from hooked_moe.effects import ExpertEffects, concatenate
-from hooked_moe.expert_mask import LayerMask, Removal, check_removal, keep_weights
-from hooked_moe.fan_out import TOKENS_AT_ONCE, CleanExperts, clean_run, fan_out, loss_at, take
-from hooked_moe.kernels.weighted_sum import masked_combine
+from hooked_moe.effects import PER_SLOT, ExpertEffects, VariantEffects
+from hooked_moe.fan_out import TOKENS_AT_ONCE, CleanBlock, CleanExperts, Steps, clean_blocks, loss_at, take
 from hooked_moe.model import HookedMoE
-from hooked_moe.padding import Packed, pack
+from hooked_moe.padding import Packed, Results
+from hooked_moe.readouts import NamedReadout
+from hooked_moe.removals import (
+    AnyRemoval,
+    ExpertMeans,
+    check_any_removal,
+    each_slot_removed,
+    each_slot_removed_in_windows,
+    in_windows,
+    rerouted,
+    with_experts,
+    without,
+)
+from hooked_moe.requests import Mask, Positions, Request, Work, complete, make_request
 
-Scope = Literal["position", "sequence"]
+Scope = Literal["position", "sequence", "from_position"]
 Order = Literal["descending", "ascending", "random"]
-Keep = Bool[Tensor, "variant #batch #pos slot"]
-
-MEMORY_BYTES = 1 << 30
-"""About how much the variants in flight may take; larger batches go in parts."""
+Variants = Float[Tensor, "variant batch token d_model"]
+"""Residual streams after a block, at every token of the windows."""
 
 
 def expert_effects(
@@ -38,32 +48,76 @@ def expert_effects(
     tokens: Int[Tensor, "batch pos"],
     layers: Sequence[int] | None = None,
     scope: Scope = "position",
-    removal: Removal = "zero",
-    positions: Sequence[int] | Bool[Tensor, "batch pos"] | None = None,
-    attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
+    removal: AnyRemoval = "zero",
+    positions: Positions | None = None,
+    attention_mask: Mask | None = None,
+    *,
+    means: ExpertMeans | None = None,
+    readouts: Sequence[NamedReadout] = (),
+    memory_budget: int | str | None = None,
 ) -> ExpertEffects:
     """Remove every active expert at every token, one at a time, and measure the loss there.
 
     `scope="position"` removes the expert at the measured token only; `scope="sequence"` at every token of the sequence that
-    it serves. `removal` is as in `ExpertMask`; shared experts stay. `layers` None means all that have experts; `positions`
-    restricts what is measured, as indices valid in every row or as a bool mask [batch, pos]. Padding may be anywhere in
-    `attention_mask` and enters nothing.
+    it serves; `scope="from_position"` at the measured token and all later ones, which differs from "position" only in what is
+    read after the token (`readouts=[LossAfter(3)]`). `removal` is as in `ExpertMask`, or "mean": the expert's output is replaced
+    by its mean over a reference, `means=expert_means(model, reference)`. Shared experts stay. `layers` None means all that have
+    experts; `positions` restricts what is measured, as indices valid in every row or as a bool mask [batch, pos]. Padding may
+    be anywhere in `attention_mask` and enters nothing. `readouts` (see `hooked_moe.readouts`) are further columns.
 
     Exact: equals a full forward with the same `ExpertMask` (float32: within 1e-5 nats). The cost of all removals of a sequence
     is about that of `slots * (layers - 1) / 2` forwards over it and `slots * layers` unembeddings; with scope="sequence", of a
-    partial forward per layer and expert in use. Raises `ValueError` for layers or positions out of range, for dense layers, and
+    partial forward per layer and expert in use. `memory_budget` ("4GB", or bytes) bounds the memory beside weights and results.
+    Raises `ValueError` for layers or positions out of range, for dense layers, for a budget too small for one position, and
     while hooks are attached, since hooks are written for the shapes of an ordinary forward.
     """
-    check_removal(removal)
-    if scope not in ("position", "sequence"):
-        raise ValueError(f"scope must be 'position' or 'sequence', not {scope!r}")
+    return complete(
+        expert_effects_steps(
+            model,
+            tokens,
+            layers,
+            scope,
+            removal,
+            positions,
+            attention_mask,
+            means=means,
+            readouts=readouts,
+            memory_budget=memory_budget,
+        )
+    )
 
-    def measure(packed: Packed, chosen: list[int]) -> ExpertEffects:
-        if scope == "sequence":
-            return _sequence_scope(model, packed, chosen, removal)
-        return _position_scope(model, packed, chosen, removal, each_slot_removed)
 
-    return _measure(model, tokens, layers, positions, attention_mask, measure)
+def expert_effects_steps(
+    model: HookedMoE,
+    tokens: Int[Tensor, "batch pos"],
+    layers: Sequence[int] | None,
+    scope: Scope,
+    removal: AnyRemoval,
+    positions: Positions | None,
+    attention_mask: Mask | None = None,
+    *,
+    means: ExpertMeans | None = None,
+    readouts: Sequence[NamedReadout] = (),
+    memory_budget: int | str | None = None,
+) -> Steps[ExpertEffects]:
+    """`expert_effects` that pauses after every layer, so that several texts can go through the layers side by side."""
+    if scope not in ("position", "sequence", "from_position"):
+        raise ValueError(f"scope must be 'position', 'sequence' or 'from_position', not {scope!r}")
+    if scope == "sequence" and readouts:
+        raise ValueError("readouts are of single tokens; with scope='sequence' only the loss is measured")
+    request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget)
+    check_any_removal(removal, means, request.layers)
+
+    def variants(clean: CleanExperts, packed: Packed) -> Variants:
+        if scope == "from_position" and request.width > 1:
+            return without(clean, each_slot_removed_in_windows(clean, request.width), removal, means)
+        return without(clean, in_windows(each_slot_removed(clean), clean, request.width), removal, means)
+
+    if scope == "sequence":
+        work = _sequence_scope(request, removal, means)
+    else:
+        work = _position_scope(request, variants, model.cfg.experts_per_token, observed=True)
+    return _as_expert_effects((yield from request.run(work, model.cfg.experts_per_token)))
 
 
 def progressive_effects(
@@ -71,167 +125,250 @@ def progressive_effects(
     tokens: Int[Tensor, "batch pos"],
     layers: Sequence[int] | None = None,
     order: Order = "descending",
-    removal: Removal = "zero",
-    positions: Sequence[int] | Bool[Tensor, "batch pos"] | None = None,
-    attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
+    removal: AnyRemoval = "zero",
+    positions: Positions | None = None,
+    attention_mask: Mask | None = None,
     seed: int = 0,
+    *,
+    means: ExpertMeans | None = None,
+    readouts: Sequence[NamedReadout] = (),
+    memory_budget: int | str | None = None,
 ) -> ExpertEffects:
     """Remove more and more of the active experts at one token: `delta_loss[..., m]` is the effect of removing m + 1 of them.
 
     `order` is by routing weight, or random: one permutation for every layer, batch row and position, from `seed`. All else as in
     `expert_effects` at `scope="position"`; the other fields describe slot m of the clean run, whatever the order.
     """
-    check_removal(removal)
     if order not in ("descending", "ascending", "random"):
         raise ValueError(f"order must be 'descending', 'ascending' or 'random', not {order!r}")
+    request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget)
+    check_any_removal(removal, means, request.layers)
 
-    def measure(packed: Packed, chosen: list[int]) -> ExpertEffects:
-        def keep(clean: CleanExperts) -> Keep:
-            weights = clean.routing.weights
-            if order == "random":
-                rank = _random_ranks(packed, clean.layer, weights.shape[-1], seed)
-            else:
-                rank = weights.argsort(dim=-1, descending=order == "descending", stable=True).argsort(-1)
-            return rank >= torch.arange(1, weights.shape[-1] + 1, device=weights.device).view(-1, 1, 1, 1)
+    slots = model.cfg.experts_per_token
 
-        return _position_scope(model, packed, chosen, removal, keep)
+    def variants(clean: CleanExperts, packed: Packed) -> Variants:
+        weights = clean.routing.weights[:, :: request.width]
+        if order == "random":
+            rank = _random_ranks(packed, clean.layer, slots, seed)
+        else:
+            rank = weights.argsort(dim=-1, descending=order == "descending", stable=True).argsort(-1)
+        keep = rank >= torch.arange(1, slots + 1, device=weights.device).view(-1, 1, 1, 1)
+        return without(clean, in_windows(keep, clean, request.width), removal, means)
 
-    return _measure(model, tokens, layers, positions, attention_mask, measure)
+    return _as_expert_effects(complete(request.run(_position_scope(request, variants, slots, observed=True), slots)))
 
 
 def _random_ranks(packed: Packed, layer: int, slots: int, seed: int) -> Int[Tensor, "batch query slot"]:
     """A permutation of the slots at every measured position, the same whatever else is measured along with it."""
     rows = []
-    for row, source in zip(packed.rows.tolist(), packed.source, strict=True):
+    for row, places in zip(packed.rows.tolist(), packed.places(), strict=True):
         generator = torch.Generator().manual_seed(((seed * 1_000_003 + layer) * 1_000_003 + row) % (1 << 63))
-        ranks = torch.rand(packed.width, slots, generator=generator).argsort(-1).to(source.device)
-        rows.append(ranks[source.clamp(min=0)])
-    return take(torch.stack(rows), packed.positions)
+        ranks = torch.rand(packed.width, slots, generator=generator).argsort(-1).to(places.device)
+        rows.append(ranks[places.clamp(min=0)])
+    return torch.stack(rows)
+
+
+def mask_effects(
+    model: HookedMoE,
+    tokens: Int[Tensor, "batch pos"],
+    masks: Mapping[int, Tensor],
+    removal: AnyRemoval = "zero",
+    positions: Positions | None = None,
+    attention_mask: Mask | None = None,
+    *,
+    means: ExpertMeans | None = None,
+    readouts: Sequence[NamedReadout] = (),
+    memory_budget: int | str | None = None,
+) -> VariantEffects:
+    """Remove sets of experts (coalitions), or scale them, at one token at a time, and measure the loss there.
+
+    `masks` maps a layer to a bool or float tensor that broadcasts to [variant, batch, pos, expert], with as many variants in
+    every layer: True (1.0) keeps an expert's contribution at that token. All else as in `expert_effects` at `scope="position"`;
+    "reroute" takes bool masks. Raises `ValueError` for masks that do not fit.
+    """
+    request = make_request(model, tokens, list(masks), positions, attention_mask, readouts, memory_budget)
+    check_any_removal(removal, means, request.layers)
+    shape = (len(request.packed.rows), request.packed.width)
+    full = {layer: _full_mask(model, layer, masks[layer], shape, removal) for layer in request.layers}
+    counts = sorted({len(mask) for mask in full.values()})
+    if len(counts) > 1:
+        raise ValueError(f"every layer must have as many masks as the others; got {counts}")
+
+    def variants(clean: CleanExperts, packed: Packed) -> Variants:
+        keep = full[clean.layer][:, packed.rows[:, None], packed.places().clamp(min=0)]
+        if removal == "reroute":
+            return rerouted(clean, in_windows(keep, clean, request.width))
+        indices = clean.routing.indices[:, :: request.width]
+        by_slot = keep.gather(-1, indices.expand(len(keep), *indices.shape))
+        return without(clean, in_windows(by_slot, clean, request.width), removal, means)
+
+    work = _position_scope(request, variants, counts[0], observed=False)
+    return _as_variant_effects(complete(request.run(work, counts[0])))
+
+
+def _full_mask(
+    model: HookedMoE, layer: int, mask: Tensor, shape: tuple[int, int], removal: AnyRemoval
+) -> Shaped[Tensor, "variant batch pos expert"]:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"the masks of layer {layer} must be bool or float, not {mask.dtype}")
+    if mask.dtype != torch.bool and removal == "reroute":
+        raise ValueError(f"removal='reroute' takes bool masks: an expert is routed to or not; layer {layer} has floats")
+    expected = (mask.shape[0] if mask.dim() == 4 else 1, *shape, model.cfg.experts_in(layer))
+    try:
+        return mask.to(model.cfg.device).expand(expected)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the masks of layer {layer} have shape {list(mask.shape)}; they must broadcast to "
+            f"[variant, batch, pos, expert] = [any, {', '.join(map(str, expected[1:]))}]"
+        ) from error
+
+
+class Where(NamedTuple):
+    """Which token each query is: batch row and position in the tokens given; -1 where a row has fewer queries than others."""
+
+    batch: Int[Tensor, "batch query"]
+    pos: Int[Tensor, "batch query"]
+
+
+Edit = Callable[[CleanBlock, Where], Float[Tensor, "variant batch query d_model"]]
+
+
+def token_effects(
+    model: HookedMoE,
+    tokens: Int[Tensor, "batch pos"],
+    edit: Edit,
+    n_variants: int = 1,
+    layers: Sequence[int] | None = None,
+    positions: Positions | None = None,
+    attention_mask: Mask | None = None,
+    *,
+    readouts: Sequence[NamedReadout] = (),
+    memory_budget: int | str | None = None,
+) -> VariantEffects:
+    """Change the residual stream after a block at one token at a time, in any way, and measure the loss there.
+
+    `edit(clean, where)` is called for each layer of `layers` (default: all, dense ones too) and returns `n_variants` residual
+    streams after that block, [variant, batch, query, d_model], for all queried positions at once. `clean` holds what the clean
+    run computed there: `clean.resid_mid`, `.mlp_input`, `.resid_post` [batch, query, d_model], and in layers with experts
+    `.routing`, `.expert_outputs`, `.shared_out` and the module `.moe`. In each variant that one token alone is changed.
+
+        def steer(clean, where):
+            return clean.resid_post + strengths[:, None, None, None] * direction     # one variant per strength
+
+    Exact, as `expert_effects` is, and as fast. `where.pos` is the position in `tokens`, so that padded rows need no care.
+    """
+    request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget, dense=True)
+
+    def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
+        places = packed.where()
+        where = Where(packed.rows[:, None].expand_as(places), places)
+
+        def branch(clean: CleanBlock) -> Variants:
+            edited = edit(clean.first_of(request.width), where)
+            expected = (n_variants, *places.shape, model.cfg.d_model)
+            if edited.shape != expected:
+                raise ValueError(
+                    f"edit returned shape {list(edited.shape)}; expected [variant, batch, query, d_model] = {list(expected)}"
+                )
+            windows = clean.resid_post.expand(n_variants, -1, -1, -1).clone()
+            windows[:, :, :: request.width] = edited
+            return windows
+
+        return request.fan_out(packed, some, results, n_variants, branch)
+
+    return _as_variant_effects(complete(request.run(work, n_variants)))
 
 
 def expert_observations(
     model: HookedMoE,
     tokens: Int[Tensor, "batch pos"],
     layers: Sequence[int] | None = None,
-    attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
+    attention_mask: Mask | None = None,
 ) -> ExpertEffects:
     """The same table from the clean run alone: what routing says, at the cost of one forward; `delta_loss` is nan."""
-
-    def measure(packed: Packed, chosen: list[int]) -> ExpertEffects:
-        clean_blocks, baseline = _clean_blocks(model, packed, chosen)
-        observations = [observe(clean) for clean in clean_blocks]
-        nothing = [torch.full_like(o["gap_norm"], float("nan")) for o in observations]
-        return _table(chosen, torch.stack(nothing), baseline, observations)
-
-    return _measure(model, tokens, layers, None, attention_mask, measure)
+    return complete(expert_observations_steps(model, tokens, layers, attention_mask))
 
 
-def _measure(
-    model: HookedMoE,
-    tokens: Tensor,
-    layers: Sequence[int] | None,
-    positions: Sequence[int] | Tensor | None,
-    attention_mask: Tensor | None,
-    measure: Callable[[Packed, list[int]], ExpertEffects],
-) -> ExpertEffects:
-    """Check the request, pack away the padding, and measure as many batch rows and layers at a time as memory allows."""
-    tokens, attention_mask = model.as_tokens(tokens, attention_mask)
-    hooked = [name for name, point in model.hook_dict.items() if point.active]
-    if hooked:
-        raise ValueError(
-            f"counterfactuals measure the unhooked model, and {hooked[0]} has hooks: call model.reset_hooks() first "
-            "(including_permanent=True for permanent hooks)"
-        )
-    if isinstance(layers, int):
-        raise ValueError(f"layers must be a list of layers, as in [{layers}], not the number {layers}")
-    chosen = model.cfg.moe_layers if layers is None else sorted(set(layers))
-    for layer in chosen:
-        if not 0 <= layer < model.cfg.n_layers:
-            raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {model.cfg.n_layers - 1}")
-        if not model.cfg.experts_in(layer):
-            raise ValueError(f"layer {layer} is dense: it has no experts; layers {model.cfg.moe_layers} have")
-    if not chosen:
-        raise ValueError("no layers to measure: layers is empty")
-    packed = pack(tokens, attention_mask, positions)
-    variant_bytes = packed.queries * model.cfg.d_model * model.cfg.dtype.itemsize
-    at_once = max(1, MEMORY_BYTES // (model.cfg.experts_per_token * variant_bytes))  # (row, layer) pairs
-    layers_at_once = min(at_once, len(chosen))
-    groups = [chosen[i : i + layers_at_once] for i in range(0, len(chosen), layers_at_once)]
-    parts = []
-    with torch.inference_mode():
-        for rows in packed.split(at_once // layers_at_once):
-            parts.append(concatenate([measure(rows, group) for group in groups], "layer"))
-    return packed.unpack(concatenate(parts, "batch"))
+def expert_observations_steps(
+    model: HookedMoE, tokens: Int[Tensor, "batch pos"], layers: Sequence[int] | None, attention_mask: Mask | None = None
+) -> Steps[ExpertEffects]:
+    """`expert_observations` that pauses after every layer."""
+    request = make_request(model, tokens, layers, None, attention_mask, (), None)
+
+    def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
+        resid = yield from clean_blocks(model, packed.tokens, _observer(packed, some, results))
+        results.put_baseline(loss_at(model, resid[None], packed.targets)[0], packed)
+
+    results = yield from request.run(work, model.cfg.experts_per_token)
+    results.tables["delta_loss"] = torch.full_like(results.tables["gap_norm"], float("nan"))
+    return _as_expert_effects(results)
 
 
 def _position_scope(
-    model: HookedMoE, packed: Packed, layers: list[int], removal: Removal, keep: Callable[[CleanExperts], Keep]
-) -> ExpertEffects:
-    observations = []
+    request: Request, variants: Callable[[CleanExperts, Packed], Variants], n_variants: int, observed: bool
+) -> Work:
+    """The variants that the given function makes of a layer with experts, each changed at one token."""
 
-    def branch(clean: CleanExperts) -> Float[Tensor, "variant batch query d_model"]:
-        observations.append(observe(clean))
-        here = clean.at(packed.positions)
-        return without(here, keep(here), removal)
+    def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
+        def branch(clean: CleanBlock) -> Variants:
+            return variants(with_experts(clean), packed)
 
-    variants = model.cfg.experts_per_token
-    losses, baseline = fan_out(model, packed.tokens, packed.targets, layers, variants, branch, packed.positions)
-    delta = (losses - take(baseline, packed.positions)).permute(0, 2, 3, 1)
-    return _table(layers, packed.spread(delta), baseline, observations)
+        visit = _observer(packed, some, results) if observed else None
+        return request.fan_out(packed, some, results, n_variants, branch, visit)
+
+    return work
 
 
-def _sequence_scope(model: HookedMoE, packed: Packed, layers: list[int], removal: Removal) -> ExpertEffects:
+def _sequence_scope(request: Request, removal: AnyRemoval, means: ExpertMeans | None) -> Work:
     """One partial forward per (sequence, expert that it uses)."""
-    clean_blocks, baseline = _clean_blocks(model, packed, layers)
-    deltas = [_sequence_losses(model, packed, clean, removal) - baseline.unsqueeze(-1) for clean in clean_blocks]
-    asked = packed.spread(torch.stack([take(delta, packed.positions) for delta in deltas]))
-    return _table(layers, asked, baseline, [observe(clean) for clean in clean_blocks])
+    model = request.model
+
+    def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
+        observe_into = _observer(packed, some, results)
+        losses: list[Tensor] = []
+
+        def visit(clean: CleanBlock) -> None:
+            observe_into(clean)
+            if clean.layer in some:
+                losses.append(_sequence_losses(model, packed, with_experts(clean), removal, means))
+
+        resid = yield from clean_blocks(model, packed.tokens, visit)
+        baseline = loss_at(model, resid[None], packed.targets)[0]
+        results.put_baseline(baseline, packed)
+        deltas = [take(loss - baseline.unsqueeze(-1), packed.positions) for loss in losses]
+        results.put("delta_loss", torch.stack(deltas), packed, some)
+
+    return work
 
 
-def _clean_blocks(model: HookedMoE, packed: Packed, layers: list[int]) -> tuple[list[CleanExperts], Float[Tensor, "batch pos"]]:
-    """The blocks of some layers, and the loss at every position."""
-    kept = []
-    for clean in clean_run(model, packed.tokens):
-        if clean.layer in layers:
-            assert isinstance(clean, CleanExperts), f"layer {clean.layer} has no experts"
-            kept.append(clean)
-    return kept, loss_at(model, clean.resid_post[None], packed.targets)[0]
-
-
-def _sequence_losses(model: HookedMoE, packed: Packed, clean: CleanExperts, removal: Removal) -> Float[Tensor, "batch pos slot"]:
+def _sequence_losses(
+    model: HookedMoE, packed: Packed, clean: CleanExperts, removal: AnyRemoval, means: ExpertMeans | None
+) -> Float[Tensor, "batch pos slot"]:
     """The loss at every position without the expert of each of its slots, removed from the whole sequence."""
     indices = clean.routing.indices
     batch, length, _ = indices.shape
-    without_expert = torch.full((batch, clean.moe.num_experts, length), float("nan"), device=indices.device)
+    wide = torch.promote_types(clean.resid_mid.dtype, torch.float32)
+    without_expert = torch.full((batch, clean.moe.num_experts, length), float("nan"), dtype=wide, device=indices.device)
     used = torch.zeros(batch, clean.moe.num_experts, dtype=torch.bool, device=indices.device)
     used.scatter_(1, indices.flatten(1), True)
     for pairs in used.nonzero().split(max(1, TOKENS_AT_ONCE // length)):
         row, expert = pairs.unbind(-1)
         keep = indices[row] != expert[:, None, None]
-        resid = without(clean.rows(row), keep[None], removal)[0]
+        resid = without(clean.rows(row), keep[None], removal, means)[0]
         resid = model(resid, start_at_layer=clean.layer + 1, stop_at_layer=model.cfg.n_layers)
-        without_expert[row, expert] = loss_at(model, resid[None], packed.targets[row])[0].to(without_expert.dtype)
+        without_expert[row, expert] = loss_at(model, resid[None], packed.targets[row])[0]
     return without_expert.transpose(1, 2).gather(-1, indices)
 
 
-def each_slot_removed(clean: CleanExperts) -> Keep:
-    """Variant j removes the expert of slot j."""
-    slots = clean.routing.weights.shape[-1]
-    return ~torch.eye(slots, dtype=torch.bool, device=clean.routing.weights.device)[:, None, None, :]
+def _observer(packed: Packed, layers: list[int], results: Results) -> Callable[[CleanBlock], None]:
+    """Puts what the clean run says of every active expert into the results, layer by layer."""
 
+    def visit(clean: CleanBlock) -> None:
+        if clean.layer in layers:
+            for name, values in observe(with_experts(clean)).items():
+                results.put(name, values[None], packed, [clean.layer], everywhere=True)
 
-def without(clean: CleanExperts, keep: Keep, removal: Removal) -> Float[Tensor, "variant batch pos d_model"]:
-    """The residual stream after the block when only the slots in `keep` contribute."""
-    indices, weights = clean.routing
-    if removal != "reroute":
-        routed = masked_combine(*clean.expert_outputs, keep_weights(weights, keep, removal))
-        return clean.resid_mid + plus(routed, clean.shared_out)
-    variants = []
-    for kept in keep.expand(-1, *indices.shape):
-        experts = torch.ones(*indices.shape[:2], clean.moe.num_experts, dtype=torch.bool, device=indices.device)
-        mask = LayerMask(experts.scatter(-1, indices, kept), removal)
-        variants.append(clean.resid_mid + clean.moe(clean.mlp_input, mask))
-    return torch.stack(variants)
+    return visit
 
 
 def observe(clean: CleanExperts) -> dict[str, Tensor]:
@@ -250,6 +387,23 @@ def observe(clean: CleanExperts) -> dict[str, Tensor]:
     }
 
 
-def _table(layers: list[int], delta: Tensor, baseline: Tensor, observations: list[dict[str, Tensor]]) -> ExpertEffects:
-    stacked = {name: torch.stack([layer[name] for layer in observations]) for name in observations[0]}
-    return ExpertEffects(layers=layers, delta_loss=delta, baseline_loss=baseline, **stacked)
+def _readouts(results: Results) -> dict[str, Tensor]:
+    prefix = "readouts/"
+    return {name.removeprefix(prefix): table for name, table in results.tables.items() if name.startswith(prefix)}
+
+
+def _as_expert_effects(results: Results) -> ExpertEffects:
+    columns = {name: results.tables[name] for name in PER_SLOT}
+    return ExpertEffects(layers=results.layers, baseline_loss=results.baseline, readouts=_readouts(results), **columns)
+
+
+def _as_variant_effects(results: Results) -> VariantEffects:
+    def variants_second(table: Tensor) -> Tensor:
+        return table.movedim(3, 1)
+
+    return VariantEffects(
+        layers=results.layers,
+        delta_loss=variants_second(results.tables["delta_loss"]),
+        baseline_loss=results.baseline,
+        readouts={name: variants_second(table) for name, table in _readouts(results).items()},
+    )

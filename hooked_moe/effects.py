@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, field, fields
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -33,6 +31,8 @@ class ExpertEffects:
     """Cosine between the expert's contribution and the rest of the routed sum; 0 where either is zero."""
     baseline_loss: Float[Tensor, "batch pos"]
     """-log p(next token) of the clean run, in nats; nan where there is no next token."""
+    readouts: dict[str, Float[Tensor, "layer batch pos slot *rest"]] = field(default_factory=dict)
+    """What was asked for besides the loss, by the readout's name."""
 
     def at(self, layer: int, batch: int, pos: int, expert: int) -> dict[str, int | float]:
         """Every value of one expert at one token. Raises `ValueError` if it was not measured there."""
@@ -53,16 +53,16 @@ class ExpertEffects:
         return {"slot": slot[-1], **values, "baseline_loss": float(self.baseline_loss[batch, pos])}
 
 
-PER_SLOT = [f.name for f in fields(ExpertEffects) if f.name not in ("layers", "baseline_loss")]
+PER_SLOT = [f.name for f in fields(ExpertEffects) if f.name not in ("layers", "baseline_loss", "readouts")]
 
 
-def concatenate(parts: list[ExpertEffects], axis: Literal["layer", "batch"]) -> ExpertEffects:
-    """Join tables of the same tokens at other layers, or of the same layers at other batch rows."""
-    first = parts[0]
-    dim = 0 if axis == "layer" else 1
-    joined = {name: torch.cat([getattr(part, name) for part in parts], dim) for name in PER_SLOT}
-    if axis == "layer":
-        return ExpertEffects(
-            layers=[layer for part in parts for layer in part.layers], baseline_loss=first.baseline_loss, **joined
-        )
-    return ExpertEffects(layers=first.layers, baseline_loss=torch.cat([part.baseline_loss for part in parts]), **joined)
+@dataclass(frozen=True)
+class VariantEffects:
+    """The effects of any changes at single tokens: `variant` numbers them as they were given."""
+
+    layers: list[int]
+    """The model's layer of each entry of the `layer` axis."""
+    delta_loss: Float[Tensor, "layer variant batch pos"]
+    """Loss at the position with the change minus without, in nats; nan where it was not measured."""
+    baseline_loss: Float[Tensor, "batch pos"]
+    readouts: dict[str, Float[Tensor, "layer variant batch pos *rest"]] = field(default_factory=dict)

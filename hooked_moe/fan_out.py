@@ -1,16 +1,16 @@
 """Exact counterfactuals at single tokens, all of them in one sweep over the layers.
 
-A change at position t in layer l leaves positions < t and layers <= l untouched, and only the loss at t is wanted. So each
-variant is one token that goes through layers l+1.. on its own, over the clean run's keys and values. Variants of all
-positions and layers travel together: where a block of the clean run costs one pass, so does the same block of all variants
-that have entered by then.
+A change at position t in layer l leaves positions < t and layers <= l untouched. So each variant is one token (or, to read
+later tokens too, a window of them from t on) that goes through layers l+1.. on its own, over the clean run's keys and values
+before t. Variants of all positions and layers travel together: where a block of the clean run costs one pass, so does the same
+block of all variants that have entered by then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -21,12 +21,16 @@ from hooked_moe.components.block import Block
 from hooked_moe.components.moe import ExpertOutputs, MoE, Routing, plus
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.components.rotary import Rotation, rotation
-from hooked_moe.kernels.prefix_attention import prefix_attention
+from hooked_moe.kernels.prefix_attention import window_attention
 from hooked_moe.kernels.target_loss import target_loss
 from hooked_moe.model import HookedMoE
+from hooked_moe.spill import Waiting
 
 TOKENS_AT_ONCE = 1024
 """Variant tokens that go through a block together: enough for large products, few enough for the cache."""
+
+
+Clean = TypeVar("Clean", bound="CleanBlock")
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,28 @@ class CleanBlock:
     layer: int
     block: Block
     qkv: QueriesKeysValues
-    """At every position, whatever `CleanExperts.at` and `.rows` pick of the rest."""
+    """At every position, whatever `at` and `rows` pick of the rest."""
+    resid_mid: Float[Tensor, "batch pos d_model"]
+    mlp_input: Float[Tensor, "batch pos d_model"]
     resid_post: Float[Tensor, "batch pos d_model"]
+
+    def rows(self: Clean, rows: Int[Tensor, " row"]) -> Clean:
+        """The same for some batch rows, which may repeat."""
+        return self._map(lambda x: x[rows])
+
+    def at(self: Clean, positions: Int[Tensor, "batch token"] | None) -> Clean:
+        """The same at some positions only."""
+        return self._map(lambda x: take(x, positions))
+
+    def first_of(self: Clean, width: int) -> Clean:
+        """Of windows of tokens, the first of each."""
+        return self if width == 1 else self._map(lambda x: x[:, ::width])
+
+    def _map(self: Clean, pick: Callable[[Tensor], Tensor]) -> Clean:
+        return replace(self, **self._picked(pick))
+
+    def _picked(self, pick: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        return {name: pick(getattr(self, name)) for name in ("resid_mid", "mlp_input", "resid_post")}
 
 
 @dataclass(frozen=True)
@@ -45,41 +69,109 @@ class CleanExperts(CleanBlock):
     """What it computed in a block with experts."""
 
     moe: MoE
-    resid_mid: Float[Tensor, "batch pos d_model"]
-    mlp_input: Float[Tensor, "batch pos d_model"]
     routing: Routing
     expert_outputs: ExpertOutputs
     shared_out: Float[Tensor, "batch pos d_model"] | None
 
-    def rows(self, rows: Int[Tensor, " row"]) -> CleanExperts:
-        """The same for some batch rows, which may repeat."""
-        return self._map(lambda x: x[rows])
-
-    def at(self, positions: Int[Tensor, "batch query"] | None) -> CleanExperts:
-        """The same at some positions only."""
-        return self._map(lambda x: take(x, positions))
-
-    def _map(self, pick: Callable[[Tensor], Tensor]) -> CleanExperts:
-        return replace(
-            self,
-            resid_post=pick(self.resid_post),
-            resid_mid=pick(self.resid_mid),
-            mlp_input=pick(self.mlp_input),
-            routing=Routing(*map(pick, self.routing)),
-            expert_outputs=ExpertOutputs(self.expert_outputs.rows, pick(self.expert_outputs.place)),
-            shared_out=None if self.shared_out is None else pick(self.shared_out),
-        )
+    def _picked(self, pick: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        return super()._picked(pick) | {
+            "routing": Routing(*map(pick, self.routing)),
+            "expert_outputs": ExpertOutputs(self.expert_outputs.rows, pick(self.expert_outputs.place)),
+            "shared_out": None if self.shared_out is None else pick(self.shared_out),
+        }
 
 
-Branch = Callable[[CleanExperts], Float[Tensor, "variant batch query d_model"]]
-"""Makes the variants of one layer from the clean run: the residual stream after its block, at the queried positions."""
+@dataclass(frozen=True)
+class Windows:
+    """Which tokens are run: for each query of a row, the one at its start and `width - 1` after it.
+
+    Windows lie in one axis, "token": query 0's tokens, then query 1's, ... What reaches over the end of the row repeats its
+    last token, and counts for nothing.
+    """
+
+    starts: Int[Tensor, "batch query"] | None
+    """None: every position of the row, in order."""
+    width: int = 1
+
+    def places(self, batch: int, length: int, device: torch.device) -> Int[Tensor, "batch token"] | None:
+        """The position of every token; None for all positions in order."""
+        if self.starts is None and self.width == 1:
+            return None
+        starts = torch.arange(length, device=device).expand(batch, length) if self.starts is None else self.starts
+        return (starts[..., None] + torch.arange(self.width, device=device)).clamp(max=length - 1).flatten(1)
+
+    def targets(self, targets: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch token"]:
+        """The next token of every token; -1 where there is none, or over the end of the row."""
+        places = self.places(targets.shape[0], targets.shape[1], targets.device)
+        wanted = take(targets, places)
+        if places is not None and self.width > 1:
+            by_query = places.unflatten(1, (-1, self.width))
+            beyond = by_query.diff(dim=-1, prepend=by_query[..., :1] - 1) == 0
+            wanted = wanted.masked_fill(beyond.flatten(1), -1)
+        return wanted
+
+
+Branch = Callable[[CleanBlock], Float[Tensor, "variant batch token d_model"]]
+"""Makes the variants of one layer from the clean run at the tokens of the windows: the residual stream after its block."""
+
+
+@dataclass(frozen=True)
+class Final:
+    """Where variants end up: the residual streams before the final norm, of all variants of all layers and of the clean run."""
+
+    model: HookedMoE
+    variants: Float[Tensor, "variant batch token d_model"]
+    clean: Float[Tensor, "batch token d_model"]
+    targets: Int[Tensor, "batch token"]
+    width: int
+
+    def first(self, x: Shaped[Tensor, "*lead batch token d_model"]) -> Shaped[Tensor, "*lead batch query d_model"]:
+        """The token where each window starts: the one that was changed."""
+        return x[..., :: self.width, :]
+
+
+Readout = Callable[[Final], Float[Tensor, "variant batch query *rest"]]
+"""Makes numbers of the end of a fan-out, for each variant and query."""
 
 
 class FanOut(NamedTuple):
-    """Losses in nats at each variant's own position; nan where there is no next token."""
+    """Losses in nats; nan where there is no next token."""
 
     losses: Float[Tensor, "layer variant batch query"]
+    """Of each variant at its own position."""
     baseline: Float[Tensor, "batch pos"]
+    """Of the clean run."""
+    readouts: dict[str, Float[Tensor, "layer variant batch query *rest"]]
+
+
+Done = TypeVar("Done")
+Steps = Generator[None, None, Done]
+"""Work that pauses after every layer, so that several can go through the layers side by side."""
+
+
+def finish(steps: Steps[Done]) -> Done:
+    """Run to the end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+def side_by_side(works: Iterable[Steps[Any]]) -> Steps[None]:
+    """Run several through the layers together: each waits until all have done a layer. What they return is lost."""
+    active = list(works)
+    while active:
+        active = [work for work in active if _goes_on(work)]
+        yield
+
+
+def _goes_on(work: Steps[Any]) -> bool:
+    try:
+        next(work)
+    except StopIteration:
+        return False
+    return True
 
 
 def fan_out(
@@ -89,64 +181,101 @@ def fan_out(
     layers: Sequence[int],
     n_variants: int,
     branch: Branch,
-    positions: Int[Tensor, "batch query"] | None = None,
-) -> FanOut:
-    """Run `n_variants` changes per layer of `layers` (in order) and position, each read at its own position.
+    windows: Windows = Windows(None),
+    readouts: Mapping[str, Readout] | None = None,
+    waiting: Waiting | None = None,
+    visit: Callable[[CleanBlock], Any] | None = None,
+) -> Steps[FanOut]:
+    """Run `n_variants` changes per layer of `layers` (in order) and query, each read at its own position.
 
-    `targets` is the token that each position should predict, -1 where there is none. `positions` None means all of them.
-    Tokens must be padded on the right only: what follows a position does not matter to it.
+    `targets` is the token that each position should predict, -1 where there is none. Tokens must be padded on the right only:
+    what follows a position does not matter to it. Between layers the variants stay in memory, or in the file `waiting`; `visit`
+    is shown every block of the clean run, at all positions.
     """
     batch, length = tokens.shape
-    queries = length if positions is None else positions.shape[1]
+    cfg = model.cfg
+    places = windows.places(batch, length, cfg.device)
     rotate = rotation_of(model, length)
-    variants = model.embed.W_E.new_empty(n_variants * len(layers), batch, queries, model.cfg.d_model)
-    entered = 0
-    for clean in clean_run(model, tokens):
-        advance(variants[:entered], clean, rotate, positions)
-        if clean.layer in layers:
-            assert isinstance(clean, CleanExperts), f"layer {clean.layer} has no experts"
-            variants[entered : entered + n_variants] = branch(clean)
+    count = n_variants * len(layers)
+    width = length if places is None else places.shape[1]
+    shape = (count, batch, width, cfg.d_model)
+    variants: Tensor | None = None
+    entered, resid = 0, model.embed(tokens)
+    for layer in range(cfg.n_layers):
+        clean = clean_block(model.blocks[layer], layer, resid, rotate)
+        resid = clean.resid_post
+        if visit is not None:
+            visit(clean)
+        if variants is None:
+            variants = torch.empty(shape, dtype=cfg.dtype, device=cfg.device)
+            if waiting is not None and entered:
+                waiting.get(variants[:entered])
+        advance(variants[:entered], clean, rotate, windows, places)
+        if layer in layers:
+            variants[entered : entered + n_variants] = branch(clean.at(places))
             entered += n_variants
-    losses = loss_at(model, variants, take(targets, positions)).unflatten(0, (len(layers), n_variants))
-    return FanOut(losses, loss_at(model, clean.resid_post[None], targets)[0])
+        del clean  # while this work waits for others, it holds no more than it needs
+        if waiting is not None and layer + 1 < cfg.n_layers:
+            waiting.put(variants[:entered])
+            variants = None
+        yield
+    assert variants is not None
+    final = Final(model, variants, take(resid, places), windows.targets(targets), windows.width)
+    split = (len(layers), n_variants)
+    losses = loss_at(model, final.first(variants), final.targets[:, :: windows.width]).unflatten(0, split)
+    read = {name: readout(final).unflatten(0, split) for name, readout in (readouts or {}).items()}
+    return FanOut(losses, loss_at(model, resid[None], targets)[0], read)
 
 
-def clean_run(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> Iterator[CleanBlock]:
-    """The blocks of an ordinary forward over rows padded on the right only, one after another."""
-    rotate = rotation_of(model, tokens.shape[1])
-    resid = model.embed(tokens)
-    for layer, block in enumerate(model.blocks):
-        qkv = block.attn.project(block.ln1(resid), rotate)
-        resid_mid = resid + block.attn.output(block.attn.attend(qkv, None))
-        mlp_input = block.ln2(resid_mid)
-        if isinstance(block.mlp, MoE):
-            routing = block.mlp.route(mlp_input)
-            outputs = block.mlp.run_experts(mlp_input, routing.indices)
-            shared = block.mlp.run_shared(mlp_input)
-            resid = resid_mid + plus(block.mlp.combine(outputs, routing.weights), shared)
-            yield CleanExperts(layer, block, qkv, resid, block.mlp, resid_mid, mlp_input, routing, outputs, shared)
-        else:
-            resid = resid_mid + block.mlp(mlp_input)
-            yield CleanBlock(layer, block, qkv, resid)
+def clean_block(block: Block, layer: int, resid: Float[Tensor, "batch pos d_model"], rotate: Rotation) -> CleanBlock:
+    """One block of an ordinary forward over rows padded on the right only, and all that variants need of it."""
+    qkv = block.attn.project(block.ln1(resid), rotate)
+    resid_mid = resid + block.attn.output(block.attn.attend(qkv, None))
+    mlp_input = block.ln2(resid_mid)
+    if not isinstance(block.mlp, MoE):
+        return CleanBlock(layer, block, qkv, resid_mid, mlp_input, resid_mid + block.mlp(mlp_input))
+    routing = block.mlp.route(mlp_input)
+    outputs = block.mlp.run_experts(mlp_input, routing.indices)
+    shared = block.mlp.run_shared(mlp_input)
+    resid_post = resid_mid + plus(block.mlp.combine(outputs, routing.weights), shared)
+    return CleanExperts(layer, block, qkv, resid_mid, mlp_input, resid_post, block.mlp, routing, outputs, shared)
+
+
+def clean_blocks(
+    model: HookedMoE, tokens: Int[Tensor, "batch pos"], visit: Callable[[CleanBlock], Any]
+) -> Steps[Float[Tensor, "batch pos d_model"]]:
+    """The clean run alone: shows every block to `visit`, and returns the last residual stream."""
+    rotate, resid = rotation_of(model, tokens.shape[1]), model.embed(tokens)
+    for layer in range(model.cfg.n_layers):
+        clean = clean_block(model.blocks[layer], layer, resid, rotate)
+        resid = clean.resid_post
+        visit(clean)
+        del clean
+        yield
+    return resid
 
 
 def advance(
-    variants: Float[Tensor, "variant batch query d_model"],
+    variants: Float[Tensor, "variant batch token d_model"],
     clean: CleanBlock,
     rotate: Rotation,
-    positions: Int[Tensor, "batch query"] | None,
+    windows: Windows,
+    places: Int[Tensor, "batch token"] | None,
 ) -> None:
     """Take every variant through a block, in place, over the clean run's keys and values."""
+    if not len(variants):
+        return
     block = clean.block
-    _, batch, queries, _ = variants.shape
-    at_once = max(1, TOKENS_AT_ONCE // (batch * queries))
+    _, batch, tokens, _ = variants.shape
+    at_once = max(1, TOKENS_AT_ONCE // (batch * tokens))
     for some in variants.split(at_once):
         count = len(some)
-        here = rotate if positions is None else rotate.at(positions, count)
+        here = rotate if places is None else rotate.at(places, count)
         x = some.flatten(0, 1)
         own = block.attn.project(block.ln1(x), here)
         q, k, v = (part.unflatten(0, (count, batch)) for part in own)
-        z = prefix_attention(q, k, v, clean.qkv.k, clean.qkv.v, positions, block.attn.cfg.attention_scale)
+        scale = block.attn.cfg.attention_scale
+        z = window_attention(q, k, v, clean.qkv.k, clean.qkv.v, windows.starts, windows.width, scale)
         x = x + block.attn.output(z.flatten(0, 1))
         x = x + block.mlp(block.ln2(x))
         some.copy_(x.unflatten(0, (count, batch)))

@@ -20,7 +20,10 @@ _PACKAGES = ("torch", "numpy", "scipy", "pyarrow", "tokenizers", "safetensors")
 def weights_sha256(model: HookedMoE) -> str:
     """SHA-256 over every parameter's name, dtype, shape and bytes, in the order of their names."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name in sorted(name for name, _ in model.named_parameters()):
+        if name.startswith("blocks."):
+            model.blocks[int(name.split(".")[1])]  # reads its weights, where they are streamed
+        parameter = model.get_parameter(name)
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

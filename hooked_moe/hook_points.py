@@ -90,12 +90,13 @@ class HookPoint(nn.Module):
         for registered in self.fwd_hooks:
             edited = registered.fn(x, hook=self)
             if edited is not None:
-                x = self._checked(edited, x)
+                x = self.checked(edited, x)
         if self.bwd_hooks:
             x = self._watch_gradient(x)
         return x
 
-    def _checked(self, edited: Any, original: Tensor) -> Tensor:
+    def checked(self, edited: Any, original: Tensor) -> Tensor:
+        """What a hook returned, if it can stand in for the activation."""
         if not isinstance(edited, Tensor):
             raise TypeError(f"the hook on {self.name} returned a {type(edited).__name__}; return a tensor or None")
         if edited.shape != original.shape:
@@ -118,7 +119,7 @@ class HookPoint(nn.Module):
 
             def on_gradient(gradient: Tensor, fn: Callable[..., Any] = registered.fn) -> Tensor | None:
                 edited = fn(gradient, hook=self)
-                return None if edited is None else self._checked(edited, gradient)
+                return None if edited is None else self.checked(edited, gradient)
 
             x.register_hook(on_gradient)
         return x

@@ -7,12 +7,14 @@ is killed goes on with the first document that has no shard, and ends with the s
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -22,15 +24,20 @@ from jaxtyping import Bool
 from tqdm import tqdm
 
 from hooked_moe.corpus import Corpus, Window, tokenize_documents
-from hooked_moe.counterfactuals import Scope, expert_effects, expert_observations
+from hooked_moe.counterfactuals import Scope, expert_effects_steps, expert_observations_steps
 from hooked_moe.effects import ExpertEffects
 from hooked_moe.expert_mask import Removal
+from hooked_moe.fan_out import Steps, side_by_side
+from hooked_moe.memory import parse_bytes, variant_bytes
 from hooked_moe.model import HookedMoE
+from hooked_moe.requests import MEMORY_BUDGET, complete
 from hooked_moe.tables import DOCUMENTS, EFFECTS, EFFECTS_SEQUENCE, TOKENS, atomic_path, write_parquet_atomic
 
 WINDOWS_AT_ONCE = 4
 MAX_WORKERS = 4
-"""Documents measured side by side, at most: each may take `counterfactuals.MEMORY_BYTES`."""
+"""Documents measured side by side, at most: where no budget is given, each may take `requests.MEMORY_BUDGET`."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -99,11 +106,21 @@ class TokenizedCorpus:
         )
 
 
-def measure(model: HookedMoE, corpus: TokenizedCorpus, plan: Plan, directory: Path, progress: bool = True) -> None:
+def measure(
+    model: HookedMoE,
+    corpus: TokenizedCorpus,
+    plan: Plan,
+    directory: Path,
+    progress: bool = True,
+    memory_budget: int | str | None = None,
+) -> None:
     """Write documents.parquet, tokens.parquet, effects.parquet and, for scope "sequence", effects_sequence.parquet.
 
-    Shards already in `directory`/shards are kept: the caller sees to it that they are of the same plan.
+    Shards already in `directory`/shards are kept: the caller sees to it that they are of the same plan. `memory_budget` bounds
+    the memory beside the model's weights, of all documents that are measured at once together.
     """
+    workers = _workers(model, len(corpus.documents))
+    budget = parse_bytes(MEMORY_BUDGET if memory_budget is None else memory_budget) // (1 if memory_budget is None else workers)
     shards = directory / "shards"
     shards.mkdir(exist_ok=True)
     names = ["tokens", *(_table_name(scope) for scope in plan.scopes)]
@@ -111,15 +128,19 @@ def measure(model: HookedMoE, corpus: TokenizedCorpus, plan: Plan, directory: Pa
     per_token = len(plan.layers) * model.cfg.experts_per_token
     paths = [{name: shards / f"{index:06d}.{name}.parquet" for name in names} for index in range(len(corpus.documents))]
 
-    def measure_document(index: int) -> int:
-        if not all(path.exists() for path in paths[index].values()):
-            for name, table in _measure_document(model, corpus.documents[index], plan).items():
+    pending = [index for index in range(len(paths)) if not all(path.exists() for path in paths[index].values())]
+
+    def measure_documents(indices: list[int]) -> list[int]:
+        works = [_measure_document(model, corpus.documents[index], plan, budget) for index in indices]
+        for index, tables in zip(indices, _together(works), strict=True):
+            for name, table in tables.items():
                 write_parquet_atomic(table, paths[index][name])
-        return index
+        return indices
 
     with tqdm(total=total, unit="tok", desc="measuring", disable=not progress, smoothing=0.1) as bar:
-        for index in _in_parallel(measure_document, len(corpus.documents), model.cfg.device):
-            bar.update(corpus.lengths()[index])
+        bar.update(total - sum(corpus.lengths()[index] for index in pending))
+        for indices in _in_parallel(measure_documents, _groups(model, corpus, plan, pending), model):
+            bar.update(sum(corpus.lengths()[index] for index in indices))
             rate = bar.format_dict["rate"]
             if rate and plan.sample is None:
                 bar.set_postfix_str(f"{rate * per_token:,.0f} removals/s", refresh=False)
@@ -128,22 +149,59 @@ def measure(model: HookedMoE, corpus: TokenizedCorpus, plan: Plan, directory: Pa
         _merge([of_document[name] for of_document in paths], directory / f"{name}.parquet")
 
 
-def _in_parallel(work: Callable[[int], int], count: int, device: torch.device) -> Iterator[int]:
-    """Run `work` on 0 .. count-1 and yield each as it is done. An exception in one stops the others.
+def _groups(model: HookedMoE, corpus: TokenizedCorpus, plan: Plan, pending: list[int]) -> list[list[int]]:
+    """Documents to measure together: one, where weights are in memory. Where they are streamed, as many as fit on half of the
+    free disk while they wait between layers, so that each weight is read once for all of them.
+    """
+    if model.spill is None:
+        return [[index] for index in pending]
+    per_token = len(plan.layers) * model.cfg.experts_per_token * variant_bytes(model.cfg)
+    room = shutil.disk_usage(model.spill.directory or tempfile.gettempdir()).free // 2
+    groups: list[list[int]] = []
+    used = room
+    for index in pending:
+        needed = corpus.lengths()[index] * per_token
+        if used + needed > room:
+            groups.append([])
+            used = 0
+        groups[-1].append(index)
+        used += needed
+    return groups
+
+
+def _together(works: list[Steps[Result]]) -> list[Result]:
+    """What each of several measurements returns, run side by side through the layers."""
+    results: list[Result | None] = [None] * len(works)
+
+    def keep(number: int, work: Steps[Result]) -> Steps[None]:
+        results[number] = yield from work
+
+    complete(side_by_side([keep(number, work) for number, work in enumerate(works)]))
+    return cast(list[Result], results)
+
+
+def _in_parallel(work: Callable[[list[int]], list[int]], groups: list[list[int]], model: HookedMoE) -> Iterator[list[int]]:
+    """Run `work` on each group and yield what it returns as it is done. An exception in one stops the others.
 
     On a CPU, documents side by side use the cores better than one document on all of them, whose operations are small and
     would wait for each other's threads; the cores are shared out among a few workers.
     """
     cores = torch.get_num_threads()
-    workers = min(cores, count, MAX_WORKERS) if device.type == "cpu" else 1
+    workers = _workers(model, len(groups))
     per_worker = max(1, cores // workers)
     executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(per_worker,))
     try:
-        for done in as_completed([executor.submit(work, index) for index in range(count)]):
+        for done in as_completed([executor.submit(work, group) for group in groups]):
             yield done.result()
     finally:
         executor.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
+
+
+def _workers(model: HookedMoE, groups: int) -> int:
+    """How many groups are measured at once. Streamed weights are of one layer at a time, so all go through it together."""
+    alone = model.cfg.device.type != "cpu" or model.spill is not None
+    return 1 if alone else max(1, min(torch.get_num_threads(), groups, MAX_WORKERS))
 
 
 def remove_shards(directory: Path) -> None:
@@ -159,7 +217,7 @@ def _table_name(scope: Scope) -> str:
     return "effects" if scope == "position" else "effects_sequence"
 
 
-def _measure_document(model: HookedMoE, windows: list[Window], plan: Plan) -> dict[str, pa.Table]:
+def _measure_document(model: HookedMoE, windows: list[Window], plan: Plan, budget: int) -> Steps[dict[str, pa.Table]]:
     """Every table of one document, in the order of its positions."""
     tables: dict[str, list[tuple[int, pa.Table]]] = defaultdict(list)
     for numbers in _equal_lengths(windows):
@@ -168,9 +226,11 @@ def _measure_document(model: HookedMoE, windows: list[Window], plan: Plan) -> di
         asked = _asked(some, plan)
         for scope in plan.scopes:
             if asked is not None and not asked.any():
-                effects = expert_observations(model, tokens, plan.layers)
+                effects = yield from expert_observations_steps(model, tokens, plan.layers)
             else:
-                effects = expert_effects(model, tokens, plan.layers, scope, plan.removal, asked)
+                effects = yield from expert_effects_steps(
+                    model, tokens, plan.layers, scope, plan.removal, asked, memory_budget=budget
+                )
             for row, number in enumerate(numbers):
                 last = number == len(windows) - 1
                 schema = EFFECTS if scope == "position" else EFFECTS_SEQUENCE

@@ -26,6 +26,7 @@ from hooked_moe.hook_points import HookPoint
 from hooked_moe.hooked_module import HookedModule
 from hooked_moe.key_value_cache import KeyValueCache
 from hooked_moe.losses import next_token_loss
+from hooked_moe.spill import Spill
 from hooked_moe.tokenizer import Tokenizer
 
 ReturnType = Literal["logits", "loss", "both"]
@@ -234,12 +235,43 @@ class HookedMoE(HookedModule):
             raise ValueError(f"start_at_layer takes a residual stream [batch, pos, d_model={self.cfg.d_model}], not {got}")
         return input.to(self.cfg.device, self.cfg.dtype)
 
+    @property
+    def spill(self) -> Spill | None:
+        """Of a streamed model: where residual streams wait between layers. None for a model that is wholly in memory."""
+        return getattr(self.blocks, "spill", None)
+
+    def require_weights(self, purpose: str) -> None:
+        """Raise `ValueError` if weights are streamed: then only one block's are in memory."""
+        if self.spill is not None:
+            raise ValueError(f"{purpose} needs all weights in memory, and this model streams them: load it without stream=True")
+
     def _apply(self, fn: Any, recurse: bool = True) -> HookedMoE:
+        self.require_weights("changing dtype or device")
         super()._apply(fn, recurse)
         weight = self.embed.W_E
         if (weight.device, weight.dtype) != (self.cfg.device, self.cfg.dtype):
             self.cfg = self.cfg.replace(device=weight.device, dtype=weight.dtype)
         return self
+
+    def run_variants(
+        self,
+        tokens: Int[Tensor, "batch pos"] | str | list[str],
+        edits: Sequence[Any],
+        return_type: ReturnType = "logits",
+        **options: Any,
+    ) -> Any:
+        """Many interventions as rows of one forward pass: what `run_with_hooks` gives for each, with a leading "variant" axis.
+
+        Each edit is a hook, (name or predicate, function), or a list of hooks that act together; its functions see the rows of
+        their own variant only, in the shapes of `tokens`. The pass starts at the first layer that any edit touches, from the
+        clean residual stream. Returns logits [variant, batch, pos, d_vocab], or losses [variant] (`loss_per_token=True`:
+        [variant, batch, pos-1]), or both; without gradients. Options: `loss_per_token`, `attention_mask`, `memory_budget`
+        ("4GB"): edits go in as many groups as that takes. Equal to serial runs up to rounding. Raises `ValueError` while other
+        hooks are attached.
+        """
+        from hooked_moe import variants
+
+        return variants.run_variants(self, tokens, edits, return_type, **options)
 
     # Loading and saving
 
@@ -253,6 +285,7 @@ class HookedMoE(HookedModule):
         revision: str | None = None,
         cache_dir: str | PathLike[str] | None = None,
         local_files_only: bool = False,
+        stream: bool = False,
     ) -> HookedMoE:
         """A trained model by short name ("olmoe", "tiny-olmoe"), hub id, or local directory in HuggingFace layout.
 
@@ -267,6 +300,7 @@ class HookedMoE(HookedModule):
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
+            stream=stream,
         )
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:

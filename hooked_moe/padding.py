@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-
-from hooked_moe.effects import PER_SLOT, ExpertEffects
 
 
 @dataclass(frozen=True)
@@ -50,29 +48,68 @@ class Packed:
                 asked=None if self.asked is None else self.asked[part],
             )
 
-    def spread(self, x: Float[Tensor, "layer batch query slot"]) -> Float[Tensor, "layer batch packed slot"]:
-        """Values at the measured positions, nan at the others."""
-        if self.positions is None or self.asked is None:
-            return x
-        full = x.new_full((x.shape[0], *self.tokens.shape, x.shape[-1]), float("nan"))
-        row, query = self.asked.nonzero(as_tuple=True)
-        full[:, row, self.positions[row, query]] = x[:, row, query]
-        return full
+    def split_queries(self, queries: int) -> Iterator[Packed]:
+        """Parts of at most `queries` measured positions per row."""
+        if queries >= self.queries:
+            yield self
+            return
+        batch, length = self.tokens.shape
+        positions = (
+            torch.arange(length, device=self.tokens.device).expand(batch, length) if self.positions is None else self.positions
+        )
+        asked = torch.ones_like(positions, dtype=torch.bool) if self.asked is None else self.asked
+        for start in range(0, self.queries, queries):
+            part = slice(start, start + queries)
+            yield replace(self, positions=positions[:, part], asked=asked[:, part])
 
-    def unpack(self, effects: ExpertEffects) -> ExpertEffects:
-        """The table in the positions of the original rows: nan (-1 for indices) at padding."""
-        row, place = (self.source >= 0).nonzero(as_tuple=True)
-        where = self.source[row, place]
-        batch = len(self.source)
+    def places(self) -> Int[Tensor, "batch query"]:
+        """Where each measured position stood in the row before packing; -1 where it only fills the row up."""
+        return self.source if self.positions is None else self.source.gather(1, self.positions)
 
-        def put(x: Tensor) -> Tensor:
-            nothing = float("nan") if x.is_floating_point() else -1
-            full = torch.full((x.shape[0], batch, self.width, *x.shape[3:]), nothing, dtype=x.dtype, device=x.device)
-            full[:, row, where] = x[:, row, place]
-            return full
+    def where(self) -> Int[Tensor, "batch query"]:
+        """The same, and -1 too where it was not asked for."""
+        return self.places() if self.asked is None else self.places().masked_fill(~self.asked, -1)
 
-        per_slot = {name: put(getattr(effects, name)) for name in PER_SLOT}
-        return ExpertEffects(layers=effects.layers, baseline_loss=put(effects.baseline_loss[None])[0], **per_slot)
+
+class Results:
+    """Tables [layer, batch, pos, ...] in the coordinates of the rows before packing, filled part by part.
+
+    What is never filled is nan, or -1 for whole numbers.
+    """
+
+    baseline: Float[Tensor, "batch pos"]
+
+    def __init__(self, layers: Sequence[int], shape: tuple[int, int]) -> None:
+        self.layers = list(layers)
+        self.shape = shape
+        self.tables: dict[str, Tensor] = {}
+
+    def put(
+        self,
+        name: str,
+        values: Shaped[Tensor, "layer batch query *rest"],
+        packed: Packed,
+        layers: Sequence[int],
+        everywhere: bool = False,
+    ) -> None:
+        """Fill in a part: at its measured positions, or at all positions of its rows."""
+        if name not in self.tables:
+            self.tables[name] = _nothing(values, (len(self.layers), *self.shape, *values.shape[3:]))
+        where = packed.source if everywhere else packed.where()
+        row, query = (where >= 0).nonzero(as_tuple=True)
+        for layer, of_layer in zip(layers, values, strict=True):
+            self.tables[name][self.layers.index(layer), packed.rows[row], where[row, query]] = of_layer[row, query]
+
+    def put_baseline(self, values: Float[Tensor, "batch packed"], packed: Packed) -> None:
+        """Fill in the clean run's losses of a part."""
+        if not hasattr(self, "baseline"):
+            self.baseline = _nothing(values, self.shape)
+        row, place = (packed.source >= 0).nonzero(as_tuple=True)
+        self.baseline[packed.rows[row], packed.source[row, place]] = values[row, place]
+
+
+def _nothing(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return like.new_full(shape, float("nan") if like.is_floating_point() else -1)
 
 
 def pack(

@@ -18,6 +18,7 @@ def remove_experts(model: HookedMoE, experts: Mapping[int, Iterable[int]]) -> di
     fewer would remain than a token goes to, for experts in groups, and while hooks are attached, since names of hook points go.
     Parameters are replaced: an optimiser made before holds the old ones.
     """
+    model.require_weights("removing experts")
     cfg = model.cfg
     hooked = [name for name, point in model.hook_dict.items() if point.active]
     if hooked:

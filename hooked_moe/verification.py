@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.counterfactuals import Scope, expert_effects, without
+from hooked_moe.counterfactuals import Scope, expert_effects
 from hooked_moe.expert_mask import ExpertMask, Removal
-from hooked_moe.fan_out import CleanExperts, fan_out
+from hooked_moe.fan_out import CleanBlock, FanOut, fan_out, finish
 from hooked_moe.model import HookedMoE
-from hooked_moe.padding import pack
+from hooked_moe.padding import Packed, pack
+from hooked_moe.removals import with_experts, without
 
 MINIMUM_TOKENS = 8
 SEQUENCE_TOKENS = 64
@@ -68,14 +69,17 @@ def noise_floor(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> float:
     Effects below it are rounding. Zero is possible: the same operations in the same order.
     """
 
-    def nothing_removed(clean: CleanExperts) -> Float[Tensor, "1 batch pos d_model"]:
-        return without(clean, torch.ones_like(clean.routing.weights, dtype=torch.bool)[None], "zero")
+    def nothing_removed(clean: CleanBlock) -> Float[Tensor, "1 batch pos d_model"]:
+        experts = with_experts(clean)
+        return without(experts, torch.ones_like(experts.routing.weights, dtype=torch.bool)[None], "zero")
 
-    everywhere = model.cfg.moe_layers
+    def run(packed: Packed, layers: Sequence[int]) -> FanOut:
+        return finish(fan_out(model, packed.tokens, packed.targets, layers, 1, nothing_removed))
+
     with torch.inference_mode():
         packed = pack(tokens.to(model.cfg.device), None)
-        together = fan_out(model, packed.tokens, packed.targets, everywhere, 1, nothing_removed).losses
-        alone = torch.cat([fan_out(model, row.tokens, row.targets, [], 0, nothing_removed).baseline for row in packed.split(1)])
+        together = run(packed, model.cfg.moe_layers).losses
+        alone = torch.cat([run(row, []).baseline for row in packed.split(1)])
     return float((together - alone)[..., :-1].abs().max())
 
 

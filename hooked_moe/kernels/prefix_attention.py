@@ -1,7 +1,7 @@
 """Attention of counterfactual tokens: each sees the clean run strictly before its position, and itself.
 
-A variant changes one token; all earlier keys and values are the clean run's, and later tokens do not matter to it. So the
-variants of a position share one prefix, and no scores of all positions against all are ever held in memory.
+A variant changes one token; all earlier keys and values are the clean run's. So the variants of a position share one prefix, and
+no scores of all positions against all are ever held in memory. Heads that share a key/value head are but more queries of it.
 """
 
 from __future__ import annotations
@@ -31,18 +31,69 @@ def prefix_attention(
     The softmax over prefix and own key splits exactly: with L the log-sum-exp of the prefix scores and s the own score, the
     prefix has weight sigmoid(L - s) (the merge of FlashAttention blocks, Dao et al. 2022).
     """
-    fused = q.device.type == "cpu" and q.dtype in _FUSED_DTYPES and values.shape[-1] <= q.shape[-1]
-    over_prefix = _over_prefix_fused if fused else _over_prefix_spelled_out
-    group = q.shape[3] // keys.shape[2]
-    if group > 1:
-        keys, values, own_k, own_v = (x.repeat_interleave(group, dim=-2) for x in (keys, values, own_k, own_v))
-    mixed, log_sum = over_prefix(q, keys, values, positions, scale)
+    mixed, log_sum = _over_prefix(q, keys, values, positions, scale)
+    own_k, own_v = _for_every_head(q, own_k), _for_every_head(q, own_v)
     wide = torch.promote_types(q.dtype, torch.float32)  # a weight rounded to half precision would be the largest error of all
     own_score = einsum(
         q.to(wide), own_k.to(wide), "variant batch query head e, variant batch query head e -> variant batch query head"
     )
     prefix_weight = (log_sum - own_score * scale).sigmoid()
     return torch.lerp(own_v.to(wide), mixed.to(wide), prefix_weight.unsqueeze(-1)).to(q.dtype)
+
+
+def window_attention(
+    q: Float[Tensor, "variant batch token head d_head"],
+    own_k: Float[Tensor, "variant batch token kv_head d_head"],
+    own_v: Float[Tensor, "variant batch token kv_head d_value"],
+    keys: Float[Tensor, "batch pos kv_head d_head"],
+    values: Float[Tensor, "batch pos kv_head d_value"],
+    starts: Int[Tensor, "batch query"] | None,
+    width: int,
+    scale: float,
+) -> Float[Tensor, "variant batch token head d_value"]:
+    """The same for windows of `width` tokens (token = query x offset): each sees the clean run strictly before the window, the
+    window's tokens up to itself, and nothing else. `width` 1 is `prefix_attention`.
+    """
+    if width == 1:
+        return prefix_attention(q, own_k, own_v, keys, values, starts, scale)
+    # All tokens of a window share its prefix, so that each offset is but another set of variants.
+    split = "variant batch (query offset) head e -> (variant offset) batch query head e"
+    join = "(variant offset) batch query head ... -> variant batch query head offset ..."
+    mixed, log_sum = _over_prefix(rearrange(q, split, offset=width), keys, values, starts, scale)
+    mixed, log_sum = rearrange(mixed, join, offset=width), rearrange(log_sum, join, offset=width)
+    by_window = "variant batch (query offset) head e -> variant batch query head offset e"
+    wide = torch.promote_types(q.dtype, torch.float32)
+    own = (q, _for_every_head(q, own_k), _for_every_head(q, own_v))
+    own_q, own_k, own_v = (rearrange(x.to(wide), by_window, offset=width) for x in own)
+    scores = own_q @ own_k.mT * scale
+    later = torch.ones(width, width, dtype=torch.bool, device=q.device).triu(1)
+    scores = scores.masked_fill(later, float("-inf"))
+    weights = torch.cat((log_sum.unsqueeze(-1).to(wide), scores), dim=-1).softmax(-1)
+    z = weights[..., :1] * mixed.to(wide) + weights[..., 1:] @ own_v
+    return rearrange(z, "variant batch query head offset e -> variant batch (query offset) head e").to(q.dtype)
+
+
+def _for_every_head(q: Tensor, x: Tensor) -> Tensor:
+    group = q.shape[-2] // x.shape[-2]
+    return x if group == 1 else x.repeat_interleave(group, dim=-2)
+
+
+def _over_prefix(
+    q: Float[Tensor, "variant batch query head d_head"],
+    keys: Float[Tensor, "batch pos kv_head d_head"],
+    values: Float[Tensor, "batch pos kv_head d_value"],
+    positions: Int[Tensor, "batch query"] | None,
+    scale: float,
+) -> tuple[Float[Tensor, "variant batch query head d_value"], Float[Tensor, "variant batch query head"]]:
+    """The mix over the strict prefix, and the log-sum-exp of its scores (minus infinity where there is none)."""
+    kv_heads = keys.shape[2]
+    group = q.shape[3] // kv_heads
+    fused = q.device.type == "cpu" and q.dtype in _FUSED_DTYPES and values.shape[-1] <= q.shape[-1]
+    over_prefix = _over_prefix_fused if fused else _over_prefix_spelled_out
+    by_kv_head = rearrange(q, "variant batch query (kv_head group) e -> (variant group) batch query kv_head e", kv_head=kv_heads)
+    mixed, log_sum = over_prefix(by_kv_head, keys, values, positions, scale)
+    by_head = "(variant group) batch query kv_head ... -> variant batch query (kv_head group) ..."
+    return rearrange(mixed, by_head, group=group), rearrange(log_sum, by_head, group=group)
 
 
 def _over_prefix_fused(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

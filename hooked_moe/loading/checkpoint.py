@@ -6,7 +6,8 @@ Only safetensors files are ever opened. Nothing is unpickled, and no file outsid
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,20 @@ class Checkpoint:
                 for name in handle.offset_keys():  # in the order of the file, so that the disk reads forward
                     if name in wanted:
                         yield name, handle.get_tensor(name)
+
+    def warn_of_non_finite(self, names: Sequence[str]) -> None:
+        """Warn that these tensors have NaN or infinite values, if there are any."""
+        if names:
+            warnings.warn(
+                f"{self.directory} has NaN or infinite weights, and what they touch will be NaN. Tensors:{abbreviated(names)}",
+                stacklevel=5,
+            )
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no infinity: a sum shows either, at a fraction of the cost of looking at every value."""
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(values.isfinite().all())  # finite values may overflow a sum
 
 
 def opened(file: Path) -> Any:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from hooked_moe.components.block import Block
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.loading.checkpoint import DTYPES, Checkpoint, read_json
+from hooked_moe.loading.checkpoint import DTYPES, Checkpoint, all_finite, read_json
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.registry import locate
+from hooked_moe.loading.streaming import StreamedBlocks
 from hooked_moe.model import HookedMoE
 from hooked_moe.tokenizer import Tokenizer
 from weights_conversion import CheckpointError, Conversion, HFConfig, abbreviated, conversion_for
@@ -30,12 +32,15 @@ def from_pretrained(
     revision: str | None = None,
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
+    stream: bool = False,
 ) -> HookedMoE:
     """A trained model by short name, name of a shipped model, local directory, or hub id: the first that `name` is.
 
     Weights are converted to `dtype` and put on `device` (None: the CPU) one tensor at a time: memory peaks at the model plus one
     tensor. `revision` (branch, tag or commit), `cache_dir` and `local_files_only` are for the hub; `model.cfg.revision` is the
-    commit that was loaded. Only safetensors and json files are downloaded or read; nothing downloaded is ever executed.
+    commit that was loaded. With `stream`, the weights of one block at a time are in memory, read when the block is run, the next
+    ones ahead: for models larger than memory, to be run and measured, not trained or edited. Only safetensors and json files are
+    downloaded or read; nothing downloaded is ever executed.
 
     Raises `UnknownNameError`, `FileNotFoundError` or `NotADirectoryError` for names and paths that lead to no model, `HubError`
     where the hub does not give it, and `CheckpointError` for an architecture or option that is not supported and for weights
@@ -58,8 +63,18 @@ def from_pretrained(
     model = HookedMoE(cfg.replace(device=torch.device("meta")), read_tokenizer(directory, cfg))
     checkpoint = Checkpoint(directory)
     plan = plan_copies(model, conversion, checkpoint)
-    allocate(model, torch.device(device) if device is not None else torch.device("cpu"))
-    copy_weights(model, checkpoint, plan)
+    target = torch.device(device) if device is not None else torch.device("cpu")
+    if stream:
+        blocks = list(model.blocks)
+        model.blocks = cast(Sequence[Block], nn.ModuleList())  # set aside while the rest is loaded
+        rest = {name: slot for name, slot in plan.copied.items() if not slot.parameter.startswith("blocks.")}
+        allocate(model, target)
+        copy_weights(model, checkpoint, CopyPlan(rest, plan.repeated))
+        model.requires_grad_(False)
+        model.blocks = cast(Sequence[Block], StreamedBlocks(blocks, checkpoint, plan.copied, target))
+    else:
+        allocate(model, target)
+        copy_weights(model, checkpoint, plan)
     return model.eval()
 
 
@@ -134,12 +149,6 @@ def allocate(model: HookedMoE, device: torch.device) -> None:
         model.unembed.W_U = model.embed.W_E  # moving a module unties it
 
 
-def all_finite(values: Tensor) -> bool:
-    """Whether there is no NaN and no infinity: a sum shows either, at a fraction of the cost of looking at every value."""
-    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
-    return bool(total.isfinite()) or bool(values.isfinite().all())  # finite values may overflow a sum
-
-
 @torch.no_grad()
 def copy_weights(model: HookedMoE, checkpoint: Checkpoint, plan: CopyPlan) -> None:
     """Fill the parameters. Raises `CheckpointError` if a repeated copy of a tied weight differs from the first."""
@@ -153,11 +162,7 @@ def copy_weights(model: HookedMoE, checkpoint: Checkpoint, plan: CopyPlan) -> No
             if not all_finite(value):
                 broken.append(name)
             progress.update(value.nbytes)
-    if broken:
-        warnings.warn(
-            f"{checkpoint.directory} has NaN or infinite weights, and what they touch will be NaN. Tensors:{abbreviated(broken)}",
-            stacklevel=4,
-        )
+    checkpoint.warn_of_non_finite(broken)
     for name, value in checkpoint.stream(plan.repeated):
         slot = plan.repeated[name]
         part = slot.of(parameters[slot.parameter])

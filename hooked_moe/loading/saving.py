@@ -38,6 +38,7 @@ def save_pretrained(model: HookedMoE, path: str | PathLike[str]) -> None:
     cfg = model.cfg
     if cfg.device.type == "meta":
         raise ValueError("this model is on the meta device: it has no weights to save")
+    model.require_weights("saving")
     conversion = conversion_for(cfg.model_type, "this model")
     config = conversion.to_hf(cfg)
     parameters = dict(model.named_parameters())  # of tied weights, only the first

@@ -1,0 +1,89 @@
+"""A model larger than memory: one block's weights at a time, the next read ahead.
+
+Blocks are ordinary modules whose parameters are on the meta device until the block is asked for. Whoever goes through the
+layers in order reads every weight once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from hooked_moe.components.block import Block
+from hooked_moe.loading.checkpoint import Checkpoint, all_finite
+from hooked_moe.spill import Spill
+from weights_conversion.weight_map import Slot
+
+WAITING_BYTES = 1 << 30
+"""Of residual streams that may wait in memory between layers; more of them wait in files."""
+
+
+class StreamedBlocks(nn.ModuleList):
+    """Blocks that get their weights when they are taken out by number or in a loop, and lose them to the next one taken."""
+
+    def __init__(self, blocks: list[Block], checkpoint: Checkpoint, copied: dict[str, Slot], device: torch.device) -> None:
+        super().__init__(blocks)
+        self.checkpoint = checkpoint
+        self.device = device
+        self.slots: list[dict[str, Slot]] = [{} for _ in blocks]
+        for name, slot in copied.items():
+            if slot.parameter.startswith("blocks."):
+                self.slots[int(slot.parameter.split(".")[1])][name] = slot
+        self.spill = Spill(WAITING_BYTES)
+        self.blocks_read = 0
+        """How often a block was read; a whole sweep over the layers reads each once."""
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._loaded: int | None = None
+        self._checked: set[int] = set()
+
+    def __getitem__(self, layer: int) -> Block:  # type: ignore[override]
+        layer = layer + len(self) if layer < 0 else layer
+        if layer != self._loaded:
+            self._load(layer)
+        return cast(Block, self._modules[str(layer)])
+
+    def __iter__(self) -> Iterator[Block]:
+        return (self[layer] for layer in range(len(self)))
+
+    def _load(self, layer: int) -> None:
+        if not 0 <= layer < len(self):
+            raise IndexError(f"layer {layer} is out of range: the model has layers 0 to {len(self) - 1}")
+        if self._loaded is not None:
+            block = cast(Block, self._modules[str(self._loaded)])
+            for name, parameter in list(block.named_parameters()):
+                _set_parameter(block, name, torch.empty_like(parameter, device="meta"))
+            self._loaded = None
+        tensors = self._ahead[1].result() if self._ahead is not None and self._ahead[0] == layer else self._read(layer)
+        block = cast(Block, self._modules[str(layer)])
+        for name, value in tensors.items():
+            _set_parameter(block, name, value)
+        self._loaded = layer
+        following = (layer + 1) % len(self)
+        self._ahead = (following, self._reader.submit(self._read, following))
+
+    @torch.no_grad()
+    def _read(self, layer: int) -> dict[str, Tensor]:
+        """The parameters of a block, by their names in it."""
+        block = cast(Block, self._modules[str(layer)])
+        likes = block.named_parameters()
+        tensors = {name: torch.empty(like.shape, dtype=like.dtype, device=self.device) for name, like in likes}
+        broken = []
+        for hf_name, value in self.checkpoint.stream(self.slots[layer]):
+            slot = self.slots[layer][hf_name]
+            slot.of(tensors[slot.parameter.split(".", 2)[2]]).copy_(value)
+            if layer not in self._checked and not all_finite(value):
+                broken.append(hf_name)
+        self.checkpoint.warn_of_non_finite(broken)
+        self._checked.add(layer)
+        self.blocks_read += 1
+        return tensors
+
+
+def _set_parameter(block: Block, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(block.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,77 @@
+"""How much memory counterfactuals take, and how to stay within a budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hooked_moe.config import HookedMoEConfig
+from hooked_moe.fan_out import TOKENS_AT_ONCE
+from hooked_moe.padding import Packed
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(amount: int | str) -> int:
+    """A number of bytes, or text such as "4GB" (10^9) or "512MiB" (2^20). Raises `ValueError` for anything else."""
+    if isinstance(amount, str):
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", amount)
+        if match and match[2].upper() in _UNITS:
+            amount = int(float(match[1]) * _UNITS[match[2].upper()])
+    if not isinstance(amount, int) or isinstance(amount, bool) or amount < 1:
+        raise ValueError(f"a memory budget is a number of bytes, or text such as '4GB' or '512MiB', not {amount!r}")
+    return amount
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes that a fan-out needs beside the model's weights and its results, by what they grow with."""
+
+    fixed: int
+    """Whatever is asked: the variants in one block at a time, and logits."""
+    row: int
+    """For each batch row: one block of the clean run."""
+    variant_token: int
+    """For each token of each variant: its residual stream."""
+
+
+def variant_bytes(cfg: HookedMoEConfig) -> int:
+    """Of one token of one variant."""
+    return cfg.d_model * cfg.dtype.itemsize
+
+
+def demand_of(cfg: HookedMoEConfig, length: int) -> Demand:
+    """An upper estimate, from the largest activations of a block."""
+    size, wide = cfg.dtype.itemsize, 4
+    attention = cfg.n_heads * (2 * cfg.d_head + 2 * cfg.value_width) + cfg.n_key_value_heads * (cfg.d_head + cfg.value_width)
+    experts = cfg.experts_per_token * (2 * cfg.d_model + 3 * cfg.d_expert) + 3 * ((cfg.d_shared or 0) + cfg.num_experts)
+    token = size * (6 * cfg.d_model + attention + max(experts, 3 * (cfg.d_mlp or 0))) + 2 * wide * cfg.d_model
+    logits = max(64 * wide * cfg.d_vocab, 64 << 20)
+    return Demand(fixed=max(TOKENS_AT_ONCE, length) * token + logits, row=length * token, variant_token=variant_bytes(cfg))
+
+
+def divide(
+    packed: Packed, layers: Sequence[int], demand: Demand, tokens_per_query: int, budget: int
+) -> Iterator[tuple[Packed, list[int]]]:
+    """Parts of the work that fit into the budget, each of some batch rows, layers and queries: as few as possible.
+
+    `tokens_per_query` counts the tokens of all variants of one layer and query. Raises `ValueError` if not even one query of one
+    layer fits.
+    """
+    left = budget - demand.fixed - demand.row
+    query = tokens_per_query * demand.variant_token
+    if left < query:
+        needed = demand.fixed + demand.row + query
+        raise ValueError(
+            f"memory_budget is {budget:,} bytes, and rows of {packed.tokens.shape[1]} tokens take {needed:,} at least"
+        )
+    queries = min(packed.queries, left // query)
+    layers_at_once = min(len(layers), left // (query * queries)) if queries == packed.queries else 1
+    rows = 1
+    if layers_at_once == len(layers):
+        rows += (left - len(layers) * query * queries) // (demand.row + len(layers) * query * queries)
+    for some in packed.split(rows):
+        for block in some.split_queries(queries):
+            for start in range(0, len(layers), layers_at_once):
+                yield block, list(layers[start : start + layers_at_once])

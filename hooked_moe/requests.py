@@ -1,0 +1,153 @@
+"""One request for counterfactuals: checked, divided into parts that fit into memory, run, and its results put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hooked_moe.fan_out import Branch, CleanBlock, Done, Steps, Windows, fan_out, finish, side_by_side
+from hooked_moe.memory import demand_of, divide, parse_bytes, variant_bytes
+from hooked_moe.model import HookedMoE
+from hooked_moe.padding import Packed, Results, pack
+from hooked_moe.readouts import NamedReadout
+from hooked_moe.spill import Waiting
+
+MEMORY_BUDGET: int | str = "1GiB"
+"""Where none is given: memory beside the model's weights and the results."""
+
+Mask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]
+Positions = Sequence[int] | Bool[Tensor, "batch pos"]
+Work = Callable[[Packed, list[int], Results], Steps[None]]
+"""Measures some layers at some rows and queries, and puts what it finds into the results."""
+
+
+@dataclass(frozen=True)
+class Request:
+    model: HookedMoE
+    layers: list[int]
+    packed: Packed
+    readouts: dict[str, NamedReadout]
+    budget: int
+
+    @property
+    def width(self) -> int:
+        """How many tokens from the changed one on have to be run."""
+        return max((readout.width for readout in self.readouts.values()), default=1)
+
+    def run(self, work: Work, n_variants: int) -> Steps[Results]:
+        """All parts one after another; or, where weights are streamed, side by side through the layers."""
+        results = Results(self.layers, (len(self.packed.tokens), self.packed.width))
+        demand = demand_of(self.model.cfg, self.packed.tokens.shape[1])
+        parts = divide(self.packed, self.layers, demand, n_variants * self.width, self.budget)
+        works = (work(packed, layers, results) for packed, layers in parts)
+        if self.model.spill is not None:
+            yield from side_by_side(works)
+        else:
+            for one in works:
+                yield from one
+        return results
+
+    def fan_out(
+        self,
+        packed: Packed,
+        layers: list[int],
+        results: Results,
+        n_variants: int,
+        branch: Branch,
+        visit: Callable[[CleanBlock], None] | None = None,
+    ) -> Steps[None]:
+        """Fan out, and put losses and readouts into the results as `delta_loss`, `baseline_loss` and `readouts/<name>`."""
+        windows = Windows(packed.positions, self.width)
+        nbytes = n_variants * len(layers) * packed.queries * self.width * len(packed.tokens) * variant_bytes(self.model.cfg)
+        with waiting_room(self.model, nbytes) as waiting:
+            out = yield from fan_out(
+                self.model,
+                packed.tokens,
+                packed.targets,
+                layers,
+                n_variants,
+                branch,
+                windows,
+                self.readouts,
+                waiting,
+                visit,
+            )
+        baseline = out.baseline if packed.positions is None else out.baseline.gather(1, packed.positions)
+        results.put("delta_loss", (out.losses - baseline).movedim(1, 3), packed, layers)
+        results.put_baseline(out.baseline, packed)
+        for name, values in out.readouts.items():
+            results.put(f"readouts/{name}", values.movedim(1, 3), packed, layers)
+
+
+def complete(steps: Steps[Done]) -> Done:
+    """Run a measurement to its end, without gradients."""
+    with torch.inference_mode():
+        return finish(steps)
+
+
+@contextmanager
+def waiting_room(model: HookedMoE, nbytes: int) -> Iterator[Waiting | None]:
+    """Where variants wait between layers: a file, or None for memory."""
+    if model.spill is None:
+        yield None
+        return
+    waiting = model.spill.claim(nbytes)
+    try:
+        yield waiting
+    finally:
+        if waiting is None:
+            model.spill.release(nbytes)
+        else:
+            waiting.close()
+
+
+def make_request(
+    model: HookedMoE,
+    tokens: Tensor,
+    layers: Sequence[int] | None,
+    positions: Positions | None,
+    attention_mask: Mask | None,
+    readouts: Sequence[NamedReadout],
+    memory_budget: int | str | None,
+    dense: bool = False,
+) -> Request:
+    """Check what is asked for. `dense` allows layers without experts. Raises `ValueError` for what cannot be measured."""
+    tokens, attention_mask = model.as_tokens(tokens, attention_mask)
+    require_unhooked(model)
+    named = {readout.name: readout for readout in readouts}
+    if len(named) < len(readouts):
+        raise ValueError(f"readouts need different names; got {[readout.name for readout in readouts]}")
+    budget = parse_bytes(MEMORY_BUDGET if memory_budget is None else memory_budget)
+    return Request(model, _checked_layers(model, layers, dense), pack(tokens, attention_mask, positions), named, budget)
+
+
+def require_unhooked(model: HookedMoE) -> None:
+    """Raise `ValueError` if hooks are attached: they would act on batches of variants."""
+    hooked = [name for name, point in model.hook_dict.items() if point.active]
+    if hooked:
+        raise ValueError(
+            f"counterfactuals measure the unhooked model, and {hooked[0]} has hooks: call model.reset_hooks() first "
+            "(including_permanent=True for permanent hooks)"
+        )
+
+
+def _checked_layers(model: HookedMoE, layers: Sequence[int] | None, dense: bool) -> list[int]:
+    cfg = model.cfg
+    if isinstance(layers, int):
+        raise ValueError(f"layers must be a list of layers, as in [{layers}], not the number {layers}")
+    if layers is None:
+        return list(range(cfg.n_layers)) if dense else cfg.moe_layers
+    chosen = sorted(set(layers))
+    for layer in chosen:
+        if not 0 <= layer < cfg.n_layers:
+            raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {cfg.n_layers - 1}")
+        if not dense and not cfg.experts_in(layer):
+            raise ValueError(f"layer {layer} is dense: it has no experts; layers {cfg.moe_layers} have")
+    if not chosen:
+        raise ValueError("no layers to measure: layers is empty")
+    return chosen

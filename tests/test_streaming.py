@@ -1,0 +1,237 @@
+"""Weights one block at a time: the same numbers, each weight read once a sweep, and nothing lost when a run is cut short."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import hooked_moe.measurement as measurement
+from hooked_moe import HookedMoE
+from hooked_moe.corpus import Corpus, Document
+from hooked_moe.counterfactuals import expert_effects
+from hooked_moe.fingerprint import weights_sha256
+from hooked_moe.loading.streaming import StreamedBlocks
+from hooked_moe.measurement import Plan, TokenizedCorpus, measure
+from hooked_moe.readouts import LossAfter
+from hooked_moe.spill import Spill, Waiting
+from tests.conftest import random_model
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "olmoe": {},
+    "deepseek_v2": {
+        "model_type": "deepseek_v2",
+        "n_layers": 4,
+        "n_key_value_heads": 4,
+        "qk_norm": None,
+        "clip_qkv": None,
+        "qkv_bias": False,
+        "output_bias": False,
+        "kv_lora_rank": 12,
+        "d_rotary": 4,
+        "d_value": 6,
+        "rotary_interleaved": True,
+        "dense_layers": (0,),
+        "d_mlp": 20,
+        "d_shared": 24,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    random_model(**FAMILIES[request.param]).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def whole(directory: Path) -> HookedMoE:
+    return HookedMoE.from_pretrained(directory)
+
+
+@pytest.fixture
+def streamed(directory: Path) -> HookedMoE:
+    return HookedMoE.from_pretrained(directory, stream=True)
+
+
+def blocks_of(model: HookedMoE) -> StreamedBlocks:
+    blocks = model.blocks
+    assert isinstance(blocks, StreamedBlocks)
+    return blocks
+
+
+def in_memory(model: HookedMoE) -> set[int]:
+    """The layers whose weights are loaded."""
+    return {int(name.split(".")[1]) for name, p in model.named_parameters() if "blocks" in name and p.device.type != "meta"}
+
+
+def test_everything_but_the_memory_is_the_same(whole: HookedMoE, streamed: HookedMoE, tokens: Tensor) -> None:
+    with torch.no_grad():
+        assert torch.equal(streamed(tokens), whole(tokens))
+        assert len(in_memory(streamed)) == 1
+        _, cache = streamed.run_with_cache(tokens)
+        _, expected = whole.run_with_cache(tokens)
+        assert cache.keys() == expected.keys()
+        assert all(torch.equal(cache[name], expected[name]) for name in expected)
+        edit = [("blocks.2.mlp.hook_routed_out", lambda x, hook: x * 0)]
+        assert torch.equal(streamed.run_with_hooks(tokens, fwd_hooks=edit), whole.run_with_hooks(tokens, fwd_hooks=edit))
+    assert weights_sha256(streamed) == weights_sha256(whole)
+
+
+@pytest.mark.parametrize("allowance", [0, 1 << 30], ids=["on disk", "in memory"])
+def test_effects_are_equal_to_the_bit_and_a_sweep_reads_each_weight_once(
+    allowance: int, whole: HookedMoE, streamed: HookedMoE, tokens: Tensor, tmp_path: Path
+) -> None:
+    blocks = blocks_of(streamed)
+    blocks.spill = Spill(allowance, tmp_path)
+    read: list[int] = []
+    original = blocks._read
+    blocks._read = lambda layer: (read.append(layer), original(layer))[1]  # type: ignore[method-assign]
+    for options in ({}, {"readouts": [LossAfter(2)]}, {"removal": "reroute", "positions": [1, 4]}):
+        expected = expert_effects(whole, tokens, **options)
+        read.clear()
+        found = expert_effects(streamed, tokens, **options)
+        for name in ("delta_loss", "baseline_loss", "rest_cosine", "expert_index"):
+            assert torch.equal(getattr(found, name).nan_to_num(7.0), getattr(expected, name).nan_to_num(7.0)), name
+        for name, table in expected.readouts.items():
+            assert torch.equal(found.readouts[name].nan_to_num(7.0), table.nan_to_num(7.0))
+        layers = list(range(whole.cfg.n_layers))
+        assert [layer for layer in read if layer != 0 or read.index(layer) == 0][: len(layers)] in (layers, layers[1:])
+        assert len(read) <= len(layers) + 1  # and the first block, ahead of the next sweep
+    assert (blocks.spill.written > 0) == (allowance == 0)
+    assert blocks.spill.allowance == allowance
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_small_budget_still_takes_one_sweep(whole: HookedMoE, streamed: HookedMoE) -> None:
+    from hooked_moe.memory import demand_of
+
+    tokens = torch.randint(0, 61, (3, 9), generator=torch.Generator().manual_seed(4))
+    demand = demand_of(whole.cfg, 9)
+    budget = demand.fixed + demand.row + 3 * 9 * demand.variant_token  # one layer of one row at a time
+    blocks = blocks_of(streamed)
+    before = blocks.blocks_read
+    found = expert_effects(streamed, tokens, memory_budget=budget)
+    assert blocks.blocks_read - before <= whole.cfg.n_layers + 1
+    expected = expert_effects(whole, tokens, memory_budget=budget)
+    assert torch.equal(found.delta_loss.nan_to_num(7.0), expected.delta_loss.nan_to_num(7.0))
+
+
+# Measuring a corpus
+
+
+class Characters:
+    """A tokenizer of characters."""
+
+    def encode(self, text: str, prepend_bos: bool | None = None) -> list[int]:
+        return [ord(c) % 61 for c in text]
+
+
+def corpus_of(model: HookedMoE) -> TokenizedCorpus:
+    model.tokenizer = Characters()  # type: ignore[assignment]
+    texts = ["call me ishmael. some years ago", "it is a truth", "in the beginning god created the heaven", "fellow citizens"]
+    documents = [Document(id=str(i), domain="novel", title=text, text=text) for i, text in enumerate(texts)]
+    return TokenizedCorpus(model, Corpus("four", documents, sha256="0"), n_ctx=16)
+
+
+def assert_same_tables(one: Path, other: Path) -> None:
+    for name in ("effects", "tokens", "documents"):
+        assert (one / f"{name}.parquet").read_bytes() == (other / f"{name}.parquet").read_bytes(), name
+
+
+def test_a_corpus_is_measured_in_one_sweep_per_window_to_the_same_tables(
+    whole: HookedMoE, streamed: HookedMoE, tmp_path: Path
+) -> None:
+    plan = Plan(tuple(whole.cfg.moe_layers), n_ctx=16)
+    for name, model in (("whole", whole), ("streamed", streamed)):
+        (tmp_path / name).mkdir()
+        blocks = model.blocks
+        before = getattr(blocks, "blocks_read", 0)
+        measure(model, corpus_of(model), plan, tmp_path / name, progress=False)
+        if name == "streamed":
+            sweeps = max(len(windows) for windows in corpus_of(model).documents)
+            assert blocks.blocks_read - before <= sweeps * whole.cfg.n_layers + 1
+    assert_same_tables(tmp_path / "whole", tmp_path / "streamed")
+
+
+def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
+    streamed: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(tuple(streamed.cfg.moe_layers), n_ctx=16)
+    corpus = corpus_of(streamed)
+    for name in ("straight", "cut"):
+        (tmp_path / name).mkdir()
+    measure(streamed, corpus, plan, tmp_path / "straight", progress=False)
+    monkeypatch.setattr(measurement, "_groups", lambda model, corpus, plan, pending: [[index] for index in pending])
+    original, calls = measurement.write_parquet_atomic, []
+
+    def full_disk(table: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        original(table, path)
+
+    monkeypatch.setattr(measurement, "write_parquet_atomic", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        measure(streamed, corpus, plan, tmp_path / "cut", progress=False)
+    monkeypatch.setattr(measurement, "write_parquet_atomic", original)
+    assert streamed.spill is not None
+    measure(streamed, corpus, plan, tmp_path / "cut", progress=False)
+    assert_same_tables(tmp_path / "straight", tmp_path / "cut")
+
+
+# What streaming cannot do, and what it says
+
+
+def test_what_needs_all_weights_is_refused(streamed: HookedMoE, tmp_path: Path) -> None:
+    for run in (
+        lambda: streamed.save_pretrained(tmp_path),
+        lambda: streamed.remove_experts({1: [0]}),
+        lambda: streamed.to(torch.float64),
+    ):
+        with pytest.raises(ValueError, match="needs all weights in memory, and this model streams them"):
+            run()
+    with pytest.raises(IndexError, match="layer 9 is out of range"):
+        streamed.blocks[9]
+
+
+def test_broken_weights_are_named_once(directory: Path, tmp_path: Path, tokens: Tensor) -> None:
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if "layers.2" in name and "down_proj" in name)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    streamed = HookedMoE.from_pretrained(tmp_path, stream=True)
+    with pytest.warns(UserWarning, match=f"NaN or infinite weights.*\n  {name}"):
+        streamed(tokens)
+    with pytest.warns(UserWarning, match=name):
+        HookedMoE.from_pretrained(tmp_path)
+
+
+def test_a_wrong_checkpoint_is_refused_before_anything_is_run(directory: Path, tmp_path: Path) -> None:
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    with pytest.raises(ValueError, match="missing"):
+        HookedMoE.from_pretrained(tmp_path, stream=True)
+
+
+def test_what_waits_in_a_file_comes_back_to_the_bit(tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        waiting, x = Waiting(tmp_path), torch.randn(3, 4, 5).to(dtype)
+        waiting.put(x[:2])
+        waiting.put(x)
+        out = torch.empty_like(x)
+        waiting.get(out)
+        assert torch.equal(out, x)
+        waiting.put(x[:1])
+        waiting.close()
