@@ -204,7 +204,7 @@ def test_a_measurement_goes_on_with_the_documents_that_lack_a_shard(
     monkeypatch.setattr(
         measurement,
         "_measure_document",
-        lambda model, windows, plan: measured.append(windows[0].document) or original(model, windows, plan),
+        lambda model, windows, *rest: measured.append(windows[0].document) or original(model, windows, *rest),
     )
     run(reader, corpus, tmp_path / "resumed")
     assert measured == [1, 3]
