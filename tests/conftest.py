@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 jaxtyping.install_import_hook(["hooked_moe", "weights_conversion"], "beartype.beartype")
 
 from hooked_moe import HookedMoE, HookedMoEConfig  # noqa: E402
+from hooked_moe.config import YarnScaling  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -33,52 +35,102 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def random_model(**changes: Any) -> HookedMoE:
-    """A model of three layers with every option that a hook or a mask could trip over, and weights large enough to matter."""
-    options: dict[str, Any] = {
-        "n_layers": 3,
-        "d_model": 32,
-        "d_vocab": 61,
-        "n_ctx": 64,
-        "n_heads": 4,
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "olmoe": {
         "n_key_value_heads": 2,
         "d_head": 8,
         "qk_norm": "full",
         "clip_qkv": 2.5,
         "qkv_bias": True,
         "output_bias": True,
+    },
+    "qwen": {
+        "n_key_value_heads": 2,
+        "d_head": 8,
+        "qk_norm": "head",
+        "qkv_bias": True,
+        "norm_topk_prob": True,
+        "d_shared": 20,
+        "shared_gate": True,
+        "dense_layers": (1,),
+        "d_mlp": 24,
+    },
+    "deepseek": {
+        "n_key_value_heads": 4,
+        "d_head": 14,
+        "d_rotary": 8,
+        "d_value": 10,
+        "kv_lora_rank": 18,
+        "q_lora_rank": 16,
+        "rotary_interleaved": True,
+        "rotary_scaling": YarnScaling(factor=4.0, original_ctx=200, beta_fast=8.0, beta_slow=0.5, mscale=2.0, mscale_all_dim=0.5),
+        "n_expert_groups": 3,
+        "groups_per_token": 2,
+        "routed_scaling_factor": 1.5,
+        "d_shared": 20,
+        "dense_layers": (0,),
+        "d_mlp": 24,
+    },
+}
+"""What the families differ by, at sizes that shapes tell apart; together they have every row of the hook table."""
+
+EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
+"""Of the fixture `model`, for tests that hold for all."""
+
+
+def random_config(architecture: str = "olmoe", **changes: Any) -> HookedMoEConfig:
+    sizes: dict[str, Any] = {
+        "n_layers": 3,
+        "d_model": 32,
+        "d_vocab": 61,
+        "n_ctx": 64,
+        "n_heads": 4,
         "num_experts": 6,
         "experts_per_token": 3,
         "d_expert": 12,
     }
+    return HookedMoEConfig(**(sizes | ARCHITECTURES[architecture] | changes))
+
+
+def random_model(architecture: str = "olmoe", **changes: Any) -> HookedMoE:
+    """A model of three layers with every option that a hook or a mask could trip over, and weights large enough to matter."""
     torch.manual_seed(0)
-    model = HookedMoE(HookedMoEConfig(**(options | changes))).eval()
+    model = HookedMoE(random_config(architecture, **changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if name.endswith(".w") else 0.0, 0.2)
     return model
 
 
-@pytest.fixture(scope="session")
-def _shared_model() -> HookedMoE:
-    return random_model()
+def swiglu(x: Tensor, w_gate: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """What an expert, the shared experts or a dense MLP make of tokens [..., d_model]."""
+    return (torch.nn.functional.silu(x @ w_gate.T) * (x @ w_in.T)) @ w_out.T
+
+
+_shared_model = functools.cache(random_model)
 
 
 @pytest.fixture
-def model(_shared_model: HookedMoE) -> Iterator[HookedMoE]:
-    """One model for all tests; each has to leave it as it was."""
-    before = {name: parameter.clone() for name, parameter in _shared_model.named_parameters()}
-    yield _shared_model
-    _shared_model.zero_grad()
-    left = [name for name, point in _shared_model.hook_dict.items() if point.active]
-    _shared_model.reset_hooks(including_permanent=True)
+def architecture() -> str:
+    return "olmoe"
+
+
+@pytest.fixture
+def model(architecture: str) -> Iterator[HookedMoE]:
+    """One model of each architecture for all tests; each has to leave it as it was."""
+    shared = _shared_model(architecture)
+    before = {name: parameter.clone() for name, parameter in shared.named_parameters()}
+    yield shared
+    shared.zero_grad()
+    left = [name for name, point in shared.hook_dict.items() if point.active]
+    shared.reset_hooks(including_permanent=True)
     assert not left, "the test left hooks behind"
-    assert all(torch.equal(before[name], parameter) for name, parameter in _shared_model.named_parameters())
+    assert all(torch.equal(before[name], parameter) for name, parameter in shared.named_parameters())
 
 
 @pytest.fixture
 def make_model() -> Callable[..., HookedMoE]:
-    """A model of its own, with changes to the config."""
+    """A model of its own: an architecture, and changes to its config."""
     return random_model
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hooked_moe import ActivationCache, HookedMoE
+from tests.conftest import EVERY_ARCHITECTURE
 
 
 @pytest.fixture
@@ -28,6 +29,30 @@ def cache(model: HookedMoE, tokens: Tensor) -> ActivationCache:
 )
 def test_short_names_find_the_activation(short: tuple[str | int, ...], full: str, cache: ActivationCache) -> None:
     assert cache[short] is cache[full]
+
+
+@pytest.mark.parametrize("architecture", ["deepseek"])
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        (("kv_latent", 1), "blocks.1.attn.hook_kv_latent"),
+        (("pre", 0), "blocks.0.mlp.hook_pre"),
+        (("post", 0, "mlp"), "blocks.0.mlp.hook_post"),
+        (("pre", 1, "shared"), "blocks.1.mlp.shared.hook_pre"),
+        (("post", 1), "blocks.1.mlp.shared.hook_post"),
+        (("shared_out", 2), "blocks.2.mlp.hook_shared_out"),
+    ],
+)
+def test_short_names_find_dense_layers_shared_experts_and_latents(
+    short: tuple[str | int, ...], full: str, cache: ActivationCache
+) -> None:
+    assert cache[short] is cache[full]
+
+
+@pytest.mark.parametrize("architecture", ["deepseek"])
+def test_a_dense_layer_has_no_routing_in_the_cache(cache: ActivationCache) -> None:
+    with pytest.raises(KeyError, match=r"unknown activation .*router_logits"):
+        cache["router_logits", 0]
 
 
 def test_an_ambiguous_short_name_asks_for_the_part(cache: ActivationCache) -> None:
@@ -59,12 +84,14 @@ def test_only_what_the_filter_selects_is_kept(model: HookedMoE, tokens: Tensor) 
     assert list(model.run_with_cache(tokens, names_filter=[])[1]) == []
 
 
+@EVERY_ARCHITECTURE
 def test_activations_are_detached_and_keep_the_order_of_the_computation(cache: ActivationCache) -> None:
     assert not any(x.requires_grad for x in cache.values())
     assert next(iter(cache)) == "hook_embed"
     assert list(cache)[-1] == "ln_final.hook_normalized"
 
 
+@EVERY_ARCHITECTURE
 def test_the_output_is_that_of_the_forward_with_its_options(model: HookedMoE, tokens: Tensor) -> None:
     out, cache = model.run_with_cache(tokens, return_type="loss", loss_per_token=True)
     assert torch.equal(out, model(tokens, return_type="loss", loss_per_token=True))

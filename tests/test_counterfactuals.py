@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,8 +18,10 @@ import hooked_moe.fan_out as fan_out
 from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.counterfactuals import expert_effects, expert_observations, progressive_effects
 from hooked_moe.effects import ExpertEffects
-from tests.conftest import random_model
-from tests.hf_models import OPTIONS, random_tokens, save, tiny_olmoe
+from hooked_moe.kernels import prefix_attention
+from hooked_moe.memory import demand_of
+from tests.conftest import ARCHITECTURES, EVERY_ARCHITECTURE, random_model
+from tests.hf_models import OPTIONS, random_tokens, save, tiny
 
 NATS = 1e-5
 
@@ -32,82 +34,144 @@ PADDING = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_removals_equal_transformers_with_the_routing_weight_zeroed(option: str, tmp_path: Path) -> None:
-    reference = tiny_olmoe(**OPTIONS[option])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(f"olmoe-{option}" for option in OPTIONS),
+        "qwen2_moe-plain",
+        "qwen2_moe-dense-layers-by-list",
+        "qwen2_moe-all-at-once",
+        "deepseek_v2-plain",
+        "deepseek_v2-group-limited",
+        "deepseek_v2-all-at-once",
+        "qwen3_moe-all-at-once",
+        "mixtral-all-at-once",
+    ],
+)
+def test_removals_equal_transformers_with_the_routing_weight_zeroed(case: str, tmp_path: Path) -> None:
+    reference = tiny(case)
     model = HookedMoE.from_pretrained(save(reference, tmp_path / "model"))
     tokens = random_tokens(batch=2, pos=14)
     effects = expert_effects(model, tokens)
     clean = reference_loss(reference, tokens)
     torch.testing.assert_close(effects.baseline_loss[:, :-1], clean, atol=2e-6, rtol=0)
-    for layer in range(model.cfg.n_layers):
+    for index, layer in enumerate(effects.layers):
         for batch, pos in [(0, 0), (1, 0), (0, 6), (1, 12), (0, 12)]:
             for slot in range(model.cfg.experts_per_token):
-                expert = int(effects.expert_index[layer, batch, pos, slot])
+                expert = int(effects.expert_index[index, batch, pos, slot])
                 with removed_in_transformers(reference, layer, batch * 14 + pos, expert):
                     delta = (reference_loss(reference, tokens) - clean)[batch, pos]
-                assert abs(delta - effects.delta_loss[layer, batch, pos, slot]) < NATS
+                assert abs(delta - effects.delta_loss[index, batch, pos, slot]) < NATS
 
 
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("scope", ["position", "sequence"])
 @pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
-@pytest.mark.parametrize("renormalised", [False, True])
-def test_every_mode_equals_a_masked_forward_per_removal(removal: Any, scope: Any, padding: str, renormalised: bool) -> None:
-    model = random_model(norm_topk_prob=renormalised, n_layers=2)
+@EVERY_ARCHITECTURE
+def test_every_mode_equals_a_masked_forward_per_removal(removal: Any, scope: Any, padding: str, model: HookedMoE) -> None:
     tokens, mask = some_tokens(), PADDING[padding]
     effects = expert_effects(model, tokens, scope=scope, removal=removal, attention_mask=mask)
     assert_equals_masked_forwards(model, tokens, effects, scope, removal, mask)
 
 
-@given(
-    experts=st.integers(1, 9),
-    active=st.integers(1, 9),
-    layers=st.integers(1, 4),
-    length=st.integers(2, 9),
-    options=st.fixed_dictionaries(
-        {
-            "n_key_value_heads": st.sampled_from([1, 2, 4]),
-            "norm_topk_prob": st.booleans(),
-            "qk_norm": st.sampled_from(["full", None]),
-            "tie_word_embeddings": st.booleans(),
-            "d_expert": st.sampled_from([3, 8]),
-        }
-    ),
-    seed=st.integers(0, 1000),
-    data=st.data(),
-)
-@settings(max_examples=25, deadline=None)
-def test_random_models_lengths_and_padding(
-    experts: int, active: int, layers: int, length: int, options: dict[str, Any], seed: int, data: st.DataObject
-) -> None:
-    model = random_model(n_layers=layers, num_experts=experts, experts_per_token=min(active, experts), **options)
+@st.composite
+def architectures(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of `random_model`: any attention with any experts, and dense layers anywhere."""
+    attention: dict[str, dict[str, list[Any]]] = {
+        "olmoe": {"n_key_value_heads": [1, 2, 4], "qk_norm": ["full", None]},
+        "qwen": {"n_key_value_heads": [1, 2, 4], "qkv_bias": [True, False]},
+        "deepseek": {
+            "d_value": [10, 14, 17],  # narrower than keys, as wide, wider
+            "d_rotary": [2, 8],
+            "q_lora_rank": [None, 5],
+            "rotary_scaling": [None, ARCHITECTURES["deepseek"]["rotary_scaling"]],
+        },
+    }
+    architecture = draw(st.sampled_from(list(attention)))
+    options = {name: draw(st.sampled_from(values)) for name, values in attention[architecture].items()}
+    groups, group_size = draw(st.sampled_from([(1, 1), (1, 4), (1, 9), (2, 2), (3, 3)]))
+    groups_per_token = draw(st.integers(1, groups))
+    n_layers = draw(st.integers(1, 4))
+    dense_layers = tuple(sorted(draw(st.sets(st.integers(0, n_layers - 1), max_size=n_layers - 1))))
+    d_shared = draw(st.sampled_from([None, 5]))
+    return options | {
+        "architecture": architecture,
+        "n_layers": n_layers,
+        "dense_layers": dense_layers,
+        "d_mlp": 7 if dense_layers else None,
+        "num_experts": groups * group_size,
+        "n_expert_groups": groups,
+        "groups_per_token": groups_per_token,
+        "experts_per_token": draw(st.integers(1, groups_per_token * group_size)),
+        "d_expert": draw(st.sampled_from([3, 8])),
+        "norm_topk_prob": draw(st.booleans()),
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 1.7])),
+        "d_shared": d_shared,
+        "shared_gate": d_shared is not None and draw(st.booleans()),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+
+
+@given(architecture=architectures(), length=st.integers(2, 9), seed=st.integers(0, 1000), data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_random_models_lengths_and_padding(architecture: dict[str, Any], length: int, seed: int, data: st.DataObject) -> None:
+    model = random_model(**architecture)
     tokens = torch.randint(0, 61, (2, length), generator=torch.Generator().manual_seed(seed))
     rows = [data.draw(st.tuples(st.integers(0, length - 1), st.integers(0, length - 1))) for _ in range(2)]
     mask = torch.tensor([[int(min(row) <= pos <= max(row)) for pos in range(length)] for row in rows])
     positions = sorted(data.draw(st.sets(st.integers(0, length - 1), min_size=1)))
     scope = data.draw(st.sampled_from(["position", "sequence"]))
+    removal = data.draw(st.sampled_from(["zero", "renormalize", "reroute"]))
     asked = torch.zeros(2, length, dtype=torch.bool)
     asked[:, positions] = True
     if not (asked & mask.bool()).any():
         return
-    effects = expert_effects(model, tokens, scope=scope, positions=positions, attention_mask=mask)
-    assert_equals_masked_forwards(model, tokens, effects, scope, "zero", mask, asked)
+    effects = expert_effects(model, tokens, scope=scope, removal=removal, positions=positions, attention_mask=mask)
+    assert_equals_masked_forwards(model, tokens, effects, scope, removal, mask, asked)
 
 
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("starts", [None, torch.tensor([[0, 3], [4, 1]])], ids=["all", "some"])
+@pytest.mark.parametrize("d_value", [3, 8, 11], ids=["narrow", "as wide", "wide"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "spelled out"])
+def test_attention_of_variants_is_the_softmax_over_what_came_before_and_their_own(
+    fused: bool, d_value: int, starts: Tensor | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = 5 if starts is None else 2
+    q, own_k = (torch.randn(3, 2, queries * width, heads, 8, generator=generator) for heads in (4, 2))
+    own_v = torch.randn(*own_k.shape[:-1], d_value, generator=generator)
+    keys, values = (torch.randn(2, 5, 2, size, generator=generator) for size in (8, d_value))
+    if not fused:
+        monkeypatch.setattr(prefix_attention, "_FUSED_DTYPES", ())
+    mixed = prefix_attention.window_attention(q, own_k, own_v, keys, values, starts, width, scale=0.3)
+    assert mixed.shape == (*q.shape[:-1], d_value)
+    for variant, batch, token, head in torch.cartesian_prod(*map(torch.arange, q.shape[:-1])).tolist():
+        query, kv_head = token // width, head // 2
+        before = query if starts is None else int(starts[batch, query])
+        window = slice(query * width, token + 1)
+        k = torch.cat((keys[batch, :before, kv_head], own_k[variant, batch, window, kv_head]))
+        v = torch.cat((values[batch, :before, kv_head], own_v[variant, batch, window, kv_head]))
+        expected = (0.3 * k @ q[variant, batch, token, head]).softmax(0) @ v
+        torch.testing.assert_close(mixed[variant, batch, token, head], expected, atol=1e-5, rtol=1e-5)
+
+
+@EVERY_ARCHITECTURE
 def test_chunks_of_memory_and_of_tokens_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch, model: HookedMoE) -> None:
     tokens = some_tokens()
     whole = expert_effects(model, tokens)
     monkeypatch.setattr(fan_out, "TOKENS_AT_ONCE", 3)
     monkeypatch.setattr(counterfactuals, "TOKENS_AT_ONCE", 3)
-    monkeypatch.setattr(counterfactuals, "MEMORY_BYTES", 3 * 11 * 32 * 4)  # one layer of one row
+    demand = demand_of(model.cfg, 11)
+    budget = demand.fixed + demand.row + 3 * 11 * demand.variant_token  # one layer of one row
     for scope in ("position", "sequence"):
-        parts = expert_effects(model, tokens, scope=scope)
+        parts = expert_effects(model, tokens, scope=scope, memory_budget=budget)
         expected = whole if scope == "position" else expert_effects(model, tokens, scope=scope)
         assert torch.equal(parts.expert_index, expected.expert_index)
         torch.testing.assert_close(parts.delta_loss, expected.delta_loss, atol=2e-6, rtol=0, equal_nan=True)
 
 
+@EVERY_ARCHITECTURE
 def test_positions_are_measured_alone_or_with_all_others_alike(model: HookedMoE) -> None:
     tokens = some_tokens()
     everything = expert_effects(model, tokens)
@@ -123,32 +187,37 @@ def test_positions_are_measured_alone_or_with_all_others_alike(model: HookedMoE)
     assert torch.equal(by_number.delta_loss.isnan().all(0).all(0).all(-1), ~measured)
 
 
+@EVERY_ARCHITECTURE
 def test_layers_are_measured_alone_or_with_all_others_alike(model: HookedMoE) -> None:
     tokens = some_tokens()
     everything = expert_effects(model, tokens)
-    some = expert_effects(model, tokens, layers=[2, 0])
-    assert some.layers == [0, 2]
-    torch.testing.assert_close(some.delta_loss, everything.delta_loss[[0, 2]], atol=2e-6, rtol=0, equal_nan=True)
+    assert everything.layers == [layer for layer in range(3) if layer not in model.cfg.dense_layers]
+    first, last = everything.layers[0], everything.layers[-1]
+    some = expert_effects(model, tokens, layers=[last, first])
+    assert some.layers == [first, last]
+    torch.testing.assert_close(some.delta_loss, everything.delta_loss[[0, -1]], atol=2e-6, rtol=0, equal_nan=True)
 
 
+@EVERY_ARCHITECTURE
 def test_observations_are_those_of_the_clean_run(model: HookedMoE) -> None:
     tokens = some_tokens()
     _, cache = model.run_with_cache(tokens)
     for effects in (expert_effects(model, tokens), expert_observations(model, tokens)):
-        for layer in range(model.cfg.n_layers):
+        for index, layer in enumerate(effects.layers):
             weights, outputs = cache["expert_weights", layer], cache["expert_out", layer]
             contributions = weights[..., None] * outputs
-            assert torch.equal(effects.expert_index[layer], cache["expert_indices", layer])
-            torch.testing.assert_close(effects.routing_weight[layer], weights)
-            torch.testing.assert_close(effects.output_norm[layer], outputs.norm(dim=-1))
-            torch.testing.assert_close(effects.gap_norm[layer], weights * outputs.norm(dim=-1))
+            assert torch.equal(effects.expert_index[index], cache["expert_indices", layer])
+            torch.testing.assert_close(effects.routing_weight[index], weights)
+            torch.testing.assert_close(effects.output_norm[index], outputs.norm(dim=-1))
+            torch.testing.assert_close(effects.gap_norm[index], weights * outputs.norm(dim=-1))
             for slot in range(model.cfg.experts_per_token):
                 removed = contributions[:, :, slot]
                 rest = cache["routed_out", layer] - removed
                 cosine = (removed * rest).sum(-1) / (removed.norm(dim=-1) * rest.norm(dim=-1))
-                torch.testing.assert_close(effects.rest_cosine[layer, :, :, slot], cosine, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(effects.rest_cosine[index, :, :, slot], cosine, atol=1e-5, rtol=1e-4)
 
 
+@EVERY_ARCHITECTURE
 def test_scopes_agree_in_the_last_layer_and_at_the_first_position(model: HookedMoE) -> None:
     position, sequence = (expert_effects(model, some_tokens(), scope=scope).delta_loss for scope in ("position", "sequence"))
     torch.testing.assert_close(position[-1, :, :-1], sequence[-1, :, :-1], atol=2e-6, rtol=0)
@@ -168,24 +237,24 @@ def test_the_last_token_of_a_row_has_no_effect_to_measure(model: HookedMoE) -> N
 
 @pytest.mark.parametrize("order", ["descending", "ascending", "random"])
 @pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+@EVERY_ARCHITECTURE
 def test_progressive_removal_equals_masked_forwards(order: Any, removal: Any, model: HookedMoE) -> None:
-    tokens = some_tokens()
+    tokens, slots = some_tokens(), model.cfg.experts_per_token
     effects = progressive_effects(model, tokens, order=order, removal=removal, seed=3)
-    losses = losses_of(model, tokens)
-    for layer in range(model.cfg.n_layers):
-        k = model.cfg.experts_per_token
-        ranks = torch.stack([random_ranks(layer, row, k, seed=3) for row in range(2)])
+    removals, fast = [], []
+    for index, layer in enumerate(effects.layers):
+        ranks = torch.stack([random_ranks(layer, row, slots, seed=3) for row in range(2)])
         for batch, pos in [(0, 0), (1, 5), (0, 9)]:
-            slots = {
-                "descending": list(range(k)),
-                "ascending": list(range(k))[::-1],
+            by_rank = {
+                "descending": list(range(slots)),
+                "ascending": list(range(slots))[::-1],
                 "random": ranks[batch, pos].argsort().tolist(),
             }
-            experts = effects.expert_index[layer, batch, pos, slots[order]].tolist()
-            for removed in range(1, k + 1):
-                mask = ExpertMask.ablate([(layer, batch, pos, expert) for expert in experts[:removed]], removal)
-                delta = (losses_of(model, tokens, mask) - losses)[batch, pos]
-                assert abs(delta - effects.delta_loss[layer, batch, pos, removed - 1]) < NATS
+            experts = effects.expert_index[index, batch, pos, by_rank[order]].tolist()
+            removals += [Removed(layer, batch, pos, experts[: m + 1]) for m in range(slots)]
+            fast.append(effects.delta_loss[index, batch, pos])
+    by_forwards = effects_by_masked_forwards(model, tokens, removals, removal)
+    torch.testing.assert_close(torch.cat(fast), by_forwards, atol=NATS, rtol=0)
 
 
 def random_ranks(layer: int, row: int, slots: int, seed: int) -> Tensor:
@@ -200,10 +269,11 @@ def test_random_orders_do_not_depend_on_what_is_measured_together(model: HookedM
     torch.testing.assert_close(some[0, :, [4, 7]], whole[1, :, [4, 7]], atol=2e-6, rtol=0)
 
 
+@EVERY_ARCHITECTURE
 def test_removing_all_experts_is_the_block_without_its_routed_part(model: HookedMoE) -> None:
     tokens = some_tokens()
     everything = progressive_effects(model, tokens).delta_loss[..., -1]
-    for layer in range(model.cfg.n_layers):
+    for index, layer in enumerate(model.cfg.moe_layers):
         for pos in (0, 4):
 
             def silence(activation: Tensor, hook: Any, pos: int = pos) -> Tensor:
@@ -212,21 +282,19 @@ def test_removing_all_experts_is_the_block_without_its_routed_part(model: Hooked
             hooks = [(f"blocks.{layer}.mlp.hook_routed_out", silence)]
             silenced = model.run_with_hooks(tokens, return_type="loss", loss_per_token=True, fwd_hooks=hooks)
             torch.testing.assert_close(
-                everything[layer, :, pos], (silenced - losses_of(model, tokens))[:, pos], atol=NATS, rtol=0
+                everything[index, :, pos], (silenced - losses_of(model, tokens))[:, pos], atol=NATS, rtol=0
             )
 
 
-def test_half_precision_follows_its_own_masked_forward() -> None:
-    model = random_model(d_expert=16, n_layers=2).to(torch.bfloat16)
+@EVERY_ARCHITECTURE
+def test_half_precision_follows_its_own_masked_forward(architecture: str) -> None:
+    model = random_model(architecture, d_expert=16, n_layers=2, dtype=torch.bfloat16)
     tokens = some_tokens()
     effects = expert_effects(model, tokens)
     assert effects.delta_loss.dtype == torch.float32
-    differences = []
-    for layer, batch, pos, slot in (~effects.delta_loss.isnan()).nonzero().tolist():
-        mask = ExpertMask.ablate([(layer, batch, pos, int(effects.expert_index[layer, batch, pos, slot]))])
-        delta = (losses_of(model, tokens, mask) - losses_of(model, tokens))[batch, pos]
-        differences.append(abs(float(delta - effects.delta_loss[layer, batch, pos, slot])))
-    assert torch.tensor(differences).median() < 2e-2
+    measured, removals = every_removal(effects)
+    by_forwards = effects_by_masked_forwards(model, tokens, removals)
+    assert (effects.delta_loss[measured] - by_forwards).abs().median() < 2e-2
 
 
 def test_a_lookup_by_expert_refuses_experts_that_are_not_routed(model: HookedMoE) -> None:
@@ -249,8 +317,8 @@ def test_a_lookup_by_expert_refuses_experts_that_are_not_routed(model: HookedMoE
     [
         ({"layers": [3]}, "layer 3 is out of range: the model has layers 0 to 2"),
         ({"layers": []}, "no layers"),
-        ({"scope": "token"}, "scope must be 'position' or 'sequence', not 'token'"),
-        ({"removal": "mean"}, "removal must be one of"),
+        ({"scope": "token"}, "scope must be 'position', 'sequence' or 'from_position', not 'token'"),
+        ({"removal": "median"}, "removal must be one of .* not 'median'"),
         ({"positions": [11]}, "position 11 is out of range: the rows have positions 0 to 10"),
         ({"positions": []}, "no positions"),
         ({"positions": torch.ones(2, 3, dtype=torch.bool)}, "a bool mask must be"),
@@ -267,6 +335,13 @@ def test_a_lookup_by_expert_refuses_experts_that_are_not_routed(model: HookedMoE
 def test_bad_requests_say_what_is_wrong(model: HookedMoE, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         expert_effects(model, some_tokens(), **arguments)
+
+
+@pytest.mark.parametrize("architecture", ["deepseek"])
+@pytest.mark.parametrize("measure", [expert_effects, progressive_effects, expert_observations])
+def test_a_dense_layer_has_nothing_to_measure(measure: Any, model: HookedMoE) -> None:
+    with pytest.raises(ValueError, match=r"layer 0 is dense: it has no experts; layers \[1, 2\] have"):
+        measure(model, some_tokens(), layers=[0, 1])
 
 
 def test_hooks_and_counterfactuals_do_not_mix(model: HookedMoE) -> None:
@@ -288,6 +363,44 @@ def losses_of(model: HookedMoE, tokens: Tensor, expert_mask: ExpertMask | None =
     return model(tokens, return_type="loss", loss_per_token=True, expert_mask=expert_mask, attention_mask=mask)
 
 
+class Removed(NamedTuple):
+    """Experts to remove in one layer, and where: in one row, and at one of its tokens if the scope is "position"."""
+
+    layer: int
+    batch: int
+    pos: int
+    experts: list[int]
+
+
+def effects_by_masked_forwards(
+    model: HookedMoE,
+    tokens: Tensor,
+    removals: list[Removed],
+    removal: Any = "zero",
+    scope: str = "position",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Each in a full forward of its own, a row of one batch: what it does to the loss at its position."""
+    rows, positions = ([getattr(r, axis) for r in removals] for axis in ("batch", "pos"))
+    expert_mask = ExpertMask.ablate(
+        (
+            (r.layer, row, r.pos if scope == "position" else None, expert)
+            for row, r in enumerate(removals)
+            for expert in r.experts
+        ),
+        removal,
+    )
+    ablated = losses_of(model, tokens[rows], expert_mask, None if mask is None else mask[rows])
+    return ablated[range(len(rows)), positions] - losses_of(model, tokens, mask=mask)[rows, positions]
+
+
+def every_removal(effects: ExpertEffects) -> tuple[tuple[Tensor, ...], list[Removed]]:
+    """Where in the table effects are, and the removals they are of."""
+    measured = effects.delta_loss.isnan().logical_not().nonzero(as_tuple=True)
+    indices = torch.stack((*measured[:3], effects.expert_index[measured])).T.tolist()
+    return measured, [Removed(effects.layers[index], batch, pos, [expert]) for index, batch, pos, expert in indices]
+
+
 def assert_equals_masked_forwards(
     model: HookedMoE,
     tokens: Tensor,
@@ -297,22 +410,17 @@ def assert_equals_masked_forwards(
     mask: Tensor | None,
     asked: Tensor | None = None,
 ) -> None:
-    """One full forward with an `ExpertMask` for every entry; entries are nan just where there is no loss to read."""
+    """Every entry is that of a full forward with an `ExpertMask`, and nan just where there is no loss to read."""
     clean = losses_of(model, tokens, mask=mask)
     torch.testing.assert_close(effects.baseline_loss[:, :-1], clean, atol=2e-6, rtol=0, equal_nan=True)
-    for batch in range(tokens.shape[0]):
-        for pos in range(tokens.shape[1]):
-            there = (
-                pos + 1 < tokens.shape[1] and bool(clean[batch, pos].isfinite()) and (asked is None or bool(asked[batch, pos]))
-            )
-            assert effects.delta_loss[:, batch, pos].isnan().logical_not().all() == there
-            if not there:
-                continue
-            for layer in range(model.cfg.n_layers):
-                for slot, expert in enumerate(effects.expert_index[layer, batch, pos].tolist()):
-                    where = pos if scope == "position" else None
-                    ablated = losses_of(model, tokens, ExpertMask.ablate([(layer, batch, where, expert)], removal), mask)
-                    assert abs(ablated[batch, pos] - clean[batch, pos] - effects.delta_loss[layer, batch, pos, slot]) < NATS
+    there = clean.isfinite() if asked is None else clean.isfinite() & asked[:, :-1]
+    assert effects.layers == model.cfg.moe_layers
+    assert (effects.delta_loss[:, :, :-1].isfinite() == there[None, :, :, None]).all()
+    assert effects.delta_loss[:, :, -1].isnan().all()
+    measured, removals = every_removal(effects)
+    if removals:  # none where no position asked for has a next token
+        by_forwards = effects_by_masked_forwards(model, tokens, removals, removal, scope, mask)
+        torch.testing.assert_close(effects.delta_loss[measured], by_forwards, atol=NATS, rtol=0)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,18 @@ import torch
 from torch import Tensor
 from transformers import OlmoeForCausalLM
 
-from hooked_moe import ExpertMask, HookedMoE
+from hooked_moe import ActivationCache, ExpertMask, HookedMoE, HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
+from tests.conftest import EVERY_ARCHITECTURE, swiglu
 from tests.hf_models import random_tokens, save, tiny_olmoe
 
 N_EXPERTS, K, POS = 10, 3, 12
+EVERY_REMOVAL = pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+EVERY_MASK = pytest.mark.parametrize(
+    ("removal", "scaled"),
+    [("zero", False), ("zero", True), ("renormalize", False), ("renormalize", True), ("reroute", False)],
+)
+NEW_ARCHITECTURES = pytest.mark.parametrize("architecture", ["qwen", "deepseek"])
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "norm_topk_prob"])
@@ -62,7 +70,7 @@ def zeroed(hf: OlmoeForCausalLM, entries: list[tuple[int, int, int, int]], pos: 
 
 
 def active_experts(model: HookedMoE, tokens: Tensor) -> list[Tensor]:
-    """[batch, pos, slot] for every layer."""
+    """[batch, pos, slot] for every layer with experts."""
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_expert_indices"))
     return list(cache.values())
 
@@ -125,17 +133,17 @@ def test_none_stands_for_every_row_or_position(ours: HookedMoE, batch: Tensor) -
 # The definitions, one token at a time
 
 
-def defined_weights(
-    probabilities: Tensor, keep: Tensor, removal: str, norm_topk_prob: bool, k: int = K
-) -> tuple[list[int], list[float]]:
+def defined_routing(probabilities: Tensor, keep: Tensor, removal: str, cfg: HookedMoEConfig) -> tuple[list[int], list[float]]:
     """Experts and routing weights of one token, from router probabilities and a mask, both [expert]."""
-    ranked = sorted(range(len(probabilities)), key=lambda e: -probabilities[e])
-    if removal == "reroute":
-        ranked = [e for e in ranked if keep[e]]
-    chosen = ranked[:k]
+    rank = probabilities * keep if removal == "reroute" else probabilities
+    groups = [range(*group) for group in pairwise(range(0, len(rank) + 1, len(rank) // cfg.n_expert_groups))]
+    groups.sort(key=lambda group: -max(rank[e].item() for e in group))
+    reachable = [e for group in groups[: cfg.groups_per_token] for e in group if rank[e] > 0]
+    chosen = sorted(reachable, key=lambda e: -rank[e].item())[: cfg.experts_per_token]
     weights = [probabilities[e].item() for e in chosen]
-    if norm_topk_prob:
+    if cfg.norm_topk_prob:
         weights = [w / sum(weights) for w in weights]
+    weights = [w * cfg.routed_scaling_factor for w in weights]
     if removal == "reroute":
         return chosen, weights
     kept = [w * float(keep[e]) for w, e in zip(weights, chosen, strict=True)]
@@ -144,43 +152,79 @@ def defined_weights(
     return chosen, kept
 
 
-@pytest.mark.parametrize(
-    ("removal", "scaled"),
-    [("zero", False), ("zero", True), ("renormalize", False), ("renormalize", True), ("reroute", False)],
-)
+def random_mask(*shape: int, scaled: bool) -> Tensor:
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(4))
+    return keep * 2 if scaled else keep < 0.5
+
+
+def assert_routed_as_defined(
+    model: HookedMoE, tokens: Tensor, layer: int, keep: Tensor, removal: Any, expert: Callable[[int, Tensor], Tensor]
+) -> ActivationCache:
+    """Under a mask [batch, pos, expert] of one layer; `expert(e, x)` is what expert e makes of a token."""
+    _, cache = model.run_with_cache(tokens, expert_mask=ExpertMask({layer: keep}, removal=removal))
+    x = cache["normalized", layer, "ln2"] * model.blocks[layer].ln2.w
+    expected = torch.zeros_like(x)
+    for b in range(tokens.shape[0]):
+        for p in range(tokens.shape[1]):
+            probabilities = cache["router_logits", layer][b, p].softmax(-1)
+            chosen, weights = defined_routing(probabilities, keep[b, p], removal, model.cfg)
+            assert cache["expert_indices", layer][b, p].tolist()[: len(chosen)] == chosen  # now and then fewer than slots
+            for e, weight in zip(chosen, weights, strict=True):
+                expected[b, p] += weight * expert(e, x[b, p])
+    torch.testing.assert_close(cache["routed_out", layer], expected, atol=1e-5, rtol=1e-4)
+    return cache
+
+
+@EVERY_MASK
 @torch.no_grad()
 def test_each_removal_is_what_its_definition_says(
     removal: Any, scaled: bool, hf: OlmoeForCausalLM, ours: HookedMoE, batch: Tensor
 ) -> None:
-    generator = torch.Generator().manual_seed(4)
-    keep = torch.rand(2, POS, N_EXPERTS, generator=generator)
-    keep = keep * 2 if scaled else keep < 0.5
-    _, cache = ours.run_with_cache(batch, expert_mask=ExpertMask({1: keep}, removal=removal))
-    x = (cache["normalized", 1, "ln2"] * ours.blocks[1].ln2.w).detach()
-    expected = torch.zeros_like(x)
-    experts = hf.model.layers[1].mlp.experts
-    for b in range(2):
-        for p in range(POS):
-            probabilities = cache["router_logits", 1][b, p].softmax(-1)
-            chosen, weights = defined_weights(probabilities, keep[b, p], removal, ours.cfg.norm_topk_prob)
-            assert cache["expert_indices", 1][b, p].tolist()[: len(chosen)] == chosen  # fewer are left than slots, now and then
-            for e, weight in zip(chosen, weights, strict=True):
-                output = experts(x[b, p][None], torch.tensor([[e]]), torch.ones(1, 1))[0]  # transformers' own expert
-                expected[b, p] += weight * output
-    torch.testing.assert_close(cache["routed_out", 1], expected, atol=1e-5, rtol=1e-4)
+    def experts_of_transformers(e: int, x: Tensor) -> Tensor:
+        return hf.model.layers[1].mlp.experts(x[None], torch.tensor([[e]]), torch.ones(1, 1))[0]
+
+    keep = random_mask(2, POS, N_EXPERTS, scaled=scaled)
+    assert_routed_as_defined(ours, batch, 1, keep, removal, experts_of_transformers)
 
 
-@pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+@EVERY_MASK
+@NEW_ARCHITECTURES
 @torch.no_grad()
-def test_removing_an_expert_that_is_not_active_changes_no_bit(removal: Any, ours: HookedMoE, batch: Tensor) -> None:
-    expected = ours(batch)
-    active = active_experts(ours, batch)
-    keep = {layer: torch.zeros(2, POS, N_EXPERTS, dtype=torch.bool).scatter(-1, active[layer], True) for layer in (0, 2)}
-    assert torch.equal(ours(batch, expert_mask=ExpertMask(keep, removal=removal)), expected)
+def test_each_removal_is_what_its_definition_says_beside_shared_experts_in_groups_and_scaled(
+    removal: Any, scaled: bool, model: HookedMoE, tokens: Tensor
+) -> None:
+    experts = model.blocks[2].mlp.experts
+    keep = random_mask(*tokens.shape, model.cfg.num_experts, scaled=scaled)
+    cache = assert_routed_as_defined(model, tokens, 2, keep, removal, lambda e, x: swiglu(x, *experts.W_in[e], experts.W_out[e]))
+    assert torch.equal(cache["mlp_out", 2], cache["routed_out", 2] + cache["shared_out", 2])
+
+
+@EVERY_REMOVAL
+@NEW_ARCHITECTURES
+@torch.no_grad()
+def test_shared_experts_and_dense_layers_are_never_masked(removal: Any, model: HookedMoE, tokens: Tensor) -> None:
+    nothing = {layer: torch.zeros(1, 1, 1, dtype=torch.bool) for layer in model.cfg.moe_layers}
+    silence = (lambda name: name.endswith("hook_routed_out"), lambda routed, hook: torch.zeros_like(routed))
+    without_routed = model.run_with_hooks(tokens, fwd_hooks=[silence])
+    logits, cache = model.run_with_cache(tokens, expert_mask=ExpertMask(nothing, removal))
+    assert torch.equal(logits, without_routed)
+    for layer in model.cfg.moe_layers:
+        assert torch.equal(cache["mlp_out", layer], cache["shared_out", layer])
+        assert cache["shared_out", layer].abs().amax(-1).min() > 1e-3
+
+
+@EVERY_REMOVAL
+@EVERY_ARCHITECTURE
+@torch.no_grad()
+def test_removing_an_expert_that_is_not_active_changes_no_bit(removal: Any, model: HookedMoE, tokens: Tensor) -> None:
+    none = torch.zeros(*tokens.shape, model.cfg.num_experts, dtype=torch.bool)
+    active = zip(model.cfg.moe_layers, active_experts(model, tokens), strict=True)
+    mask = ExpertMask({layer: none.scatter(-1, experts, True) for layer, experts in active}, removal)
+    assert torch.equal(model(tokens, expert_mask=mask), model(tokens))
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+@EVERY_REMOVAL
 @torch.no_grad()
 def test_earlier_positions_are_left_alone(removal: Any, layer: int, ours: HookedMoE, batch: Tensor) -> None:
     keep = torch.ones(2, POS, N_EXPERTS, dtype=torch.bool)
@@ -195,7 +239,7 @@ def test_earlier_positions_are_left_alone(removal: Any, layer: int, ours: Hooked
     assert changed[:, 7:].all() if layer == 0 else not changed[:, 7:].any()
 
 
-@pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+@EVERY_REMOVAL
 @torch.no_grad()
 def test_removing_every_expert_leaves_the_block_without_its_routed_part(
     removal: Any, hf: OlmoeForCausalLM, ours: HookedMoE, batch: Tensor
@@ -219,6 +263,19 @@ def test_rerouting_steps_down_the_ranking(ours: HookedMoE, batch: Tensor) -> Non
         keep = torch.ones(2, POS, N_EXPERTS, dtype=torch.bool).scatter(-1, ranking[..., :removed], False)
         _, cache = ours.run_with_cache(batch, expert_mask=ExpertMask({0: keep}, removal="reroute"))
         assert torch.equal(cache["expert_indices", 0], ranking[..., removed : removed + K])
+
+
+@torch.no_grad()
+def test_rerouting_stays_in_the_groups_of_a_token(make_model: Callable[..., HookedMoE], tokens: Tensor) -> None:
+    """Also where they have fewer experts left than there are slots."""
+    model = make_model(n_layers=1, num_experts=8, n_expert_groups=4, groups_per_token=2, d_shared=4)
+    (active,) = active_experts(model, tokens)
+    keep = torch.ones(*tokens.shape, 8, dtype=torch.bool).scatter(-1, active[..., :2], False)
+    _, cache = model.run_with_cache(tokens, expert_mask=ExpertMask({0: keep}, removal="reroute"))
+    indices, weights = cache["expert_indices", 0], cache["expert_weights", 0]
+    used = torch.zeros(*tokens.shape, 4).scatter_reduce(-1, indices // 2, weights, "amax") > 0
+    assert (used.sum(-1) <= 2).all()
+    assert ((weights > 0).sum(-1) < 3).any(), "or else this tests nothing"
 
 
 @pytest.mark.parametrize("removed", [8, 9])
@@ -342,6 +399,12 @@ def test_what_is_no_mask_is_refused(refusal: str, unchecked: None) -> None:
 def test_a_mask_that_does_not_fit_is_refused(mask: ExpertMask, message: str, ours: HookedMoE, batch: Tensor) -> None:
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         ours(batch, expert_mask=mask)
+
+
+@pytest.mark.parametrize("architecture", ["deepseek"])
+def test_a_mask_of_a_dense_layer_is_refused(model: HookedMoE, tokens: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"layer 0, which is dense: it has no experts; layers \[1, 2\] have"):
+        model(tokens, expert_mask=ExpertMask.ablate([(1, 0, 0, 0), (0, 0, 0, 0)]))
 
 
 def test_the_gradient_of_a_mask_at_one_is_that_of_its_definition(make_model: Any) -> None:

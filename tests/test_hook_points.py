@@ -9,12 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_moe import HookedMoE, HookPoint
+from hooked_moe import ActivationCache, HookedMoE, HookPoint
 from hooked_moe.components.experts import ExpertGroups
 from hooked_moe.hook_points import HOOK_TABLE, HookSpec, declared_names, hook_table_markdown
 from hooked_moe.losses import next_token_loss
+from tests.conftest import ARCHITECTURES, EVERY_ARCHITECTURE, random_config, swiglu
 
-SPECS = pytest.mark.parametrize("spec", HOOK_TABLE, ids=lambda spec: spec.name)
+ROWS = [(name, spec) for name in ARCHITECTURES for spec in HOOK_TABLE if any(spec.names(random_config(name)))]
+
+
+def each_row(rows: list[tuple[str, HookSpec]]) -> pytest.MarkDecorator:
+    """Of the table, in each architecture that has it."""
+    return pytest.mark.parametrize(("architecture", "spec"), rows, ids=lambda value: getattr(value, "name", value))
+
+
+EACH_ROW = each_row(ROWS)
+EACH_FLOAT_ROW = each_row([(name, spec) for name, spec in ROWS if "indices" not in spec.name])
+MANY_FORWARDS = pytest.mark.usefixtures("unchecked")  # the types of which other tests check
 DOCS = Path(__file__).parents[1] / "docs" / "hook_points.md"
 
 Hook = Callable[..., Tensor | None]
@@ -32,14 +43,11 @@ def axes(model: HookedMoE, tokens: Tensor) -> dict[str, int]:
         "head": cfg.n_heads,
         "kv_head": cfg.n_key_value_heads,
         "d_head": cfg.d_head,
+        "d_value": cfg.value_width,
         "expert": cfg.num_experts,
         "slot": cfg.experts_per_token,
         "d_expert": cfg.d_expert,
-    }
-
-
-def is_single_expert(spec: HookSpec) -> bool:
-    return "{e}" in spec.name
+    } | {name: getattr(cfg, name) for name in ("kv_lora_rank", "d_shared", "d_mlp")}
 
 
 def perturbed(x: Tensor) -> Tensor:
@@ -53,6 +61,11 @@ def perturbed(x: Tensor) -> Tensor:
 # The table
 
 
+def test_the_architectures_here_have_every_row() -> None:
+    assert {spec for _, spec in ROWS} == set(HOOK_TABLE)
+
+
+@EVERY_ARCHITECTURE
 def test_the_table_declares_exactly_the_hook_points_of_the_model(model: HookedMoE) -> None:
     names = declared_names(model.cfg)
     assert len(names) == len(set(names))
@@ -64,7 +77,7 @@ def test_the_documentation_holds_the_table_as_it_is() -> None:
     assert hook_table_markdown() in DOCS.read_text(encoding="utf-8")
 
 
-@SPECS
+@EACH_ROW
 def test_each_hook_point_fires_once_with_the_declared_shape(spec: HookSpec, model: HookedMoE, tokens: Tensor) -> None:
     fired: list[tuple[str, torch.Size]] = []
     names = list(spec.names(model.cfg))
@@ -78,13 +91,17 @@ def test_each_hook_point_fires_once_with_the_declared_shape(spec: HookSpec, mode
         assert list(shape) == expected, name
 
 
+@EVERY_ARCHITECTURE
 def test_hooks_fire_in_the_order_of_the_computation(model: HookedMoE, tokens: Tensor) -> None:
     order: list[str] = []
     with torch.no_grad():
         model.run_with_hooks(tokens, fwd_hooks=[(lambda name: True, lambda x, hook: order.append(hook.name))])
-    table = declared_names(model.cfg)
-    per_layer = [[n for n in names if n.startswith("blocks.1.")] for names in (order, table)]
-    assert [n for n in per_layer[0] if ".experts." not in n] == [n for n in per_layer[1] if ".experts." not in n]
+    for layer in range(model.cfg.n_layers):
+        fired, declared = (
+            [name for name in names if name.startswith(f"blocks.{layer}.") and ".experts." not in name]
+            for names in (order, declared_names(model.cfg))
+        )
+        assert fired == declared
     layers = [int(name.split(".")[1]) for name in order if name.startswith("blocks.")]
     assert layers == sorted(layers)
     assert (order[0], order[-1]) == ("hook_embed", "ln_final.hook_normalized")
@@ -93,9 +110,9 @@ def test_hooks_fire_in_the_order_of_the_computation(model: HookedMoE, tokens: Te
 # Edits
 
 
-@pytest.mark.parametrize("identity", ["none", "same", "clone", "in place"])
-@SPECS
-def test_an_edit_that_changes_nothing_changes_no_bit(spec: HookSpec, identity: str, model: HookedMoE, tokens: Tensor) -> None:
+@EACH_ROW
+@MANY_FORWARDS
+def test_an_edit_that_changes_nothing_changes_no_bit(spec: HookSpec, model: HookedMoE, tokens: Tensor) -> None:
     edits: dict[str, Hook] = {
         "none": lambda x, hook: None,
         "same": lambda x, hook: x,
@@ -105,10 +122,12 @@ def test_an_edit_that_changes_nothing_changes_no_bit(spec: HookSpec, identity: s
     names = list(spec.names(model.cfg))
     with torch.no_grad():
         expected = model(tokens)
-        edited = model.run_with_hooks(tokens, fwd_hooks=[(lambda name: name in names, edits[identity])])
-    assert torch.equal(edited, expected)
+        for kind, edit in edits.items():
+            edited = model.run_with_hooks(tokens, fwd_hooks=[(lambda name: name in names, edit)])
+            assert torch.equal(edited, expected), kind
 
 
+@EVERY_ARCHITECTURE
 def test_looking_at_everything_at_once_changes_no_bit(model: HookedMoE, tokens: Tensor) -> None:
     mask = torch.ones_like(tokens)
     mask[1, :4] = 0
@@ -119,7 +138,8 @@ def test_looking_at_everything_at_once_changes_no_bit(model: HookedMoE, tokens: 
             assert set(cache) == set(model.hook_dict)
 
 
-@SPECS
+@EACH_ROW
+@MANY_FORWARDS
 def test_a_random_edit_matters(spec: HookSpec, model: HookedMoE, tokens: Tensor) -> None:
     edited_values = 0
 
@@ -128,18 +148,22 @@ def test_a_random_edit_matters(spec: HookSpec, model: HookedMoE, tokens: Tensor)
         edited_values = x.numel()
         return perturbed(x) if x.numel() else x  # an expert that no token goes to
 
+    sites, mattered = set(), set()
     with torch.no_grad():
         expected = model(tokens)
-        mattered = 0
         for name in spec.names(model.cfg):
             edited = model.run_with_hooks(tokens, fwd_hooks=[(name, edit)])
             assert edited.isfinite().all(), name
             assert torch.allclose(edited, expected, atol=1e-4) == (edited_values == 0), name
-            mattered += edited_values > 0
-    assert mattered >= model.cfg.n_layers if "{i}" in spec.name else mattered == 1
+            site, *_ = name.split(".experts.")
+            sites.add(site)
+            if edited_values:
+                mattered.add(site)
+    assert mattered == sites
 
 
-@SPECS
+@EACH_ROW
+@MANY_FORWARDS
 def test_an_edit_in_place_is_an_edit(spec: HookSpec, model: HookedMoE, tokens: Tensor) -> None:
     """As TransformerLens's patching does it: write into the activation and return it."""
     name = next(iter(spec.names(model.cfg)))
@@ -184,11 +208,14 @@ def test_edited_router_logits_re_route_with_the_probabilities_they_imply(model: 
     torch.testing.assert_close(cache[pre + "hook_expert_weights"], probabilities[..., :k])
 
 
-@pytest.mark.parametrize("norm_topk_prob", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "norm_topk_prob"), [("olmoe", False), ("olmoe", True), ("deepseek", False), ("deepseek", True)]
+)
 def test_edited_indices_take_their_weights_anew(
-    norm_topk_prob: bool, make_model: Callable[..., HookedMoE], tokens: Tensor
+    architecture: str, norm_topk_prob: bool, make_model: Callable[..., HookedMoE], tokens: Tensor
 ) -> None:
-    model, pre = make_model(norm_topk_prob=norm_topk_prob), "blocks.1.mlp."
+    """Of any experts, whatever groups they stand in."""
+    model, pre = make_model(architecture, norm_topk_prob=norm_topk_prob), "blocks.1.mlp."
     generator = torch.Generator().manual_seed(2)
     experts = torch.rand(*tokens.shape, model.cfg.num_experts, generator=generator).argsort(dim=-1)
     wanted = experts[..., : model.cfg.experts_per_token]
@@ -197,6 +224,7 @@ def test_edited_indices_take_their_weights_anew(
     weights = cache[pre + "hook_router_logits"].softmax(-1).gather(-1, wanted)
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights * model.cfg.routed_scaling_factor
     torch.testing.assert_close(cache[pre + "hook_expert_weights"], weights)
     torch.testing.assert_close(cache[pre + "hook_routed_out"], routed_by_hand(model, cache, 1, wanted, weights))
 
@@ -210,23 +238,25 @@ def test_edited_weights_scale_contributions(model: HookedMoE, tokens: Tensor) ->
     torch.testing.assert_close(doubled[pre + "hook_routed_out"], 2 * cache[pre + "hook_routed_out"])
 
 
-def routed_by_hand(model: HookedMoE, cache: object, layer: int, indices: Tensor, weights: Tensor) -> Tensor:
+def routed_by_hand(model: HookedMoE, cache: ActivationCache, layer: int, indices: Tensor, weights: Tensor) -> Tensor:
     """The mixture one token and one expert at a time."""
-    block = model.blocks[layer]
-    x = cache[f"blocks.{layer}.ln2.hook_normalized"] * block.ln2.w  # type: ignore[index]
+    x, experts = mlp_input(model, cache, layer), model.blocks[layer].mlp.experts
     out = torch.zeros_like(x)
     for b, p in torch.cartesian_prod(torch.arange(x.shape[0]), torch.arange(x.shape[1])).tolist():
         for e, weight in zip(indices[b, p].tolist(), weights[b, p], strict=True):
-            gate, up = block.mlp.experts.W_in[e] @ x[b, p]
-            out[b, p] += weight * (block.mlp.experts.W_out[e] @ (torch.nn.functional.silu(gate) * up))
+            out[b, p] += weight * swiglu(x[b, p], *experts.W_in[e], experts.W_out[e])
     return out
+
+
+def mlp_input(model: HookedMoE, cache: ActivationCache, layer: int) -> Tensor:
+    return cache["normalized", layer, "ln2"] * model.blocks[layer].ln2.w
 
 
 def test_the_inside_of_each_expert_is_what_the_slots_show(model: HookedMoE, tokens: Tensor) -> None:
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
         experts, mlp = model.blocks[1].mlp.experts, "blocks.1.mlp."
-        x = cache["blocks.1.ln2.hook_normalized"] * model.blocks[1].ln2.w
+        x = mlp_input(model, cache, 1)
         indices = cache[mlp + "hook_expert_indices"]
         pre, pre_linear = (torch.einsum("bpkfd,bpd->bpkf", experts.W_in[indices, i], x) for i in (0, 1))
         post = torch.nn.functional.silu(pre) * pre_linear
@@ -285,9 +315,32 @@ def test_editing_one_expert_equals_editing_its_slots(model: HookedMoE, tokens: T
     assert torch.equal(by_expert, by_slot)
 
 
+@pytest.mark.parametrize("architecture", ["qwen", "deepseek"])
+def test_shared_experts_and_dense_layers_are_what_their_hooks_show(model: HookedMoE, tokens: Tensor) -> None:
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+        for layer, block in enumerate(model.blocks):
+            x, out = mlp_input(model, cache, layer), cache["mlp_out", layer]
+            part, mlp = ("mlp", block.mlp) if layer in model.cfg.dense_layers else ("shared", block.mlp.shared)
+            pre, pre_linear, post = (cache[name, layer, part] for name in ("pre", "pre_linear", "post"))
+            torch.testing.assert_close(pre, x @ mlp.W_gate.T)
+            torch.testing.assert_close(pre_linear, x @ mlp.W_in.T)
+            torch.testing.assert_close(post, torch.nn.functional.silu(pre) * pre_linear)
+            if layer in model.cfg.dense_layers:
+                torch.testing.assert_close(out, post @ mlp.W_out.T)
+                continue
+            gate = 1.0
+            if model.cfg.shared_gate:
+                gate = cache["shared_gate", layer]
+                torch.testing.assert_close(gate, (x @ block.mlp.W_shared_gate.T).sigmoid())
+            torch.testing.assert_close(cache["shared_out", layer], gate * (post @ mlp.W_out.T))
+            torch.testing.assert_close(out, cache["routed_out", layer] + cache["shared_out", layer])
+
+
 # What the attention hooks mean
 
 
+@EVERY_ARCHITECTURE
 def test_edited_scores_make_the_pattern_and_edited_patterns_mix_the_values(model: HookedMoE, tokens: Tensor) -> None:
     attn = "blocks.1.attn."
 
@@ -299,10 +352,30 @@ def test_edited_scores_make_the_pattern_and_edited_patterns_mix_the_values(model
         _, cache = model.run_with_cache(tokens)
     pattern, z = cache[attn + "hook_pattern"], cache[attn + "hook_z"]
     torch.testing.assert_close(pattern, torch.eye(tokens.shape[1]).expand_as(pattern))
-    values = cache[attn + "hook_v"].clamp(-model.cfg.clip_qkv, model.cfg.clip_qkv)
-    torch.testing.assert_close(z, values.repeat_interleave(2, dim=2))
+    values = cache[attn + "hook_v"]
+    if model.cfg.clip_qkv is not None:
+        values = values.clamp(-model.cfg.clip_qkv, model.cfg.clip_qkv)
+    torch.testing.assert_close(z, values.repeat_interleave(model.cfg.n_heads // model.cfg.n_key_value_heads, dim=2))
 
 
+@pytest.mark.parametrize("architecture", ["deepseek"])
+def test_latent_attention_is_what_its_hooks_show(model: HookedMoE, tokens: Tensor) -> None:
+    """Keys are [content | position]: content and values from the latent vector alone, and positions the same in all heads."""
+    attn, content = model.blocks[1].attn, model.cfg.d_head - model.cfg.d_rotary
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+        made = torch.einsum("bpl,hwl->bphw", cache["kv_latent", 1], attn.W_UKV)
+    q, k, v, rot_q, rot_k = (cache[name, 1] for name in ("q", "k", "v", "rot_q", "rot_k"))
+    torch.testing.assert_close(k[..., :content], made[..., :content])
+    torch.testing.assert_close(v, made[..., content:])
+    for used, projected in [(rot_q, q), (rot_k, k)]:
+        assert torch.equal(used[..., :content], projected[..., :content])
+        assert not torch.isclose(used[:, 1:, :, content:], projected[:, 1:, :, content:]).all(-1).any()
+    for keys in (k, rot_k):
+        assert torch.equal(keys[..., content:], keys[:, :, :1, content:].expand_as(keys[..., content:]))
+
+
+@EVERY_ARCHITECTURE
 def test_the_attention_output_is_the_sum_of_the_heads_results(model: HookedMoE, tokens: Tensor) -> None:
     attn = "blocks.1.attn."
 
@@ -311,13 +384,14 @@ def test_the_attention_output_is_the_sum_of_the_heads_results(model: HookedMoE, 
 
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
-        whole = cache[attn + "hook_result"].sum(2) + model.blocks[1].attn.b_O
-        torch.testing.assert_close(cache["blocks.1.hook_attn_out"], whole)
+        whole, bias = cache[attn + "hook_result"].sum(2), model.blocks[1].attn.b_O
+        torch.testing.assert_close(cache["blocks.1.hook_attn_out"], whole if bias is None else whole + bias)
         by_result = model.run_with_hooks(tokens, fwd_hooks=[(attn + "hook_result", drop_head_2)])
         by_z = model.run_with_hooks(tokens, fwd_hooks=[(attn + "hook_z", drop_head_2)])
     torch.testing.assert_close(by_result, by_z)
 
 
+@EVERY_ARCHITECTURE
 def test_the_residual_stream_adds_up(model: HookedMoE, tokens: Tensor) -> None:
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
@@ -455,12 +529,9 @@ def test_an_edit_that_routes_to_no_expert_is_refused(index: int, model: HookedMo
 
 # Gradients
 
-FLOAT_SPECS = pytest.mark.parametrize(
-    "spec", [spec for spec in HOOK_TABLE if "indices" not in spec.name], ids=lambda spec: spec.name
-)
 
-
-@FLOAT_SPECS
+@EACH_FLOAT_ROW
+@MANY_FORWARDS
 def test_backward_hooks_give_the_gradient_that_autograd_gives(spec: HookSpec, model: HookedMoE, tokens: Tensor) -> None:
     """Autograd's answer: the derivative by a variable that stands in for the activation."""
     for name in list(spec.names(model.cfg))[:4]:
@@ -482,6 +553,7 @@ def test_backward_hooks_give_the_gradient_that_autograd_gives(spec: HookSpec, mo
         assert expected.numel() == 0 or expected.abs().sum() > 0, name
 
 
+@EVERY_ARCHITECTURE
 def test_a_backward_hook_changes_no_bit_of_the_output_and_no_gradient(model: HookedMoE, tokens: Tensor) -> None:
     def gradients(bwd_hooks: list) -> tuple[Tensor, dict[str, Tensor]]:
         model.zero_grad()
@@ -539,10 +611,13 @@ def test_a_backward_hook_where_no_gradient_flows_is_refused(model: HookedMoE, to
         model.run_with_hooks(tokens, bwd_hooks=[("blocks.0.mlp.hook_expert_indices", lambda gradient, hook: None)])
 
 
+@pytest.mark.parametrize("architecture", ["olmoe", "deepseek"])
 @pytest.mark.parametrize("name", ["attn_scores", "pattern", "result"])
-def test_gradients_flow_through_an_edited_activation(name: str, make_model: Callable[..., HookedMoE], tokens: Tensor) -> None:
+def test_gradients_flow_through_an_edited_activation(
+    name: str, architecture: str, make_model: Callable[..., HookedMoE], tokens: Tensor
+) -> None:
     """A steering vector can be trained, also where the plain forward takes another path than the hooked one."""
-    model = make_model(dtype=torch.float64)
+    model = make_model(architecture, dtype=torch.float64)
 
     def loss(scale: Tensor | float) -> Tensor:
         def steer(x: Tensor, hook: HookPoint) -> Tensor:
@@ -591,24 +666,28 @@ def test_without_hooks_no_hook_point_allocates(model: HookedMoE) -> None:
     assert all(point(x) is x for point in model.hook_dict.values())
 
 
-def test_edits_in_place_count_at_every_hook_point(make_model: Callable[..., HookedMoE], tokens: Tensor) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        own = make_model(d_expert=16).to(dtype)
-        with torch.inference_mode():
-            clean = own(tokens)
-            for name in own.hook_dict:
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("olmoe", torch.float32), ("qwen", torch.bfloat16), ("deepseek", torch.bfloat16)]
+)
+@MANY_FORWARDS
+def test_edits_in_place_count_at_every_hook_point(
+    architecture: str, dtype: torch.dtype, make_model: Callable[..., HookedMoE], tokens: Tensor
+) -> None:
+    def edit_in_place(activation: Tensor, hook: HookPoint) -> Tensor:
+        return activation.mul_(0) if activation.is_floating_point() else activation.fill_(0)
 
-                def edit_in_place(activation: Tensor, hook: HookPoint) -> Tensor:
-                    return activation.mul_(0) if activation.is_floating_point() else activation.fill_(0)
+    def return_a_clone(activation: Tensor, hook: HookPoint) -> Tensor:
+        return activation.clone()
 
-                def return_a_clone(activation: Tensor, hook: HookPoint) -> Tensor:
-                    return activation.clone()
-
-                edited = own.run_with_hooks(tokens, fwd_hooks=[(name, edit_in_place)])
-                # scores of -inf times zero are nan; where an expert has no tokens, nothing can change
-                unused = "experts." in name and name not in routed_experts(own, tokens)
-                assert unused or not torch.equal(clean, edited), name
-                assert torch.equal(clean, own.run_with_hooks(tokens, fwd_hooks=[(name, return_a_clone)])), name
+    own = make_model(architecture, n_layers=2, d_expert=16, dtype=dtype)
+    with torch.inference_mode():
+        clean, routed = own(tokens), routed_experts(own, tokens)
+        for name in own.hook_dict:
+            edited = own.run_with_hooks(tokens, fwd_hooks=[(name, edit_in_place)])
+            # scores of -inf times zero are nan; where an expert has no tokens, nothing can change
+            unused = "experts." in name and name not in routed
+            assert unused or not torch.equal(clean, edited), name
+            assert torch.equal(clean, own.run_with_hooks(tokens, fwd_hooks=[(name, return_a_clone)])), name
 
 
 def routed_experts(model: HookedMoE, tokens: Tensor) -> set[str]:
@@ -621,15 +700,18 @@ def routed_experts(model: HookedMoE, tokens: Tensor) -> set[str]:
     }
 
 
-def test_an_edit_in_place_reaches_nothing_but_what_follows(make_model: Callable[..., HookedMoE], tokens: Tensor) -> None:
-    own = make_model().double()
+@EVERY_ARCHITECTURE
+@MANY_FORWARDS
+def test_an_edit_in_place_reaches_nothing_but_what_follows(
+    architecture: str, make_model: Callable[..., HookedMoE], tokens: Tensor
+) -> None:
+    own = make_model(architecture, n_layers=2, dtype=torch.float64)
+    _, clean = own.run_with_cache(tokens)
     for name in own.hook_dict:
         if "experts." in name or name.endswith("indices"):
             continue
-        with torch.no_grad():
-            _, clean = own.run_with_cache(tokens)
-            with own.hooks([(name, lambda activation, hook: activation.mul_(0.9))]):
-                _, edited = own.run_with_cache(tokens)
+        with torch.no_grad(), own.hooks([(name, lambda activation, hook: activation.mul_(0.9))]):
+            _, edited = own.run_with_cache(tokens)
         for earlier in list(clean)[: list(clean).index(name)]:
             assert torch.equal(clean[earlier], edited[earlier]), (name, earlier)
         gradients = []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_moe import ActivationCache, HookedMoE, HookPoint
+from tests.conftest import EVERY_ARCHITECTURE
 
 transformer_lens = pytest.importorskip("transformer_lens")
 patching = pytest.importorskip("transformer_lens.patching")
@@ -62,6 +63,7 @@ def by_loop(model: HookedMoE, tokens: Tensor, cache: ActivationCache, activation
     return results
 
 
+@EVERY_ARCHITECTURE
 def test_the_model_meets_the_protocols(model: HookedMoE) -> None:
     assert isinstance(model, protocol.TransformerLensModel)
     assert isinstance(model, protocol.TrainableTransformerLensModel)
@@ -96,7 +98,7 @@ def test_a_patching_table_is_that_of_a_loop(
     assert (table - unpatched).abs().max() > 1e-4
 
 
-@GRADIENTS
+@pytest.mark.parametrize(("architecture", "gradients"), [("olmoe", False), ("olmoe", True), ("deepseek", False)])
 def test_every_block_part_is_patched_at_once(
     gradients: bool, model: HookedMoE, corrupted: Tensor, clean: Tensor, cache: ActivationCache
 ) -> None:
@@ -109,7 +111,8 @@ def test_every_block_part_is_patched_at_once(
     assert table[0, 0, 0].item() == pytest.approx(restored, abs=1e-5)  # the first token is all that differs
 
 
-def test_every_part_of_every_head_is_patched_with_grouped_key_value_heads(
+@pytest.mark.parametrize("architecture", ["olmoe", "deepseek"])
+def test_every_part_of_every_head_is_patched_with_grouped_key_value_heads_and_narrow_values(
     model: HookedMoE, corrupted: Tensor, cache: ActivationCache
 ) -> None:
     with torch.no_grad():

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import hooked_moe.model
-from hooked_moe import ExpertMask, HookedMoE, fan_out, verification
+from hooked_moe import ExpertMask, HookedMoE, fan_out, removals, verification
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.fingerprint import config_values, versions, weights_sha256
 from hooked_moe.verification import Check, noise_floor, verify
+from tests.conftest import EVERY_ARCHITECTURE
 
 CHECKS = ["loss", "no stale state", "losses differ", "inactive expert", "effects are exact"]
 Patch = pytest.MonkeyPatch
@@ -45,6 +46,9 @@ def failed(checks: list[Check]) -> list[str]:
         {"dtype": torch.bfloat16},
         {"dtype": torch.float16},
         {"dtype": torch.float64},
+        {"architecture": "deepseek", "dense_layers": (0, 1)},
+        {"architecture": "deepseek", "d_value": 20},
+        {"architecture": "deepseek", "dtype": torch.bfloat16},
     ],
     ids=str,
 )
@@ -55,6 +59,7 @@ def test_a_sound_model_passes(make_model: Callable[..., HookedMoE], changes: dic
 
 
 @pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+@EVERY_ARCHITECTURE
 def test_a_sound_model_passes_with_every_removal_in_both_scopes(model: HookedMoE, removal: Any, sequence: Tensor) -> None:
     assert failed(verify(model, sequence, removal, ("position", "sequence"))) == []
 
@@ -167,6 +172,15 @@ def test_fast_effects_that_are_off_fail_the_fifth_check_alone(
     assert not checks[-1].value < 9e-4
 
 
+@pytest.mark.parametrize("architecture", ["qwen", "deepseek"])
+@pytest.mark.parametrize("removal", ["zero", "renormalize"])
+def test_fast_effects_that_forget_the_shared_experts_fail_the_fifth_check_alone(
+    model: HookedMoE, removal: Any, sequence: Tensor, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(removals, "plus", lambda routed, shared: routed)
+    assert failed(verify(model, sequence, removal)) == ["effects are exact"]
+
+
 @pytest.mark.parametrize("fault", ["reroute", "sequence"])
 def test_effects_are_compared_for_the_removal_and_the_scopes_to_be_measured(
     model: HookedMoE, fault: str, sequence: Tensor, monkeypatch: Patch
@@ -202,6 +216,7 @@ def test_a_model_of_nan_passes_none_of_the_checks(make_model: Callable[..., Hook
 # --- noise floor and fingerprint -------------------------------------------------------------------------------------
 
 
+@EVERY_ARCHITECTURE
 def test_the_noise_floor_is_what_removing_nothing_seems_to_do(model: HookedMoE, tokens: Tensor, monkeypatch: Patch) -> None:
     for batch in (tokens, tokens[:1]):
         assert 0 <= noise_floor(model, batch) < 1e-5
@@ -210,9 +225,10 @@ def test_the_noise_floor_is_what_removing_nothing_seems_to_do(model: HookedMoE, 
     assert noise_floor(model, tokens) > 1e-4
 
 
-def test_every_layer_counts_towards_the_noise_floor(model: HookedMoE, tokens: Tensor, monkeypatch: Patch) -> None:
+@EVERY_ARCHITECTURE
+def test_every_layer_with_experts_counts_towards_the_noise_floor(model: HookedMoE, tokens: Tensor, monkeypatch: Patch) -> None:
     original = verification.without
-    for layer in range(model.cfg.n_layers):
+    for layer in model.cfg.moe_layers:
         monkeypatch.setattr(
             verification,
             "without",

@@ -39,14 +39,14 @@ class LatentAttention(Attention):
 
     def project(self, x: Float[Tensor, "batch pos d_model"], rotate: Rotation) -> QueriesKeysValues:
         """Down to the latents, up to the heads, rotated."""
-        q = self.hook_q(project_heads(self._latent_query(x), self.W_Q))
         down = einsum(x, self.W_DKV, "batch pos d_model, latent d_model -> batch pos latent")
         latent, k_position = down.split([len(self.kv_norm.w), self.cfg.rotary_width], dim=-1)
         up = project_heads(self.hook_kv_latent(self.kv_norm(latent)), self.W_UKV)
+        q = self.hook_q(project_heads(self._latent_query(x), self.W_Q))
         k_content, v = up.split([self.d_content, self.cfg.value_width], dim=-1)
-        k = torch.cat((k_content, k_position.unsqueeze(2).expand(-1, -1, self.cfg.n_heads, -1)), dim=-1)
-        q, k = self._rotated(q, rotate), self._rotated(self.hook_k(k), rotate)
-        return QueriesKeysValues(self.hook_rot_q(q), self.hook_rot_k(k), self.hook_v(v))
+        k = self.hook_k(torch.cat((k_content, k_position.unsqueeze(2).expand(-1, -1, self.cfg.n_heads, -1)), dim=-1))
+        v = self.hook_v(v)
+        return QueriesKeysValues(self.hook_rot_q(self._rotated(q, rotate)), self.hook_rot_k(self._rotated(k, rotate)), v)
 
     def _latent_query(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_in"]:
         if self.W_DQ is None or self.q_norm is None:

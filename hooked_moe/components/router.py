@@ -31,11 +31,12 @@ class Router(nn.Module):
         return probabilities.topk(self.cfg.experts_per_token, dim=-1).indices
 
     def _within_best_groups(self, probabilities: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "batch pos expert"]:
-        """Zero outside the groups with the most probable best expert (DeepSeek-V2, arXiv 2405.04434, section 2.2.2)."""
+        """Impossible outside the groups with the most probable best expert (DeepSeek-V2, arXiv 2405.04434, section 2.2.2): below
+        zero, so that an expert which a mask removed from these groups does not give its slot to one of another group."""
         groups = probabilities.unflatten(-1, (self.cfg.n_expert_groups, -1))
         best = groups.amax(dim=-1).topk(self.cfg.groups_per_token, dim=-1).indices
         chosen = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=groups.device).scatter(-1, best, True)
-        return groups.masked_fill(~chosen.unsqueeze(-1), 0.0).flatten(-2)
+        return groups.masked_fill(~chosen.unsqueeze(-1), -1.0).flatten(-2)
 
     def weigh(
         self, probabilities: Float[Tensor, "batch pos expert"], indices: Int[Tensor, "batch pos slot"]
