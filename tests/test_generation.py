@@ -16,26 +16,12 @@ from hooked_moe.key_value_cache import KeyValueCache
 from tests.conftest import random_model
 from tests.hf_models import random_tokens, save, tiny_olmoe
 
-LATENT: dict[str, Any] = {
-    "n_key_value_heads": 4,
-    "qk_norm": None,
-    "clip_qkv": None,
-    "qkv_bias": False,
-    "kv_lora_rank": 12,
-    "d_rotary": 4,
-    "d_value": 6,
-    "rotary_interleaved": True,
-    "dense_layers": (0,),
-    "d_mlp": 20,
-    "d_shared": 10,
-}
-ARCHITECTURES: dict[str, dict[str, Any]] = {"grouped-query": {}, "latent": LATENT}
 GREEDY: dict[str, Any] = {"do_sample": False, "stop_at_eos": False, "verbose": False}
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=["olmoe", "deepseek"])
 def own(request: pytest.FixtureRequest) -> HookedMoE:
-    return random_model(**ARCHITECTURES[request.param])
+    return random_model(request.param)
 
 
 @pytest.fixture

@@ -23,21 +23,11 @@ from hooked_moe.spill import Spill, Waiting
 from tests.conftest import random_model
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "olmoe": {},
+    "olmoe": {"architecture": "olmoe", "model_type": "olmoe"},
     "deepseek_v2": {
+        "architecture": "deepseek",
         "model_type": "deepseek_v2",
         "n_layers": 4,
-        "n_key_value_heads": 4,
-        "qk_norm": None,
-        "clip_qkv": None,
-        "qkv_bias": False,
-        "output_bias": False,
-        "kv_lora_rank": 12,
-        "d_rotary": 4,
-        "d_value": 6,
-        "rotary_interleaved": True,
-        "dense_layers": (0,),
-        "d_mlp": 20,
         "d_shared": 24,
         "tie_word_embeddings": True,
     },

@@ -22,21 +22,7 @@ from hooked_moe.removals import expert_means
 from tests.conftest import random_model
 
 NATS = 1e-5
-LATENT: dict[str, Any] = {
-    "n_key_value_heads": 4,
-    "qk_norm": None,
-    "clip_qkv": None,
-    "qkv_bias": False,
-    "kv_lora_rank": 12,
-    "d_rotary": 4,
-    "d_value": 6,
-    "rotary_interleaved": True,
-    "dense_layers": (0,),
-    "d_mlp": 20,
-    "d_shared": 10,
-    "routed_scaling_factor": 1.5,
-}
-MODELS = {"grouped-query": random_model(), "latent": random_model(**LATENT)}
+MODELS = {architecture: random_model(architecture) for architecture in ("olmoe", "deepseek")}
 MASKS = {"none": None, "both sides": torch.tensor([[0] * 2 + [1] * 5 + [0], [1] * 6 + [0] * 2])}
 ALL_READOUTS = (KL(), LogitDifference(3, 17), Displacement(), LossAfter(2))
 
@@ -249,7 +235,7 @@ def test_swapping_experts_is_such_an_edit(own: HookedMoE, tokens: Tensor) -> Non
 @given(width=st.integers(0, 4), length=st.integers(2, 7), latent=st.booleans(), data=st.data())
 @settings(max_examples=12, deadline=None)
 def test_windows_of_any_width_equal_full_forwards(width: int, length: int, latent: bool, data: Any) -> None:
-    own = MODELS["latent" if latent else "grouped-query"]
+    own = MODELS["deepseek" if latent else "olmoe"]
     tokens = torch.randint(0, 61, (1, length), generator=torch.Generator().manual_seed(length))
     pos = data.draw(st.integers(0, length - 1))
     order = data.draw(st.sampled_from(["descending", "ascending"]))
@@ -360,11 +346,11 @@ REFUSALS: dict[str, tuple[Refused, str]] = {
 def test_what_cannot_be_measured_is_refused_by_name(refusal: str, tokens: Tensor) -> None:
     run, message = REFUSALS[refusal]
     with pytest.raises(ValueError, match=message):
-        run(MODELS["grouped-query"], tokens)
+        run(MODELS["olmoe"], tokens)
 
 
 def test_a_dense_layer_can_be_edited_but_has_no_experts_to_remove(tokens: Tensor) -> None:
-    own = MODELS["latent"]
+    own = MODELS["deepseek"]
     with pytest.raises(ValueError, match=r"layer 0 is dense: it has no experts; layers \[1, 2\] have"):
         mask_effects(own, tokens, {0: torch.ones(1, 1, 1, 6)})
     effects = token_effects(own, tokens, lambda clean, where: 2 * clean.resid_post[None], layers=[0])

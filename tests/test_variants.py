@@ -97,22 +97,10 @@ def test_only_the_layers_from_the_first_edit_on_are_run(
 
 
 def test_it_works_in_latent_attention_with_shared_experts(tokens: Tensor) -> None:
-    own = random_model(
-        n_key_value_heads=4,
-        qk_norm=None,
-        clip_qkv=None,
-        qkv_bias=False,
-        kv_lora_rank=12,
-        d_rotary=4,
-        d_value=6,
-        dense_layers=(0,),
-        d_mlp=20,
-        d_shared=10,
-        shared_gate=True,
-    )
+    own = random_model("deepseek")
     edits = [
         ("blocks.1.attn.hook_kv_latent", scaled(0.5)),
-        ("blocks.2.mlp.hook_shared_gate", scaled(0.0)),
+        ("blocks.2.mlp.hook_shared_out", scaled(0.0)),
         ("blocks.0.mlp.hook_post", in_place),
     ]
     batched = own.run_variants(tokens, edits)
