@@ -34,8 +34,8 @@ format: $(VENV)/.development ## format the sources and apply the linter's safe f
 	@$(BIN)/python -m ruff format $(SOURCES)
 	@$(BIN)/python -m ruff check --fix $(SOURCES)
 
-bench: $(VENV)/.development ## time expert removals against one HuggingFace forward per removal
-	@$(BIN)/python benchmarks/removals.py $(ARGS)
+bench: $(VENV)/.development ## measure speed and memory against named peers, into benchmarks/RESULTS.md; ARGS=--small is a trial
+	@$(BIN)/python benchmarks/all.py $(ARGS)
 
 clean: ## delete .venv and caches; results/ stays
 	@rm -rf $(VENV) *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,123 +1,138 @@
-"""How many expert removals take the time that one HuggingFace forward per removal would take for one.
+"""How long the removal of one expert at one token takes: all of them at once, against one forward per removal.
 
-    python benchmarks/removals.py                  # context 512, 8 layers, 64 experts top-8, d_model 256
-    python benchmarks/removals.py --context 1024 --threads 1
+    python benchmarks/removals.py                                     # context 512, 8 layers, 64 experts top-8, d_model 256
+    python benchmarks/removals.py --contexts 256 512 1024 2048 --threads 1
+    python benchmarks/removals.py --small                             # seconds; shows that it works, measures nothing
 
-The peer is transformers' own OLMoE with the same random weights, in the same process, with its fastest attention (sdpa) and
-experts (grouped_mm): one forward per removal, as the released code of arXiv 2606.10703 does it, batch 1. Exactness is
-measured along with speed: some removals are repeated by transformers, with the routing weight zeroed inside its experts.
+The peers run the same random weights in the same process, by turns: transformers' own OLMoE with its fastest attention (sdpa)
+and experts (grouped_mm), with the routing weight zeroed inside its experts, and TransformerLens's TransformerBridge around it,
+with the weight zeroed at a hook point. Each removes one expert a forward, as the released code of arXiv 2606.10703 does, and
+several in the rows of a batch, at the batch size at which a removal takes it the least time.
+
+Some removals of every peer are compared with ours; the benchmark fails if one differs by more than 1e-5 nats.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import median
 
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import summary, timed
-from hooked_moe import HookedMoE
+from benchmarks import peers
+from benchmarks.peers import LossesWithout, Removals
+from benchmarks.tables import Table, count, parse, parser, show, threads
+from benchmarks.timing import ratio, seconds_of, summary, timed
 from hooked_moe.counterfactuals import expert_effects
+from hooked_moe.effects import ExpertEffects
+
+TOLERANCE = 1e-5
+"""Nats."""
+HEADER = [
+    "context",
+    "removals by",
+    "removals a forward",
+    "time of one removal",
+    "times ours, by turns",
+    "largest difference, nats",
+]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--active", type=int, default=8)
-    parser.add_argument("--d-model", type=int, default=256)
-    parser.add_argument("--d-expert", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-
-    reference = random_reference(args)
-    with tempfile.TemporaryDirectory() as directory:
-        reference.save_pretrained(directory)
-        model = HookedMoE.from_pretrained(directory)
-    tokens = torch.randint(0, args.vocabulary, (1, args.context), generator=torch.Generator().manual_seed(0))
-
-    def our_forward() -> None:
-        with torch.inference_mode():
-            model(tokens, return_type="loss", loss_per_token=True)
-
-    candidates = {
-        "transformers": lambda: hf_forward(reference, tokens),
-        "hooked_moe": our_forward,
-        "effects": lambda: expert_effects(model, tokens),
-    }
-    seconds = timed(candidates, args.repeats, warm_up=2)
-    removals = (args.context - 1) * args.layers * args.active
-
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {vars(args)}")
-    print(f"forward, transformers   {summary(seconds['transformers'])}")
-    print(f"forward, hooked_moe     {summary(seconds['hooked_moe'])}")
-    print(f"all {removals:,} removals    {summary(seconds['effects'])}")
-    print(f"forward, ours / theirs  {median(seconds['hooked_moe']) / median(seconds['transformers']):.2f}")
-    print(f"largest |difference| from transformers over 8 removals: {largest_difference(reference, model, tokens):.1e} nats")
-    print(f"removals per transformers forward: {removals * median(seconds['transformers']) / median(seconds['effects']):,.0f}")
+def main(argv: Sequence[str] | None = None) -> list[Table]:
+    args = parse(options(), argv, peers.SMALL | {"contexts": [32], "batches": [1, 2]})
+    with threads(args.threads):
+        table = Table(
+            f"Removals: {peers.model_in_words(args)}, {count(args.threads, 'thread')}",
+            "Every active expert at every token removed, one at a time: ours in one call for all, the others in a forward for "
+            "each, or for as many as the best batch has rows. Median (lowest to highest).",
+            HEADER,
+            [row for context in args.contexts for row in rows(args, context)],
+        )
+    show([table])
+    return [table]
 
 
-def random_reference(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # a class of transformers, which has no types
-    """A random OLMoE of transformers with its fastest kernels."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-
-    config = OlmoeConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.d_model,
-        intermediate_size=args.d_expert,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.d_model // 32,
-        num_experts=args.experts,
-        num_experts_per_tok=args.active,
-        max_position_embeddings=max(4096, args.context),
-        pad_token_id=None,
-        eos_token_id=None,
-        initializer_range=0.08,
+def options() -> argparse.ArgumentParser:
+    result = parser(__doc__)
+    peers.add_model_options(result)
+    result.add_argument("--contexts", type=int, nargs="+", default=[512])
+    result.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="batch sizes of the peers to choose from"
     )
-    config._attn_implementation = "sdpa"
-    config._experts_implementation = "grouped_mm"
-    torch.manual_seed(0)
-    return OlmoeForCausalLM(config).eval()
+    return result
 
 
-@torch.inference_mode()
-def hf_forward(reference, tokens: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """The loss at every position: what one removal costs there."""
-    logits = reference(tokens, use_cache=False).logits[0, :-1]
-    return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
-
-
-def largest_difference(reference, model: HookedMoE, tokens: torch.Tensor, samples: int = 8) -> float:  # type: ignore[no-untyped-def]
+def rows(args: argparse.Namespace, context: int) -> Iterator[list[str]]:
+    reference = peers.random_olmoe(args, context)
+    model = peers.ours(reference)
+    tokens = torch.randint(0, args.vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     effects = expert_effects(model, tokens)
-    clean = hf_forward(reference, tokens)
-    generator = torch.Generator().manual_seed(0)
+    others, missing = the_others(reference)
+    best = {name: best_batch(other, effects, tokens, args.batches) for name, other in others.items()}
+    candidates: dict[str, Callable[[], object]] = {"hooked_moe": lambda: expert_effects(model, tokens)} | {
+        f"{name} {size}": run_of(others[name], tokens, removals_of(effects, size)) for name in others for size in {1, best[name]}
+    }
+    seconds = timed(candidates, args.repeats)
+    removals = int(effects.delta_loss.isfinite().sum())
+    each = [s / removals for s in seconds["hooked_moe"]]
+    yield [f"{context:,}", "hooked_moe", f"{removals:,}", summary(each), "1", ""]
+    for name, other in others.items():
+        difference = largest_difference(other, effects, tokens, best[name])
+        for size in sorted({1, best[name]}):
+            theirs = [s / size for s in seconds[f"{name} {size}"]]
+            in_words = f"{size} (best)" if size == best[name] else f"{size}"
+            yield [f"{context:,}", name, in_words, summary(theirs), ratio(theirs, each), f"{difference:.1e}"]
+    for name, reason in missing.items():
+        yield [f"{context:,}", name, "", reason, "", ""]
+
+
+def the_others(reference: object) -> tuple[dict[str, LossesWithout], dict[str, str]]:
+    """Those that can be compared, and why the rest cannot."""
+    others, missing = {"transformers": peers.by_transformers(reference)}, {}
+    if peers.installed("transformer-lens"):
+        others["TransformerLens"] = peers.by_transformer_lens(peers.bridge_of(reference))
+    else:
+        missing["TransformerLens"] = "not installed"
+    missing["nnsight"] = "not compared" if peers.installed("nnsight") else "not installed"
+    return others, missing
+
+
+def run_of(other: LossesWithout, tokens: Tensor, removals: Removals) -> Callable[[], Tensor]:
+    return lambda: other(tokens, removals)
+
+
+def best_batch(other: LossesWithout, effects: ExpertEffects, tokens: Tensor, sizes: Sequence[int]) -> int:
+    """The batch size at which one removal takes the least time, by one run of each after a warm-up."""
+    other(tokens, removals_of(effects, 1))
+    return min(sizes, key=lambda size: seconds_of(run_of(other, tokens, removals_of(effects, size))) / size)
+
+
+def removals_of(effects: ExpertEffects, size: int, seed: int = 0) -> Removals:
+    """So many random removals in a random layer."""
+    generator = torch.Generator().manual_seed(seed)
+    n_layers, _, length, slots = effects.delta_loss.shape
+    layer = int(torch.randint(n_layers, (1,), generator=generator))
+    positions = torch.randint(length - 1, (size,), generator=generator)
+    chosen = torch.randint(slots, (size,), generator=generator)
+    return Removals(layer, positions, effects.expert_index[layer, 0, positions, chosen])
+
+
+def largest_difference(other: LossesWithout, effects: ExpertEffects, tokens: Tensor, size: int, least: int = 8) -> float:
+    """Between the losses after at least so many removals, in nats. Raises `ArithmeticError` if it is too large to be rounding."""
     worst = 0.0
-    for _ in range(samples):
-        layer = int(torch.randint(model.cfg.n_layers, (1,), generator=generator))
-        pos = int(torch.randint(tokens.shape[1] - 1, (1,), generator=generator))
-        slot = int(torch.randint(model.cfg.experts_per_token, (1,), generator=generator))
-        expert = int(effects.expert_index[layer, 0, pos, slot])
-
-        def zero(module, inputs, pos=pos, expert=expert):  # type: ignore[no-untyped-def]
-            hidden, indices, weights = inputs
-            weights = weights.clone()
-            weights[pos, indices[pos] == expert] = 0
-            return hidden, indices, weights
-
-        handle = reference.model.layers[layer].mlp.experts.register_forward_pre_hook(zero)
-        delta = (hf_forward(reference, tokens) - clean)[pos]
-        handle.remove()
-        worst = max(worst, abs(float(delta - effects.delta_loss[layer, 0, pos, slot])))
+    for seed in range(-(-least // size)):
+        removals = removals_of(effects, size, seed)
+        layer, at = removals.layer, removals.positions
+        slot = (effects.expert_index[layer, 0, at] == removals.experts[:, None]).int().argmax(-1)
+        expected = effects.baseline_loss[0, at] + effects.delta_loss[layer, 0, at, slot]
+        worst = max(worst, float((other(tokens, removals) - expected).abs().max()))
+    if not worst <= TOLERANCE:
+        raise ArithmeticError(f"removals differ by {worst:.1e} nats, more than {TOLERANCE:.0e}")
     return worst
 
 

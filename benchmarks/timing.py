@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 
@@ -15,12 +15,29 @@ def timed(candidates: Mapping[str, Callable[[], object]], repeats: int, warm_up:
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(seconds_of(run))
     return seconds
 
 
-def summary(seconds: list[float]) -> str:
-    """Median and range."""
-    return f"{median(seconds):.4f} s (of {len(seconds)}: {min(seconds):.4f} to {max(seconds):.4f})"
+def seconds_of(run: Callable[[], object]) -> float:
+    """Of one run."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def summary(seconds: Sequence[float]) -> str:
+    """Median (lowest to highest), in seconds or, where that reads better, in milliseconds or microseconds."""
+    scale, unit = next((s, u) for s, u in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")) if median(seconds) * s >= 1 or u == "µs")
+    middle, low, high = (_three_digits(x * scale) for x in (median(seconds), min(seconds), max(seconds)))
+    return f"{middle} {unit} ({low} to {high})"
+
+
+def ratio(seconds: Sequence[float], peer: Sequence[float]) -> str:
+    """How much longer than the peer, turn by turn: median (lowest to highest)."""
+    by_turn = [one / other for one, other in zip(seconds, peer, strict=True)]
+    return f"{_three_digits(median(by_turn))} ({_three_digits(min(by_turn))} to {_three_digits(max(by_turn))})"
+
+
+def _three_digits(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:#.3g}"

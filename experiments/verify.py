@@ -136,10 +136,11 @@ def read_text(subject: Subject, length: int) -> tuple[Tensor, str]:
     if tokenizer is None:
         tokens = torch.randint(subject.cfg.d_vocab, (1, length), generator=torch.Generator().manual_seed(0))
         return tokens, f"{length} random token ids, for there is no tokenizer.json"
-    documents = load_corpus("held-out").documents
-    encoded = [tokenizer.encode(document.text)[:length] for document in documents]
-    ids = max(encoded, key=len)  # the first of the longest
-    return torch.tensor([ids]), f"{len(ids)} tokens of {documents[encoded.index(ids)].title!r} in the held-out corpus"
+    for document in load_corpus("held-out").documents:
+        ids = tokenizer.encode(document.text)[:length]
+        if len(ids) == length:
+            return torch.tensor([ids]), f"{length} tokens of {document.title!r} in the held-out corpus"
+    raise ValueError(f"--tokens {length}: no document of the held-out corpus is that long; give fewer")
 
 
 def all_checks(args: argparse.Namespace, subject: Subject, tokens: Tensor) -> Iterator[Result]:
@@ -236,7 +237,7 @@ def as_json(subject: Subject, text: str, results: list[Result]) -> dict[str, Any
         "text": text,
         "checks": [{key: finite(value) for key, value in dataclasses.asdict(result).items()} for result in results],
         "summary": summary(results),
-        "versions": versions(),
+        "versions": versions() | {"transformers": parity_checks.transformers_version()},
     }
 
 

@@ -1,0 +1,117 @@
+"""Runs every benchmark in a process of its own and writes benchmarks/RESULTS.md, one page.
+
+python benchmarks/all.py                    # a quarter of an hour on two quiet cores
+python benchmarks/all.py --only removals roofline --threads 1
+python benchmarks/all.py --small            # a minute; shows that it works, and prints what it finds instead
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+SUITE: dict[str, list[str]] = {
+    "removals": ["--contexts", "256", "512", "1024", "2048", "--batches", "1", "2", "4", "8", "--repeats", "3"],
+    "forward": ["--repeats", "7"],
+    "roofline": ["--repeats", "3"],
+    "scaling": ["--repeats", "3"],
+    "streaming": ["--documents", "4", "--tokens", "128"],
+}
+"""What each is given."""
+PACKAGES = ("torch", "transformers", "transformer-lens")
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
+"""Of the CPU: those that matter to matrix products."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = options().parse_args(argv)
+    out = args.out if args.out is not None or args.small else HERE / "RESULTS.md"
+    started, code = time.perf_counter(), 0
+    sections = []
+    for name in args.only:
+        found, text = section(name, ["--small"] if args.small else SUITE[name], args.threads)
+        code = code or found
+        sections.append(text)
+    page = "\n".join([*heading(time.perf_counter() - started), *sections])
+    if out is None:
+        print(page)
+    else:
+        out.write_text(page, encoding="utf-8")
+        print(f"{out} is written")
+    return code
+
+
+def options() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--small", action="store_true", help="seconds each; shows that they work, measures nothing")
+    result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice, %(default)s")
+    result.add_argument("--only", nargs="+", choices=SUITE, default=list(SUITE))
+    result.add_argument("--out", type=Path, help="the page (default: benchmarks/RESULTS.md; with --small it is printed)")
+    return result
+
+
+def section(name: str, given: Sequence[str], threads: int) -> tuple[int, str]:
+    """A benchmark's exit code, and what it printed under a heading."""
+    command = [f"benchmarks/{name}.py", *given, "--threads", str(threads)]
+    print(f"{shlex.join(command)} ...", file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+    printed = done.stdout if done.returncode == 0 else f"It failed with code {done.returncode}.\n"
+    return done.returncode, f"## {title(HERE / f'{name}.py')}\n\n`python {shlex.join(command)}`\n\n{printed}"
+
+
+def title(script: Path) -> str:
+    """The first line of its docstring."""
+    doc = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or script.stem
+    return doc.splitlines()[0].rstrip(".")
+
+
+def heading(seconds: float) -> Iterator[str]:
+    yield "# Benchmarks\n"
+    yield "Times are medians, with the lowest and the highest; ratios are of runs that took turns in one process.\n"
+    yield "| | |\n| --- | --- |"
+    for name, value in (machine() | versions() | {"run": f"{datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.0f} minutes"}).items():
+        yield f"| {name} | {value} |"
+    yield ""
+
+
+def machine() -> dict[str, str]:
+    """What Linux says of it; elsewhere, what Python knows."""
+    info = Path("/proc/cpuinfo")
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.is_file() else {}
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "CPU": f"{fields.get('model name') or platform.machine()}, {os.cpu_count()} cores",
+        "extensions": ", ".join(flag for flag in FLAGS if flag in fields.get("flags", "").split()) or "unknown",
+        "memory": f"{memory / 2**30:.0f} GiB",
+    }
+
+
+def versions() -> dict[str, str]:
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    packages = {package: version_of(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **packages, "commit": described.stdout.strip() or "unknown"}
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""What share of the machine's matrix-product rate the exhaustive `expert_effects` achieves, in total and by phase.
+
+    python benchmarks/roofline.py                       # d_model 1024, 4 layers of 64 experts top-8, context 512
+    python benchmarks/roofline.py --dtypes bfloat16 --layers 8 --threads 1
+    python benchmarks/roofline.py --small               # seconds; shows that it works, measures nothing
+
+The machine's rate is the largest that torch.mm reaches over several square sizes, in turns with the measurement. The work is
+counted exactly (`flops`). Phases are timed in a run of their own, for the clocks take time too.
+
+Target: at least 40% of the bfloat16 rate, end to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hooked_moe.fan_out
+import hooked_moe.removals
+from benchmarks.tables import Table, count, parse, parser, show, threads
+from benchmarks.timing import seconds_of, summary, timed
+from hooked_moe import HookedMoE, HookedMoEConfig
+from hooked_moe.components.attention import Attention
+from hooked_moe.components.experts import ExpertGroups, Experts
+from hooked_moe.components.gated_mlp import GatedMLP
+from hooked_moe.components.grouped_query_attention import GroupedQueryAttention
+from hooked_moe.components.moe import MoE
+from hooked_moe.components.norm import RMSNorm
+from hooked_moe.components.rotary import Rotation
+from hooked_moe.counterfactuals import expert_effects
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SMALL = {"d_model": 64, "layers": 2, "experts": 8, "active": 2, "d_expert": 32, "vocabulary": 256, "context": 32, "repeats": 1}
+TARGET = 0.4
+
+PROJECTIONS, ATTENTION, ROUTING = "projections", "prefix attention", "routing and grouping"
+EXPERTS, COMBINE, UNEMBEDDING = "expert products", "combine", "unembedding"
+ACTIVATION, NORMS, OBSERVE, REST = "expert activation", "norms and rotations", "observation", "everything else"
+PHASES = (PROJECTIONS, ATTENTION, ROUTING, EXPERTS, ACTIVATION, COMBINE, NORMS, OBSERVE, UNEMBEDDING, REST)
+
+WRAPPED: tuple[tuple[Any, str, str], ...] = (
+    (GroupedQueryAttention, "project", PROJECTIONS),
+    (Attention, "output", PROJECTIONS),
+    (Attention, "attend", ATTENTION),
+    (hooked_moe.fan_out, "window_attention", ATTENTION),
+    (MoE, "route", ROUTING),
+    (ExpertGroups, "__init__", ROUTING),
+    (ExpertGroups, "gather", ROUTING),
+    (Experts, "project_in", EXPERTS),
+    (Experts, "project_out", EXPERTS),
+    (GatedMLP, "forward", EXPERTS),
+    (MoE, "run_experts", ACTIVATION),  # what is left of it: silu(gate) * up
+    (MoE, "combine", COMBINE),
+    (hooked_moe.removals, "masked_combine", COMBINE),
+    (RMSNorm, "forward", NORMS),
+    (Rotation, "__call__", NORMS),
+    (hooked_moe.counterfactuals, "observe", OBSERVE),
+    (hooked_moe.fan_out, "target_loss", UNEMBEDDING),
+)
+"""Which function is which phase. Time inside a wrapped function counts for the innermost one."""
+
+
+def main(argv: Sequence[str] | None = None) -> list[Table]:
+    args = parse(options(), argv, SMALL)
+    with threads(args.threads):
+        measured = [measure(config(args, DTYPES[dtype]), args) for dtype in args.dtypes]
+    tables = [totals(measured, args), by_phase(measured)]
+    show(tables)
+    return tables
+
+
+def options() -> argparse.ArgumentParser:
+    result = parser(__doc__)
+    result.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    result.add_argument("--d-model", type=int, default=1024, help="in heads of 64 (default: %(default)s)")
+    result.add_argument("--layers", type=int, default=4)
+    result.add_argument("--experts", type=int, default=64)
+    result.add_argument("--active", type=int, default=8)
+    result.add_argument("--d-expert", type=int, default=512)
+    result.add_argument("--vocabulary", type=int, default=8192)
+    result.add_argument("--context", type=int, default=512)
+    return result
+
+
+def config(args: argparse.Namespace, dtype: torch.dtype) -> HookedMoEConfig:
+    heads = args.d_model // 64
+    return HookedMoEConfig(
+        n_layers=args.layers,
+        d_model=args.d_model,
+        d_vocab=args.vocabulary,
+        n_ctx=args.context,
+        n_heads=heads,
+        n_key_value_heads=heads,
+        d_head=64,
+        qk_norm="full",
+        num_experts=args.experts,
+        experts_per_token=args.active,
+        d_expert=args.d_expert,
+        dtype=dtype,
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    cfg: HookedMoEConfig
+    seconds: list[float]
+    """Of each repeat."""
+    by_phase: dict[str, float]
+    """Seconds, in the middle one of as many runs under clocks."""
+    work: dict[str, float]
+    """Floating-point operations in the matrix products of each phase."""
+    rates: dict[torch.dtype, float]
+    """Floating-point operations per second that the machine does at best."""
+
+    @property
+    def rate(self) -> float:
+        """Of the model's own dtype."""
+        return self.rates[self.cfg.dtype]
+
+    @property
+    def achieved(self) -> float:
+        return sum(self.work.values()) / median(self.seconds)
+
+    @property
+    def seconds_at_best(self) -> float:
+        """Every product at the machine's rate for its own dtype, and nothing else."""
+        return sum(work / self.rates[dtype_of(phase, self.cfg)] for phase, work in self.work.items())
+
+
+def measure(cfg: HookedMoEConfig, args: argparse.Namespace) -> Measured:
+    torch.manual_seed(0)
+    model = HookedMoE(cfg).eval()
+    tokens = torch.randint(0, cfg.d_vocab, (1, args.context))
+
+    def effects() -> None:
+        expert_effects(model, tokens)
+
+    sizes = (64, 128) if args.small else (512, 1024, 2048, 4096)
+    products = {(size, dtype): product(size, dtype) for size in sizes for dtype in {torch.float32, cfg.dtype}}
+    seconds = timed({"effects": effects} | {str(key): run for key, run in products.items()}, args.repeats)
+    rates: dict[torch.dtype, float] = defaultdict(float)
+    for size, dtype in products:
+        rates[dtype] = max(rates[dtype], 2 * size**3 / min(seconds[str((size, dtype))]))
+    runs = sorted((under_clocks(effects) for _ in range(args.repeats)), key=lambda spent: sum(spent.values()))
+    work = flops(cfg, args.context, range(cfg.n_layers))
+    return Measured(cfg, seconds["effects"], runs[len(runs) // 2], work, dict(rates))
+
+
+def product(size: int, dtype: torch.dtype) -> Callable[[], object]:
+    """A square matrix product, its second factor in the orientation of weights: [out, in]."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return lambda: torch.mm(a, b.T)
+
+
+def under_clocks(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds of every phase of a run."""
+    with clocked(WRAPPED) as spent:
+        whole = seconds_of(run)
+    return spent | {REST: whole - sum(spent.values())}
+
+
+def totals(measured: Sequence[Measured], args: argparse.Namespace) -> Table:
+    cfg = measured[0].cfg
+    rows = [
+        [
+            name_of(one.cfg.dtype),
+            summary(one.seconds),
+            f"{one.achieved / 1e9:,.3g}",
+            f"{one.rate / 1e9:,.0f}",
+            f"{one.achieved / one.rate:.1%}",
+            f"{one.seconds_at_best / median(one.seconds):.1%}",
+        ]
+        for one in measured
+    ]
+    return Table(
+        f"Share of the machine's rate: context {args.context}, {cfg.n_layers} layers, {cfg.num_experts} experts "
+        f"top-{cfg.experts_per_token}, d_model {cfg.d_model}, d_expert {cfg.d_expert}, vocabulary {cfg.d_vocab:,}, "
+        f"{count(args.threads, 'thread')}",
+        f"All removals of a text do {sum(measured[0].work.values()) / 1e9:,.3g} GFLOP of matrix products. Target: "
+        f"{TARGET:.0%} of the bfloat16 rate. The last column takes products at the rate of their own dtype: router and "
+        "unembedding are in float32 whatever the model is in.",
+        ["model in", "time", "GFLOP/s", "the machine's (torch.mm)", "share", "share, each product at the rate of its dtype"],
+        rows,
+    )
+
+
+def by_phase(measured: Sequence[Measured]) -> Table:
+    header = ["phase", "products, GFLOP"]
+    for one in measured:
+        dtype = name_of(one.cfg.dtype)
+        header += [f"{dtype}: time, s", "of the time", "of the machine's rate"]
+    return Table(
+        "Where the time goes",
+        "The middle one of several runs with a clock around every function of a phase; the rate is that of the products' dtype.",
+        header,
+        [phase_row(phase, measured) for phase in PHASES],
+    )
+
+
+def phase_row(phase: str, measured: Sequence[Measured]) -> list[str]:
+    work = measured[0].work.get(phase)
+    row = [phase, f"{work / 1e9:,.3g}" if work else ""]
+    for one in measured:
+        seconds = one.by_phase.get(phase, 0.0)
+        rate = one.rates[dtype_of(phase, one.cfg)]
+        share = f"{work / seconds / rate:.1%}" if work and seconds else ""
+        row += [f"{seconds:.3f}", f"{seconds / sum(one.by_phase.values()):.1%}", share]
+    return row
+
+
+def dtype_of(phase: str, cfg: HookedMoEConfig) -> torch.dtype:
+    """Of the phase's products: the router and the unembedding are in float32 whatever the model is in."""
+    return torch.float32 if phase in (ROUTING, UNEMBEDDING) else cfg.dtype
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def flops(cfg: HookedMoEConfig, length: int, layers: Sequence[int]) -> dict[str, float]:
+    """Floating-point operations in the matrix products of `expert_effects` over one text, all its positions, by phase.
+
+    A product [n, i] x [i, o] is 2 n i o. One text of N tokens and K active experts is measured in these layers:
+
+    - Block b runs on the N clean tokens, and on K N variant tokens for each measured layer before b.
+    - Token t attends to t + 1 keys, its own among them: N (N + 1) / 2 pairs in each run over the text, each with one product of a
+      query and a key and one of a weight and a value in every head.
+    - Losses are of N - 1 positions, of the clean run and of K variants for each measured layer.
+
+    Norms, activations, softmax and the weighting of expert outputs are no matrix products and not counted.
+    """
+    runs = [1 + cfg.experts_per_token * sum(layer < block for layer in layers) for block in range(cfg.n_layers)]
+    pairs = length * (length + 1) / 2
+    attention = 2 * cfg.n_heads * (cfg.d_head + cfg.value_width) * pairs
+    ends = (1 + cfg.experts_per_token * len(layers)) * (length - 1)
+    return {
+        PROJECTIONS: sum(runs) * length * 2.0 * projection_weights(cfg),
+        ATTENTION: sum(runs) * attention,
+        ROUTING: sum(run * length * 2.0 * cfg.d_model * cfg.experts_in(b) for b, run in enumerate(runs)),
+        EXPERTS: sum(run * length * 2.0 * active_weights(cfg, b) for b, run in enumerate(runs)),
+        UNEMBEDDING: ends * 2.0 * cfg.d_model * cfg.d_vocab,
+    }
+
+
+def projection_weights(cfg: HookedMoEConfig) -> int:
+    """Weights that a token meets on its way into attention and out of it."""
+    out = cfg.n_heads * cfg.value_width * cfg.d_model
+    if cfg.kv_lora_rank is None:
+        return out + cfg.d_model * (cfg.n_heads * cfg.d_head + cfg.n_key_value_heads * (cfg.d_head + cfg.value_width))
+    query = cfg.n_heads * cfg.d_head * (cfg.q_lora_rank or cfg.d_model) + cfg.d_model * (cfg.q_lora_rank or 0)
+    down = cfg.d_model * (cfg.kv_lora_rank + cfg.rotary_width)
+    up = cfg.kv_lora_rank * cfg.n_heads * (cfg.d_head - cfg.rotary_width + cfg.value_width)
+    return out + query + down + up
+
+
+def active_weights(cfg: HookedMoEConfig, layer: int) -> int:
+    """Weights of the experts that serve a token, shared ones with their gate among them; or of the dense MLP."""
+    if not cfg.experts_in(layer):
+        return 3 * cfg.d_model * (cfg.d_mlp or 0)
+    width = cfg.experts_per_token * cfg.d_expert + (cfg.d_shared or 0)
+    return 3 * cfg.d_model * width + cfg.d_model * cfg.shared_gate
+
+
+@contextmanager
+def clocked(wrapped: Sequence[tuple[Any, str, str]]) -> Iterator[dict[str, float]]:
+    """Seconds spent in each phase while the context lasts, in the thread that measures."""
+    spent: dict[str, float] = defaultdict(float)
+    inner = [0.0]  # seconds in wrapped functions called by each wrapped function that is running
+
+    def clock(fn: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            inner.append(0.0)
+            started = time.perf_counter()
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                taken = time.perf_counter() - started
+                spent[phase] += taken - inner.pop()
+                inner[-1] += taken
+
+        return run
+
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in wrapped]
+    try:
+        for (owner, name, phase), (_, _, original) in zip(wrapped, originals, strict=True):
+            setattr(owner, name, clock(original, phase))
+        yield spent
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+if __name__ == "__main__":
+    main()
