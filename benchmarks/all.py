@@ -24,11 +24,11 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 SUITE: dict[str, list[str]] = {
-    "removals": ["--contexts", "256", "512", "1024", "2048", "--batches", "1", "2", "4", "8", "--repeats", "3"],
-    "forward": ["--repeats", "7"],
+    "removals": ["--contexts", "256", "512", "1024", "--batches", "1", "4", "--repeats", "3"],
+    "forward": ["--repeats", "5"],
     "roofline": ["--repeats", "3"],
-    "scaling": ["--repeats", "3"],
-    "streaming": ["--documents", "4", "--tokens", "128"],
+    "scaling": ["--repeats", "2"],
+    "streaming": ["--documents", "4", "--tokens", "64"],
 }
 """What each is given."""
 PACKAGES = ("torch", "transformers", "transformer-lens")

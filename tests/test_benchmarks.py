@@ -83,7 +83,9 @@ def test_a_run_gives_a_row_for_every_loader_and_dtype(
 def test_ratios_are_of_medians() -> None:
     runs = {
         ("read", "bfloat16"): [loading.Measured(seconds, 1.0, 0) for seconds in (2.0, 9.0, 1.0)],
-        ("hooked_moe", "bfloat16"): [loading.Measured(3.0, 2.0, 5 * loading.MIB)],
+        ("hooked_moe", "bfloat16"): [
+            loading.Measured(3.0, cpu, peak * loading.MIB) for cpu, peak in ((9.0, 1), (2.0, 9), (1.0, 5))
+        ],
         ("transformers", "bfloat16"): [loading.Measured(6.0, 8.0, 6 * loading.MIB)],
     }
     table = loading.as_table(runs, loading.Sizes(parameters=2 * loading.MIB, tensors=1, largest=loading.MIB)).splitlines()

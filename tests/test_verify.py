@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hf_models import FAMILIES, random_tokens, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -102,20 +103,22 @@ def test_random_models_of_every_family_pass(family: str, report: Callable[..., d
 
 def test_one_model_is_held_at_a_time(directory: Path, monkeypatch: Patch) -> None:
     held: list[weakref.ref[torch.nn.Module]] = []
-    load, their_run = verify.Subject.load, parity_checks.transformers_run
+    dtypes: list[torch.dtype] = []
 
-    def alone(found: Any) -> Any:
-        assert [model for model in held if model() is not None] == []
-        return found
+    def alone(load: Callable[..., Any]) -> Callable[..., Any]:
+        def loaded(*inputs: Any, **options: Any) -> Any:
+            assert [model for model in held if model() is not None] == []
+            model = load(*inputs, **options)
+            held.append(weakref.ref(model))
+            dtypes.append(next(model.parameters()).dtype)
+            return model
 
-    def loaded(self: verify.Subject, dtype: torch.dtype) -> HookedMoE:
-        held.append(weakref.ref(model := alone(load(self, dtype))))
-        return model
+        return loaded
 
-    monkeypatch.setattr(verify.Subject, "load", loaded)
-    monkeypatch.setattr(parity_checks, "transformers_run", lambda *inputs: alone(their_run(*inputs)))
+    for owner in (HookedMoE, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(owner, "from_pretrained", alone(owner.from_pretrained))
     assert verify.main(["--model", str(directory), "--tokens", "20"]) == 0
-    assert len(held) == 3
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float16]
 
 
 # --- the files -----------------------------------------------------------------------------------------------------------
@@ -141,6 +144,21 @@ def test_a_file_that_was_cut_short_fails(directory: Path, report: Callable[..., 
     assert "may be truncated" in found["checks"][-1]["detail"]
 
 
+def test_tensors_that_do_not_fill_the_model_are_counted(directory: Path, monkeypatch: Patch) -> None:
+    plan_copies = parity_checks.plan_copies
+
+    def without_one(*inputs: Any) -> Any:
+        plan = plan_copies(*inputs)
+        del plan.copied["model.layers.2.mlp.experts.3.up_proj.weight"]
+        return plan
+
+    monkeypatch.setattr(parity_checks, "plan_copies", without_one)
+    subject = verify.find(verify.parse_arguments(["--model", str(directory)]))
+    results = list(parity_checks.tensors_on_disk(subject.directory, subject.conversion, subject.cfg))
+    assert failed(results) == ["tensors", "parameters"]
+    assert results[1].threshold - results[1].value == 24 * 64  # type: ignore[operator]
+
+
 def test_a_copy_of_a_published_checkpoint_is_counted(directory: Path) -> None:
     tensors = load_file(directory / "model.safetensors").values()
     sizes = {
@@ -149,8 +167,8 @@ def test_a_copy_of_a_published_checkpoint_is_counted(directory: Path) -> None:
         "tensors": len(tensors),
     }
     census = {"parameters": "census: parameters", "stored_bytes": "census: bytes", "tensors": "census: tensors"}
-    for wrong in (None, *sizes):
-        entry = Published("org/model", **{key: size + (key == wrong) for key, size in sizes.items()})
+    for wrong, off in ((None, 0), *((key, off) for key in sizes for off in (1, -1))):
+        entry = Published("org/model", **{key: size + off * (key == wrong) for key, size in sizes.items()})
         results = list(parity_checks.census(directory, entry))
         assert [result.name for result in results] == list(census.values())
         assert failed(results) == ([census[wrong]] if wrong else [])
