@@ -5,8 +5,9 @@
     python -m experiments.verify --model ~/models/olmoe --expect olmoe --skip-half     # a copy of a published checkpoint
 
 Counts the tensors; compares logits that are published; runs the verifications that gate every audit; compares losses and routing
-with transformers, where it is installed; and half precision with float32. One model is in memory at a time, in float32 the
-largest: 4 bytes a parameter. Exit code 1 if a check failed or the model could not be read.
+with transformers, where it is installed; and half precision with float32. One model is in memory at a time, 4 bytes a parameter
+at most; transformers needs more than twice that while it loads: --skip-transformers. Exit code 1 if a check failed or the model
+could not be read.
 """
 
 from __future__ import annotations

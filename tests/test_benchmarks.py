@@ -130,7 +130,7 @@ def test_a_short_disk_or_memory_is_named_before_anything_is_written(
     usage = namedtuple("usage", "free")
     for disk, memory, message in (
         (10**9, 10**12, "1.0 GB free, and the checkpoint takes 3.3 GB: give another --dir"),
-        (10**12, 10**9, "1.0 GB of memory are available, and this may take 10.0 GB: give fewer --layers"),
+        (10**12, 10**9, "1.0 GB of memory are available, and this may take 16.0 GB: give fewer --layers"),
     ):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=disk: usage(free))
         monkeypatch.setattr(loading, "status", lambda *_, memory=memory: memory)

@@ -153,20 +153,21 @@ def allocate(model: HookedMoE, device: torch.device) -> None:
 def copy_weights(model: HookedMoE, checkpoint: Checkpoint, plan: CopyPlan) -> None:
     """Fill the parameters. Raises `CheckpointError` if a repeated copy of a tied weight differs from the first."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    broken = []
-    total = sum(checkpoint.tensors[name].nbytes for name in plan.copied)
+    places = {name: slot.of(parameters[slot.parameter].detach()) for name, slot in plan.copied.items()}
+    broken: dict[str, None] = {}
+    total = sum(checkpoint.tensors[name].nbytes for name in places)
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2.0, disable=None) as progress:
-        for name, value in checkpoint.stream(plan.copied):
-            slot = plan.copied[name]
-            slot.of(parameters[slot.parameter]).copy_(value)
-            if not all_finite(value):
-                broken.append(name)
-            progress.update(value.nbytes)
-    checkpoint.warn_of_non_finite(broken)
-    for name, value in checkpoint.stream(plan.repeated):
-        slot = plan.repeated[name]
+        for name, values in checkpoint.read_into(places):
+            if not all_finite(values):
+                broken[name] = None
+            progress.update(values.nbytes)
+    checkpoint.warn_of_non_finite(list(broken))
+    for name, slot in plan.repeated.items():
         part = slot.of(parameters[slot.parameter])
-        if not torch.equal(part, value.to(part)):
+        value = torch.empty_like(part)
+        for _ in checkpoint.read_into({name: value}):
+            pass
+        if not torch.equal(part, value):
             raise CheckpointError(
                 f"{checkpoint.directory}: config.json ties the embeddings (tie_word_embeddings), but {name} differs from them; "
                 "set tie_word_embeddings to false if they are separate"

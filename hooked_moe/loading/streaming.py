@@ -72,13 +72,12 @@ class StreamedBlocks(nn.ModuleList):
         block = cast(Block, self._modules[str(layer)])
         likes = block.named_parameters()
         tensors = {name: torch.empty(like.shape, dtype=like.dtype, device=self.device) for name, like in likes}
-        broken = []
-        for hf_name, value in self.checkpoint.stream(self.slots[layer]):
-            slot = self.slots[layer][hf_name]
-            slot.of(tensors[slot.parameter.split(".", 2)[2]]).copy_(value)
-            if layer not in self._checked and not all_finite(value):
-                broken.append(hf_name)
-        self.checkpoint.warn_of_non_finite(broken)
+        places = {name: slot.of(tensors[slot.parameter.split(".", 2)[2]]) for name, slot in self.slots[layer].items()}
+        broken: dict[str, None] = {}
+        for hf_name, values in self.checkpoint.read_into(places):
+            if layer not in self._checked and not all_finite(values):
+                broken[hf_name] = None
+        self.checkpoint.warn_of_non_finite(list(broken))
         self._checked.add(layer)
         self.blocks_read += 1
         return tensors
