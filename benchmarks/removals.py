@@ -61,9 +61,8 @@ def options() -> argparse.ArgumentParser:
     result = parser(__doc__)
     peers.add_model_options(result)
     result.add_argument("--contexts", type=int, nargs="+", default=[512])
-    result.add_argument(
-        "--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="batch sizes of the peers to choose from"
-    )
+    result.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="sizes for the peers to choose from")
+    result.add_argument("--batch-tokens", type=int, default=8192, help="at most so many in a batch (default: %(default)s)")
     return result
 
 
@@ -73,7 +72,8 @@ def rows(args: argparse.Namespace, context: int) -> Iterator[list[str]]:
     tokens = torch.randint(0, args.vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     effects = expert_effects(model, tokens)
     others, missing = the_others(reference)
-    best = {name: best_batch(other, effects, tokens, args.batches) for name, other in others.items()}
+    sizes = [size for size in args.batches if size * context <= args.batch_tokens] or [1]
+    best = {name: best_batch(other, effects, tokens, sizes) for name, other in others.items()}
     candidates: dict[str, Callable[[], object]] = {"hooked_moe": lambda: expert_effects(model, tokens)} | {
         f"{name} {size}": run_of(others[name], tokens, removals_of(effects, size)) for name in others for size in {1, best[name]}
     }

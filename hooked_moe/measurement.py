@@ -30,12 +30,12 @@ from hooked_moe.expert_mask import Removal
 from hooked_moe.fan_out import Steps, side_by_side
 from hooked_moe.memory import parse_bytes, variant_bytes
 from hooked_moe.model import HookedMoE
-from hooked_moe.requests import MEMORY_BUDGET, complete
+from hooked_moe.requests import complete
 from hooked_moe.tables import DOCUMENTS, EFFECTS, EFFECTS_SEQUENCE, TOKENS, atomic_path, write_parquet_atomic
 
 WINDOWS_AT_ONCE = 4
 MAX_WORKERS = 4
-"""Documents measured side by side, at most: where no budget is given, each may take `requests.MEMORY_BUDGET`."""
+"""Documents measured side by side, at most: where no budget is given, each has `requests.WAITING_BYTES` of its own."""
 
 Result = TypeVar("Result")
 
@@ -120,7 +120,7 @@ def measure(
     the memory beside the model's weights, of all documents that are measured at once together.
     """
     workers = _workers(model, len(corpus.documents))
-    budget = parse_bytes(MEMORY_BUDGET if memory_budget is None else memory_budget) // (1 if memory_budget is None else workers)
+    budget = None if memory_budget is None else parse_bytes(memory_budget) // workers
     shards = directory / "shards"
     shards.mkdir(exist_ok=True)
     names = ["tokens", *(_table_name(scope) for scope in plan.scopes)]
@@ -217,7 +217,7 @@ def _table_name(scope: Scope) -> str:
     return "effects" if scope == "position" else "effects_sequence"
 
 
-def _measure_document(model: HookedMoE, windows: list[Window], plan: Plan, budget: int) -> Steps[dict[str, pa.Table]]:
+def _measure_document(model: HookedMoE, windows: list[Window], plan: Plan, budget: int | None) -> Steps[dict[str, pa.Table]]:
     """Every table of one document, in the order of its positions."""
     tables: dict[str, list[tuple[int, pa.Table]]] = defaultdict(list)
     for numbers in _equal_lengths(windows):

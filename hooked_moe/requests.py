@@ -17,8 +17,8 @@ from hooked_moe.padding import Packed, Results, pack
 from hooked_moe.readouts import NamedReadout
 from hooked_moe.spill import Waiting
 
-MEMORY_BUDGET: int | str = "1GiB"
-"""Where none is given: memory beside the model's weights and the results."""
+WAITING_BYTES = 1 << 30
+"""Where no budget is given: of variants in flight, beside what one row of the clean run takes anyway."""
 
 Mask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]
 Positions = Sequence[int] | Bool[Tensor, "batch pos"]
@@ -32,7 +32,8 @@ class Request:
     layers: list[int]
     packed: Packed
     readouts: dict[str, NamedReadout]
-    budget: int
+    budget: int | None
+    """Bytes beside the model's weights and the results; None: what it takes, and `WAITING_BYTES` for variants."""
 
     @property
     def width(self) -> int:
@@ -43,7 +44,8 @@ class Request:
         """All parts one after another; or, where weights are streamed, side by side through the layers."""
         results = Results(self.layers, (len(self.packed.tokens), self.packed.width))
         demand = demand_of(self.model.cfg, self.packed.tokens.shape[1])
-        parts = divide(self.packed, self.layers, demand, n_variants * self.width, self.budget)
+        budget = demand.fixed + demand.row + WAITING_BYTES if self.budget is None else self.budget
+        parts = divide(self.packed, self.layers, demand, n_variants * self.width, budget)
         works = (work(packed, layers, results) for packed, layers in parts)
         if self.model.spill is not None:
             yield from side_by_side(works)
@@ -122,7 +124,7 @@ def make_request(
     named = {readout.name: readout for readout in readouts}
     if len(named) < len(readouts):
         raise ValueError(f"readouts need different names; got {[readout.name for readout in readouts]}")
-    budget = parse_bytes(MEMORY_BUDGET if memory_budget is None else memory_budget)
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
     return Request(model, _checked_layers(model, layers, dense), pack(tokens, attention_mask, positions), named, budget)
 
 

@@ -15,7 +15,7 @@ from hooked_moe.hooked_module import Hook
 from hooked_moe.losses import next_token_loss
 from hooked_moe.memory import demand_of, parse_bytes
 from hooked_moe.model import HookedMoE, LogitsAndLoss, ReturnType
-from hooked_moe.requests import MEMORY_BUDGET, require_unhooked
+from hooked_moe.requests import WAITING_BYTES, require_unhooked
 
 Edit = Hook | Sequence[Hook]
 """One intervention: a hook (name or predicate, function), or several that act together."""
@@ -42,7 +42,7 @@ def run_variants(
     variants = [_resolve(model, number, edit) for number, edit in enumerate(edits)]
     starts = sorted({variant.start for variant in variants})
     before = _residuals_before(model, tokens, mask, starts)
-    at_once = _rows_at_once(model, tokens, parse_bytes(MEMORY_BUDGET if memory_budget is None else memory_budget))
+    at_once = _rows_at_once(model, tokens, None if memory_budget is None else parse_bytes(memory_budget))
     logits: list[Tensor | None] = [None] * len(edits)
     losses: list[Tensor | None] = [None] * len(edits)
     ordered = sorted(variants, key=lambda variant: variant.start)  # those that start together run together
@@ -137,12 +137,13 @@ class _OnOwnRows:
         return activation
 
 
-def _rows_at_once(model: HookedMoE, tokens: Tensor, budget: int) -> int:
+def _rows_at_once(model: HookedMoE, tokens: Tensor, budget: int | None) -> int:
     """Variants of a group: as many as the budget holds, logits included; at least one."""
     batch, pos = tokens.shape
     demand = demand_of(model.cfg, pos)
     per_variant = batch * (demand.row + pos * (model.cfg.d_vocab * 8 + demand.variant_token))
-    return max(1, (budget - demand.fixed) // per_variant)
+    room = WAITING_BYTES if budget is None else budget - demand.fixed
+    return max(1, room // per_variant)
 
 
 def _stacked(parts: list[Tensor | None]) -> Tensor:

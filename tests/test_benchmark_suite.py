@@ -16,9 +16,10 @@ from benchmarks import all as suite
 from benchmarks import checkpoints, forward, peers, removals, roofline, scaling, streaming
 from benchmarks.tables import Table
 from benchmarks.timing import ratio, summary, timed
-from hooked_moe import HookedMoE
-from hooked_moe.components.experts import Experts
+from hooked_moe import HookedMoE, fan_out
+from hooked_moe.components import experts
 from hooked_moe.counterfactuals import expert_effects
+from hooked_moe.kernels.grouped_matmul import grouped_matmul_loop
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # as the scripts run it
 LENS = ["TransformerLens"] if peers.installed("transformer-lens") else []
@@ -89,9 +90,9 @@ def test_kernels_of_transformers_are_the_ones_asked_for() -> None:
 
 
 def test_roofline_has_every_phase_and_leaves_the_model_as_it_was() -> None:
-    before = Experts.project_in
+    before = experts.Experts.project_in
     totals, phases = roofline.main(["--small"])
-    assert Experts.project_in is before
+    assert experts.Experts.project_in is before
     assert column(totals, "model in") == ["float32", "bfloat16"]
     assert column(phases, "phase") == list(roofline.PHASES)
     shares = [float(cell.rstrip("%")) for cell in column(phases, "of the time")]
@@ -117,23 +118,29 @@ def test_clocks_give_each_second_to_the_innermost_function() -> None:
 
 @pytest.mark.parametrize("layers", [[0, 1, 2], [1]], ids=["all", "one"])
 @pytest.mark.parametrize("family", ["olmoe", "deepseek"])
-def test_flops_are_those_that_torch_counts(family: str, layers: list[int], make_model: Callable[..., HookedMoE]) -> None:
-    """But for attention, whose kernel counts whole squares, and what a product of rows with themselves adds."""
+def test_flops_are_those_that_torch_counts(
+    family: str, layers: list[int], make_model: Callable[..., HookedMoE], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for attention: torch counts whole squares of queries and keys."""
     latent = {"n_key_value_heads": 4, "qk_norm": None, "clip_qkv": None, "qkv_bias": False, "kv_lora_rank": 12, "d_rotary": 4}
-    latent |= {"d_shared": 24, "shared_gate": True}
+    latent |= {"d_value": 6, "d_shared": 24, "shared_gate": True, "dense_layers": (0,), "d_mlp": 20}
+    layers = [layer for layer in layers if family == "olmoe" or layer > 0]
     model = make_model(**(latent if family == "deepseek" else {}))
-    cfg, length = model.cfg, 9
-    tokens = torch.randint(0, cfg.d_vocab, (1, length))
+    tokens = torch.randint(0, model.cfg.d_vocab, (1, 9))
+    monkeypatch.setattr(experts, "grouped_matmul", grouped_matmul_loop)  # torch does not count grouped_mm
+    monkeypatch.setattr(fan_out, "window_attention", lambda q, k, v, *rest: q.new_zeros(*q.shape[:-1], v.shape[-1]))
     with FlopCounterMode(display=False) as counter:
         expert_effects(model, tokens, layers)
     products = {str(op): count for op, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)}
-    work = roofline.flops(cfg, length, layers)
-    tokens_run = sum(
-        length * (1 + cfg.experts_per_token * sum(layer < block for layer in layers)) for block in range(cfg.n_layers)
-    )
-    variants_run = tokens_run - length * cfg.n_layers
-    own_scores = variants_run * 2 * cfg.n_heads * cfg.d_head  # each variant's query with its own key
-    assert sum(products.values()) == sum(work.values()) - work[roofline.ATTENTION] + own_scores
+    work = roofline.flops(model.cfg, 9, layers)
+    assert sum(products.values()) == sum(work.values()) - work[roofline.ATTENTION]
+
+
+def test_flops_of_attention_count_each_pair_of_a_token_and_one_before_it(make_model: Callable[..., HookedMoE]) -> None:
+    cfg = make_model().cfg
+    runs = 3 + 3 * (1 + 2)  # the clean run in three layers, three variants from layer 0 on in two, those from layer 1 on in one
+    pairs = sum(1 for token in range(9) for _ in range(token + 1))
+    assert roofline.flops(cfg, 9, [0, 1, 2])[roofline.ATTENTION] == runs * pairs * cfg.n_heads * 2 * (cfg.d_head + cfg.d_head)
 
 
 def test_scaling_has_an_exponent_for_every_quantity() -> None:
