@@ -1,7 +1,7 @@
 """Synthetic effect tables whose truth is known: heavy tails, documents that are alike within, rankings that see or do not.
 
 Loss changes are made of
-    hardness      t with 3 degrees of freedom, times exp(0.7 N) per position (most tokens barely move), times exp(0.25 N) per
+    hardness      t with 5 degrees of freedom, times exp(0.8 N) per position (most tokens barely move), times exp(0.25 N) per
                   document and layer (some texts move more);
     favours       what a document adds to an expert, whatever the token: positions of a document are alike by it. Its mean over
                   documents is 0, so no ranking is right about it;
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TAIL, HARDNESS, MOOD = 3, 0.7, 0.25
+TAIL, HARDNESS, MOOD = 5, 0.8, 0.25
 NOISE_VARIANCE = TAIL / (TAIL - 2) * np.exp(2 * HARDNESS**2) * np.exp(2 * MOOD**2)
 FAVOUR_VARIANCE = 0.07 * NOISE_VARIANCE
 SLOTS, EXPERTS = 4, 16
@@ -31,7 +31,9 @@ class PlantedTable:
     expert: np.ndarray  # [layer, position, slot]
     score: np.ndarray  # [layer, ranking, expert]
     delta: np.ndarray  # [layer, position, slot]
-    effect: np.ndarray  # [layer, ranking]: true d over positions of highest against lowest; NaN where neither planted nor blind
+    effect: (
+        np.ndarray
+    )  # [layer, ranking]: true d over positions of highest against lowest; NaN where neither planted nor blind for sure
     static_share: np.ndarray  # [layer]: true share of the centred variance that experts explain
 
     def scores(self, layer: int, ranking: int) -> np.ndarray:
@@ -72,8 +74,9 @@ def planted_table(
     delta += size[:, None, None] * rank
 
     truth = np.full((layers, rankings), np.nan)
-    truth[:, 0] = effects
-    truth[np.asarray(effects) == 0] = 0.0
+    if static_spread == 0:
+        truth[:, 0] = effects
+        truth[np.asarray(effects) == 0] = 0.0
     seen = static[layer, expert]
     between = np.square(seen - seen.mean(axis=2, keepdims=True)).mean(axis=(1, 2))
     return PlantedTable(document, expert, score, delta, truth, between / (between + variance * (SLOTS - 1) / SLOTS))
