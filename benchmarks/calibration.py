@@ -8,19 +8,22 @@ python benchmarks/calibration.py --small          # seconds; shows that it works
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import scipy.stats
 from tqdm import tqdm
 
 from benchmarks import planted_effects as planted
-from benchmarks.decision_rules import ALPHA, BOUND, EVIDENCE, SAMPLE, decisions
+from benchmarks.decision_rules import ALPHA, BOUND, EVIDENCE, SAMPLE, Decisions, decisions
 from benchmarks.planted_effects import planted_table
 from benchmarks.tables import Table
 from hooked_moe import statistics as stat
@@ -32,6 +35,7 @@ NOTHING, PLANTED = (0.0, 0.0, 0.0), (BOUND, 0.2, 0.0)
 """d over positions of the first ranking in each layer; rankings in layers of 0 are all blind."""
 CELLS = RANKINGS * len(PLANTED)
 STATIC_SPREAD = 0.15
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,10 @@ class Rate:
 class Runs:
     """What the rules said in each run of a scenario: rule -> [run, layer, ranking]."""
 
-    def __init__(self, runs: int, documents: int, effects: Sequence[float], seed: int) -> None:
+    def __init__(self, runs: int, documents: int, effects: Sequence[float], seed: int, processes: int = 1) -> None:
         self.effects = np.asarray(effects)
-        told = []
-        for random, run in _seeded(runs, seed, f"{documents} documents, d = {effects}"):
-            told.append(decisions(planted_table(random, documents, effects, tokens=TOKENS, rankings=RANKINGS), run))
+        work = functools.partial(_decided, documents, effects)
+        told = _each(work, runs, seed, processes, f"{documents} documents, d = {effects}")
         self.said = {rule: np.array([one[rule] for one in told], float) for rule in told[0]}
 
     def rate(self, rule: str, effect: float) -> Rate:
@@ -83,12 +86,16 @@ class Runs:
         return layers if effect == 0 else layers[:, :, :1]
 
 
+def _decided(documents: int, effects: Sequence[float], run: int, random: np.random.Generator) -> Decisions:
+    return decisions(planted_table(random, documents, effects, tokens=TOKENS, rankings=RANKINGS), run)
+
+
 def main(argv: Sequence[str] | None = None) -> list[Table]:
     args = options().parse_args(argv)
     runs = args.runs or (20 if args.small else 1000)
     started = time.perf_counter()
-    tables = calibrate(runs, args.seed)
-    page = "\n".join([*_heading(runs, args.seed, time.perf_counter() - started), *map(str, tables)])
+    tables = calibrate(runs, args.seed, args.processes)
+    page = "\n".join([*_heading(runs, args.seed, time.perf_counter() - started, args.processes), *map(str, tables)])
     if args.small:
         print(page)
     else:
@@ -102,14 +109,15 @@ def options() -> argparse.ArgumentParser:
     result.add_argument("--small", action="store_true", help="seconds; shows that it works, measures nothing")
     result.add_argument("--runs", type=int, help="of each scenario (default: 1000, with --small 20)")
     result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--processes", type=int, default=1, help="the numbers are the same for any (default: 1)")
     result.add_argument("--out", type=Path, default=HERE / "CALIBRATION.md", help="the page (default: benchmarks/CALIBRATION.md)")
     return result
 
 
-def calibrate(runs: int, seed: int = 0) -> list[Table]:
-    blind = Runs(runs, DOCUMENTS, NOTHING, seed)
-    few = Runs(runs, FEW, NOTHING, seed + 1)
-    seeing = Runs(runs, DOCUMENTS, PLANTED, seed + 2)
+def calibrate(runs: int, seed: int = 0, processes: int = 1) -> list[Table]:
+    blind = Runs(runs, DOCUMENTS, NOTHING, seed, processes)
+    few = Runs(runs, FEW, NOTHING, seed + 1, processes)
+    seeing = Runs(runs, DOCUMENTS, PLANTED, seed + 2, processes)
     return [
         single_cells(blind, few),
         families(blind, few, seeing),
@@ -117,8 +125,8 @@ def calibrate(runs: int, seed: int = 0) -> list[Table]:
         equivalence(blind, seeing),
         verdicts(blind, seeing),
         bayes_factors(blind, few, seeing),
-        ceilings(runs, seed + 3),
-        stacked(runs, seed + 5),
+        ceilings(runs, seed + 3, processes),
+        stacked(runs, seed + 5, processes),
     ]
 
 
@@ -242,22 +250,13 @@ def bayes_factors(blind: Runs, few: Runs, seeing: Runs) -> Table:
     )
 
 
-def ceilings(runs: int, seed: int) -> Table:
+def ceilings(runs: int, seed: int, processes: int = 1) -> Table:
     rows = []
     for spread in (0.0, STATIC_SPREAD):
-        truth, estimate, missed, above, naive, oracle = [], [], [], [], [], []
-        for random, _ in _seeded(runs, seed + int(spread > 0), f"static ceiling, spread {spread:g}"):
-            table = planted_table(random, DOCUMENTS, (0.0,), tokens=TOKENS, rankings=1, static_spread=spread)
-            ceiling = stat.StaticCeiling(planted.EXPERTS)
-            ceiling.add(table.document, table.expert[0], table.delta[0])
-            found = ceiling.ceiling()
-            reach = found.se * scipy.stats.t.ppf(1 - ALPHA / 2, ceiling.n_folds - 1)
-            truth.append(table.static_share[0])
-            estimate.append(found.share)
-            missed.append(abs(found.share - truth[-1]) > reach)
-            above.append(found.share > reach)
-            naive.append(_least_squares_share(table.expert[0], table.delta[0]))
-            oracle.append(ceiling.oracle().share)
+        work = functools.partial(_ceiling, spread)
+        told = np.array(_each(work, runs, seed + int(spread > 0), processes, f"static ceiling, spread {spread:g}"))
+        truth, estimate, reach, naive, oracle = told.T
+        missed, above = np.abs(estimate - truth) > reach, estimate > reach
         bias = Rate.of(np.subtract(estimate, truth))
         means = [f"{100 * np.mean(x):.2f}%" for x in (truth, estimate)]
         rows.append(
@@ -287,6 +286,17 @@ def ceilings(runs: int, seed: int) -> Table:
     )
 
 
+def _ceiling(spread: float, run: int, random: np.random.Generator) -> tuple[float, float, float, float, float]:
+    """True share, ceiling, reach of its interval, share by least squares, share of the oracle."""
+    table = planted_table(random, DOCUMENTS, (0.0,), tokens=TOKENS, rankings=1, static_spread=spread)
+    expert, delta = table.expert[0], table.delta[0]
+    ceiling = stat.StaticCeiling(planted.EXPERTS)
+    ceiling.add(table.document, expert, delta)
+    found = ceiling.ceiling()
+    reach = found.se * float(scipy.stats.t.ppf(1 - ALPHA / 2, ceiling.n_folds - 1))
+    return float(table.static_share[0]), found.share, reach, _least_squares_share(expert, delta), ceiling.oracle().share
+
+
 def _least_squares_share(expert: np.ndarray, delta: np.ndarray) -> float:
     indicator = np.eye(planted.EXPERTS)[expert]
     x = (indicator - indicator.mean(axis=1, keepdims=True)).reshape(-1, planted.EXPERTS)
@@ -295,25 +305,13 @@ def _least_squares_share(expert: np.ndarray, delta: np.ndarray) -> float:
     return float(products @ np.linalg.pinv(x.T @ x, hermitian=True) @ products / (c @ c))
 
 
-def stacked(runs: int, seed: int) -> Table:
+def stacked(runs: int, seed: int, processes: int = 1) -> Table:
     rows = []
     for effect in (0.0, BOUND):
-        weights, gains = [], []
-        for random, _ in _seeded(runs, seed + int(100 * effect), f"stacking, d = {effect:g}"):
-            table = planted_table(random, DOCUMENTS, (effect,), tokens=TOKENS // 2, rankings=2)
-            ranks = [stat.standardised(stat.within_position_ranks(table.scores(0, ranking))) for ranking in range(2)]
-            held_out = [stat.leave_one_document_out(one, table.delta[0], table.document) for one in ranks]
-            columns = [*(scores.log_score for scores in held_out), held_out[0].chance]
-            weights.append(stat.stacking_weights(np.stack(columns, axis=1)).weight)
-            gains.append([(scores.log_score - scores.chance).sum() for scores in held_out])
-        gain = np.array(gains)
-        rows.append(
-            [
-                f"{effect:g}",
-                *(str(Rate.of(column)) for column in np.array(weights).T),
-                *(str(Rate.of(column > 0)) for column in gain.T),
-            ]
-        )
+        work = functools.partial(_stack, effect)
+        told = np.array(_each(work, runs, seed + int(effect > 0), processes, f"stacking, d = {effect:g}"))
+        rates = [*map(Rate.of, told[:, :3].T), *map(Rate.of, (told[:, 3:] > 0).T)]
+        rows.append([f"{effect:g}", *map(str, rates)])
     return Table(
         f"Leave-one-document-out scores and stacking, {DOCUMENTS} documents of {TOKENS // 2} positions",
         "Mean weight in the stack, and how often a ranking predicts held-out documents better than chance does. "
@@ -323,20 +321,32 @@ def stacked(runs: int, seed: int) -> Table:
     )
 
 
+def _stack(effect: float, run: int, random: np.random.Generator) -> np.ndarray:
+    """Weights of two rankings, the first planted, and of chance; gain of the two over chance in log score."""
+    table = planted_table(random, DOCUMENTS, (effect,), tokens=TOKENS // 2, rankings=2)
+    ranks = [stat.standardised(stat.within_position_ranks(table.scores(0, ranking))) for ranking in range(2)]
+    held_out = [stat.leave_one_document_out(one, table.delta[0], table.document) for one in ranks]
+    columns = [*(scores.log_score for scores in held_out), held_out[0].chance]
+    weight = stat.stacking_weights(np.stack(columns, axis=1)).weight
+    return np.array([*weight, *((scores.log_score - scores.chance).sum() for scores in held_out)])
+
+
 def _judged(rate: Rate, nominal: float) -> str:
     return f"**{rate}**" if rate.above(nominal) else str(rate)
 
 
-def _seeded(runs: int, seed: int, name: str) -> Iterator[tuple[np.random.Generator, int]]:
-    """A generator for each run that no other run or scenario shares, and the run's number."""
-    for run, child in enumerate(tqdm(np.random.SeedSequence(seed).spawn(runs), desc=name, file=sys.stderr, mininterval=5)):
-        yield np.random.default_rng(child), run
+def _each(work: Callable[[int, np.random.Generator], T], runs: int, seed: int, processes: int, name: str) -> list[T]:
+    """The work of every run, each with its number and a generator that no other run or scenario shares."""
+    children = np.random.SeedSequence(seed).spawn(runs)
+    with ProcessPoolExecutor(processes) as pool:
+        mapped = (pool.map if processes > 1 else map)(work, range(runs), map(np.random.default_rng, children))
+        return list(tqdm(mapped, desc=name, total=runs, file=sys.stderr, mininterval=5))
 
 
-def _heading(runs: int, seed: int, seconds: float) -> Iterator[str]:
+def _heading(runs: int, seed: int, seconds: float, processes: int) -> Iterator[str]:
     command = f"python benchmarks/calibration.py --runs {runs} --seed {seed}"
     yield "# Calibration of the decision rules\n"
-    yield f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.0f} minutes on one core.\n"
+    yield f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.0f} minutes, processes: {processes}.\n"
     yield (
         f"Every rate is over {runs:,} synthetic effect tables, ± its Monte Carlo standard error; **bold** where it exceeds the "
         "nominal level by more than two of these. Loss changes are heavy-tailed and alike within documents; what is planted, "
