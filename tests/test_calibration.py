@@ -4,14 +4,12 @@ import numpy as np
 import pytest
 
 from benchmarks import calibration
-from benchmarks.planted_effects import EXPERTS, NOISE_VARIANCE, planted_table
+from benchmarks.planted_effects import EXPERTS, planted_table
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # as the script runs it
 
-RUNS = 40
+RUNS = 30
 HELD = [
-    "sample: t",
-    "sample: Wilcoxon",
     "documents: t",
     "documents: Wilcoxon",
     "documents: sign flip",
@@ -75,10 +73,19 @@ def test_the_planted_d_is_the_d_of_a_large_table():
 
 def test_the_planted_share_is_that_of_a_large_table():
     table = planted_table(np.random.default_rng(3), 4000, (0.0,), rankings=1, static_spread=0.5)
-    centred = table.delta[0] - table.delta[0].mean(axis=1, keepdims=True)
-    assert table.static_share[0] == pytest.approx(calibration._least_squares_share(table.expert[0], table.delta[0]), rel=0.05)
-    assert np.mean(centred**2) == pytest.approx(0.75 * 1.07 * NOISE_VARIANCE / (1 - table.static_share[0]), rel=0.1)
+    assert table.static_share[0] == pytest.approx(calibration._least_squares_share(table.expert[0], table.delta[0]), rel=0.1)
     assert set(np.unique(table.expert)) == set(range(EXPERTS))
+    assert np.isnan(table.effect).all()  # a fixed ranking may be right about experts that differ
+
+
+def test_the_numbers_do_not_depend_on_the_processes():
+    one, two = (calibration._each(_first_number, 5, 7, processes, "") for processes in (1, 2))
+    assert one == two
+    assert len(set(one)) == 5
+
+
+def _first_number(run: int, random: np.random.Generator) -> tuple[int, float]:
+    return run, float(random.random())
 
 
 def test_the_page_has_a_row_for_every_rule(capsys):
