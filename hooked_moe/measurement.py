@@ -167,9 +167,12 @@ class Run:
         valid = self.tokenized.valid_positions()
         if chosen is not None:
             invalid = sorted(chosen.difference(valid))
-            if invalid or not chosen:
+            if not chosen:
+                raise ValueError("no positions to measure: positions is empty; leave it out to measure all")
+            if invalid:
                 raise ValueError(
-                    f"positions {invalid[:5]} have no next token to predict; valid are {len(valid)} pairs, as {valid[0]}"
+                    f"positions {invalid[:5]} have no next token to predict; there are {len(valid)} (document, position) pairs that "
+                    f"do, such as {valid[0]}"
                 )
             chosen = None if len(chosen) == len(valid) else chosen
         if part != "progressive":
