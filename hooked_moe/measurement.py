@@ -171,8 +171,8 @@ class Run:
                 raise ValueError("no positions to measure: positions is empty; leave it out to measure all")
             if invalid:
                 raise ValueError(
-                    f"positions {invalid[:5]} have no next token to predict; there are {len(valid)} (document, position) pairs that "
-                    f"do, such as {valid[0]}"
+                    f"positions {invalid[:5]} have no next token to predict; there are {len(valid)} (document, position) pairs "
+                    f"that do, such as {valid[0]}"
                 )
             chosen = None if len(chosen) == len(valid) else chosen
         if part != "progressive":
