@@ -119,6 +119,22 @@ def test_a_small_budget_still_takes_one_sweep(whole: HookedMoE, streamed: Hooked
     assert torch.equal(found.delta_loss.nan_to_num(7.0), expected.delta_loss.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("allowance", [0, 1 << 30])
+def test_experts_removed_from_whole_sequences_take_one_sweep_too(
+    allowance: int, whole: HookedMoE, streamed: HookedMoE, tmp_path: Path
+) -> None:
+    tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(4))
+    blocks = blocks_of(streamed)
+    blocks.spill = Spill(allowance, tmp_path)
+    before = blocks.blocks_read
+    found = expert_effects(streamed, tokens, scope="sequence")
+    assert blocks.blocks_read - before <= whole.cfg.n_layers + 1
+    assert (blocks.spill.written > 0) == (allowance == 0)
+    assert blocks.spill.allowance == allowance
+    expected = expert_effects(whole, tokens, scope="sequence")
+    assert torch.equal(found.delta_loss.nan_to_num(7.0), expected.delta_loss.nan_to_num(7.0))
+
+
 # Measuring a corpus
 
 
