@@ -24,14 +24,14 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 SUITE: dict[str, list[str]] = {
-    "removals": ["--contexts", "256", "512", "1024", "--batches", "1", "4", "--repeats", "3"],
+    "removals": ["--contexts", "256", "512", "1024", "2048", "--batches", "1", "4", "--repeats", "3"],
     "forward": ["--repeats", "5"],
     "roofline": ["--repeats", "3"],
     "scaling": ["--repeats", "2"],
     "streaming": ["--documents", "4", "--tokens", "64"],
 }
 """What each is given."""
-PACKAGES = ("torch", "transformers", "transformer-lens")
+PACKAGES = ("torch", "transformers", "transformer-lens", "nnsight")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 """Of the CPU: those that matter to matrix products."""
 
