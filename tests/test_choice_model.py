@@ -21,14 +21,15 @@ def _orders(beta, documents=20, tokens=30, slots=4, seed=0):
 
 
 def _log_probability(beta, score, delta):
-    """By the definition: choose the dearest, then the dearest of the rest, and so on."""
+    """By the definition: choose the dearest, then the dearest of the rest, and so on; and the other way round."""
     total = 0.0
     for z, d in zip(score, delta, strict=True):
-        left = list(np.argsort(-d))
-        while left:
-            total += beta * z[left[0]] - math.log(sum(math.exp(beta * z[i]) for i in left))
-            left = left[1:]
-    return total
+        for sign in (1, -1):
+            left = list(np.argsort(-sign * d))
+            while left:
+                total += sign * beta * z[left[0]] - math.log(sum(math.exp(sign * beta * z[i]) for i in left))
+                left = left[1:]
+    return total / 2
 
 
 def test_beta_maximises_the_probability_of_the_orders():
@@ -67,6 +68,23 @@ def test_savage_dickey_is_the_ratio_of_marginal_likelihoods():
     likelihood = scipy.stats.norm.pdf(fit.beta, grid, fit.sd)
     marginal = np.trapezoid(likelihood * scipy.stats.norm.pdf(grid, 0, 0.5), grid)
     assert fit.bf10 == pytest.approx(marginal / scipy.stats.norm.pdf(fit.beta, 0, fit.sd), rel=1e-6)
+
+
+def test_orders_the_other_way_round_turn_the_sign_and_nothing_else():
+    score, delta, document = _orders(0.4)
+    one, other = stat.plackett_luce(score, delta, document), stat.plackett_luce(score, -delta, document)
+    assert other.beta == pytest.approx(-one.beta)
+    assert (other.sd, other.log_bf10) == pytest.approx((one.sd, one.log_bf10))
+
+
+def test_a_metric_of_the_size_of_effects_without_their_sign_orders_nothing():
+    random = np.random.default_rng(3)
+    document = np.repeat(np.arange(40), 50)
+    size = random.lognormal(size=(len(document), 6))
+    delta = size * random.choice([-1.0, 1.0], size=size.shape)
+    fit = stat.plackett_luce(stat.standardised(size.argsort(axis=1).argsort(axis=1)), delta, document)
+    assert abs(fit.beta) < 3 * fit.sd
+    assert fit.log_bf10 < 0
 
 
 def test_planted_betas_are_found_and_their_errors_are_right():

@@ -4,6 +4,12 @@ At a position the k active experts are ordered by loss change, dearest first, as
 probability proportional to exp(beta z) among those left (Luce, 1959; Plackett, 1975); z is the metric, standardised. One
 beta for all positions; beta = 0 is the metric that knows nothing. The metrics are compared by beta's Bayes factor and by
 how well each predicts the orders of documents it was not fitted to.
+
+Chosen from the top, the model weighs the top of an order more than its bottom. A metric that says how far an expert's loss
+change is from zero, up or down, puts the same experts first and last, and would get a beta below 0 without any word of which
+is which. So the log probability used here is the mean of two: of the order chosen dearest first by exp(beta z), and of the same
+order chosen cheapest first by exp(-beta z). Reversing all orders then turns the sign of beta and changes nothing else. It is a
+composite likelihood (Varin, Reid and Firth, 2011), which the sandwich error allows for.
 """
 
 from dataclasses import dataclass
@@ -39,7 +45,7 @@ class PlackettLuce:
 @dataclass(frozen=True)
 class DocumentScores:
     document: Int[np.ndarray, " document"]
-    log_score: Float[np.ndarray, " document"]  # log probability of all orders in the document, fitted to the others
+    log_score: Float[np.ndarray, " document"]  # log probability of all orders in the document (the mean), fitted to the others
     chance: Float[np.ndarray, " document"]  # the same with beta = 0
 
 
@@ -147,7 +153,18 @@ def _fit(
 def _terms(
     beta: Float[np.ndarray, " position"], ordered: Float[np.ndarray, "position slot"]
 ) -> tuple[Float[np.ndarray, " position"], ...]:
-    """Log probability of each position's order, its first derivative in beta, and less its second and third."""
+    """Log probability of each position's order, its first derivative in beta, and less its second and third.
+
+    The mean of the dearest-first choice and of the cheapest-first, in which beta, and with it every odd derivative, turns.
+    """
+    dearest, cheapest = _from_the_top(beta, ordered), _from_the_top(-beta, ordered[:, ::-1])
+    return tuple((a + sign * b) / 2 for a, b, sign in zip(dearest, cheapest, (1, -1, 1, -1), strict=True))
+
+
+def _from_the_top(
+    beta: Float[np.ndarray, " position"], ordered: Float[np.ndarray, "position slot"]
+) -> tuple[Float[np.ndarray, " position"], ...]:
+    """The same for one direction of choice."""
     utility = beta[:, None] * ordered
     utility -= utility.max(axis=1, keepdims=True)
     weight = np.exp(utility)
