@@ -47,12 +47,19 @@ EFFECTS = _schema(
     ),
     ("gap_norm", pa.float32(), "residual stream", "g ||E(x)||, how far the removal moves the block's output"),
     ("rest_cosine", pa.float32(), "1", "cosine between the removed contribution and the rest of the routed sum"),
+    ("rest_norm", pa.float32(), "residual stream", "Euclidean norm of the rest of the routed sum"),
     _BASELINE,
     (
         "delta_loss",
         pa.float32(),
         "nats",
         "loss without the expert at this position minus baseline_loss; above 0 where the expert helps",
+    ),
+    (
+        "first_order",
+        pa.float32(),
+        "nats",
+        "first-order estimate of delta_loss: -g E(x) . dloss/dy, y the block's routed output; NaN where not measured",
     ),
 )
 EFFECTS_SEQUENCE = _schema(
@@ -67,6 +74,38 @@ EFFECTS_SEQUENCE = _schema(
         "nats",
         "loss here without the expert at every token of the sequence minus the intact model's loss here",
     ),
+)
+ROUTING = _schema(
+    _DOCUMENT,
+    _LAYER,
+    ("expert", pa.int16(), "index", "routed expert, counted from 0"),
+    ("n_tokens", pa.int32(), "tokens", "tokens of the document that select the expert"),
+    ("document_tokens", pa.int32(), "tokens", "tokens of the document"),
+    ("sum_probability", pa.float64(), "1", "sum over all tokens of the document of the router's probability of the expert"),
+    ("sum_entropy", pa.float64(), "nats", "sum over the tokens that select the expert of the router's entropy there"),
+    (
+        "max_activation",
+        pa.float32(),
+        "residual stream",
+        "largest |coordinate| of E(x) over the tokens that select the expert; NaN if none does",
+    ),
+)
+EXPERT_WEIGHTS = _schema(
+    _LAYER,
+    ("expert", pa.int16(), "index", "routed expert, counted from 0"),
+    ("router_row_norm", pa.float32(), "1", "Euclidean norm of the expert's row of the router"),
+    ("weight_norm", pa.float32(), "1", "Frobenius norm over the expert's three matrices together"),
+    ("mean_abs_weight", pa.float32(), "1", "mean |w| over the expert's three matrices together"),
+    ("rms_weight", pa.float32(), "1", "root mean square of w over the expert's three matrices together"),
+)
+PROGRESSIVE = _schema(
+    _DOCUMENT,
+    _POSITION,
+    _LAYER,
+    ("order", pa.string(), "text", "descending, ascending (routing weight) or random: which active expert goes next"),
+    ("removed", pa.int8(), "experts", "how many active experts were removed at this position"),
+    _BASELINE,
+    ("delta_loss", pa.float32(), "nats", "loss with these experts removed at this position minus baseline_loss"),
 )
 TOKENS = _schema(
     _DOCUMENT,
