@@ -114,17 +114,24 @@ class ExpertAccumulator:
         if self._tokens == 0:
             raise ValueError(f"no token seen in layers {list(self.layers)}")
         never = self._n == 0
-        one_way = self._coactivations
+        probability, entropy, highest = self._routing(routing)
+        row_norm, weight_norm, mean_abs, rms = self._weights(expert_weights)
         return ExpertStatistics(
-            self.layers,
-            self._n.copy(),
-            np.full(len(self.layers), self._tokens),
-            *(np.where(never, np.nan, mean) for mean in (self._mean_weight, self._mean_norm)),
-            self._m2_norm.copy(),
-            np.where(never, np.nan, self._mean_gap),
-            one_way + one_way.transpose(0, 2, 1),
-            *self._routing(routing),
-            *self._weights(expert_weights),
+            layers=self.layers,
+            n_tokens=self._n.copy(),
+            corpus_tokens=np.full(len(self.layers), self._tokens),
+            mean_weight=np.where(never, np.nan, self._mean_weight),
+            mean_norm=np.where(never, np.nan, self._mean_norm),
+            m2_norm=self._m2_norm.copy(),
+            mean_gap=np.where(never, np.nan, self._mean_gap),
+            coactivations=self._coactivations + self._coactivations.transpose(0, 2, 1),
+            mean_probability=probability,
+            mean_entropy=entropy,
+            max_activation=highest,
+            router_row_norm=row_norm,
+            weight_norm=weight_norm,
+            mean_abs_weight=mean_abs,
+            rms_weight=rms,
         )
 
     def _routing(self, source: Source | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -151,7 +158,7 @@ class ExpertAccumulator:
         mean_entropy = np.divide(entropy, n_tokens, out=np.full(never.shape, np.nan), where=~never)
         return probability / tokens, mean_entropy, np.where(never, np.nan, highest.reshape(never.shape))
 
-    def _weights(self, source: Source | None) -> tuple[np.ndarray, ...]:
+    def _weights(self, source: Source | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Router-row norm, weight norm, mean |w| and rms w, from one row per layer and expert."""
         names = ("router_row_norm", "weight_norm", "mean_abs_weight", "rms_weight")
         values = {name: np.full(self._n.size, np.nan) for name in names}
@@ -167,7 +174,8 @@ class ExpertAccumulator:
                     f"expert_weights.parquet must have each of the {self.n_experts} experts of layers {list(self.layers)} once; "
                     f"{np.count_nonzero(seen != 1)} are missing or repeated"
                 )
-        return tuple(array.reshape(self._n.shape) for array in values.values())
+        row_norm, weight_norm, mean_abs, rms = (array.reshape(self._n.shape) for array in values.values())
+        return row_norm, weight_norm, mean_abs, rms
 
     def _key(self, rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Of the rows of these layers: which (layer, expert) each is of, and which rows these are."""

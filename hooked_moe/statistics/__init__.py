@@ -23,7 +23,6 @@ from hooked_moe.statistics.effect_size import (
     cohens_dz,
     dz_interval,
 )
-from hooked_moe.statistics.tost import Equivalence, equivalence, equivalence_dz, tost_paired
 from hooked_moe.statistics.multiplicity import benjamini_hochberg, bonferroni, holm
 from hooked_moe.statistics.paired import PairedT, SignedRank, paired_t, wilcoxon_signed_rank
 from hooked_moe.statistics.power import minimal_detectable_d, minimum_documents, power_paired_t
@@ -32,6 +31,7 @@ from hooked_moe.statistics.resampling import BootstrapInterval, SignFlip, cluste
 from hooked_moe.statistics.samples import MINIMUM_PAIRS, DegenerateSample, paired_differences
 from hooked_moe.statistics.stacking import Stacking, stacking_weights
 from hooked_moe.statistics.static_ceiling import StaticCeiling, StaticShare
+from hooked_moe.statistics.tost import Equivalence, equivalence, equivalence_dz, tost_paired
 
 __all__ = [
     "MINIMUM_PAIRS",

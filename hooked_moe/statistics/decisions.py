@@ -4,9 +4,9 @@ from typing import Literal
 
 import numpy as np
 
-from hooked_moe.statistics.tost import Equivalence
 from hooked_moe.statistics.multiplicity import bonferroni
 from hooked_moe.statistics.paired import PairedT, SignedRank
+from hooked_moe.statistics.tost import Equivalence
 
 Outcome = Literal["positive", "negative", "tests_disagree", "not_detected"]
 Verdict = Literal["valid", "equivalent", "undecided", "reversed"]
