@@ -64,9 +64,12 @@ class EffectGrid:
 
     def measured(self) -> "EffectGrid":
         """The positions whose removals were measured."""
-        here = self.valid
-        keys = {"document": self.document[here], "position": self.position[here], "valid": here[here]}
-        return self._at(layers=self.layers, index=(here,), **keys)
+        return self.at_positions(self.valid)
+
+    def at_positions(self, chosen: Bool[np.ndarray, " P"] | Int[np.ndarray, " chosen"]) -> "EffectGrid":
+        """Some of the positions, by mask or by number."""
+        keys = {name: getattr(self, name)[chosen] for name in ("document", "position", "valid")}
+        return self._at(layers=self.layers, index=(chosen,), **keys)
 
     def _at(self, layers: tuple[int, ...], index: tuple[object, ...], **keys: np.ndarray) -> "EffectGrid":
         values = {name: getattr(self, name) for name in _VALUES}
