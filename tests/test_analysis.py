@@ -89,7 +89,7 @@ def test_parts_of_other_measurements_are_refused(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     sequence = pq.read_table(run / "effects_sequence.parquet")
     tables.write_parquet_atomic(sequence.slice(0, 480), other / "effects_sequence.parquet")
-    with pytest.raises(ValueError, match="two effect tables differ in document|differ in length"):
+    with pytest.raises(ValueError, match=r"two effect tables differ in document|differ in length"):
         analyse_run(other, n_experts=N_EXPERTS)
     with pytest.raises(ValueError, match=r"expert 14 outside 0\.\.7"):
         analyse_run(run, n_experts=8)
@@ -145,7 +145,7 @@ def test_a_long_corpus_is_thinned_evenly_and_says_so(run, tmp_path, monkeypatch)
     table = pd.read_csv(again / "bayes.csv").set_index("criterion")
     assert set(table["n_positions_used"].drop("chance")) == {312}  # every third of 936: 936 orders
     whole = pd.read_csv(run / "bayes.csv").set_index("criterion")
-    score = "first_order"
+    score = "routing_weight"
     assert abs(table.loc[score, "pl_beta"] - whole.loc[score, "pl_beta"]) < 4 * table.loc[score, "pl_sd"]
 
 
