@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
+from benchmarks import analysis_scale
 from hooked_moe import analysis, bayes, redistribution, tables
 from hooked_moe.analysis import analyse_run
 from hooked_moe.cells import Cell
@@ -214,3 +215,19 @@ def test_unknown_orders_are_refused(run, tmp_path):
     tables.write_parquet_atomic(table, other / "progressive.parquet")
     with pytest.raises(ValueError, match="has order 'upward'; there are descending, ascending, random"):
         analyse_run(other, n_experts=N_EXPERTS)
+
+
+# --- scale -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_scale_analyses_what_it_makes_up(capsys):
+    (table,) = analysis_scale.main(["--small", "--sequence", "--threads", "1"])
+    assert str(table) in capsys.readouterr().out
+    assert [row[:2] for row in table.rows] == [["2,000", "64,000"], ["4,000", "128,000"]]
+
+
+def test_an_analysis_beyond_the_memory_it_may_take_is_a_failure(monkeypatch):
+    monkeypatch.setattr(analysis_scale, "MEMORY", 1)
+    monkeypatch.setattr(analysis_scale, "analysed", lambda *_: {"seconds": 1.0, "before": 1.0, "peak": 2.0})
+    with pytest.raises(RuntimeError, match="32,000 rows took"):
+        analysis_scale.main(["--small", "--tokens", "2000"])
