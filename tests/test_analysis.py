@@ -96,7 +96,9 @@ def test_parts_of_other_measurements_are_refused(run, tmp_path):
         analyse_run(run, n_experts=8)
 
 
-@pytest.mark.parametrize("options", [{"n_documents": 1, "n_tokens": 9}, {"n_documents": 3, "n_tokens": 4, "k": 1, "layers": (2,)}])
+@pytest.mark.parametrize(
+    "options", [{"n_documents": 1, "n_tokens": 9}, {"n_documents": 3, "n_tokens": 4, "k": 1, "layers": (2,)}]
+)
 def test_what_is_too_small_for_any_statistic_is_analysed_and_says_so(options, tmp_path):
     run = synthetic_run(tmp_path / "tiny", parts=PARTS, **options)
     cells = analyse_run(run, n_experts=N_EXPERTS, n_positions=8)
