@@ -21,7 +21,11 @@ from matplotlib.ticker import MaxNLocator
 
 from hooked_moe.tables import atomic_path, write_csv_atomic
 
-BLUE, VERMILLION = "#0072B2", "#D55E00"
+BLACK, BLUE, SKY, GREEN, VERMILLION, GREY = "#000000", "#0072B2", "#56B4E9", "#007a5a", "#D55E00", "#666666"
+SMALL = 8  # points; nothing in a figure is smaller
+WIDE, NARROW = 7.4, 3.9  # inches
+
+LEGEND_BELOW = {"loc": "outside lower center", "handlelength": 2.4, "columnspacing": 1.6}
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -44,7 +48,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the report: file stem, caption, alternative text, numbers, and a function of (numbers, narrow)."""
+    """A figure of the report: file stem, title, caption, the table of its numbers, and a function of (numbers, narrow)."""
 
     name: str
     title: str
@@ -77,8 +81,8 @@ class Drawing:
 
 
 def panel_row(narrow: bool, count: int, height: float, **options: object) -> tuple[Figure, Sequence[Axes]]:
-    """`count` panels in a row, or stacked when narrow. Sizes in inches; a narrow page is 3.9 wide, a wide one 7.4."""
-    size = (3.9, height * count * 0.92) if narrow else (7.4, height)
+    """`count` panels in a row, or stacked when narrow; `height` in inches, of one row."""
+    size = (NARROW, height * count * 0.92) if narrow else (WIDE, height)
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1 if narrow else 0.04))
     rows, columns = (count, 1) if narrow else (1, count)
     axes = figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[call-overload]
@@ -93,6 +97,34 @@ def rows_where(table: pa.Table, **equal: object) -> dict[str, np.ndarray]:
     return {name: np.array(table.column(name).to_pylist())[keep] for name in table.column_names}
 
 
+def distinct(table: pa.Table, name: str) -> list[Any]:
+    """The values of a column, each once, in the order of the rows."""
+    return list(dict.fromkeys(table.column(name).to_pylist()))
+
+
+def line_with_band(
+    axes: Axes,
+    x: np.ndarray,
+    middle: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    *,
+    colour: str,
+    marker: str,
+    label: str | None,
+    above: int = 3,
+    **style: object,
+) -> None:
+    """A line with markers over the band of its interval; `above` orders lines, the higher on top."""
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, zorder=above - 0.5)
+    options: dict[str, Any] = {"linewidth": 1.7, "markersize": 4.5, **style}
+    axes.plot(x, middle, color=colour, marker=marker, label=label, zorder=above, **options)
+
+
+def zero_line(axes: Axes) -> None:
+    axes.axhline(0, color="#222222", linewidth=0.8, zorder=1)
+
+
 def layer_axis(axes: Axes, layers: Int[np.ndarray, " layer"], label: bool = True) -> None:
     if label:
         axes.set_xlabel("layer")
@@ -102,18 +134,39 @@ def layer_axis(axes: Axes, layers: Int[np.ndarray, " layer"], label: bool = True
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def slot_colour(slot: int, count: int) -> tuple[float, float, float, float]:
-    return matplotlib.colormaps["viridis"](0.08 + 0.84 * slot / max(count - 1, 1))
+def depth_axes(axes: Axes, layers: Int[np.ndarray, " layer"], n_layers: int) -> np.ndarray:
+    """Relative depth (layer / last layer) below and the layers' numbers above; returns the depths.
+
+    A model of one layer has depth 0 throughout.
+    """
+    depth = layers / max(n_layers - 1, 1)
+    axes.set(xlim=(-0.04, 1.04), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="relative depth")
+    top = axes.twiny()
+    some = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), 9)).round().astype(int))
+    top.set(xlim=axes.get_xlim(), xticks=depth[some])
+    top.set_xticklabels([str(layer) for layer in layers[some]])
+    top.tick_params(length=2.5, pad=1, labelsize=SMALL, colors=GREY)
+    top.spines["top"].set(visible=True, color="#bbbbbb")
+    top.annotate("layer", (0, 1), (-6, 2.5), "axes fraction", "offset points", ha="right", fontsize=SMALL, color=GREY)
+    return depth
 
 
-def slot_bar(figure: Figure, panels: Sequence[Axes], count: int, narrow: bool) -> None:
-    colours = matplotlib.colors.ListedColormap([slot_colour(slot, count) for slot in range(count)])
+def ordered_colour(index: int, count: int) -> tuple[float, float, float, float]:
+    """The colour of the index-th of `count` ordered things: dark for the first."""
+    return matplotlib.colormaps["viridis"](0.05 + 0.8 * index / max(count - 1, 1))
+
+
+def ordered_bar(figure: Figure, panels: Sequence[Axes], values: Sequence[int], title: str, narrow: bool) -> None:
+    """The legend of `ordered_colour`, as a bar of steps."""
+    count = len(values)
+    colours = matplotlib.colors.ListedColormap([ordered_colour(i, count) for i in range(count)])
     norm = matplotlib.colors.BoundaryNorm(np.arange(count + 1) - 0.5, count)
     mappable = matplotlib.cm.ScalarMappable(norm=norm, cmap=colours)
-    ticks = list(range(count)) if count <= 12 else list(range(0, count, count // 8))
+    ticks = list(range(count)) if count <= 12 else list(range(0, count, -(-count // 8)))
     where = {"orientation": "horizontal", "aspect": 30} if narrow else {"aspect": 22}
     bar = figure.colorbar(mappable, ax=list(panels), ticks=ticks, pad=0.03, shrink=0.85, **where)
-    bar.set_label("slot (0 = highest routing weight)", fontsize=8)
+    bar.set_ticklabels([str(values[tick]) for tick in ticks])
+    bar.set_label(title, fontsize=SMALL)
     bar.outline.set_visible(False)
     if not narrow:
         bar.ax.invert_yaxis()
