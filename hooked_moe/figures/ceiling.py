@@ -7,7 +7,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from hooked_moe.figures.drawing import BLACK, BLUE, NARROW, SKY, SMALL, WIDE, Drawing, distinct, layer_axis, rows_where, zero_line
+from hooked_moe.figures.drawing import BLACK, BLUE, LEGEND_BELOW, NARROW, SKY, SMALL, WIDE, Drawing, distinct, layer_axis, rows_where, zero_line
 from hooked_moe.figures.names import FAMILY_TITLES, label
 
 _COLOURS = {"oracle": BLACK, "paper": BLUE, "extended": SKY}
@@ -46,10 +46,11 @@ def draw_static_ceiling(numbers: pa.Table, narrow: bool) -> Figure:
     criteria = _ordered(numbers)
     height = 0.9 + 0.19 * len(criteria)
     if narrow:
-        figure = Figure(figsize=(NARROW, height + 2.7), layout=ConstrainedLayoutEngine(h_pad=0.1))
-        left, right = figure.subplots(2, 1, height_ratios=[2.3, height])
+        figure = Figure(figsize=(NARROW, height + 3.3), layout=ConstrainedLayoutEngine(h_pad=0.1))
+        upper, lower = figure.subfigures(2, 1, height_ratios=[2.4, height + 0.9])  # apart, so that labels do not align
+        left, right = upper.subplots(), lower.subplots()
     else:
-        figure = Figure(figsize=(WIDE, max(height, 3.0)), layout=ConstrainedLayoutEngine(w_pad=0.08))
+        figure = lower = Figure(figsize=(WIDE, max(height, 3.0)), layout=ConstrainedLayoutEngine(w_pad=0.08))
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.5])
 
     first = rows_where(numbers, criterion=distinct(numbers, "criterion")[0])
@@ -66,7 +67,7 @@ def draw_static_ceiling(numbers: pa.Table, narrow: bool) -> Figure:
     )
     zero_line(left)
     layer_axis(left, np.unique(first["layer"]))
-    left.yaxis.set_major_formatter(PercentFormatter(1))
+    left.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     left.set(ylabel="share of variance", title="static ceiling")
 
     for at, criterion in enumerate(criteria):
@@ -82,11 +83,11 @@ def draw_static_ceiling(numbers: pa.Table, narrow: bool) -> Figure:
     right.axvline(1, color="#222222", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     low, high = right.get_xlim()
     right.set(xlim=(max(low, _CLIP[0]), min(max(high, 1.05), _CLIP[1])), xlabel="share of the static ceiling")
-    right.set_title("what each criterion reaches", x=0 if not narrow else -0.5)
+    right.set_title("what each criterion reaches", x=-0.5 if narrow else 0)
     right.xaxis.set_major_formatter(PercentFormatter(1))
     families = [family for family in _COLOURS if family in numbers.column("family").to_pylist()]
     handles = [Patch(color=_COLOURS[family], alpha=0.85) for family in families]
-    right.legend(handles, [FAMILY_TITLES[family] for family in families], loc="lower right")
+    lower.legend(handles, [FAMILY_TITLES[family] for family in families], ncols=1 if narrow else 3, **LEGEND_BELOW)
     return figure
 
 

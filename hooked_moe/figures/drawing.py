@@ -80,9 +80,15 @@ class Drawing:
         return files["svg"]
 
 
-def panel_row(narrow: bool, count: int, height: float, **options: object) -> tuple[Figure, Sequence[Axes]]:
-    """`count` panels in a row, or stacked when narrow; `height` in inches, of one row."""
-    size = (NARROW, height * count * 0.92) if narrow else (WIDE, height)
+def panel_row(
+    narrow: bool, count: int, height: float, legend_lines: tuple[int, int] = (0, 0), **options: object
+) -> tuple[Figure, Sequence[Axes]]:
+    """`count` panels in a row, or stacked when narrow; `height` in inches, of one row.
+
+    `legend_lines` of a legend below, when wide and when narrow, are given room beside the panels'.
+    """
+    room = 0.2 * legend_lines[narrow] + (0.1 if legend_lines[narrow] else 0)
+    size = (NARROW, height * count * 0.92 + room) if narrow else (WIDE, height + room)
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1 if narrow else 0.04))
     rows, columns = (count, 1) if narrow else (1, count)
     axes = figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[call-overload]

@@ -49,7 +49,7 @@ def effect_size(cells: pa.Table, n_layers: int) -> Drawing:
 
 def draw_effect_size(numbers: pa.Table, narrow: bool) -> Figure:
     populations = distinct(numbers, "population")
-    figure, panels = panel_row(narrow, len(populations), 3.5, sharey=True)
+    figure, panels = panel_row(narrow, len(populations), 2.9, (4, 7), sharey=True)
     for axes, population in zip(panels, populations, strict=True):
         rows = rows_where(numbers, population=population)
         layers = np.unique(rows["layer"])
@@ -118,5 +118,6 @@ def _mark(axes: Axes, size: float, text: str, dashes: tuple[int, tuple[float, fl
     """Lines at plus and minus a size that d is to be compared with."""
     for sign in (-1, 1):
         axes.axhline(sign * size, color=BLUE, linewidth=1, linestyle=dashes, zorder=1)
-    at = (0.995, size)
-    axes.annotate(text, at, (0, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=SMALL, color=BLUE, zorder=7)
+    at = (0.01, -size)
+    axes.annotate(text, at, (0, -2), ("axes fraction", "data"), "offset points", va="top", fontsize=SMALL, color=BLUE, zorder=7)
+    axes.set_ylim(bottom=min(axes.get_ylim()[0], -1.3 * size))

@@ -49,7 +49,7 @@ def draw_progressive(numbers: pa.Table, narrow: bool) -> Figure:
     count = min(len(every), _MOST_LAYERS[narrow])
     layers = every[np.unique(np.linspace(0, len(every) - 1, count).round().astype(int))]
     width = NARROW if narrow else max(WIDE * min(1, 0.15 + 0.17 * len(layers)), NARROW)
-    figure = Figure(figsize=(width, 5.6 if narrow else 5.2), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.05))
+    figure = Figure(figsize=(width, 5.8 if narrow else 5.4), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.05))
     grid = figure.subplots(len(STATISTICS), len(layers), sharex=True, sharey="row", squeeze=False)
     for row, (statistic, title) in zip(grid, STATISTICS.items(), strict=True):
         for axes, layer in zip(row, layers, strict=True):
@@ -65,7 +65,8 @@ def draw_progressive(numbers: pa.Table, narrow: bool) -> Figure:
         row[0].set_ylabel(f"{title} (nats)")
     for axes, layer in zip(grid[0], layers, strict=True):
         axes.set_title(f"layer {layer}")
-    figure.supxlabel("experts removed", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("removed")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=1 if narrow else 3, **(LEGEND_BELOW | {"fontsize": SMALL + 0.5}))
     return figure

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from hooked_moe.figures.drawing import LEGEND_BELOW, SMALL, Drawing, distinct, layer_axis, line_with_band, panel_row, rows_where, zero_line
+from hooked_moe.figures.drawing import LEGEND_BELOW, Drawing, distinct, layer_axis, line_with_band, panel_row, rows_where, zero_line
 from hooked_moe.figures.names import PAPER_LINES, SCORE_LINES, label
 
 _KEPT = ("family", "ranking", "layer", "spearman", "spearman_low", "spearman_high")
@@ -20,14 +20,14 @@ def rank_correlation(cells: pa.Table) -> Drawing:
         "Spearman correlation, within a position and over all its active experts, between a ranking and the loss change of "
         "each removal; mean over documents with a 95% interval by bootstrap over documents. Left: scores of the very token, "
         "and the oracle, which ranks experts by their mean effect in other documents. Right: criteria fixed for the whole "
-        "corpus; light lines are the further criteria, of which the best and the worst are named.",
+        "corpus; light lines are the further criteria.",
         numbers,
         draw_rank_correlation,
     )
 
 
 def draw_rank_correlation(numbers: pa.Table, narrow: bool) -> Figure:
-    figure, (scores, fixed) = panel_row(narrow, 2, 3.6, sharey=True)
+    figure, (scores, fixed) = panel_row(narrow, 2, 2.9, (3, 9), sharey=True)
     layers = np.unique(numbers.column("layer").to_numpy())
     for ranking, (colour, marker) in SCORE_LINES.items():
         one = rows_where(numbers, ranking=ranking)
@@ -35,17 +35,10 @@ def draw_rank_correlation(numbers: pa.Table, narrow: bool) -> Figure:
             values = (one[name].astype(float) for name in ("spearman", "spearman_low", "spearman_high"))
             line_with_band(scores, one["layer"], *values, colour=colour, marker=marker, label=label(ranking))
     further = numbers.filter(pa.array([family == "extended" for family in numbers.column("family").to_pylist()]))
-    means = {}
-    for ranking in distinct(further, "ranking"):
+    for i, ranking in enumerate(distinct(further, "ranking")):
         one = rows_where(further, ranking=ranking)
-        rho = one["spearman"].astype(float)
-        fixed.plot(one["layer"], rho, color="#c9c9c9", linewidth=1, zorder=2)
-        if np.isfinite(rho).any():
-            means[ranking] = np.nanmean(rho)
-    for ranking in {max(means, key=means.__getitem__), min(means, key=means.__getitem__)} if means else ():
-        one = rows_where(further, ranking=ranking)
-        at = (one["layer"][-1], one["spearman"].astype(float)[-1])
-        fixed.annotate(label(ranking), at, (0, 3), textcoords="offset points", ha="right", fontsize=SMALL, color="#555555")
+        text = "further criteria, a line each" if i == 0 else None
+        fixed.plot(one["layer"], one["spearman"].astype(float), color="#c9c9c9", linewidth=1, zorder=2, label=text)
     for ranking, (colour, marker) in zip(_paper(numbers), PAPER_LINES, strict=False):
         one = rows_where(numbers, ranking=ranking)
         values = (one[name].astype(float) for name in ("spearman", "spearman_low", "spearman_high"))

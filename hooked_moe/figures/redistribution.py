@@ -39,7 +39,7 @@ def redistribution(table: pa.Table, n_layers: int) -> Drawing:
 
 
 def draw_redistribution(numbers: pa.Table, narrow: bool) -> Figure:
-    figure, (size, correlation) = panel_row(narrow, 2, 3.6)
+    figure, (size, correlation) = panel_row(narrow, 2, 3.0, (3, 3))
     columns = {name: numbers.column(name).to_numpy() for name in numbers.column_names}
     layers, last = columns["layer"], columns["relative_depth"].max()
     n_layers = round(layers.max() / last) + 1 if last else 1

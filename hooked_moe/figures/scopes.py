@@ -20,7 +20,7 @@ def scopes(table: pa.Table) -> Drawing:
 
 
 def draw_scopes(numbers: pa.Table, narrow: bool) -> Figure:
-    figure, (size, agreement) = panel_row(narrow, 2, 3.2)
+    figure, (size, agreement) = panel_row(narrow, 2, 2.8, (2, 5))
     columns = {name: numbers.column(name).to_numpy() for name in numbers.column_names}
     layers = columns["layer"]
     lines = {
@@ -41,5 +41,5 @@ def draw_scopes(numbers: pa.Table, narrow: bool) -> Figure:
     agreement.set(title="agreement", ylabel="correlation, share")
     for axes in (size, agreement):
         layer_axis(axes, layers)
-    figure.legend(ncols=1 if narrow else 5, **LEGEND_BELOW)
+    figure.legend(ncols=1 if narrow else 3, **LEGEND_BELOW)
     return figure
