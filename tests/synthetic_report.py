@@ -96,10 +96,8 @@ def _cell(
     n_tests = n_layers * (1 if family in ("token", "oracle") else len(FAMILIES[family]))
     p = float(np.exp(-0.717 * abs(t) - 0.416 * t * t))  # close to the normal's two-sided tail
     passes = p * n_tests < 0.05
-    if abs(d) + 1.645 * error < BOUND:
-        verdict = "equivalent"
-    else:
-        verdict = ("valid" if d > 0 else "reversed") if passes else "undecided"
+    decided = ("valid" if d > 0 else "reversed") if passes else "undecided"
+    verdict = "equivalent" if abs(d) + 1.645 * error < BOUND else decided
     row: dict[str, Any] = {
         "scope": scope,
         "population": population,
@@ -149,9 +147,15 @@ def _cell(
         "note": "",
     }
     if ranking == "router_row_norm" and layer == 0:
-        undefined = {name for name, value in row.items() if isinstance(value, float) and name not in ("alpha", "equivalence_bound")}
+        undefined = {
+            name for name, value in row.items() if isinstance(value, float) and name not in ("alpha", "equivalence_bound")
+        }
         row |= dict.fromkeys(undefined, np.nan)
-        row |= {"verdict": "refused", "outcome": "refused", "note": f"all {n} differences equal 0; without variance there is no test"}
+        row |= {
+            "verdict": "refused",
+            "outcome": "refused",
+            "note": f"all {n} differences equal 0; without variance there is no test",
+        }
     return row
 
 

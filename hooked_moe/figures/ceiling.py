@@ -1,5 +1,7 @@
 """The static ceiling: what any fixed ranking of experts could explain, and the share of it that each criterion reaches."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
@@ -7,7 +9,20 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from hooked_moe.figures.drawing import BLACK, BLUE, LEGEND_BELOW, NARROW, SKY, SMALL, WIDE, Drawing, distinct, layer_axis, rows_where, zero_line
+from hooked_moe.figures.drawing import (
+    BLACK,
+    BLUE,
+    LEGEND_BELOW,
+    NARROW,
+    SKY,
+    SMALL,
+    WIDE,
+    Drawing,
+    distinct,
+    layer_axis,
+    rows_where,
+    zero_line,
+)
 from hooked_moe.figures.names import FAMILY_TITLES, label
 
 _COLOURS = {"oracle": BLACK, "paper": BLUE, "extended": SKY}
@@ -47,8 +62,9 @@ def draw_static_ceiling(numbers: pa.Table, narrow: bool) -> Figure:
     height = 0.9 + 0.19 * len(criteria)
     if narrow:
         figure = Figure(figsize=(NARROW, height + 3.3), layout=ConstrainedLayoutEngine(h_pad=0.1))
-        upper, lower = figure.subfigures(2, 1, height_ratios=[2.4, height + 0.9])  # apart, so that labels do not align
-        left, right = upper.subplots(), lower.subplots()
+        parts: Any = figure.subfigures(2, 1, height_ratios=[2.4, height + 0.9])  # apart, so that labels do not align
+        lower = parts[1]
+        left, right = parts[0].subplots(), lower.subplots()
     else:
         figure = lower = Figure(figsize=(WIDE, max(height, 3.0)), layout=ConstrainedLayoutEngine(w_pad=0.08))
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.5])

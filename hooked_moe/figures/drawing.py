@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
@@ -25,7 +27,7 @@ BLACK, BLUE, SKY, GREEN, VERMILLION, GREY = "#000000", "#0072B2", "#56B4E9", "#0
 SMALL = 8  # points; nothing in a figure is smaller
 WIDE, NARROW = 7.4, 3.9  # inches
 
-LEGEND_BELOW = {"loc": "outside lower center", "handlelength": 2.4, "columnspacing": 1.6}
+LEGEND_BELOW: Any = {"loc": "outside lower center", "handlelength": 2.4, "columnspacing": 1.6}
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -42,7 +44,6 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "svg.hashsalt": "hooked_moe",
-    "savefig.facecolor": "white",
 }
 
 
@@ -61,12 +62,17 @@ class Drawing:
         files = {}
         with matplotlib.rc_context(STYLE):
             figure = self.draw(self.numbers, narrow)
-            figure.draw_without_rendering()
+            figure.set_dpi(200)
+            layout = figure.get_layout_engine()
+            assert layout is not None
+            layout.execute(figure)
             figure.set_layout_engine("none")  # laid out once, for every format alike
             for kind in kinds:
-                metadata = {"Date": None} if kind == "svg" else {"Software": None}
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+                buffer = io.BytesIO()  # written by the canvas: savefig would draw everything twice
+                if kind == "svg":
+                    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+                else:
+                    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
                 files[kind] = buffer.getvalue()
         return files
 
@@ -153,7 +159,7 @@ def depth_axes(axes: Axes, layers: Int[np.ndarray, " layer"], n_layers: int) -> 
     top.set_xticklabels([str(layer) for layer in layers[some]])
     top.tick_params(length=2.5, pad=1, labelsize=SMALL, colors=GREY)
     top.spines["top"].set(visible=True, color="#bbbbbb")
-    top.annotate("layer", (0, 1), (-6, 2.5), "axes fraction", "offset points", ha="right", fontsize=SMALL, color=GREY)
+    top.annotate("layer", (1, 1), (0, 14), "axes fraction", "offset points", ha="right", fontsize=SMALL, color=GREY)
     return depth
 
 

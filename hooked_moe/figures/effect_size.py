@@ -21,8 +21,10 @@ from hooked_moe.figures.drawing import (
 from hooked_moe.figures.names import PAPER_LINES, label
 
 CONTROL = "routing_weight"
-_KEPT = ("population", "family", "ranking", "layer", "n", "d_position", "d_position_low", "d_position_high", "mdd")
-_KEPT += ("equivalence_bound", "verdict")
+_KEPT = (
+    *("population", "family", "ranking", "layer", "n", "d_position", "d_position_low", "d_position_high"),
+    *("mdd", "equivalence_bound", "verdict"),
+)
 
 
 def effect_size(cells: pa.Table, n_layers: int) -> Drawing:
@@ -97,7 +99,10 @@ def _draw_criteria(axes: Axes, numbers: pa.Table, population: str, depth: np.nda
         np.array([one[name] for one in by_criterion], float) for name in ("d_position", "d_position_low", "d_position_high")
     )
     known = np.isfinite(d).any(axis=0)
-    for floor, roof, shade, text in ((low, high, "#e6e6e6", "criteria: 95% intervals"), (d, d, "#c4c4c4", "criteria: range of d")):
+    for floor, roof, shade, text in (
+        (low, high, "#e6e6e6", "criteria: 95% intervals"),
+        (d, d, "#c4c4c4", "criteria: range of d"),
+    ):
         bottom = np.where(np.isfinite(floor), floor, np.inf).min(axis=0)[known]
         top = np.where(np.isfinite(roof), roof, -np.inf).max(axis=0)[known]
         axes.fill_between(depth[known], bottom, top, color=shade, linewidth=0, zorder=2, label=text)

@@ -4,7 +4,16 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from hooked_moe.figures.drawing import LEGEND_BELOW, Drawing, distinct, layer_axis, line_with_band, panel_row, rows_where, zero_line
+from hooked_moe.figures.drawing import (
+    LEGEND_BELOW,
+    Drawing,
+    distinct,
+    layer_axis,
+    line_with_band,
+    panel_row,
+    rows_where,
+    zero_line,
+)
 from hooked_moe.figures.names import PAPER_LINES, SCORE_LINES, label
 
 _KEPT = ("family", "ranking", "layer", "spearman", "spearman_low", "spearman_high")

@@ -1,6 +1,5 @@
 """Redistribution by depth: how far a removal moves the block's output, and whether the remaining experts make up for it."""
 
-import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
@@ -43,7 +42,8 @@ def draw_redistribution(numbers: pa.Table, narrow: bool) -> Figure:
     columns = {name: numbers.column(name).to_numpy() for name in numbers.column_names}
     layers, last = columns["layer"], columns["relative_depth"].max()
     n_layers = round(layers.max() / last) + 1 if last else 1
-    depth = [depth_axes(axes, layers, n_layers) for axes in (size, correlation)][0]
+    depth = depth_axes(size, layers, n_layers)
+    depth_axes(correlation, layers, n_layers)
     size.plot(depth, columns["mean_gap_norm"], color="black", marker="o", markersize=4.5, linewidth=1.7)
     size.set_ylim(bottom=0)
     size.set_ylabel("mean gap norm g‖E‖")

@@ -42,9 +42,7 @@ def draw_removal_effect(numbers: pa.Table, narrow: bool) -> Figure:
             axes.plot(one["layer"], one[name], color=ordered_colour(slot, len(slots)), linewidth=0.9, zorder=2)
         axes.plot(total["layer"], total[name], color="black", linewidth=2.2, marker="o", markersize=4, label=text)
         layer_axis(axes, total["layer"], label=not narrow or axes is gap)
-    loss.plot(
-        total["layer"], total["mean_delta"], color=VERMILLION, linewidth=1.8, marker="s", markersize=4, label="mean Δ loss"
-    )
+    loss.plot(total["layer"], total["mean_delta"], color=VERMILLION, linewidth=1.8, marker="s", markersize=4, label="mean Δ loss")
     zero_line(loss)
     loss.set(ylabel="nats", title="change of the next token's loss")
     gap.set(ylabel="g‖E(x)‖", title="change of the block's output")
@@ -76,7 +74,15 @@ def draw_slots(numbers: pa.Table, narrow: bool) -> Figure:
     total = rows_where(numbers, layer=-1)
     middle, low, high = (total[name].astype(float) for name in ("mean_delta", "mean_delta_low", "mean_delta_high"))
     axes.errorbar(
-        total["slot"], middle, [middle - low, high - middle], color="black", marker="o", markersize=4, linewidth=2.2, capsize=2, zorder=4
+        total["slot"],
+        middle,
+        [middle - low, high - middle],
+        color="black",
+        marker="o",
+        markersize=4,
+        linewidth=2.2,
+        capsize=2,
+        zorder=4,
     )
     zero_line(axes)
     layer_axis(axes, np.unique(numbers.column("slot").to_numpy()))
@@ -119,8 +125,6 @@ def draw_slot_distribution(numbers: pa.Table, narrow: bool, noise_floor: float |
         smallest = min(smallest, noise_floor / 2)
         tail.axvline(noise_floor, color=VERMILLION, linewidth=1, linestyle=(0, (4, 3)))
         at = (noise_floor, 0.03)
-        tail.annotate(
-            "noise floor", at, (3, 0), ("data", "axes fraction"), "offset points", fontsize=SMALL, color=VERMILLION
-        )
+        tail.annotate("noise floor", at, (3, 0), ("data", "axes fraction"), "offset points", fontsize=SMALL, color=VERMILLION)
     tail.set_xlim(left=smallest)
     return figure

@@ -32,7 +32,14 @@ def draw_scopes(numbers: pa.Table, narrow: bool) -> Figure:
         size.plot(layers, columns[name], color=colour, marker=marker, markersize=4.5, linewidth=1.7, linestyle=dashes, label=text)
     agreement.plot(layers, columns["correlation"], color="black", marker="o", markersize=4.5, linewidth=1.7, label="correlation")
     agreement.plot(
-        layers, columns["same_sign"], color="#777777", marker="s", markersize=4, linewidth=1.4, linestyle=(0, (4, 2)), label="share of equal sign"
+        layers,
+        columns["same_sign"],
+        color="#777777",
+        marker="s",
+        markersize=4,
+        linewidth=1.4,
+        linestyle=(0, (4, 2)),
+        label="share of equal sign",
     )
     size.set_ylim(bottom=0)
     agreement.set_ylim(min(0.0, np.nanmin(columns["correlation"]) - 0.05), 1.05)

@@ -53,6 +53,7 @@ SOURCES = {
         ("layer", "slot", "n_removals", *_interval("mean_delta")),
         _AUDIT,
     ),
+    "slot_distribution.csv": Source("how the effects of a rank are distributed", ("slot", "statistic", "level", "nats"), _AUDIT),
     "experts.parquet": Source("the mean effect of every expert", ("layer", "expert", "n_removals", "mean_delta"), _AUDIT),
     "domains.csv": Source("how the effect differs between kinds of text", ("domain",), _AUDIT),
     "ceiling.csv": Source(
@@ -114,6 +115,17 @@ class Inputs:
     @property
     def model_name(self) -> str:
         return str(self.value("model", "name") or "unnamed model")
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model, as the manifest says; without one, up to the last that was measured."""
+        known = self.value("model", "config", "n_layers")
+        if isinstance(known, int):
+            return known
+        measured = [
+            layer for table in self.tables.values() if "layer" in table.column_names for layer in table["layer"].to_pylist()
+        ]
+        return max(measured, default=0) + 1
 
     @property
     def noise_floor(self) -> float | None:

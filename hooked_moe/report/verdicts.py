@@ -1,0 +1,129 @@
+"""The cells on the page: a map of verdicts, rankings by layers, and the tables behind it."""
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hooked_moe.figures.names import FAMILY_TITLES, label
+from hooked_moe.report.numbers import bayes_factor, interval, p_value, signed
+from hooked_moe.report.page import Section, folded, group_row, html_row, html_table
+
+Row = dict[str, Any]  # of cells.csv
+
+VERDICTS = {
+    "valid": ("+", "valid", "the ranking points at the expert that matters more, by the agreement rule"),
+    "reversed": ("\N{MINUS SIGN}", "reversed", "it points at the one that matters less"),
+    "equivalent": ("=", "equivalent to none", "the 90% interval of d lies within the equivalence bound"),
+    "undecided": ("?", "undecided", "neither is shown"),
+    "refused": ("\N{MULTIPLICATION SIGN}", "refused", "inference is not possible; the table says why"),
+}
+POPULATIONS = {"all": "every position", "sample": "sampled positions"}
+_WIDEST_WITH_NUMBERS = 12  # layers; beyond, the map shows the marks alone
+
+
+def verdict_sections(cells: Sequence[Row]) -> Iterable[Section]:
+    """One section for each scope and population, all positions first."""
+    for scope in dict.fromkeys(row["scope"] for row in cells):
+        for population, name in POPULATIONS.items():
+            here = [row for row in cells if (row["scope"], row["population"]) == (scope, population)]
+            if here:
+                title = f"Verdicts: {name}" + ("" if scope == "position" else f", removed in the whole {scope}")
+                yield Section(f"verdicts-{scope}-{population}", title, _body(here))
+
+
+def _body(cells: Sequence[Row]) -> str:
+    parts = [f"<p>{_note(cells)}</p>", _key(cells), _map(cells)]
+    for family, rows in _by(cells, "family"):
+        parts.append(folded(f"Table: {FAMILY_TITLES.get(family, family)}", _table(rows)))
+    return "".join(parts)
+
+
+def _note(cells: Sequence[Row]) -> str:
+    first = cells[0]
+    n = max(row["n"] for row in cells)
+    unit = (
+        f"A pair is one of {n} positions drawn at random."
+        if first["population"] == "sample"
+        else f"A pair is one of {n} documents, its differences averaged; d is over single positions, its interval clustered."
+    )
+    families = ", ".join(
+        f"{row['alpha']:g}/{row['n_tests']} ({FAMILY_TITLES.get(family, family)})" for family, (row, *_) in _by(cells, "family")
+    )
+    undefined = max(row["n_undefined"] for row in cells)
+    left_out = f" Up to {undefined:,} positions were left out of a cell for an undefined criterion." if undefined else ""
+    return (
+        "Loss change with the highest- and with the lowest-ranked active expert removed, in standard deviations of the "
+        f"difference (d). {unit} The agreement rule wants the t-test and Wilcoxon's test to pass with one sign at the "
+        f"Bonferroni level: {html.escape(families)}. An effect within \N{PLUS-MINUS SIGN}{first['equivalence_bound']:g} counts "
+        f"as equivalent to none, whatever its p.{left_out}"
+    )
+
+
+def _key(cells: Sequence[Row]) -> str:
+    found = {row["verdict"] for row in cells}
+    words = [
+        f'<span class="{name}">{mark}</span>{text}: {meaning}.'
+        for name, (mark, text, meaning) in VERDICTS.items()
+        if name in found
+    ]
+    return f'<p class="key">{" ".join(words)}</p>'
+
+
+def _map(cells: Sequence[Row]) -> str:
+    layers = sorted({row["layer"] for row in cells})
+    rows = []
+    for family, members in _by(cells, "family"):
+        rows.append(group_row(FAMILY_TITLES.get(family, family), len(layers) + 1))
+        for ranking, line in _by(members, "ranking"):
+            found = {row["layer"]: row for row in line}
+            marks = "".join(_mark(found.get(layer), len(layers) <= _WIDEST_WITH_NUMBERS) for layer in layers)
+            rows.append(f"<tr><td>{label(ranking)}</td>{marks}</tr>")
+    return html_table(("layer", *map(str, layers)), rows, "map")
+
+
+def _mark(row: Row | None, numbers: bool) -> str:
+    if row is None:
+        return "<td></td>"
+    mark, text, _ = VERDICTS[row["verdict"]]
+    d = signed(row["d_position"], 2)
+    shown = f"{mark} <small>{d}</small>" if numbers and row["verdict"] != "refused" else mark
+    return f'<td class="{row["verdict"]}" title="{text}, d = {d}">{shown}</td>'
+
+
+_COLUMNS = (
+    *("layer", "verdict", "d", "95% interval", "p t-test", "p Wilcoxon", "p max-T", "p TOST", "Spearman", "95% interval"),
+    *("BF<sub>10</sub>", "BF<sub>+0</sub>", "power at 0.2", "d for 0.8"),
+)
+
+
+def _table(cells: Sequence[Row]) -> str:
+    rows = []
+    for ranking, line in _by(cells, "ranking"):
+        rows.append(group_row(label(ranking), len(_COLUMNS)))
+        for row in line:
+            if row["verdict"] == "refused":
+                reason = f'<td colspan="{len(_COLUMNS) - 1}">refused: {html.escape(row["note"])}</td>'
+                rows.append(f"<tr><td>{row['layer']}</td>{reason}</tr>")
+                continue
+            values = [
+                str(row["layer"]),
+                f'<span class="{row["verdict"]}">{VERDICTS[row["verdict"]][1]}</span>',
+                signed(row["d_position"], 3),
+                interval(row["d_position_low"], row["d_position_high"], 3),
+                *(p_value(row[name]) for name in ("p_t", "p_wilcoxon", "p_max_t", "p_tost")),
+                signed(row["spearman"], 3),
+                interval(row["spearman_low"], row["spearman_high"], 3),
+                *(bayes_factor(row[name]) for name in ("bf10", "bf_directional")),
+                f"{row['power']:.2f}",
+                f"{row['mdd']:.3f}",
+            ]
+            rows.append(html_row(values))
+    return html_table(_COLUMNS, rows, "cells")
+
+
+def _by(cells: Sequence[Row], column: str) -> list[tuple[str, list[Row]]]:
+    """The rows by the value of a column, in the order of their first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in cells:
+        groups.setdefault(row[column], []).append(row)
+    return list(groups.items())
