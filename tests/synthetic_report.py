@@ -11,25 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from hooked_moe.criteria import EXTENDED_CRITERIA, PAPER_CRITERIA
+from hooked_moe.rankings import ORACLE, TOKEN_LADDER
 from hooked_moe.tables import write_csv_atomic, write_json_atomic, write_parquet_atomic
 
-PAPER = ("utilization_rate", "activation_norm", "mean_routing_weight_when_active", "activation_std")
-EXTENDED = (
-    "mean_router_probability",
-    "weighted_frequency",
-    "ean_sum",
-    "mean_squared_norm",
-    "weighted_ean",
-    "reap",
-    "max_activation",
-    "routing_entropy",
-    "router_row_norm",
-    "expert_weight_norm",
-    "aimer",
-    "coactivation",
-)
-TOKEN = ("routing_weight", "gap_norm", "first_order")
-FAMILIES = {"paper": PAPER, "extended": EXTENDED, "token": TOKEN, "oracle": ("oracle",)}
+FAMILIES = {"paper": PAPER_CRITERIA, "extended": EXTENDED_CRITERIA, "token": tuple(TOKEN_LADDER), "oracle": (ORACLE,)}
 BOUND = 0.1
 N_DOCUMENTS, POSITIONS_PER_DOCUMENT = 72, 511
 
@@ -44,6 +30,7 @@ def synthetic_report(
         "cells.csv": _cells(random, n_layers, scopes),
         "layers.csv": _layers(random, n_layers, k),
         "slots.csv": _slots(n_layers, k),
+        "slot_distribution.csv": _slot_distribution(k),
         "ceiling.csv": _ceiling(random, n_layers),
         "bayes.csv": _bayes(random),
         "redistribution.csv": _redistribution(n_layers, n_experts),
@@ -131,8 +118,6 @@ def _cell(
         "p_wilcoxon_holm": min(1.0, 1.3 * p * n_tests),
         "p_t_bh": min(1.0, 2 * p),
         "outcome": ("positive" if d > 0 else "negative") if passes else "not_detected",
-        "power_at_d02": 0.41 if sample else 0.99,
-        "minimal_detectable_d": 0.276 if sample else 0.09,
         "spearman": 0.6 * d,
         "spearman_low": 0.6 * d - reach / 2,
         "spearman_high": 0.6 * d + reach / 2,
@@ -140,8 +125,8 @@ def _cell(
         "p_tost": float(np.clip(1 - (BOUND - abs(d)) / (4 * error), 0, 1)),
         "equivalence_bound": BOUND,
         "verdict": verdict,
-        "power": 0.41 if sample else 0.99,
-        "mdd": 0.276 if sample else 0.09,
+        "power_at_d02": 0.41 if sample else 0.99,
+        "minimal_detectable_d": 0.276 if sample else 0.09,
         "bf10": float(np.exp(t * t / 2) / 12),
         "bf_directional": float(np.exp(t * t / 2) / 6 if t > 0 else 0.04),
         "note": "",
@@ -175,6 +160,7 @@ def _layers(random: np.random.Generator, n_layers: int, k: int) -> list[dict[str
                     "mean_abs_delta": 0.05 * share * (1 + layer / 4) * random.uniform(0.95, 1.05),
                     "p95_abs_delta": 0.2 * share,
                     "share_positive": 0.53 + 0.05 * share / (1 + layer),
+                    "share_above_floor": 1 - 0.001 * (1 + layer),
                     "mean_gap_norm": 0.2 * share * (1 + layer),
                     "mean_output_norm": 3.0 * (1 + layer),
                     "mean_routing_weight": 0.09 * share,
@@ -203,6 +189,19 @@ def _slots(n_layers: int, k: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _slot_distribution(k: int) -> list[dict[str, Any]]:
+    rows = []
+    for slot in range(k):
+        size = 0.08 * 0.72**slot
+        rows.append({"slot": slot, "statistic": "mean", "level": np.nan, "nats": 0.2 * size})
+        for level, value in zip((0.05, 0.25, 0.5, 0.75, 0.95), (-1.1, -0.2, 0.02, 0.3, 1.9), strict=True):
+            rows.append({"slot": slot, "statistic": "quantile of delta", "level": level, "nats": value * size})
+        for level in np.logspace(0, -4, 41):
+            exceeded = 0.5 * size * (level**-0.45 - 1) + 1e-6
+            rows.append({"slot": slot, "statistic": "abs delta exceeded by share", "level": level, "nats": exceeded})
+    return rows
+
+
 def _ceiling(random: np.random.Generator, n_layers: int) -> list[dict[str, Any]]:
     rows = []
     for layer in range(n_layers):
@@ -219,8 +218,12 @@ def _ceiling(random: np.random.Generator, n_layers: int) -> list[dict[str, Any]]
                         "share_of_variance": share * ceiling,
                         "se": 0.0012,
                         "share_of_ceiling": share,
+                        "share_of_ceiling_se": 0.04,
                         "ceiling": ceiling,
                         "ceiling_se": 0.0015,
+                        "slope": 0.01,
+                        "n_undefined": 0,
+                        "note": "",
                     }
                 )
     return rows
@@ -229,23 +232,32 @@ def _ceiling(random: np.random.Generator, n_layers: int) -> list[dict[str, Any]]
 def _bayes(random: np.random.Generator) -> list[dict[str, Any]]:
     rows = []
     betas = {"routing_weight": 0.21, "gap_norm": 0.26, "first_order": 0.55, "oracle": 0.24, "activation_norm": 0.07}
-    weights = {"first_order": 0.81, "gap_norm": 0.14, "activation_norm": 0.05}
+    weights = {"activation_norm": 0.72, "reap": 0.2}
+    fixed = (*PAPER_CRITERIA, *EXTENDED_CRITERIA)
     for family, criteria in FAMILIES.items():
         for criterion in criteria:
             beta, sd = betas.get(criterion, 0.004 * random.normal()), 0.011
+            log_bf10 = beta**2 / sd**2 / 2 + np.log(sd)
             rows.append(
                 {
                     "family": family,
                     "criterion": criterion,
                     "pl_beta": beta,
                     "pl_sd": sd,
-                    "pl_bf10": float(np.exp(min(beta**2 / sd**2 / 2, 600)) * sd),
-                    "lodo_score": -2.0794 + 0.4 * beta**2,
-                    "stacking_weight": weights.get(criterion, 0.0),
-                    "n_positions_used": 20_000,
+                    "pl_bf10": float(np.exp(min(log_bf10, 700))),
+                    "pl_log_bf10": log_bf10,
+                    "lodo_score": 0.4 * beta**2 - 0.0002,
+                    "stacking_weight": weights.get(criterion, 0.0) if criterion in fixed else np.nan,
+                    "n_positions_used": 18_396,
                     "n_positions_available": N_DOCUMENTS * POSITIONS_PER_DOCUMENT,
+                    "n_layers": 6,
+                    "n_orders_tied": 0,
+                    "note": "",
                 }
             )
+    undefined = dict.fromkeys(("pl_beta", "pl_sd", "pl_bf10", "pl_log_bf10"), np.nan)
+    chance = {"family": "chance", "criterion": "chance", "lodo_score": 0.0, "stacking_weight": 0.08, "n_positions_used": 0}
+    rows.append({**rows[0], **undefined, **chance})
     return rows
 
 
@@ -253,8 +265,14 @@ def _redistribution(n_layers: int, n_experts: int) -> list[dict[str, Any]]:
     rows = []
     for layer in range(n_layers):
         row: dict[str, Any] = {"layer": layer, "n_experts": n_experts, "n_removals": N_DOCUMENTS * POSITIONS_PER_DOCUMENT * 8}
-        row |= {"mean_gap_norm": 0.2 * (1 + layer), "mean_compensation": 0.15 + 0.02 * layer}
-        for name, rho in {"weight_gap": 0.55, "gap_compensation": 0.1 + 0.05 * layer, "weight_norm": -0.08}.items():
+        row |= {"n_used": 4096 * n_experts, "mean_gap_norm": 0.2 * (1 + layer), "mean_compensation": 0.15 + 0.02 * layer}
+        correlations = {
+            "weight_gap": 0.55,
+            "weight_norm": -0.08,
+            "gap_compensation": -0.2 - 0.02 * layer,
+            "gap_alignment": 0.04 * layer,
+        }
+        for name, rho in correlations.items():
             row |= {f"rho_{name}": rho, f"rho_{name}_low": rho - 0.05, f"rho_{name}_high": rho + 0.05}
         rows.append(row)
     return rows
@@ -317,7 +335,7 @@ def _experts(random: np.random.Generator, n_layers: int, n_experts: int) -> list
         for expert in range(n_experts):
             n = 0 if (layer, expert) == (0, n_experts - 1) else int(random.gamma(2.0) * 2000)
             row: dict[str, Any] = {"layer": layer, "expert": expert, "n_tokens": n, "n_removals": n}
-            row |= {name: float(random.gamma(3)) if n else np.nan for name in (*PAPER, *EXTENDED)}
+            row |= {name: float(random.gamma(3)) if n else np.nan for name in (*PAPER_CRITERIA, *EXTENDED_CRITERIA)}
             row |= {"mean_delta": 0.01 + 0.02 * random.standard_t(3) if n else np.nan, "mean_delta_se": 0.003 if n else np.nan}
             rows.append(row)
     return rows

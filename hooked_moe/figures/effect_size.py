@@ -19,11 +19,11 @@ from hooked_moe.figures.drawing import (
     zero_line,
 )
 from hooked_moe.figures.names import PAPER_LINES, label
+from hooked_moe.rankings import CONTROL
 
-CONTROL = "routing_weight"
 _KEPT = (
     *("population", "family", "ranking", "layer", "n", "d_position", "d_position_low", "d_position_high"),
-    *("mdd", "equivalence_bound", "verdict"),
+    *("minimal_detectable_d", "equivalence_bound", "verdict"),
 )
 
 
@@ -73,7 +73,7 @@ def draw_effect_size(numbers: pa.Table, narrow: bool) -> Figure:
         if np.isnan(rows["d_position"].astype(float)).all():
             axes.text(0.5, 0.5, "refused: see the table", transform=axes.transAxes, ha="center", va="center")
         elif population == "sample":
-            _mark(axes, float(np.nanmean(rows["mdd"])), "80% power", (0, (4, 3)))
+            _mark(axes, float(np.nanmean(rows["minimal_detectable_d"])), "80% power", (0, (4, 3)))
         else:
             _mark(axes, float(np.nanmean(rows["equivalence_bound"])), "equivalence bound", (0, (1, 1.5)))
         n = rows["n"].max()

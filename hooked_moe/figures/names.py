@@ -1,5 +1,6 @@
 """How rankings of experts are named and drawn, alike in every figure and table."""
 
+from hooked_moe.criteria import CRITERIA
 from hooked_moe.figures.drawing import BLACK, BLUE, GREEN, VERMILLION
 
 FAMILY_TITLES = {
@@ -7,6 +8,7 @@ FAMILY_TITLES = {
     "extended": "further criteria",
     "token": "scores of the very token",
     "oracle": "oracle",
+    "chance": "no ranking",
 }
 
 # Colour and marker of what is no fixed criterion, and the greys of the paper's four.
@@ -19,23 +21,13 @@ SCORE_LINES = {
 PAPER_LINES = (("#303030", "o"), ("#606060", "s"), ("#808080", "^"), ("#9a9a9a", "D"))
 
 _LABELS = {
-    "routing_weight": "routing weight g",
-    "gap_norm": "gap norm g‖E‖",
+    "routing_weight": "routing weight",
+    "gap_norm": "gap norm",
     "first_order": "first-order estimate",
-    "oracle": "oracle (held-out mean effect)",
-    "activation_norm": "activation norm",
-    "activation_std": "activation std",
-    "mean_routing_weight_when_active": "mean routing weight when active",
-    "ean_sum": "EAN sum",
-    "weighted_ean": "weighted EAN",
-    "reap": "REAP",
-    "aimer": "AIMER",
-    "coactivation": "co-activation",
-    "router_row_norm": "router-row norm",
-    "expert_weight_norm": "expert-weight norm",
+    "oracle": "oracle",
 }
 
 
 def label(ranking: str) -> str:
-    """A ranking's name for people."""
-    return _LABELS.get(ranking, ranking.replace("_", " "))
+    """A ranking's name for people, short enough for an axis."""
+    return CRITERIA[ranking].label if ranking in CRITERIA else _LABELS.get(ranking, ranking.replace("_", " "))

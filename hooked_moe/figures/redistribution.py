@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 
 from hooked_moe.figures.drawing import (
     BLUE,
+    GREEN,
     GREY,
     LEGEND_BELOW,
     VERMILLION,
@@ -16,9 +17,10 @@ from hooked_moe.figures.drawing import (
 )
 
 _LINES = {
-    "rho_weight_gap": (GREY, "D", "weight and gap norm (in part an identity: gap = g‖E‖)"),
-    "rho_weight_norm": (VERMILLION, "o", "weight and output norm ‖E‖ (what is no identity)"),
-    "rho_gap_compensation": (BLUE, "s", "gap norm and relative compensation"),
+    "rho_weight_gap": (GREY, "D", "weight and gap norm g‖E‖ (in part an identity)"),
+    "rho_weight_norm": (VERMILLION, "o", "weight and output norm ‖E‖ (no identity)"),
+    "rho_gap_compensation": (BLUE, "s", "gap norm and relative compensation (both contain ‖c‖)"),
+    "rho_gap_alignment": (GREEN, "^", "gap norm and alignment of the rest, cos(r, c)"),
 }
 
 
@@ -30,15 +32,16 @@ def redistribution(table: pa.Table, n_layers: int) -> Drawing:
         "How far a removal moves the block, and what makes up for it",
         "Left: mean gap norm g‖E‖, the length of the removed contribution. Right: Spearman correlations within an expert, mean "
         "over experts with 95% intervals. Gap norm contains the routing weight, so their correlation is in part an identity; "
-        "that of the weight with the output norm is not. Relative compensation is the part of the removed contribution that "
-        "the rest of the routed sum holds in the same direction.",
+        "that of the weight with the output norm is not. Relative compensation, ‖r‖ max(cos(r, c), 0) / ‖c‖, is what the rest r "
+        "of the routed sum holds in the direction of the removed contribution c; it divides by the gap norm ‖c‖, which alone "
+        "lowers their correlation, and the alignment cos(r, c) does not.",
         table.append_column("relative_depth", pa.array(depth)),
         draw_redistribution,
     )
 
 
 def draw_redistribution(numbers: pa.Table, narrow: bool) -> Figure:
-    figure, (size, correlation) = panel_row(narrow, 2, 3.0, (3, 3))
+    figure, (size, correlation) = panel_row(narrow, 2, 3.0, (4, 4))
     columns = {name: numbers.column(name).to_numpy() for name in numbers.column_names}
     layers, last = columns["layer"], columns["relative_depth"].max()
     n_layers = round(layers.max() / last) + 1 if last else 1

@@ -38,7 +38,8 @@ SOURCES = {
             *("scope", "population", "family", "ranking", "layer", "n", "n_positions", "n_undefined", "n_tests", "alpha"),
             *_interval("d_position", "spearman"),
             *("mean_high", "mean_low", "mean_difference", "t", "p_t", "p_wilcoxon", "p_t_bonferroni", "p_wilcoxon_bonferroni"),
-            *("p_t_holm", "p_t_bh", "p_max_t", "p_tost", "equivalence_bound", "verdict", "power", "mdd"),
+            *("p_t_holm", "p_t_bh", "p_max_t", "p_tost", "equivalence_bound", "verdict"),
+            *("power_at_d02", "minimal_detectable_d"),
             *("bf10", "bf_directional", "note"),
         ),
         _AUDIT,
@@ -64,7 +65,7 @@ SOURCES = {
     "bayes.csv": Source(
         "which criterion best predicts the order of effects in documents left out",
         (
-            *("family", "criterion", "pl_beta", "pl_sd", "pl_bf10", "lodo_score", "stacking_weight"),
+            *("family", "criterion", "pl_beta", "pl_sd", "pl_log_bf10", "lodo_score", "stacking_weight", "note"),
             *("n_positions_used", "n_positions_available"),
         ),
         _AUDIT,
@@ -83,7 +84,7 @@ SOURCES = {
         "whether the remaining experts make up for the removed one",
         (
             *("layer", "n_experts", "mean_gap_norm", "mean_compensation"),
-            *_interval("rho_weight_gap", "rho_weight_norm", "rho_gap_compensation"),
+            *_interval("rho_weight_gap", "rho_weight_norm", "rho_gap_compensation", "rho_gap_alignment"),
         ),
         "experiments/redistribution.py --model {model}",
     ),
@@ -92,10 +93,11 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tables of a run that are there, by file name, and its manifest (empty where there is none)."""
+    """The tables of a run that are there, by file name, its manifest (empty where there is none), and why others are absent."""
 
     tables: dict[str, pa.Table]
     manifest: dict[str, Any]
+    reasons: dict[str, str]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of a table; none where it is absent."""
@@ -151,5 +153,8 @@ def read_inputs(run: Path) -> Inputs:
         tables[name] = table
     if not tables:
         raise FileNotFoundError(f"{os.fspath(run)} has none of the derived tables {', '.join(SOURCES)}; analyse the run first")
-    manifest = run / "manifest.json"
-    return Inputs(tables, json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {})
+    return Inputs(tables, _read_json(run / "manifest.json"), _read_json(run / "analysis.json").get("not_measured", {}))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

@@ -35,7 +35,16 @@ def bayes_factor(value: float) -> str:
         return DASH
     if value == 0 or math.isinf(value):
         return "<1e-300" if value == 0 else ">1e300"
-    return f"{value:.2g}" if 1e-3 <= value < 1e3 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
+    return log_bayes_factor(math.log(value))
+
+
+def log_bayes_factor(value: float) -> str:
+    """A Bayes factor given by its natural logarithm, which may be beyond what a float holds."""
+    if math.isnan(value):
+        return DASH
+    if abs(value) < math.log(1000):
+        return f"{math.exp(value):.2g}"
+    return f"1e{value / math.log(10):.0f}"
 
 
 def layer_list(layers: list[int]) -> str:

@@ -8,14 +8,15 @@ from typing import Any
 from hooked_moe.figures.drawing import Drawing
 from hooked_moe.figures.names import FAMILY_TITLES, label
 from hooked_moe.report.inputs import SOURCES, Inputs
-from hooked_moe.report.numbers import DASH, bayes_factor, share, signed
+from hooked_moe.report.numbers import DASH, log_bayes_factor, share, signed
 from hooked_moe.report.page import Section, group_row, html_pairs, html_row, html_table, html_value
 
 
 def not_measured(inputs: Inputs, name: str) -> str:
     """What stands in the place of a derived table that is absent."""
+    why = inputs.reasons.get(name) or f"{name} is absent"
     return (
-        f'<p class="absent"><b>Not measured</b> ({html.escape(name)} is absent): {SOURCES[name].about}. '
+        f'<p class="absent"><b>Not measured</b>: {SOURCES[name].about} ({html.escape(why)}). '
         f"Measure it with <code>{html.escape(inputs.command(name))}</code>.</p>"
     )
 
@@ -33,37 +34,41 @@ def figure(number: int, drawing: Drawing, picture: bytes) -> str:
 
 
 def bayes_table(rows: list[dict[str, Any]]) -> str:
-    """Plackett-Luce and stacking, a row for each criterion, the heaviest first within its family."""
-    columns = ("criterion", "&beta;", "&plusmn; sd", "BF<sub>10</sub>", "log score", "stacking weight", "")
+    """Plackett-Luce and stacking, a row for each ranking, the best first within its family."""
+    columns = ("ranking", "&beta;", "&plusmn; sd", "BF<sub>10</sub>", "gain", "stacking weight", "")
     note = (
-        "A Plackett-Luce model of the order in which removals hurt, per standard deviation of the criterion within its layer: "
-        "&beta; and its cluster-robust standard deviation, the Bayes factor against &beta; = 0 (Savage-Dickey), the mean log "
-        "score of the order in documents left out, and the weight in the stack of all predictions."
+        "A Plackett-Luce model of the order in which removals hurt, per standard deviation of the score within its layer: "
+        "&beta; and its standard deviation, clustered by document; the Bayes factor against &beta; = 0 (Savage-Dickey); the gain "
+        "in log score over chance for documents left out, in nats per order; and the weight in the stack of fixed criteria and "
+        "chance that predicts such documents best. Scores of the very token and the oracle are not stacked."
     )
     used, available = (max(row[name] for row in rows) for name in ("n_positions_used", "n_positions_available"))
     if used < available:
-        note += f" It uses {used:,} of {available:,} positions, drawn at random; the others were left out for time."
+        note += f" Fitted to {used:,} of {available:,} positions, evenly spread; the others were left out for time."
     lines = []
     for family in dict.fromkeys(row["family"] for row in rows):
         lines.append(group_row(FAMILY_TITLES.get(family, family), len(columns)))
         members = [row for row in rows if row["family"] == family]
-        for row in sorted(members, key=lambda row: (-_known(row["stacking_weight"]), -_known(row["lodo_score"]))):
-            weight = _known(row["stacking_weight"])
+        for row in sorted(
+            members, key=lambda row: -math.inf if math.isnan(row["lodo_score"]) else row["lodo_score"], reverse=True
+        ):
+            if row["note"]:
+                reason = f'<td colspan="{len(columns) - 1}" class="word">{html.escape(row["note"])}</td>'
+                lines.append(f"<tr><td>{label(row['criterion'])}</td>{reason}</tr>")
+                continue
+            weight = row["stacking_weight"]
+            bar = "" if math.isnan(weight) else f'<span class="bar" style="width:{6 * weight:.2f}rem"></span>'
             values = (
-                html.escape(label(row["criterion"])),
+                label(row["criterion"]),
                 signed(row["pl_beta"], 3),
                 html_value(row["pl_sd"]),
-                bayes_factor(row["pl_bf10"]),
+                log_bayes_factor(row["pl_log_bf10"]),
                 signed(row["lodo_score"], 4),
-                share(row["stacking_weight"]),
-                f'<span class="bar" style="width:{6 * weight:.2f}rem"></span>',
+                share(weight),
+                bar,
             )
             lines.append(html_row(values))
     return f"<p>{note}</p>{html_table(columns, lines, 'bayes')}"
-
-
-def _known(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
 
 
 def plain_table(rows: list[dict[str, Any]]) -> str:

@@ -81,16 +81,17 @@ def token_scores(inputs: Inputs) -> str:
 
 def sample_power(inputs: Inputs) -> str:
     """What the published protocol, a sample of positions, says on the same run, and what it could not have seen."""
-    cells = [row for row in position_cells(inputs, "sample", FIXED) if row["verdict"] != "refused"]
+    cells = [row for row in position_cells(inputs, "sample", ("paper",)) if row["verdict"] != "refused"]
     if not cells:
         return ""
     valid = sum(row["verdict"] == "valid" for row in cells)
     undecided = sum(row["verdict"] == "undecided" for row in cells)
     first = cells[0]
+    power, needed = first["power_at_d02"], first["minimal_detectable_d"]
     return (
-        f"<b>On {first['n']} sampled positions</b>, {valid} of these {len(cells)} cells are valid and {undecided} undecided. "
-        f"Such a cell detects d = 0.2 with probability {first['power']:.2f} and needs d = {first['mdd']:.3f} for 0.8: its "
-        "silence is no evidence of absence."
+        f"<b>On {first['n']} sampled positions</b>, the published protocol, {valid} of the {len(cells)} cells of the paper's "
+        f"criteria are valid and {undecided} undecided. Such a cell detects d = 0.2 with probability {power:.2f} and needs "
+        f"d = {needed:.3f} for 0.8: its silence is no evidence of absence."
     )
 
 
@@ -108,15 +109,22 @@ def ceiling(inputs: Inputs) -> str:
 
 
 def bayes(inputs: Inputs) -> str:
-    """Which criteria the stack of leave-one-document-out predictions rests on."""
-    rows = sorted(inputs.rows("bayes.csv"), key=lambda row: -np.nan_to_num(row["stacking_weight"]))
-    heavy = [f"{label(row['criterion'])} {share(row['stacking_weight'])}" for row in rows[:3] if row["stacking_weight"] >= 0.005]
-    if not heavy:
+    """What each kind of ranking gains over chance in documents left out, and which criteria the stack rests on."""
+    rows = [row for row in inputs.rows("bayes.csv") if not math.isnan(row["lodo_score"]) and row["family"] != "chance"]
+    if not rows:
         return ""
-    return (
-        "<b>Bayesian comparison.</b> Stacked to predict the order of effects in documents left out, the weight goes to "
-        f"{enumeration(heavy)}."
+    best = sorted(rows, key=lambda row: -row["lodo_score"])
+    leaders = [next((row for row in best if row["family"] in families), None) for families in (("token",), ("oracle",), FIXED)]
+    gains = [f"{label(row['criterion'])} {signed(row['lodo_score'], 4)}" for row in leaders if row]
+    text = (
+        "<b>Bayesian comparison.</b> Predicting the order of effects in documents left out, the best of each kind gain over "
+        f"chance, in nats per order: {', '.join(gains)}."
     )
+    stacked = sorted(inputs.rows("bayes.csv"), key=lambda row: -np.nan_to_num(row["stacking_weight"]))
+    heavy = [
+        f"{label(row['criterion'])} {share(row['stacking_weight'])}" for row in stacked[:3] if row["stacking_weight"] >= 0.01
+    ]
+    return text + (f" Stacked, the fixed criteria get {enumeration(heavy)} of the weight." if heavy else "")
 
 
 def scope(inputs: Inputs) -> str:

@@ -1,7 +1,8 @@
 """The cells on the page: a map of verdicts, rankings by layers, and the tables behind it."""
 
 import html
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hooked_moe.figures.names import FAMILY_TITLES, label
@@ -90,35 +91,40 @@ def _mark(row: Row | None, numbers: bool) -> str:
     return f'<td class="{row["verdict"]}" title="{text}, d = {d}">{shown}</td>'
 
 
-_COLUMNS = (
-    *("layer", "verdict", "d", "95% interval", "p t-test", "p Wilcoxon", "p max-T", "p TOST", "Spearman", "95% interval"),
-    *("BF<sub>10</sub>", "BF<sub>+0</sub>", "power at 0.2", "d for 0.8"),
+# Title, the value that tells whether there is anything to show, and how it is shown.
+_COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
+    ("layer", "layer", lambda row: str(row["layer"])),
+    ("verdict", "layer", lambda row: f'<span class="{row["verdict"]}">{VERDICTS[row["verdict"]][1]}</span>'),
+    ("d", "d_position", lambda row: signed(row["d_position"], 3)),
+    ("95% interval", "d_position_low", lambda row: interval(row["d_position_low"], row["d_position_high"], 3)),
+    ("p t-test", "p_t", lambda row: p_value(row["p_t"])),
+    ("p Wilcoxon", "p_wilcoxon", lambda row: p_value(row["p_wilcoxon"])),
+    ("p max-T", "p_max_t", lambda row: p_value(row["p_max_t"])),
+    ("p TOST", "p_tost", lambda row: p_value(row["p_tost"])),
+    ("Spearman", "spearman", lambda row: signed(row["spearman"], 3)),
+    ("95% interval", "spearman_low", lambda row: interval(row["spearman_low"], row["spearman_high"], 3)),
+    ("BF<sub>10</sub>", "bf10", lambda row: bayes_factor(row["bf10"])),
+    ("BF<sub>+0</sub>", "bf_directional", lambda row: bayes_factor(row["bf_directional"])),
+    ("power at 0.2", "power_at_d02", lambda row: f"{row['power_at_d02']:.2f}"),
+    ("d for 0.8", "minimal_detectable_d", lambda row: f"{row['minimal_detectable_d']:.3f}"),
 )
 
 
 def _table(cells: Sequence[Row]) -> str:
+    """Every number of the cells; columns that are undefined throughout (the sample has no document) are left out."""
+    tested = [row for row in cells if row["verdict"] != "refused"]
+    columns = [column for column in _COLUMNS if not all(math.isnan(row[column[1]]) for row in tested)]
+    columns = columns or list(_COLUMNS[:2])
     rows = []
     for ranking, line in _by(cells, "ranking"):
-        rows.append(group_row(label(ranking), len(_COLUMNS)))
+        rows.append(group_row(label(ranking), len(columns)))
         for row in line:
             if row["verdict"] == "refused":
-                reason = f'<td colspan="{len(_COLUMNS) - 1}">refused: {html.escape(row["note"])}</td>'
+                reason = f'<td colspan="{len(columns) - 1}">refused: {html.escape(row["note"])}</td>'
                 rows.append(f"<tr><td>{row['layer']}</td>{reason}</tr>")
-                continue
-            values = [
-                str(row["layer"]),
-                f'<span class="{row["verdict"]}">{VERDICTS[row["verdict"]][1]}</span>',
-                signed(row["d_position"], 3),
-                interval(row["d_position_low"], row["d_position_high"], 3),
-                *(p_value(row[name]) for name in ("p_t", "p_wilcoxon", "p_max_t", "p_tost")),
-                signed(row["spearman"], 3),
-                interval(row["spearman_low"], row["spearman_high"], 3),
-                *(bayes_factor(row[name]) for name in ("bf10", "bf_directional")),
-                f"{row['power']:.2f}",
-                f"{row['mdd']:.3f}",
-            ]
-            rows.append(html_row(values))
-    return html_table(_COLUMNS, rows, "cells")
+            else:
+                rows.append(html_row(show(row) for _, _, show in columns))
+    return html_table((title for title, _, _ in columns), rows, "cells")
 
 
 def _by(cells: Sequence[Row], column: str) -> list[tuple[str, list[Row]]]:
