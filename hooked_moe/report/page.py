@@ -123,13 +123,14 @@ th:first-child, td:first-child, .cells :is(th, td):nth-child(2), .words th, .wor
 .refused { background: #fff; color: #555; }
 .cells span { padding: .05rem .4rem; border-radius: .2rem; }
 .key { font-size: .88rem; } .key span { display: inline-block; padding: 0 .45rem; margin-right: .3rem; border-radius: .2rem; }
+.bayes td:nth-child(7) { text-align: left; }
 .bar { display: inline-block; height: .65rem; background: #0072B2; vertical-align: baseline; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: #00497a; font-weight: 600; font-size: .92rem; }
 @media (max-width: 600px) {
   body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.3rem; }
   .map td:first-child { white-space: normal; min-width: 7rem; max-width: 9rem; }
   .map small { display: none; }
-  .bayes td:first-child { white-space: normal; }
+  .bayes td:first-child { white-space: normal; min-width: 7rem; }
 }
 @media print {
   @page { margin: 14mm 12mm; }

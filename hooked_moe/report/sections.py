@@ -25,10 +25,11 @@ def figure(number: int, drawing: Drawing, picture: bytes) -> str:
     """A figure, wide and narrow, with its caption; `picture` is the wide svg."""
     wide, narrow = (base64.b64encode(svg).decode() for svg in (picture, drawing.render("svg", narrow=True)["svg"]))
     kind = "data:image/svg+xml;base64,"
+    title = html.escape(drawing.title) + ("" if drawing.title.endswith("?") else ".")
     return (
         f'<figure id="{drawing.name}"><picture><source media="(max-width: 600px)" srcset="{kind}{narrow}">'
         f'<img src="{kind}{wide}" alt="{html.escape(drawing.title)}"></picture>'
-        f"<figcaption><b>Figure {number}. {html.escape(drawing.title)}</b> {html.escape(drawing.caption)} "
+        f"<figcaption><b>Figure {number}. {title}</b> {html.escape(drawing.caption)} "
         f"Numbers: <code>figures/{drawing.name}.csv</code>.</figcaption></figure>"
     )
 

@@ -124,7 +124,7 @@ def bayes(inputs: Inputs) -> str:
     heavy = [
         f"{label(row['criterion'])} {share(row['stacking_weight'])}" for row in stacked[:3] if row["stacking_weight"] >= 0.01
     ]
-    return text + (f" Stacked, the fixed criteria get {enumeration(heavy)} of the weight." if heavy else "")
+    return text + (f" Of a stack of the fixed criteria and chance, the weight goes to {enumeration(heavy)}." if heavy else "")
 
 
 def scope(inputs: Inputs) -> str:

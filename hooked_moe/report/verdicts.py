@@ -33,30 +33,38 @@ def verdict_sections(cells: Sequence[Row]) -> Iterable[Section]:
 
 
 def _body(cells: Sequence[Row]) -> str:
-    parts = [f"<p>{_note(cells)}</p>", _key(cells), _map(cells)]
+    parts = [f"<p>{_unit(cells)}</p>", _key(cells), _map(cells), f"<p>{_rule(cells)}</p>"]
     for family, rows in _by(cells, "family"):
         parts.append(folded(f"Table: {FAMILY_TITLES.get(family, family)}", _table(rows)))
     return "".join(parts)
 
 
-def _note(cells: Sequence[Row]) -> str:
-    first = cells[0]
+def _unit(cells: Sequence[Row]) -> str:
+    """What a number of the map is."""
     n = max(row["n"] for row in cells)
     unit = (
-        f"A pair is one of {n} positions drawn at random."
-        if first["population"] == "sample"
-        else f"A pair is one of {n} documents, its differences averaged; d is over single positions, its interval clustered."
-    )
-    families = ", ".join(
-        f"{row['alpha']:g}/{row['n_tests']} ({FAMILY_TITLES.get(family, family)})" for family, (row, *_) in _by(cells, "family")
+        f"over {n} positions drawn at random."
+        if cells[0]["population"] == "sample"
+        else f"over single positions, with {n} documents as the unit of inference."
     )
     undefined = max(row["n_undefined"] for row in cells)
     left_out = f" Up to {undefined:,} positions were left out of a cell for an undefined criterion." if undefined else ""
     return (
-        "Loss change with the highest- and with the lowest-ranked active expert removed, in standard deviations of the "
-        f"difference (d). {unit} The agreement rule wants the t-test and Wilcoxon's test to pass with one sign at the "
-        f"Bonferroni level: {html.escape(families)}. An effect within \N{PLUS-MINUS SIGN}{first['equivalence_bound']:g} counts "
-        f"as equivalent to none, whatever its p.{left_out}"
+        "d: loss change with the highest-ranked active expert removed less that with the lowest-ranked, in standard deviations "
+        f"of this difference, {unit}{left_out}"
+    )
+
+
+def _rule(cells: Sequence[Row]) -> str:
+    """When a cell is valid, and when it is as good as none."""
+    families = ", ".join(
+        f"{row['alpha']:g}/{row['n_tests']} for the {FAMILY_TITLES.get(family, family)}"
+        for family, (row, *_) in _by(cells, "family")
+    )
+    return (
+        "Agreement rule: the t-test and Wilcoxon's test pass with one sign at the Bonferroni level, "
+        f"{html.escape(families)}. d within \N{PLUS-MINUS SIGN}{cells[0]['equivalence_bound']:g} counts as equivalent to none, "
+        "whatever its p. The tables have every number, p-values uncorrected; corrections and more are in <code>cells.csv</code>."
     )
 
 
