@@ -3,8 +3,8 @@
 import math
 
 from hooked_moe.figures.names import label
+from hooked_moe.number_text import share, signed
 from hooked_moe.report.inputs import Inputs
-from hooked_moe.report.numbers import share, signed
 from hooked_moe.report.readings import FIXED, best_fixed, ceiling_reading, known_mean, verdict_cells
 
 

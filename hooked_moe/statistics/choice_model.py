@@ -17,7 +17,7 @@ from hooked_moe.statistics.samples import MINIMUM_PAIRS, DegenerateSample, clust
 
 PRIOR_SD = 0.5
 """Of beta: in 95% of the prior a standard deviation of the metric multiplies the odds by no more than e, or 1/e."""
-_LARGEST_LOGIT = 300.0
+_LARGEST_LOGIT = 100.0
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,17 @@ def leave_one_document_out(
 ) -> DocumentScores:
     """How probable each document's orders are under the beta of all other documents; errors as `plackett_luce`.
 
-    Beta without a document is one Newton step from the beta of all, which is exact to the second order in 1 / documents.
+    Beta without a document is a step from the beta of all, by the first three derivatives of the others' log probability:
+    the time is that of one fit, whatever the number of documents, and what is neglected is of third order in 1 / documents.
     """
     fit = _fit(score, delta, document)
     names, index = np.unique(fit.document, return_inverse=True)
-    gradient, information = np.bincount(index, fit.gradient), np.bincount(index, fit.information)
+    gradient, information, skew = (np.bincount(index, x) for x in (fit.gradient, fit.information, fit.skew))
     others = information.sum() - information
-    if others.min() <= 0:
+    if others.min() <= 1e-12 * information.sum():
         raise DegenerateSample("one document holds all the variance of the score; the others cannot predict it")
-    beta = fit.beta - gradient / others
+    newton = -gradient / others  # the gradient of all is 0, so that of the others is less the document's
+    beta = fit.beta + newton - (skew.sum() - skew) * newton**2 / (2 * others)
     log_score = np.bincount(index, _terms(beta[index], fit.ordered)[0])
     slots = fit.ordered.shape[1]
     return DocumentScores(names, log_score, -np.bincount(index) * float(scipy.special.gammaln(slots + 1)))
@@ -110,6 +112,7 @@ class _Fit:
     document: Int[np.ndarray, " untied"]
     gradient: Float[np.ndarray, " untied"]  # of the log likelihood in beta
     information: Float[np.ndarray, " untied"]  # less its second derivative
+    skew: Float[np.ndarray, " untied"]  # less its third
     n_tied: int
 
 
@@ -130,28 +133,29 @@ def _fit(
 
     beta, largest = 0.0, np.ptp(ordered, axis=1).max()
     for _ in range(100):
-        _, gradient, information = _terms(np.full(len(ordered), beta), ordered)
+        _, gradient, information, skew = _terms(np.full(len(ordered), beta), ordered)
         if not information.sum() > 1e-12 * len(ordered) * largest**2 or abs(beta) * largest > _LARGEST_LOGIT:
             reason = "is constant at every position" if largest == 0 else "predicts the orders (almost) without fail"
             raise DegenerateSample(f"no finite beta: the score {reason}")
         step = gradient.sum() / information.sum()
         if abs(step) * largest < 1e-10:
-            return _Fit(beta, ordered, document[untied], gradient, information, int((~untied).sum()))
+            return _Fit(beta, ordered, document[untied], gradient, information, skew, int((~untied).sum()))
         beta += float(np.clip(step, -2 / largest, 2 / largest))  # concave, but flat far out: no step may overshoot there
     raise DegenerateSample(f"Newton's method did not settle in 100 steps (beta={beta:g}); the score may separate the orders")
 
 
 def _terms(
     beta: Float[np.ndarray, " position"], ordered: Float[np.ndarray, "position slot"]
-) -> tuple[Float[np.ndarray, " position"], Float[np.ndarray, " position"], Float[np.ndarray, " position"]]:
-    """Log probability of each position's order, its derivative in beta, and less its second derivative."""
+) -> tuple[Float[np.ndarray, " position"], ...]:
+    """Log probability of each position's order, its first derivative in beta, and less its second and third."""
     utility = beta[:, None] * ordered
     utility -= utility.max(axis=1, keepdims=True)
     weight = np.exp(utility)
     left = _sum_of_rest(weight)
-    mean = _sum_of_rest(weight * ordered) / left
-    variance = _sum_of_rest(weight * ordered**2) / left - mean**2
-    return (utility - np.log(left)).sum(axis=1), (ordered - mean).sum(axis=1), variance.sum(axis=1)
+    mean, second, third = (_sum_of_rest(weight * ordered**power) / left for power in (1, 2, 3))
+    skew = third - 3 * mean * second + 2 * mean**3  # cumulants of the score among those left
+    log_probability = (utility - np.log(left)).sum(axis=1)
+    return log_probability, (ordered - mean).sum(axis=1), (second - mean**2).sum(axis=1), skew.sum(axis=1)
 
 
 def _sum_of_rest(values: Float[np.ndarray, "position slot"]) -> Float[np.ndarray, "position slot"]:
