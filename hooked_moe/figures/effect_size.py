@@ -40,10 +40,10 @@ def effect_size(cells: pa.Table, n_layers: int) -> Drawing:
         "Does the ranking point at the expert that matters?",
         "As the paper's Figure 1: standardised difference d in loss change between removing the active expert that a ranking "
         "puts highest and the one it puts lowest, over single positions. Dark grey: the range of the paper's four criteria, "
-        "each a thin line; light grey: the range of their 95% intervals. Vermillion: the routing weight of the very token, with its "
-        "95% interval (for the sample exact if positions were independent, for all positions by jackknife over documents). Dashed: the "
-        "size that the sample detects with 80% power after correction. Dotted: the bound within which an effect counts as "
-        "equivalent to none.",
+        "each a thin line; light grey: the range of their 95% intervals. Vermillion: the routing weight of the very token, "
+        "with its 95% interval (for the sample exact if positions were independent, for all positions by jackknife over "
+        "documents). Dashed: the size that the sample detects with 80% power after correction. Dotted: the bound within which "
+        "an effect counts as equivalent to none.",
         numbers.append_column("relative_depth", pa.array(depth)),
         draw_effect_size,
     )
