@@ -1,52 +1,92 @@
-"""From an effect table to cells, files and page: planted effects found, slow loops matched, bytes repeated, faults named."""
+"""The report: what it says is what the tables say, it renders whatever was measured, and its bytes repeat."""
 
-import errno
-import hashlib
 import html.parser
 import json
-import os
+import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import scipy.stats
 
-from hooked_moe import figures, statistics, tables
+from hooked_moe import tables
 from hooked_moe.analysis import analyse_run
-from hooked_moe.cell_text import terminal_table
-from hooked_moe.cells import CONTROL, Cell, audit_cells, cells_from_table, cells_table, frozen_positions
-from hooked_moe.criteria import CRITERIA, expert_criteria
-from hooked_moe.drawing import Drawing
-from hooked_moe.effect_grid import EFFECT_VALUES, read_effects
+from hooked_moe.criteria import PAPER_CRITERIA
+from hooked_moe.figures.ceiling import pooled_shares
+from hooked_moe.figures.drawing import Drawing
+from hooked_moe.figures.effect_size import effect_size
+from hooked_moe.figures.experts import MINIMUM_REMOVALS, draw_experts, experts
+from hooked_moe.figures.names import PAPER_LINES, SCORE_LINES
+from hooked_moe.figures.progressive import draw_progressive
 from hooked_moe.report import write_report
-from hooked_moe.summaries import LAYER_COLUMNS, domain_summary, layer_summary, scope_summary
-from tests.synthetic_effects import PLANTED_LAYER, synthetic_effects, synthetic_run
+from hooked_moe.report.inputs import SOURCES, Inputs, read_inputs
+from hooked_moe.report.page import STYLE
+from hooked_moe.report.summary import conclude, lead
+from tests.synthetic_effects import PARTS, synthetic_run
+from tests.synthetic_report import synthetic_report
 
-N_EXPERTS = 16
-EFFECTS = synthetic_effects()
-CRITERIA_TABLE = expert_criteria(EFFECTS, n_experts=N_EXPERTS)
+FIGURES = (
+    *("effect_size", "rank_correlation", "ceiling", "removal_effect", "slots", "slot_distribution", "experts"),
+    *("redistribution", "progressive", "scopes"),
+)
+TIMES = "\N{MULTIPLICATION SIGN}"
+VOID = {"meta", "img", "source", "br"}
 
 
-def key(cell: Cell) -> tuple[str, str, int]:
-    return cell.population, cell.ranking, cell.layer
+class Page(html.parser.HTMLParser):
+    """Checks that tags close in order and anchors exist, and gathers text, addresses and the cells of the verdict maps."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.addresses: list[str] = []
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        assert self.open == []
+        assert {link.removeprefix("#") for link in self.links} <= self.anchors
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        values = dict(attrs)
+        self.addresses += [values[name] for name in ("src", "srcset") if name in values]
+        self.links += [values["href"]] if "href" in values else []
+        self.anchors |= {values["id"]} if "id" in values else set()
+        if tag == "tr":
+            self.rows.append([])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if "td" in self.open:
+            self.rows[-1].append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+def page_of(run: Path) -> Page:
+    return Page((run / "report.html").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def cells() -> list[Cell]:
-    return audit_cells(EFFECTS, CRITERIA_TABLE)
+def measured(tmp_path_factory) -> Path:
+    """Derived files of a made-up run; tests that change files copy it."""
+    return synthetic_report(tmp_path_factory.mktemp("runs") / "made-up")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """An analysed and reported run; tests that change files copy it."""
-    directory = synthetic_run(tmp_path_factory.mktemp("runs") / "made-up")
-    analyse_run(directory, n_experts=N_EXPERTS)
-    write_report(directory)
-    return directory
+def reported(measured) -> Path:
+    write_report(measured)
+    return measured
 
 
 @pytest.fixture
@@ -56,501 +96,321 @@ def unpainted(monkeypatch) -> None:
     monkeypatch.setattr(Drawing, "render", lambda self, *kinds, narrow=False: {kind: blank[kind] for kind in kinds})
 
 
-def digests(directory: Path) -> dict[str, str]:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-# --- cells -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_planted_effect_is_found_and_nothing_else(cells):
-    for cell in cells:
-        planted = cell.ranking == CONTROL and cell.layer == PLANTED_LAYER
-        assert cell.outcome == ("positive" if planted else "not_detected"), cell
-
-
-def test_a_reversed_effect_is_called_negative():
-    effects = synthetic_effects(effect=-0.8)
-    found = {key(cell): cell for cell in audit_cells(effects, expert_criteria(effects, n_experts=N_EXPERTS))}
-    for population in ("sample", "all"):
-        assert found[population, CONTROL, PLANTED_LAYER].outcome == "negative"
-
-
-def test_cells_come_in_order_with_their_families_counted(cells):
-    rankings = [*CRITERIA, CONTROL]
-    assert [key(cell) for cell in cells] == [(p, r, layer) for p in ("sample", "all") for r in rankings for layer in (0, 1, 2)]
-    for cell in cells:
-        assert cell.n_tests == (3 if cell.ranking == CONTROL else 12)
-        assert cell.p_t_bonferroni == pytest.approx(min(1, cell.n_tests * cell.p_t))
-        assert cell.p_t <= cell.p_t_holm <= cell.p_t_bonferroni
-
-
-def slow_pairs(effects: pa.Table, criteria: pa.Table, ranking: str, layer: int) -> list[tuple[int, int, float, float]]:
-    """(document, position, delta without the highest, delta without the lowest), position by position."""
-    values = {(row["layer"], row["expert"]): row for row in criteria.to_pylist()}
-    positions: dict[tuple[int, int], list[dict]] = {}
-    for row in effects.to_pylist():
-        if row["layer"] == layer and not np.isnan(row["delta_loss"]):
-            positions.setdefault((row["document"], row["position"]), []).append(row)
-    pairs = []
-    for (document, position), rows in positions.items():
-        scores = [row[CONTROL] if ranking == CONTROL else values[layer, row["expert"]][ranking] for row in rows]
-        if any(score is None or np.isnan(score) for score in scores):
-            continue
-        high, low = rows[scores.index(max(scores))], rows[scores.index(min(scores))]  # index: the first of equals
-        pairs.append((document, position, high["delta_loss"], low["delta_loss"]))
-    return pairs
-
-
-def document_means(pairs: list[tuple[int, int, float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    by_document: dict[int, list[tuple[float, float]]] = {}
-    for document, _, high, low in pairs:
-        by_document.setdefault(document, []).append((high, low))
-    means = np.array([np.mean(values, axis=0) for values in by_document.values()])
-    return means[:, 0], means[:, 1]
-
-
-@pytest.mark.parametrize("ranking", [*CRITERIA, CONTROL])
-def test_cells_equal_the_slow_loop(cells, ranking):
-    layer = 1
-    found = {key(cell): cell for cell in cells}
-    pairs = slow_pairs(EFFECTS, CRITERIA_TABLE, ranking, layer)
-
-    chosen = np.random.RandomState(42).permutation(len(pairs))[:200]
-    high, low = (np.array([pairs[i][side] for i in chosen]) for side in (2, 3))
-    sample = found["sample", ranking, layer]
-    t, p = scipy.stats.ttest_rel(high, low)
-    assert (sample.n, sample.unit) == (200, "position")
-    assert (sample.mean_high, sample.mean_low) == pytest.approx((high.mean(), low.mean()))
-    assert (sample.t, sample.p_t) == pytest.approx((t, p))
-    assert sample.p_wilcoxon == pytest.approx(scipy.stats.wilcoxon(high, low).pvalue)
-    assert sample.d_z == sample.d_position == pytest.approx((high - low).mean() / (high - low).std(ddof=1))
-
-    tops, bottoms = document_means(pairs)
-    every = found["all", ranking, layer]
-    t, p = scipy.stats.ttest_rel(tops, bottoms)
-    assert (every.n, every.n_positions, every.unit) == (24, 24 * 39, "document")
-    assert (every.mean_high, every.mean_difference) == pytest.approx((tops.mean(), (tops - bottoms).mean()))
-    assert (every.t, every.p_t) == pytest.approx((t, p))
-    difference = np.array([one - other for *_, one, other in pairs])
-    assert every.d_position == pytest.approx(difference.mean() / difference.std(ddof=1))
-    assert every.minimal_detectable_d == pytest.approx(statistics.minimal_detectable_d(24, 0.05 / every.n_tests))
-
-
-def test_ties_go_to_the_lower_slot_and_are_counted():
-    criteria = CRITERIA_TABLE.to_pandas()
-    criteria["utilization_rate"] = (criteria["expert"] >= 8).astype(float)  # two values only: ties nearly everywhere
-    table = pa.Table.from_pandas(criteria, preserve_index=False)
-    cell = audit_cells(EFFECTS, table, layers=[0], populations=["all"])[0]
-    pairs = slow_pairs(EFFECTS, table, "utilization_rate", 0)
-    assert cell.n_ties == cell.n_positions == len(pairs)  # four active experts, two values
-    tops, bottoms = document_means(pairs)
-    assert cell.mean_difference == pytest.approx((tops - bottoms).mean())
-
-
-def test_a_constant_criterion_is_refused_and_still_counts_in_the_family():
-    criteria = CRITERIA_TABLE.to_pandas()
-    criteria.loc[criteria["layer"] == 1, "activation_norm"] = 1.0
-    cells = audit_cells(EFFECTS, pa.Table.from_pandas(criteria, preserve_index=False))
-    refused = [cell for cell in cells if cell.outcome == "refused"]
-    assert [key(cell) for cell in refused] == [("sample", "activation_norm", 1), ("all", "activation_norm", 1)]
-    assert all("all" in cell.note and "differences equal 0" in cell.note for cell in refused)
-    assert all(cell.n_tests == 12 for cell in cells if cell.ranking != CONTROL)
-
-
-def test_positions_with_an_undefined_criterion_are_left_out_and_counted():
-    criteria = CRITERIA_TABLE.to_pandas()
-    lost = (criteria["layer"] == 0) & (criteria["expert"] == 3)
-    criteria.loc[lost, "activation_std"] = np.nan
-    table = pa.Table.from_pandas(criteria, preserve_index=False)
-    cells = {key(cell): cell for cell in audit_cells(EFFECTS, table)}
-    grid = read_effects(EFFECTS)
-    touched = int((grid.expert[grid.valid, 0] == 3).any(axis=1).sum())
-    cell = cells["all", "activation_std", 0]
-    assert (cell.n_undefined, cell.n_positions) == (touched, 24 * 39 - touched)
-    pairs = slow_pairs(EFFECTS, table, "activation_std", 0)
-    assert cell.n_positions == len(pairs)
-    assert cell.d_position == pytest.approx(statistics.cohens_dz(*np.array(pairs).T[2:]).d)
-    assert cell.t == pytest.approx(statistics.paired_t(*document_means(pairs)).t)
-    chosen = np.random.RandomState(42).permutation(24 * 39)[:200]
-    assert cells["sample", "activation_std", 0].n == 200 - int((grid.expert[grid.valid, 0] == 3).any(axis=1)[chosen].sum())
-    assert cells["all", "activation_std", 1].n_undefined == 0
-
-
-def test_too_few_documents_are_refused_with_the_number_needed():
-    effects = synthetic_effects(n_documents=9)
-    cells = audit_cells(effects, expert_criteria(effects, n_experts=N_EXPERTS))
-    for cell in cells:
-        assert (cell.outcome == "refused") == (cell.population == "all")
-        if cell.population == "all":
-            assert cell.note == f"9 documents; tests over documents at 0.05/{cell.n_tests} need at least 10"
-            assert np.isnan(cell.p_t)
-            assert np.isnan(cell.d_position)
-
-
-def test_null_cells_pass_at_no_more_than_their_level():
-    """30 tables without any effect, 12 criterion cells each, at a family-wise level of .05."""
-    false = {"sample": 0, "all": 0}
-    for seed in range(30):
-        effects = synthetic_effects(n_documents=16, n_tokens=16, effect=0.0, seed=seed)
-        for cell in audit_cells(effects, expert_criteria(effects, n_experts=N_EXPERTS)):
-            if cell.ranking != CONTROL:
-                false[cell.population] += cell.outcome in ("positive", "negative")
-    assert max(false.values()) <= 5  # 1.5 expected at most: the rule wants two tests, and stays below its level
-
-
-def test_layers_can_be_chosen_and_shrink_the_family():
-    cells = audit_cells(EFFECTS, CRITERIA_TABLE, layers=[2, 0], populations=["sample"])
-    assert {(cell.layer, cell.n_tests) for cell in cells if cell.ranking == CONTROL} == {(0, 2), (2, 2)}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"layers": [7]}, r"layer 7 is not in the effect table; it has layers \[0, 1, 2\]"),
-        ({"layers": [1, 1]}, "layers must be distinct"),
-        ({"populations": ["some"]}, "unknown population 'some'"),
-        ({"n_positions": 937}, "cannot sample 937 positions: the effect table has 936"),
-        ({"n_positions": 2}, "choose between 3 and"),
-    ],
-)
-def test_audit_refuses_by_name(options, message):
-    with pytest.raises(ValueError, match=message):
-        audit_cells(EFFECTS, CRITERIA_TABLE, **options)
-
-
-def test_audit_refuses_criteria_that_do_not_fit():
-    with pytest.raises(ValueError, match="effects go up to expert 14"):
-        audit_cells(EFFECTS, CRITERIA_TABLE.filter(pa.compute.less(CRITERIA_TABLE["expert"], 10)))
-    with pytest.raises(ValueError, match="column activation_std missing"):
-        audit_cells(EFFECTS, CRITERIA_TABLE.drop_columns(["activation_std"]))
-    with pytest.raises(ValueError, match="each expert once"):
-        audit_cells(EFFECTS, CRITERIA_TABLE.slice(1))
-    with pytest.raises(ValueError, match="no column routing_weight"):
-        audit_cells(EFFECTS.drop_columns(["routing_weight"]), CRITERIA_TABLE)
-
-
-def test_cells_survive_csv(cells, tmp_path):
-    tables.write_csv_atomic(cells_table(cells), tmp_path / "cells.csv")
-    back = cells_from_table(tables.read_csv(tmp_path / "cells.csv", cells_table([]).schema))
-    for one, other in zip(cells, back, strict=True):
-        np.testing.assert_equal(asdict(one), asdict(other))
-
-
-def test_the_frozen_sample_is_a_draw_of_valid_positions_in_corpus_order():
-    table = frozen_positions(read_effects(EFFECTS), 200, 42).to_pandas()
-    valid = [(document, position) for document in range(24) for position in range(39)]
-    expected = [valid[i] for i in np.random.RandomState(42).permutation(len(valid))[:200]]
-    assert list(zip(table["document"], table["position"], strict=True)) == expected
-
-
-# --- summaries -------------------------------------------------------------------------------------------------------
-
-
-def test_layer_summary_equals_pandas_by_layer_and_slot():
-    frame = EFFECTS.to_pandas()
-    summary = layer_summary(EFFECTS).to_pandas()
-    assert len(summary) == 3 * 5
-    for row in summary.itertuples():
-        here = frame[frame["layer"] == row.layer]
-        here = here if row.slot == -1 else here[here["slot"] == row.slot]
-        delta = here["delta_loss"].dropna().astype(float)
-        assert (row.n_positions, row.n_removals) == (24 * 40, len(delta))
-        expected = (delta.mean(), delta.abs().mean(), delta.abs().quantile(0.95), (delta > 0).mean())
-        assert (row.mean_delta, row.mean_abs_delta, row.p95_abs_delta, row.share_positive) == pytest.approx(expected)
-        expected = (here["gap_norm"].mean(), here["output_norm"].mean(), here["routing_weight"].mean())
-        assert (row.mean_gap_norm, row.mean_output_norm, row.mean_routing_weight) == pytest.approx(expected, rel=1e-5)
-
-
-def test_domain_summary_equals_pandas(run):
-    summary = domain_summary(read_effects(EFFECTS), run).to_pandas()
-    frame = EFFECTS.to_pandas().dropna(subset=["delta_loss"])
-    domains = pq.read_table(run / "documents.parquet").to_pandas().set_index("document")["domain"]
-    frame["domain"] = frame["document"].map(domains)
-    for row in summary.itertuples():
-        here = frame[frame["domain"] == row.domain]
-        assert (row.n_documents, row.n_positions) == (8, 8 * 39)
-        tokens = here[(here["layer"] == 0) & (here["slot"] == 0)]
-        assert row.baseline_loss == pytest.approx(tokens["baseline_loss"].mean(), rel=1e-6)
-        assert (row.mean_delta, row.mean_abs_delta) == pytest.approx(
-            (here["delta_loss"].mean(), here["delta_loss"].abs().mean()), rel=1e-5
-        )
-        wide = here.pivot(index=["document", "position"], columns=["layer", "slot"], values="delta_loss").astype(float)
-        contrast = np.mean([wide[layer][0] - wide[layer][3] for layer in (0, 1, 2)], axis=0)
-        assert row.top_minus_bottom == pytest.approx(contrast.mean())
-        assert row.d_position == pytest.approx(contrast.mean() / contrast.std(ddof=1))
-
-
-def test_expert_and_slot_numbers_equal_pandas():
-    frame = EFFECTS.to_pandas().dropna(subset=["delta_loss"])
-    grid = read_effects(EFFECTS)
-    experts = figures.expert_numbers(grid, N_EXPERTS).to_pandas().set_index(["layer", "expert"])
-    groups = frame.groupby(["layer", "expert"])["delta_loss"]
-    assert experts["n_removals"].sum() == len(frame)
-    for at, values in groups:
-        assert experts.loc[at, "mean_delta"] == pytest.approx(values.astype(float).mean(), rel=1e-5)
-    assert np.isnan(experts.loc[(0, 15), "mean_delta"])
-    slots = figures.slot_numbers(grid).to_pandas()
-    for slot, values in frame.groupby("slot")["delta_loss"]:
-        one = slots[slots["slot"] == slot]
-        tail = one[one["statistic"] == "abs delta exceeded by share"]
-        for level, nats in zip(tail["level"], tail["nats"], strict=True):
-            assert (values.abs() > nats).mean() == pytest.approx(level, abs=2 / len(values))
-        middle = one[one["statistic"] == "quantile of delta"]
-        np.testing.assert_allclose(middle["nats"], np.quantile(values, middle["level"]), rtol=1e-5, atol=1e-8)
-
-
-def test_scopes_are_compared_row_by_row():
-    grid = read_effects(EFFECTS)
-    doubled = EFFECTS.set_column(
-        EFFECTS.schema.get_field_index("delta_loss"), "delta_loss", pa.array(2 * EFFECTS["delta_loss"].to_numpy())
-    )
-    table = scope_summary(grid, grid.with_effects_of(read_effects(doubled))).to_pandas()
-    np.testing.assert_allclose(table["mean_abs_sequence"], 2 * table["mean_abs_position"], rtol=1e-6)
-    np.testing.assert_allclose(table["correlation"], 1)
-    np.testing.assert_allclose(table["same_sign"], 1)
-    with pytest.raises(ValueError, match="differ in expert"):
-        grid.with_effects_of(read_effects(synthetic_effects(seed=5)))
-
-
-# --- reading the effect table ----------------------------------------------------------------------------------------
-
-
-def changed(row: int, **values: object) -> pa.Table:
-    columns = EFFECTS.to_pydict()
-    for name, value in values.items():
-        columns[name][row] = value
-    return pa.table(columns, schema=EFFECTS.schema)
-
-
-def test_the_grid_holds_the_rows_and_files_read_as_tables_do(tmp_path):
-    tables.write_parquet_atomic(EFFECTS, tmp_path / "effects.parquet", row_group_size=777)
-    for source in (EFFECTS, tmp_path / "effects.parquet"):
-        grid = read_effects(source)
-        assert grid.expert.shape == (960, 3, 4)
-        assert grid.layers == (0, 1, 2)
-        assert grid.valid.sum() == 936
-        row = 4321
-        p, layer, slot = np.unravel_index(row, grid.expert.shape)
-        one = EFFECTS.slice(row, 1).to_pylist()[0]
-        assert (grid.document[p], grid.position[p], grid.layers[layer], slot) == tuple(
-            one[name] for name in ("document", "position", "layer", "slot")
-        )
-        for name in EFFECT_VALUES:
-            assert getattr(grid, name)[p, layer, slot] == pytest.approx(one[name], nan_ok=True)
-
-
-MALFORMED = {
-    "rows 0 and 1 swapped": (EFFECTS.take([1, 0, *range(2, 240)]), "row 0 of the effect table"),
-    "slot repeated": (changed(13, slot=0), "row 13 of the effect table is document 0, position 1, layer 0, slot 0 where"),
-    "layer wrong": (changed(16, layer=0), "row 16 .* layer 1, slot 0 was due"),
-    "row missing": (pa.concat_tables([EFFECTS.slice(0, 100), EFFECTS.slice(101, 119)]), "incomplete: 219 rows"),
-    "position out of order": (EFFECTS.take([*range(12, 24), *range(12), *range(24, 60)]), "position 0 comes after document 0"),
-    "position twice": (EFFECTS.take([*range(24), *range(12, 24), *range(24, 60)]), "each must occur once"),
-    "position torn": (changed(14, position=2), "row 14 of the effect table is document 0, position 2"),
-    "delta partly missing": (changed(14, delta_loss=float("nan")), "NaN for some removals but not for all at document 0, pos"),
-    "delta infinite": (changed(14, delta_loss=float("inf")), "infinite at document 0, position 1"),
-    "weights rising": (changed(14, routing_weight=9.0), "slots are not in falling order of routing weight at document 0"),
-    "null": (changed(14, delta_loss=None), "column delta_loss of the effect table has 1 nulls"),
-    "no column": (EFFECTS.drop_columns(["expert"]), "not an effect table: column expert missing"),
-    "empty": (EFFECTS.slice(0, 0), "no rows"),
-    "slots from one": (EFFECTS.filter(pa.compute.greater(EFFECTS["slot"], 0)), "counted from 0"),
-}
-
-
-@pytest.mark.parametrize("fault", MALFORMED)
-def test_a_malformed_effect_table_is_refused_by_row(fault):
-    table, message = MALFORMED[fault]
-    with pytest.raises(ValueError, match=message):
-        read_effects(table)
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def test_an_interrupted_write_leaves_the_old_file_and_no_rubbish(tmp_path):
-    target = tmp_path / "file.txt"
-    tables.write_text_atomic("old", target)
-
-    def interrupted() -> None:
-        with tables.atomic_path(target) as temporary:
-            temporary.write_text("half of the ne")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert target.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file.txt"]
-
-
-def test_a_reader_keeps_the_old_file_whole_while_the_new_one_takes_its_name(tmp_path):
-    tables.write_text_atomic("old", tmp_path / "file.txt")
-    with open(tmp_path / "file.txt") as reader:
-        tables.write_text_atomic("new", tmp_path / "file.txt")
-        assert reader.read() == "old"
-    assert (tmp_path / "file.txt").read_text() == "new"
-
-
-def test_a_killed_writer_leaves_the_final_name_alone(tmp_path):
-    """A child process dies by SIGKILL inside the block: nothing under the final name, one temporary to sweep."""
-    child = os.fork()
-    if child == 0:
-        with tables.atomic_path(tmp_path / "file.txt") as temporary:
-            temporary.write_text("half")
-            os.kill(os.getpid(), 9)
-    os.waitpid(child, 0)
-    assert not (tmp_path / "file.txt").exists()
-    assert tables.remove_temporaries(tmp_path) == 1
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_full_disk_and_missing_directories_are_named(tmp_path, monkeypatch):
-    with pytest.raises(OSError, match=r"the directory .*nowhere does not exist"):
-        tables.write_text_atomic("x", tmp_path / "nowhere" / "file.txt")
-    (tmp_path / "plain").write_text("")
-    with pytest.raises(OSError, match=r"plain is not a directory"):
-        tables.write_text_atomic("x", tmp_path / "plain" / "file.txt")
-
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(tables.os, "fsync", full)
-    with pytest.raises(OSError, match=r"cannot write .*file.txt: No space left on device; free some space") as caught:
-        tables.write_text_atomic("x", tmp_path / "file.txt")
-    assert caught.value.errno == errno.ENOSPC
-    assert os.listdir(tmp_path) == ["plain"]
-
-
-def test_json_is_sorted_and_refuses_nan(tmp_path):
-    tables.write_json_atomic({"b": 1, "a": [True, None]}, tmp_path / "x.json")
-    assert list(json.loads((tmp_path / "x.json").read_text())) == ["a", "b"]
-    with pytest.raises(ValueError, match="JSON"):
-        tables.write_json_atomic({"a": float("nan")}, tmp_path / "y.json")
-    assert not (tmp_path / "y.json").exists()
-
-
-def test_every_column_of_every_schema_has_a_meaning_and_a_unit(run):
-    cell_columns = cells_table([]).schema
-    experts = pq.read_schema(run / "experts.parquet")
-    for schema in (tables.EFFECTS, tables.EFFECTS_SEQUENCE, tables.TOKENS, tables.DOCUMENTS, cell_columns, experts):
-        for column in schema:
-            assert set(column.metadata) == {b"meaning", b"unit"}, column.name
-            assert all(column.metadata.values()), column.name
-    assert pq.read_schema(run / "effects.parquet").field("gap_norm").metadata[b"meaning"].startswith(b"g ||E")
-    assert tables.read_csv(run / "layers.csv").column_names == list(LAYER_COLUMNS)
+def changed(run: Path, directory: Path, name: str, change) -> Path:
+    """A copy of the run with one csv changed: `change` is given the data frame."""
+    shutil.copytree(run, directory, ignore=shutil.ignore_patterns("figures", "report.html"))
+    frame = change(tables.read_csv(directory / name).to_pandas())
+    tables.write_csv_atomic(pa.table({column: frame[column].to_numpy() for column in frame}), directory / name)
+    return directory
+
+
+def texts(run: Path) -> tuple[str, str]:
+    """The findings and the conclusions of a run, as plain text."""
+    inputs = read_inputs(run)
+    return Page(lead(inputs)).text, Page(" ".join(conclude(inputs))).text
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
-FIGURES = ("effect_size", "removal_effect", "slots", "experts")
-VOID = {"meta", "img", "source", "br"}
 
-
-class Page(html.parser.HTMLParser):
-    """Checks that tags close in order, and gathers text and addresses."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.addresses: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.addresses += [value for name, value in attrs if name in ("src", "srcset", "href")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-
-def test_the_page_is_whole_and_needs_no_network(run):
-    page = Page((run / "report.html").read_text(encoding="utf-8"))
+def test_the_page_is_whole_and_needs_no_network(reported):
+    page = page_of(reported)
     assert len(page.addresses) == 2 * len(FIGURES)  # wide and narrow
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
-    assert "http" not in (run / "report.html").read_text(encoding="utf-8").split("<body>")[0]
+    assert "http" not in (reported / "report.html").read_text(encoding="utf-8").split("<body>")[0]
+    assert page.links
     for name in FIGURES:
         for kind in ("svg", "png", "csv"):
-            assert (run / "figures" / f"{name}.{kind}").stat().st_size > 300
-    expected = ["made-up-moe", "11,232 removals", "0 of 12", "1 of 3", "made-up <corpus>", "2.1e-06", "routed sum equals block"]
-    expected += ["high matters more", "address", "Absent: this run has no effects_sequence.parquet"]
-    for text in (*expected, *EFFECTS.column_names, *cells_table([]).column_names):
-        assert text in page.text, text
+            assert (reported / "figures" / f"{name}.{kind}").stat().st_size > 300
+    for text in ("made-up-moe", "made-up <corpus>", "1,766,016 removals", "2.1e-06", "effects are exact", "novel <old>"):
+        assert text in page.text
+    assert "Not measured" not in page.text
 
 
-def test_a_rerun_gives_the_same_bytes(run, tmp_path):
-    again = shutil.copytree(run, tmp_path / "elsewhere")
-    analyse_run(again, n_experts=N_EXPERTS)
-    write_report(again)
-    assert digests(again) == digests(run)
-    assert not list(again.rglob(".*"))
+def test_svg_and_csv_of_a_figure_are_the_same_bytes_each_time(measured):
+    table = tables.read_csv(measured / "cells.csv")
+    first, second = (effect_size(table, 6).render("svg", "png") for _ in range(2))
+    assert first == second
 
 
 @pytest.mark.usefixtures("unpainted")
-def test_the_page_says_what_is_absent(run, tmp_path):
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(run / "effects.parquet", bare)
-    analyse_run(bare, n_experts=N_EXPERTS)
-    write_report(bare)
-    text = Page((bare / "report.html").read_text(encoding="utf-8")).text
-    for absent in ("no documents.parquet", "no manifest.json", "records no verification", "records no noise floor"):
-        assert f"Absent: this run has {absent}" in text or f"Absent: the manifest {absent}" in text
+def test_a_page_is_the_same_bytes_each_time(measured, tmp_path):
+    pages = []
+    for name in ("one", "other"):
+        copy = shutil.copytree(measured, tmp_path / name, ignore=shutil.ignore_patterns("figures"))
+        pages.append(write_report(copy).read_bytes())
+        assert not list(copy.rglob(".*"))
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.usefixtures("unpainted")
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_was_not_measured_is_named_with_the_command_that_measures_it(measured, tmp_path, name):
+    run = shutil.copytree(measured, tmp_path / "run")
+    (run / name).unlink()
+    tables.write_json_atomic({"not_measured": {name: "this run has no such part"}}, run / "analysis.json")
+    write_report(run)
+    text = page_of(run).text
+    assert f"Not measured: {SOURCES[name].about} (this run has no such part)" in text
+    assert "python " + SOURCES[name].command.format(model="made-up-moe") in text
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_a_run_of_one_part_alone_is_reported(measured, tmp_path):
+    shutil.copy(measured / "progressive.csv", tmp_path)
+    write_report(tmp_path)
+    text = page_of(tmp_path).text
     assert "unnamed model" in text
+    assert text.count("Not measured") == len(SOURCES) - 1
+    for absent in ("no verification", "no noise floor", "no manifest.json"):
+        assert absent in text
 
 
-def test_failed_checks_and_refused_cells_are_shown_as_such(tmp_path):
-    run = synthetic_run(tmp_path / "few", n_documents=8)
+def test_without_any_table_or_with_one_of_another_version_it_refuses_by_name(measured, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none of the derived tables cells\.csv.* analyse the run first"):
+        write_report(tmp_path)
+    run = changed(measured, tmp_path / "old", "cells.csv", lambda frame: frame.drop(columns=["verdict", "bf10"]))
+    with pytest.raises(ValueError, match=r"cells\.csv lacks column verdict, bf10; analyse the run again"):
+        write_report(run)
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_failed_checks_are_shown_as_such(measured, tmp_path):
+    run = shutil.copytree(measured, tmp_path / "run")
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["verification"][0] |= {"passed": False, "value": 0.5}
+    manifest["verification"][1] |= {"passed": None}
     tables.write_json_atomic(manifest, run / "manifest.json")
-    printed = terminal_table(analyse_run(run, n_experts=N_EXPERTS))
     write_report(run)
-    text = Page((run / "report.html").read_text(encoding="utf-8")).text
-    assert "FAILED" in text
-    assert "8 documents; tests over documents at 0.05/12 need at least 10" in text
-    assert "every cell was refused (8 documents" in text
-    assert printed.count("refused, see cells.csv") == 15
+    rows = page_of(run).rows
+    assert ["inactive expert", "FAILED", "0.5000", "0.0000", "64 removals"] in rows
+    assert next(row for row in rows if row and row[0] == "effects are exact")[1] == "not run"
 
 
 @pytest.mark.usefixtures("unpainted")
-def test_both_scopes_are_audited_and_compared_where_both_were_measured(run, tmp_path):
-    both = shutil.copytree(run, tmp_path / "both")
-    sequence = EFFECTS.select(tables.EFFECTS_SEQUENCE.names).cast(tables.EFFECTS_SEQUENCE)
-    tables.write_parquet_atomic(sequence, both / "effects_sequence.parquet")
-    cells = analyse_run(both, n_experts=N_EXPERTS)
-    assert [cell.scope for cell in cells] == ["position"] * 30 + ["sequence"] * 30
-    for one, other in zip(cells[:30], cells[30:], strict=True):
-        np.testing.assert_equal(asdict(one) | {"scope": ""}, asdict(other) | {"scope": ""})
-    write_report(both)
-    assert "removed in the whole sequence" in Page((both / "report.html").read_text(encoding="utf-8")).text
+def test_the_map_of_verdicts_shows_every_cell(measured):
+    write_report(measured)
+    frame = tables.read_csv(measured / "cells.csv").to_pandas()
+    marks = {"valid": "+", "reversed": "\N{MINUS SIGN}", "equivalent": "=", "undecided": "?", "refused": "x"}
+    maps = [row for row in page_of(measured).rows if row and row[0] in ("activation norm", "routing entropy", "router-row norm")]
+    order = [("position", "all"), ("position", "sample"), ("sequence", "all"), ("sequence", "sample")]
+    shown = [row for row in maps if any(cell.strip() in marks.values() for cell in row[1:])]
+    assert len(shown) == 3 * len(order)
+    for i, (scope, population) in enumerate(order):
+        for row, ranking in zip(shown[3 * i :], ("activation_norm", "routing_entropy", "router_row_norm"), strict=False):
+            cells = frame[(frame.scope == scope) & (frame.population == population) & (frame.ranking == ranking)]
+            found = [cell.strip() for cell in row[1:] if cell.strip() in marks.values()]
+            assert found == [marks[verdict] for verdict in cells.sort_values("layer").verdict]
 
 
-def test_missing_steps_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"effects\.parquet does not exist; the measurement writes it"):
-        analyse_run(tmp_path, n_experts=N_EXPERTS)
-    tables.write_parquet_atomic(EFFECTS, tmp_path / "effects.parquet")
-    with pytest.raises(FileNotFoundError, match=r"experts\.parquet does not exist; analyse_run writes it"):
-        write_report(tmp_path)
-    with pytest.raises(ValueError, match="expert 14, but the model has 8 experts"):
-        analyse_run(tmp_path, n_experts=8)
+@pytest.mark.usefixtures("unpainted")
+def test_refused_cells_say_why_and_tables_drop_columns_without_numbers(measured, tmp_path):
+    def without_documents(frame: pd.DataFrame) -> pd.DataFrame:
+        sample = frame.population == "sample"
+        frame.loc[sample, ["p_max_t", "spearman", "spearman_low", "spearman_high", "bf10", "bf_directional"]] = np.nan
+        return frame
+
+    text = page_of(write_report(changed(measured, tmp_path / "run", "cells.csv", without_documents)).parent).text
+    assert "refused: all 72 differences equal 0; without variance there is no test" in text
+    assert text.count("p max-T") == 2 * 4  # both scopes of population all, four families
+    assert text.count("p TOST") == 4 * 4
 
 
-def test_the_terminal_table_fits_a_hundred_columns(cells):
-    lines = terminal_table(cells).splitlines()
-    assert max(map(len, lines)) <= 100
-    planted = next(
-        line for line in lines[lines.index("routing_weight (control: the token's own)") :] if line.startswith("      2")
+@pytest.mark.usefixtures("unpainted")
+def test_a_model_of_many_layers_has_marks_alone_in_its_map(tmp_path):
+    run = synthetic_report(tmp_path / "deep", n_layers=48, scopes=("position",))
+    write_report(run)
+    body = (run / "report.html").read_text(encoding="utf-8")
+    assert "<small>" not in body
+    assert body.count('class="map"') == 2
+
+
+# --- summary and conclusions -------------------------------------------------------------------------------------------
+
+
+def test_the_summary_counts_the_verdicts_of_the_tables(measured):
+    findings, _ = texts(measured)
+    frame = tables.read_csv(measured / "cells.csv").to_pandas()
+    frame = frame[(frame.scope == "position") & (frame.population == "all")]
+    counts = frame.groupby("family").verdict.value_counts()
+    paper, extended = counts["paper"], counts["extended"]
+    assert (
+        f"(24 cells of criterion {TIMES} layer, over all positions): {paper['valid']} valid (activation norm in layers 4, 5)"
+        in findings
     )
-    assert planted.count("+ |") == 1
-    assert planted.endswith("+")
+    assert f"{paper['equivalent']} equivalent to none" in findings
+    assert f"{extended['undecided']} undecided, 1 reversed (routing entropy in layer 0), 1 refused" in findings
+    token = frame[frame.ranking == "first_order"].spearman.mean()
+    assert f"first-order estimate {token:+.3f}, valid in 6 of 6 layers" in findings
+
+
+def test_the_summary_reads_ceiling_scope_and_progressive_off_their_tables(measured):
+    findings, _ = texts(measured)
+    ceiling = tables.read_csv(measured / "ceiling.csv").to_pandas()
+    value = ceiling.groupby("layer").ceiling.first().mean()
+    assert f"more than {100 * value:.1f}% of the variance" in findings
+    scopes = tables.read_csv(measured / "scopes.csv").to_pandas()
+    ratio = scopes.mean_abs_sequence / scopes.mean_abs_position
+    assert f"{ratio.min():.2f} to {ratio.max():.2f} times as much" in findings
+    progressive = tables.read_csv(measured / "progressive.csv").to_pandas()
+    half = progressive[progressive.removed == 4].groupby("order")["mean"].mean()
+    assert f"{half['descending']:+.3f} nats highest weight first" in findings
+    assert f"{half['ascending']:+.3f} nats lowest weight first" in findings
+    assert f"all 8, {progressive[progressive.removed == 8]['mean'].mean():+.3f}" in findings
+
+
+def set_verdicts(verdict: str):
+    def change(frame: pd.DataFrame) -> pd.DataFrame:
+        frame.loc[frame.family.isin(["paper", "extended"]) & (frame.population == "all"), "verdict"] = verdict
+        return frame
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("verdict", "conclusion"),
+    [
+        ("undecided", "Most cells (96 of 96) are undecided"),
+        ("equivalent", "No statistic fixed for the corpus tells which active expert matters at a token: in 96 of 96 cells"),
+        ("valid", "Fixed statistics predict in 96 of 96 cells"),
+        ("reversed", "in 0 of 96 cells the effect is shown to lie within d = 0.1, 96 point the wrong way"),
+    ],
+)
+def test_the_conclusion_follows_the_verdicts(measured, tmp_path, verdict, conclusion):
+    run = changed(measured, tmp_path / "run", "cells.csv", set_verdicts(verdict))
+    assert conclusion in texts(run)[1]
+
+
+def test_where_documents_are_too_few_the_sample_is_summed_up_and_said_so(measured, tmp_path):
+    def refuse_all(frame: pd.DataFrame) -> pd.DataFrame:
+        frame.loc[frame.population == "all", "verdict"] = "refused"
+        return frame
+
+    findings, _ = texts(changed(measured, tmp_path / "run", "cells.csv", refuse_all))
+    assert f"24 cells of criterion {TIMES} layer, over 200 sampled positions" in findings
+
+
+def test_the_conclusion_about_fixed_rankings_follows_the_ceiling(measured, tmp_path):
+    low = texts(measured)[1]
+    assert "A fixed ranking can say little here: 98% of the variance" in low
+    assert "the criteria miss most of what a fixed ranking can give" in low
+
+    def high(frame: pd.DataFrame) -> pd.DataFrame:
+        good = frame.criterion.isin(["activation_norm", "oracle"])
+        frame["ceiling"] *= 10
+        frame["share_of_variance"] = np.where(good, 0.8, 0.02) * frame["ceiling"]
+        return frame
+
+    text = texts(changed(measured, tmp_path / "run", "ceiling.csv", high))[1]
+    assert "A fixed ranking could explain 22% of the variance" in text
+    assert "activation norm already takes much of what a fixed ranking can give" in text
+
+
+def test_the_conclusion_about_token_scores_can_go_against_them(measured, tmp_path):
+    assert "ask the token: its first-order estimate orders the active experts best" in texts(measured)[1]
+
+    def blind(frame: pd.DataFrame) -> pd.DataFrame:
+        frame.loc[frame.family == "token", "spearman"] = 0.0
+        return frame
+
+    text = texts(changed(measured, tmp_path / "run", "cells.csv", blind))[1]
+    assert "no better than activation norm does" in text
+
+
+def test_names_from_files_are_escaped(measured):
+    inputs = read_inputs(measured)
+    inputs.manifest["model"]["name"] = "<script>moe</script>"
+    assert "<script>" not in lead(inputs)
+    assert "made-up <corpus>" not in lead(inputs)
+
+
+# --- figures -------------------------------------------------------------------------------------------------------------
+
+
+def test_figures_show_the_numbers_of_their_tables(reported):
+    cells = tables.read_csv(reported / "cells.csv").to_pandas()
+    drawn = tables.read_csv(reported / "figures" / "effect_size.csv").to_pandas()
+    expected = cells[(cells.scope == "position") & cells.ranking.isin([*PAPER_CRITERIA, "routing_weight"])]
+    np.testing.assert_array_equal(drawn.d_position, expected.d_position)
+    np.testing.assert_allclose(drawn.relative_depth, expected.layer / 5)
+    correlated = tables.read_csv(reported / "figures" / "rank_correlation.csv").to_pandas()
+    np.testing.assert_array_equal(correlated.spearman, cells[(cells.scope == "position") & (cells.population == "all")].spearman)
+    for name in ("progressive", "scopes", "slots"):
+        assert tables.read_csv(reported / "figures" / f"{name}.csv").equals(tables.read_csv(reported / f"{name}.csv"))
+
+
+def test_relative_depth_counts_the_layers_of_the_model_not_those_audited():
+    cells = {
+        "scope": "position",
+        "population": "all",
+        "family": "paper",
+        "ranking": "activation_norm",
+        "n": 9,
+        "verdict": "valid",
+    }
+    numbers = dict.fromkeys(("d_position", "d_position_low", "d_position_high", "minimal_detectable_d", "equivalence_bound"), 0.1)
+    table = pa.Table.from_pylist([{**cells, **numbers, "layer": layer} for layer in (1, 7, 13)])
+    assert effect_size(table, 27).numbers.column("relative_depth").to_pylist() == [1 / 26, 7 / 26, 13 / 26]
+    assert Inputs({"cells.csv": table}, {"model": {"config": {"n_layers": 27}}}, {}).n_layers == 27
+    assert Inputs({"cells.csv": table}, {}, {}).n_layers == 14
+
+
+def test_shares_of_the_ceiling_pool_layers_by_their_ceiling(measured):
+    table = tables.read_csv(measured / "ceiling.csv")
+    sums = table.to_pandas().groupby("criterion")[["share_of_variance", "ceiling"]].sum()
+    for criterion, (_, share) in pooled_shares(table).items():
+        assert share == pytest.approx(sums.share_of_variance[criterion] / sums.ceiling[criterion])
+    nothing = table.set_column(table.schema.get_field_index("ceiling"), "ceiling", pa.array(np.zeros(table.num_rows)))
+    assert all(np.isnan(share) for _, share in pooled_shares(nothing).values())
+
+
+def test_the_heat_map_leaves_out_experts_that_were_hardly_removed(measured):
+    table = pa.table(
+        {"layer": [3, 3, 7, 7], "expert": [0, 1, 0, 1], "n_removals": [29, 30, 99, 0], "mean_delta": [9.0, 1.0, -1.0, np.nan]}
+    )
+    image = draw_experts(experts(table).numbers, narrow=False).axes[0].images[0].get_array()
+    assert MINIMUM_REMOVALS == 30
+    np.testing.assert_array_equal(np.ma.filled(image, np.nan), [[np.nan, 1.0], [-1.0, np.nan]])
+
+
+def test_progressive_curves_of_a_deep_model_fit_a_page_and_a_phone(tmp_path):
+    table = tables.read_csv(synthetic_report(tmp_path, n_layers=48) / "progressive.csv")
+    for narrow, columns in ((False, 6), (True, 3)):
+        titles = [axes.get_title() for axes in draw_progressive(table, narrow).axes[:columns]]
+        assert (titles[0], titles[-1]) == ("layer 0", "layer 47")
+
+
+def test_lines_differ_without_colour_and_text_stands_out_from_its_ground():
+    for lines in (SCORE_LINES.values(), PAPER_LINES):
+        assert len({marker for _, marker in lines}) == len(lines)
+    pairs = re.findall(r"\.(?:valid|reversed|equivalent|undecided|refused) \{ background: (#\w+); color: (#\w+); \}", STYLE)
+    assert len(pairs) == 5
+    assert all(contrast(*pair) >= 4.5 for pair in pairs)
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of two colours (WCAG 2, section 1.4.3)."""
+    luminance = []
+    for colour in (one, other):
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+        channels = np.array([int(digits[i : i + 2], 16) for i in (0, 2, 4)]) / 255
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        luminance.append(float(linear @ [0.2126, 0.7152, 0.0722]))
+    return (max(luminance) + 0.05) / (min(luminance) + 0.05)
+
+
+# --- with the analysis ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_the_made_up_files_have_the_columns_of_an_analysed_run_which_is_reported_whole(measured, tmp_path):
+    run = synthetic_run(tmp_path / "run", parts=PARTS)
+    analyse_run(run, n_experts=16)
+    real, made_up = read_inputs(run), read_inputs(measured)
+    assert set(real.tables) == set(made_up.tables) == set(SOURCES)
+    for name, table in real.tables.items():
+        assert set(table.column_names) == set(made_up.tables[name].column_names), name
+    write_report(run)
+    text = page_of(run).text
+    assert "Not measured" not in text
+    assert "nan" not in text.lower().replace("finance", "")
