@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it al
 from experiments.measuring import SEED, add_measurement_arguments, open_run, parse_sample
 from hooked_moe.analysis import analyse_run
 from hooked_moe.cell_text import terminal_table
-from hooked_moe.criteria import CRITERIA
+from hooked_moe.criteria import PAPER_CRITERIA
 from hooked_moe.report import write_report
 from hooked_moe.statistics import minimum_documents
 
@@ -66,7 +66,7 @@ def audit(args: argparse.Namespace) -> Path:
         positions = valid if sample is None else sample
         removals = len(positions) * len(run.layers) * run.model.cfg.experts_per_token
         print(f"removals to measure: {removals:,}\nresults: {run.directory}")
-        needed = minimum_documents(len(CRITERIA) * len(run.layers))
+        needed = minimum_documents(len(PAPER_CRITERIA) * len(run.layers))
         if len({document for document, _ in positions}) < needed:
             print(f"note: tests over documents need {needed} or more of them and will be refused; those over positions are made")
         print()

@@ -63,7 +63,7 @@ class ChoiceData:
         rows, held_out = [], {}
         for name in RANKINGS:
             fitted: dict[str, object] = {}
-            note = self.scores.unmeasured(name) or ("" if name in scores else "not measured: the effect table lacks it")
+            note = self.scores.unmeasured(name)
             if not note:
                 defined = np.isfinite(scores[name]).all(axis=(1, 2))
                 try:
