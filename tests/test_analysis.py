@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
+from benchmarks import analysis_scale
 from hooked_moe import analysis, bayes, redistribution, tables
 from hooked_moe.analysis import analyse_run
 from hooked_moe.cells import Cell
@@ -89,7 +90,7 @@ def test_parts_of_other_measurements_are_refused(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     sequence = pq.read_table(run / "effects_sequence.parquet")
     tables.write_parquet_atomic(sequence.slice(0, 480), other / "effects_sequence.parquet")
-    with pytest.raises(ValueError, match="two effect tables differ in document|differ in length"):
+    with pytest.raises(ValueError, match=r"two effect tables differ in document|differ in length"):
         analyse_run(other, n_experts=N_EXPERTS)
     with pytest.raises(ValueError, match=r"expert 14 outside 0\.\.7"):
         analyse_run(run, n_experts=8)
@@ -145,7 +146,7 @@ def test_a_long_corpus_is_thinned_evenly_and_says_so(run, tmp_path, monkeypatch)
     table = pd.read_csv(again / "bayes.csv").set_index("criterion")
     assert set(table["n_positions_used"].drop("chance")) == {312}  # every third of 936: 936 orders
     whole = pd.read_csv(run / "bayes.csv").set_index("criterion")
-    score = "first_order"
+    score = "routing_weight"
     assert abs(table.loc[score, "pl_beta"] - whole.loc[score, "pl_beta"]) < 4 * table.loc[score, "pl_sd"]
 
 
@@ -214,3 +215,19 @@ def test_unknown_orders_are_refused(run, tmp_path):
     tables.write_parquet_atomic(table, other / "progressive.parquet")
     with pytest.raises(ValueError, match="has order 'upward'; there are descending, ascending, random"):
         analyse_run(other, n_experts=N_EXPERTS)
+
+
+# --- scale -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_scale_analyses_what_it_makes_up(capsys):
+    (table,) = analysis_scale.main(["--small", "--sequence", "--threads", "1"])
+    assert str(table) in capsys.readouterr().out
+    assert [row[:2] for row in table.rows] == [["2,000", "64,000"], ["4,000", "128,000"]]
+
+
+def test_an_analysis_beyond_the_memory_it_may_take_is_a_failure(monkeypatch):
+    monkeypatch.setattr(analysis_scale, "MEMORY", 1)
+    monkeypatch.setattr(analysis_scale, "analysed", lambda *_: {"seconds": 1.0, "before": 1.0, "peak": 2.0})
+    with pytest.raises(RuntimeError, match="32,000 rows took"):
+        analysis_scale.main(["--small", "--tokens", "2000"])
