@@ -292,7 +292,7 @@ def test_where_documents_are_too_few_the_sample_is_summed_up_and_said_so(measure
 
 def test_the_conclusion_about_fixed_rankings_follows_the_ceiling(measured, tmp_path):
     low = texts(measured)[1]
-    assert "A fixed ranking can say little here: 98% of the variance" in low
+    assert "A fixed ranking can say little here: at most 2.2% of the variance" in low
     assert "the criteria miss most of what a fixed ranking can give" in low
 
     def high(frame: pd.DataFrame) -> pd.DataFrame:

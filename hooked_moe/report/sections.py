@@ -17,7 +17,7 @@ def not_measured(inputs: Inputs, name: str) -> str:
     why = inputs.reasons.get(name) or f"{name} is absent"
     return (
         f'<p class="absent"><b>Not measured</b>: {SOURCES[name].about} ({html.escape(why)}). '
-        f"Measure it with <code>{html.escape(inputs.command(name))}</code>.</p>"
+        f"Measure it with <code>{html.escape(inputs.command(name))}</code> and the settings of this run.</p>"
     )
 
 
