@@ -48,7 +48,7 @@ def synthetic_report(
 
 def true_d(family: str, ranking: str, layer: int, n_layers: int) -> float:
     """The planted effect size over single positions."""
-    depth = layer / (n_layers - 1)
+    depth = layer / max(n_layers - 1, 1)
     if family == "token":
         return {"routing_weight": 0.12, "gap_norm": 0.15, "first_order": 0.3}[ranking] + 0.12 * depth
     if family == "oracle":
