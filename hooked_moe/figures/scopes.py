@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 
 from hooked_moe.figures.drawing import BLUE, LEGEND_BELOW, VERMILLION, Drawing, layer_axis, marker_step, panel_row, zero_line
 
-
 DASHED = (0, (4, 2))
 
 
