@@ -21,11 +21,9 @@ def _on_criteria(inputs: Inputs) -> str:
     counts = {name: sum(row["verdict"] == name for row in decided) for name in ("valid", "reversed", "equivalent", "undecided")}
     bound = f"d = {decided[0]['equivalence_bound']:g}"
     if counts["undecided"] > len(decided) / 2:
-        detectable = known_mean(row["minimal_detectable_d"] for row in decided)
         return (
             f"Most cells ({counts['undecided']} of {len(decided)}) are undecided: these data neither show that the criteria "
-            f"predict nor that they do not. Cells detect d = {detectable:.3f} with 80% power; "
-            "more documents narrow that."
+            f"predict nor that their effect lies within {bound}. More documents would decide."
         )
     if not counts["valid"]:
         text = (

@@ -29,6 +29,10 @@ def definitions() -> str:
         (criterion.name, criterion.unit, f"{criterion.formula} ({criterion.source})") for criterion in CRITERIA.values()
     ]
     return "".join(
-        folded(name, html_table(("column", "unit", "meaning"), [html_row(map(html.escape, row)) for row in rows], "words"))
+        folded(
+            name,
+            html_table(("column", "unit", "meaning"), [html_row(map(html.escape, row)) for row in rows], "words"),
+            on_paper=False,
+        )
         for name, rows in files.items()
     )

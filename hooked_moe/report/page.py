@@ -49,9 +49,10 @@ def group_row(text: str, columns: int) -> str:
     return f'<tr class="group"><th colspan="{columns}">{html.escape(text)}</th></tr>'
 
 
-def folded(title: str, body: str) -> str:
-    """A part that opens on a click, and is open on paper."""
-    return f"<details><summary>{html.escape(title)}</summary>{body}</details>"
+def folded(title: str, body: str, on_paper: bool) -> str:
+    """A part that opens on a click; printed open, or not at all."""
+    kind = "" if on_paper else ' class="screen"'
+    return f"<details{kind}><summary>{html.escape(title)}</summary>{body}</details>"
 
 
 def html_value(value: Any) -> str:
@@ -117,7 +118,7 @@ th:first-child, td:first-child, .cells :is(th, td):nth-child(2), .words th, .wor
 .map th { text-align: center; border-bottom: 0; }
 .map td:first-child, .map .group th { text-align: left; }
 .map td:first-child { position: sticky; left: 0; background: #fff; padding-right: .8rem; }
-.deep td { padding: .12rem 0; min-width: .95rem; } .deep td:first-child { padding-right: .5rem; }
+.deep td { padding: .12rem 0; min-width: .9rem; } .deep td:first-child { padding-right: .5rem; }
 .deep thead th { font-size: .62rem; padding: 0; }
 .map small { font-size: .72rem; }
 .valid { background: #b9d7ee; color: #00345a; } .reversed { background: #f6cdb0; color: #6a2a00; }
@@ -125,24 +126,25 @@ th:first-child, td:first-child, .cells :is(th, td):nth-child(2), .words th, .wor
 .refused { background: #fff; color: #555; }
 .cells span { padding: .05rem .4rem; border-radius: .2rem; }
 .key { font-size: .88rem; } .key span { display: inline-block; padding: 0 .45rem; margin-right: .3rem; border-radius: .2rem; }
-.bayes td:nth-child(7) { text-align: left; }
+.bayes .word { white-space: normal; } .bayes td:nth-child(7) { text-align: left; }
 .bar { display: inline-block; height: .65rem; background: #0072B2; vertical-align: baseline; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: #00497a; font-weight: 600; font-size: .92rem; }
 @media (max-width: 600px) {
   body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.3rem; }
   .map td:first-child { white-space: normal; min-width: 7rem; max-width: 9rem; }
-  .deep td { padding: .12rem 0; min-width: .95rem; } .deep td:first-child { padding-right: .5rem; }
+  .deep td { padding: .12rem 0; min-width: .9rem; } .deep td:first-child { padding-right: .5rem; }
 .deep thead th { font-size: .62rem; padding: 0; }
 .map small { display: none; }
   .bayes td:first-child { white-space: normal; min-width: 7rem; }
 }
 @media print {
   @page { margin: 14mm 12mm; }
-  body { max-width: none; padding: 0; font-size: 9.5pt; }
-  nav { display: none; }
+  html { font-size: 9.5pt; } body { max-width: none; padding: 0; }
+  nav, .screen, #columns { display: none; }
   .scroll { overflow: visible; } table { font-size: 7pt; } th, td { padding: .08rem .25rem; }
   .words td:last-child, .pairs td:last-child { min-width: 0; }
   details::details-content { content-visibility: visible; block-size: auto; }
+  figure picture { max-width: 88%; }
   figure, tr, li, .map { break-inside: avoid; } h2, h3, summary, .key { break-after: avoid; }
   thead { display: table-header-group; }
   td, th, .bar { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

@@ -30,13 +30,15 @@ def verdict_sections(cells: Sequence[Row]) -> Iterable[Section]:
             here = [row for row in cells if (row["scope"], row["population"]) == (scope, population)]
             if here:
                 title = f"Verdicts: {name}" + ("" if scope == "position" else f", removed in the whole {scope}")
-                yield Section(f"verdicts-{scope}-{population}", title, _body(here))
+                yield Section(
+                    f"verdicts-{scope}-{population}", title, _body(here, on_paper=(scope, population) == ("position", "all"))
+                )
 
 
-def _body(cells: Sequence[Row]) -> str:
+def _body(cells: Sequence[Row], on_paper: bool) -> str:
     parts = [f"<p>{_unit(cells)}</p>", _key(cells), _map(cells), f"<p>{_rule(cells)}</p>"]
     for family, rows in _by(cells, "family"):
-        parts.append(folded(f"Table: {FAMILY_TITLES.get(family, family)}", _table(rows)))
+        parts.append(folded(f"Table: {FAMILY_TITLES.get(family, family)}", _table(rows), on_paper))
     return "".join(parts)
 
 
@@ -51,8 +53,8 @@ def _unit(cells: Sequence[Row]) -> str:
     undefined = max(row["n_undefined"] for row in cells)
     left_out = f" Up to {undefined:,} positions were left out of a cell for an undefined criterion." if undefined else ""
     return (
-        "d: loss change with the highest-ranked active expert removed less that with the lowest-ranked, in standard deviations "
-        f"of this difference, {unit}{left_out}"
+        "d: loss change with the highest-ranked active expert removed less that with the lowest-ranked, in standard "
+        f"deviations of this difference, {unit}{left_out}"
     )
 
 
@@ -65,7 +67,7 @@ def _rule(cells: Sequence[Row]) -> str:
     return (
         "Agreement rule: the t-test and Wilcoxon's test pass with one sign at the Bonferroni level, "
         f"{html.escape(families)}. d within \N{PLUS-MINUS SIGN}{cells[0]['equivalence_bound']:g} counts as equivalent to none, "
-        "whatever its p. The tables have every number, p-values uncorrected; corrections and more are in <code>cells.csv</code>."
+        "whatever its p. Power and the d for 0.8 are of the t-test, at the unit that it tests. The tables have every number, p-values uncorrected; corrections and more are in <code>cells.csv</code>."
     )
 
 
