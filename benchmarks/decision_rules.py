@@ -23,47 +23,28 @@ Decisions = dict[str, np.ndarray]
 def decisions(table: PlantedTable, seed: int) -> Decisions:
     """Of all rules on all cells. A rule over a family takes all cells of the table for its family."""
     shape = table.effect.shape
-    random = np.random.default_rng(seed)
-    chosen = random.permutation(len(table.document))[:SAMPLE]
+    chosen = np.random.default_rng(seed).permutation(len(table.document))[:SAMPLE]
     documents = int(table.document.max()) + 1
+    by_document, spearman = np.empty((documents, *shape)), np.empty((documents, *shape))
     p: dict[str, np.ndarray] = {}
     said: Decisions = {}
-    by_document, spearman = np.empty((documents, *shape)), np.empty((documents, *shape))
-
-    def note(store: dict[str, np.ndarray], rule: str, cell: tuple[int, int], value: float) -> None:
-        store.setdefault(rule, np.full(shape, np.nan))[cell] = value
-
-    for layer in range(shape[0]):
-        ranks_of_delta = stat.within_position_ranks(table.delta[layer])
-        for ranking in range(shape[1]):
-            cell = layer, ranking
-            score, truth = table.scores(*cell), table.effect[cell]
-            ranks = stat.within_position_ranks(score)
-            difference = _picked(score, table.delta[layer])
-            by_document[(slice(None), *cell)] = _document_means(table, difference)
-            spearman[(slice(None), *cell)] = _document_means(table, stat.spearman_of_ranks(ranks, ranks_of_delta))
-            effect = stat.clustered_dz(difference, table.document)
-            for unit, values in (("sample", difference[chosen]), ("documents", by_document[(slice(None), *cell)])):
-                nothing = np.zeros_like(values)
-                t, signed = stat.paired_t(values, nothing), stat.wilcoxon_signed_rank(values, nothing)
-                note(p, f"{unit}: t", cell, t.p)
-                note(p, f"{unit}: Wilcoxon", cell, signed.p)
-                outcome = stat.agreement(t, signed, table.effect.size, ALPHA)
-                note(said, f"{unit}: agreement", cell, outcome in ("positive", "negative"))
-                same = stat.equivalence(effect, BOUND) if unit == "documents" else stat.equivalence_dz(t.t, t.n, BOUND)
-                note(said, f"{unit}: equivalent", cell, same.equivalent)
-                verdict = stat.verdict(outcome, same)
-                for name in ("valid", "equivalent", "undecided", "reversed"):
-                    note(said, f"{unit}: verdict {name}", cell, verdict == name)
-            note(p, "all positions as if independent: t", cell, stat.paired_t(difference, np.zeros_like(difference)).p)
-            note(said, "d: interval misses", cell, not effect.low <= truth <= effect.high)
-            exact = stat.cohens_dz(difference[chosen], np.zeros(SAMPLE))
-            note(said, "sample: d interval misses", cell, not exact.low <= truth <= exact.high)
-            design_effect = by_document[(slice(None), *cell)].var(ddof=1) / difference.var() * len(difference) / documents
-            note(said, "design effect", cell, design_effect)
-            if ranking == 0:
-                for rule, value in _bayes(table, layer, ranks).items():
-                    note(said, rule, cell, value)
+    for layer, ranking in np.ndindex(shape):
+        cell = layer, ranking
+        score, delta = table.scores(*cell), table.delta[layer]
+        ranks, ranks_of_delta = stat.within_position_ranks(score), stat.within_position_ranks(delta)
+        difference = _picked(score, delta)
+        by_document[(slice(None), *cell)] = _document_means(table, difference)
+        spearman[(slice(None), *cell)] = _document_means(table, stat.spearman_of_ranks(ranks, ranks_of_delta))
+        effect, truth = stat.clustered_dz(difference, table.document), table.effect[cell]
+        of_sample = _tested("sample", difference[chosen], effect, table.effect.size)
+        of_documents = _tested("documents", by_document[(slice(None), *cell)], effect, table.effect.size)
+        exact = stat.cohens_dz(difference[chosen], np.zeros(SAMPLE))
+        inflation = by_document[(slice(None), *cell)].var(ddof=1) / difference.var() * len(difference) / documents
+        alike = stat.paired_t(difference, np.zeros_like(difference)).p
+        _note(p, shape, cell, of_sample[0] | of_documents[0] | {"all positions as if independent: t": alike})
+        _note(said, shape, cell, of_sample[1] | of_documents[1] | (_bayes(table, layer, ranks) if ranking == 0 else {}))
+        _note(said, shape, cell, {"d: interval misses": not effect.low <= truth <= effect.high, "design effect": inflation})
+        _note(said, shape, cell, {"sample: d interval misses": not exact.low <= truth <= exact.high})
 
     interval = stat.cluster_bootstrap(spearman.reshape(documents, -1), n_resamples=1000, seed=seed)
     said["Spearman: interval excludes 0"] = ((interval.low > 0) | (interval.high < 0)).reshape(shape)
@@ -73,6 +54,25 @@ def decisions(table: PlantedTable, seed: int) -> Decisions:
         for name, adjust in (("Bonferroni", stat.bonferroni), ("Holm", stat.holm), ("BH", stat.benjamini_hochberg)):
             p[f"{unit}: {name}"] = adjust(p[f"{unit}: t"].ravel()).reshape(shape)
     return said | {rule: values <= ALPHA for rule, values in p.items()}
+
+
+def _tested(
+    unit: str, difference: np.ndarray, effect: stat.ClusteredEffect, family: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """p of the tests of one cell, and what the rules say that need no other cell."""
+    nothing = np.zeros_like(difference)
+    t, ranks = stat.paired_t(difference, nothing), stat.wilcoxon_signed_rank(difference, nothing)
+    outcome = stat.agreement(t, ranks, family, ALPHA)
+    same = stat.equivalence(effect, BOUND) if unit == "documents" else stat.equivalence_dz(t.t, t.n, BOUND)
+    verdict = stat.verdict(outcome, same)
+    said = {"agreement": outcome in ("positive", "negative"), "equivalent": same.equivalent}
+    said |= {f"verdict {name}": verdict == name for name in ("valid", "equivalent", "undecided", "reversed")}
+    return {f"{unit}: t": t.p, f"{unit}: Wilcoxon": ranks.p}, {f"{unit}: {rule}": value for rule, value in said.items()}
+
+
+def _note(store: dict[str, np.ndarray], shape: tuple[int, ...], cell: tuple[int, ...], values: dict[str, float]) -> None:
+    for rule, value in values.items():
+        store.setdefault(rule, np.full(shape, np.nan))[cell] = value
 
 
 def _bayes(table: PlantedTable, layer: int, ranks: np.ndarray) -> dict[str, float]:

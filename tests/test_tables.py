@@ -1,4 +1,4 @@
-"""Tables and files: what columns mean, and writes that appear complete or not at all."""
+"""How files are written: whole or not at all; and what every column of every table says of itself."""
 
 import errno
 import json
@@ -8,8 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from hooked_moe import tables
+from hooked_moe.accumulators.expert_statistics import ExpertAccumulator
 from hooked_moe.cells import cells_table
-from hooked_moe.criteria import expert_criteria
+from hooked_moe.criteria import criteria_table
+from hooked_moe.effect_grid import read_effects
 from tests.synthetic_effects import synthetic_effects
 
 
@@ -75,15 +77,21 @@ def test_json_is_sorted_and_refuses_nan(tmp_path):
 
 
 def test_every_column_of_every_schema_has_a_meaning_and_a_unit():
-    experts = expert_criteria(synthetic_effects(), n_experts=16).schema
-    written = (tables.EFFECTS, tables.EFFECTS_SEQUENCE, tables.TOKENS, tables.DOCUMENTS, tables.PROGRESSIVE, tables.ROUTING)
-    for schema in (*written, tables.EXPERT_WEIGHTS, cells_table([]).schema, experts):
+    experts = ExpertAccumulator((0, 1, 2), 16)
+    experts.update(read_effects(synthetic_effects(n_documents=2, n_tokens=10)))
+    measured = ("EFFECTS", "EFFECTS_SEQUENCE", "PROGRESSIVE", "ROUTING", "EXPERT_WEIGHTS", "TOKENS", "DOCUMENTS")
+    for schema in (
+        *(getattr(tables, name) for name in measured),
+        cells_table([]).schema,
+        criteria_table(experts.statistics()).schema,
+    ):
         for column in schema:
             assert set(column.metadata) == {b"meaning", b"unit"}, column.name
             assert all(column.metadata.values()), column.name
+    assert tables.EFFECTS.field("gap_norm").metadata[b"meaning"].startswith(b"g ||E")
 
 
-def test_metadata_travels_with_the_file(tmp_path):
-    tables.write_parquet_atomic(synthetic_effects(), tmp_path / "effects.parquet")
-    field = pq.read_schema(tmp_path / "effects.parquet").field("gap_norm")
-    assert field.metadata[b"meaning"].startswith(b"g ||E")
+def test_meanings_travel_with_the_file(tmp_path):
+    tables.write_parquet_atomic(synthetic_effects(n_documents=1, n_tokens=3), tmp_path / "effects.parquet")
+    field = tables.EFFECTS.field("delta_loss")
+    assert pq.read_schema(tmp_path / "effects.parquet").field("delta_loss").metadata == field.metadata
