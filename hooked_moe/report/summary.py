@@ -114,7 +114,7 @@ def bayes(inputs: Inputs) -> str:
         known = [row for row in rows if row["family"] in families and not math.isnan(row["lodo_score"])]
         if known:
             best = max(known, key=lambda row: float(row["lodo_score"]))
-            wrong_way = " (the wrong way round: &beta; &lt; 0)" if best["pl_beta"] < 0 else ""
+            wrong_way = " (with &beta; &lt; 0)" if best["pl_beta"] < 0 else ""
             leaders.append(f"{label(best['criterion'])} {signed(best['lodo_score'], 4)}{wrong_way}")
     if not leaders:
         return ""
