@@ -174,6 +174,23 @@ def test_without_any_table_or_with_one_of_another_version_it_refuses_by_name(mea
         write_report(run)
 
 
+def test_numbers_of_csv_files_are_what_was_written(measured, tmp_path):
+    """A column of 1.0, 1.0 reads as whole numbers, one of empty texts as nulls."""
+
+    def whole(frame: pd.DataFrame) -> pd.DataFrame:
+        return frame.assign(share_above_floor=1, mean_abs_delta=2)
+
+    run = changed(measured, tmp_path / "run", "layers.csv", whole)
+    row = read_inputs(run).rows("layers.csv")[0]
+    assert [type(row[name]) for name in ("layer", "n_removals", "share_above_floor", "mean_abs_delta")] == [
+        int,
+        int,
+        float,
+        float,
+    ]
+    assert {row["note"] for row in read_inputs(measured).rows("bayes.csv")} == {""}
+
+
 @pytest.mark.usefixtures("unpainted")
 def test_failed_checks_are_shown_as_such(measured, tmp_path):
     run = shutil.copytree(measured, tmp_path / "run")
@@ -414,3 +431,13 @@ def test_the_made_up_files_have_the_columns_of_an_analysed_run_which_is_reported
     text = page_of(run).text
     assert "Not measured" not in text
     assert not re.search(r"\bnan\b", text)
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_a_corpus_too_small_for_inference_over_documents_is_reported_as_such(tmp_path):
+    run = synthetic_run(tmp_path / "run", n_documents=1, n_tokens=210)
+    analyse_run(run, n_experts=16)
+    write_report(run)
+    text = page_of(run).text
+    assert "over 200 sampled positions" in text
+    assert "refused: 1 documents; tests over documents" in text

@@ -48,8 +48,8 @@ def bayes_table(rows: list[dict[str, Any]]) -> str:
         note += f" Fitted to {used:,} of {available:,} positions, evenly spread; the others were left out for time."
     if any(row["pl_beta"] < 0 for row in rows):
         note += (
-            " The model weighs the end of an order more than its beginning: &beta; &lt; 0 beside a positive rank correlation says "
-            "that experts of high score are last more often than chance has it, as well as first."
+            " The model weighs the end of an order more than its beginning: &beta; &lt; 0 beside a positive rank correlation "
+            "says that experts of high score are last more often than chance has it, as well as first."
         )
     lines = []
     for family in dict.fromkeys(row["family"] for row in rows):
