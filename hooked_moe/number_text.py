@@ -43,7 +43,8 @@ def log_bayes_factor(value: float) -> str:
     if math.isnan(value):
         return DASH
     if abs(value) < math.log(1000):
-        return f"{math.exp(value):.2g}"
+        factor = math.exp(value)
+        return f"{factor:.0f}" if factor >= 100 else f"{factor:.2g}"
     return f"1e{value / math.log(10):.0f}"
 
 

@@ -37,6 +37,7 @@ NAN = math.nan
         (share(0.81), "81%"),
         (share(-0.02), f"{MINUS}2.0%"),
         (bayes_factor(13.3), "13"),
+        (bayes_factor(163.2), "163"),
         (bayes_factor(0.079), "0.079"),
         (bayes_factor(2.5e6), "1e6"),
         (bayes_factor(math.inf), ">1e300"),

@@ -145,7 +145,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; color: #00497a; font-wei
   .words td:last-child, .pairs td:last-child { min-width: 0; }
   details::details-content { content-visibility: visible; block-size: auto; }
   figure picture { max-width: 88%; }
-  figure, tr, li, .map { break-inside: avoid; } h2, h3, summary, .key { break-after: avoid; }
+  figure, tr, li, .map { break-inside: avoid; } h2, h3, summary, .key, .group { break-after: avoid; }
   thead { display: table-header-group; }
   td, th, .bar { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
