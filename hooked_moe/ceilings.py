@@ -9,7 +9,7 @@ import pyarrow as pa
 from hooked_moe.accumulators.survey import Survey
 from hooked_moe.criteria import CRITERIA
 from hooked_moe.effect_grid import Source
-from hooked_moe.rankings import ORACLE, criterion_values, family_of
+from hooked_moe.rankings import ORACLE, criterion_values, family_of, is_measured
 from hooked_moe.statistics import DegenerateSample, StaticShare
 
 
@@ -26,7 +26,7 @@ def ceiling_table(survey: Survey, criteria: Source) -> pa.Table:
         for name in (*CRITERIA, ORACLE):
             score = None if name == ORACLE else values[name][layer]
             share, note = _share(sums.oracle if score is None else functools.partial(sums.share, score))
-            if score is not None and np.isnan(score).all():
+            if score is not None and not is_measured(name, score):
                 note = f"not measured: this run has no {CRITERIA[name].measured_in}"
             rows.append(
                 {

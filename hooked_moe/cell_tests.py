@@ -49,7 +49,10 @@ def document_cell(blank: Cell, sums: ContrastSums) -> Cell:
     cell = _tested(cell, sums.high[kept] / n, sums.low[kept] / n)
     if cell.outcome == "refused":
         return cell
-    single = statistics.clustered_dz_from_sums(n, (sums.high - sums.low)[kept], sums.square[kept])
+    try:
+        single = statistics.clustered_dz_from_sums(n, (sums.high - sums.low)[kept], sums.square[kept])
+    except statistics.DegenerateSample as reason:
+        return replace(blank, n=cell.n, n_positions=cell.n_positions, n_undefined=cell.n_undefined, note=str(reason))
     cell = replace(cell, d_position=single.d, d_position_low=single.low, d_position_high=single.high)
     return _judged(_with_slopes(cell, sums), statistics.equivalence(single, cell.equivalence_bound))
 
@@ -130,7 +133,7 @@ def with_sign_flips(cells: Sequence[Cell], sums: Sequence[ContrastSums], seed: i
         tested = [i for i in members if cells[i].outcome != "refused"]
         if not tested:
             continue
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # NaN where a document has no pair
             difference = np.stack([(sums[i].high - sums[i].low) / sums[i].n for i in tested], axis=1)
         flips = statistics.sign_flip_max_t(difference, seed=seed)
         for i, p in zip(tested, flips.p_max, strict=True):

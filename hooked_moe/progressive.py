@@ -60,7 +60,7 @@ def progressive_table(path: Path) -> pa.Table:
         }
         for level, name in enumerate(("median", "p95")):
             shares = _share_interval(below[level, :, number], count[:, number], _LEVELS[level])
-            ends = histogram.quantiles([number], np.clip(shares, 0, 1))
+            ends = [np.nan, np.nan] if np.isnan(shares).any() else histogram.quantiles([number], np.clip(shares, 0, 1))
             row |= {name: quantiles[number, level], f"{name}_low": ends[0], f"{name}_high": ends[1]}
         rows.append(row)
     return pa.Table.from_pylist(rows)

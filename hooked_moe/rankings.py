@@ -63,7 +63,7 @@ class Scores:
 
     def unmeasured(self, ranking: str) -> str:
         """Why a ranking cannot be asked about; empty where it can."""
-        if ranking in CRITERIA and all(np.isnan(values).all() for values in self._values[ranking].values()):
+        if ranking in CRITERIA and not any(is_measured(ranking, values) for values in self._values[ranking].values()):
             return f"not measured: this run has no {CRITERIA[ranking].measured_in}"
         if ranking in self._absent:
             return f"not measured: the effect table has no column {ranking}"
@@ -85,6 +85,11 @@ class Scores:
             yield name, None if values is None else values[:, axis].astype(np.float64)
         oracle = self._oracles[self.layers.index(layer)]
         yield ORACLE, oracle[(chunk.document.astype(np.int64) % len(oracle))[:, None], expert]
+
+
+def is_measured(criterion: str, values: Float[np.ndarray, " expert"]) -> bool:
+    """Whether the file was there that a criterion comes from: what it leaves is undefined for every expert without it."""
+    return CRITERIA[criterion].measured_in == "effects.parquet" or not bool(np.isnan(values).all())
 
 
 def _oracle(ceiling: StaticCeiling) -> Float[np.ndarray, "fold expert"]:

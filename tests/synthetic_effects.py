@@ -167,7 +167,7 @@ def synthetic_run(directory: Path, n_experts: int = 16, parts: tuple[str, ...] =
     if "progressive" in parts:
         write_parquet_atomic(synthetic_progressive(effects), directory / "progressive.parquet", row_group_size=1000)
 
-    first = effects.filter((effects["layer"].to_numpy() == 0) & (effects["slot"].to_numpy() == 0))
+    first = effects.filter((effects["layer"].to_numpy() == layers[0]) & (effects["slot"].to_numpy() == 0))
     document, position = (first[name].to_numpy() for name in ("document", "position"))
     last = np.isnan(first["delta_loss"].to_numpy())
     random = np.random.default_rng(1)
