@@ -229,8 +229,8 @@ def test_refused_cells_say_why_and_tables_drop_columns_without_numbers(measured,
 
     text = page_of(write_report(changed(measured, tmp_path / "run", "cells.csv", without_documents)).parent).text
     assert "refused: all 72 differences equal 0; without variance there is no test" in text
-    assert text.count("p max-T") == 2 * 4  # both scopes of population all, four families
-    assert text.count("p TOST") == 4 * 4
+    assert text.count("pmax T") == 2 * 4  # both scopes of population all, four families
+    assert text.count("pTOST") == 4 * 4
 
 
 @pytest.mark.usefixtures("unpainted")

@@ -84,7 +84,7 @@ def html_pairs(value: dict[str, Any]) -> str:
 STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; background: #fff; color: #1a1a1a;
+body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1rem 4rem; background: #fff; color: #1a1a1a;
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; }
 h2 { font-size: 1.2rem; margin: 0 0 .6rem; }
@@ -124,6 +124,7 @@ th:first-child, td:first-child, .cells :is(th, td):nth-child(2), .words th, .wor
 .valid { background: #b9d7ee; color: #00345a; } .reversed { background: #f6cdb0; color: #6a2a00; }
 .equivalent { background: #e4e4e4; color: #333; } .undecided { background: #fdf3c4; color: #4d4200; }
 .refused { background: #fff; color: #555; }
+.cells { font-size: .78rem; } .cells :is(th, td) { padding: .15rem .34rem; } .cells thead th { white-space: normal; }
 .cells span { padding: .05rem .4rem; border-radius: .2rem; }
 .key { font-size: .88rem; } .key span { display: inline-block; padding: 0 .45rem; margin-right: .3rem; border-radius: .2rem; }
 .bayes .word { white-space: normal; } .bayes td:nth-child(7) { text-align: left; }
@@ -141,7 +142,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; color: #00497a; font-wei
   @page { margin: 14mm 12mm; }
   html { font-size: 9.5pt; } body { max-width: none; padding: 0; }
   nav, .screen, #columns { display: none; }
-  .scroll { overflow: visible; } table { font-size: 7pt; } th, td { padding: .08rem .25rem; }
+  .scroll { overflow: visible; } table, .cells { font-size: 7pt; } :is(th, td), .cells :is(th, td) { padding: .08rem .25rem; }
   .words td:last-child, .pairs td:last-child { min-width: 0; }
   details::details-content { content-visibility: visible; block-size: auto; }
   figure picture { max-width: 88%; }

@@ -68,7 +68,8 @@ def _rule(cells: Sequence[Row]) -> str:
         "Agreement rule: the t-test and Wilcoxon's test pass with one sign at the Bonferroni level, "
         f"{html.escape(families)}. d within \N{PLUS-MINUS SIGN}{cells[0]['equivalence_bound']:g} counts as equivalent to none, "
         "whatever its p. Power and the d for 0.8 are of the t-test, at the unit that it tests. The tables have every number, "
-        "p-values uncorrected; corrections and more are in <code>cells.csv</code>."
+        "p-values uncorrected (t-test, Wilcoxon) but for max T, the sign flip over documents that corrects for its family; more is "
+        "in <code>cells.csv</code>."
     )
 
 
@@ -107,13 +108,13 @@ def _mark(row: Row | None, numbers: bool) -> str:
 # Title, the value that tells whether there is anything to show, and how it is shown.
 _COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
     ("layer", "layer", lambda row: str(row["layer"])),
-    ("verdict", "layer", lambda row: f'<span class="{row["verdict"]}">{_MEANINGS[row["verdict"]][0]}</span>'),
+    ("verdict", "layer", lambda row: f'<span class="{row["verdict"]}">{row["verdict"]}</span>'),
     ("d", "d_position", lambda row: signed(row["d_position"], 3)),
     ("95% interval", "d_position_low", lambda row: interval(row["d_position_low"], row["d_position_high"], 3)),
-    ("p t-test", "p_t", lambda row: p_value(row["p_t"])),
-    ("p Wilcoxon", "p_wilcoxon", lambda row: p_value(row["p_wilcoxon"])),
-    ("p max-T", "p_max_t", lambda row: p_value(row["p_max_t"])),
-    ("p TOST", "p_tost", lambda row: p_value(row["p_tost"])),
+    ("p<sub>t</sub>", "p_t", lambda row: p_value(row["p_t"])),
+    ("p<sub>W</sub>", "p_wilcoxon", lambda row: p_value(row["p_wilcoxon"])),
+    ("p<sub>max T</sub>", "p_max_t", lambda row: p_value(row["p_max_t"])),
+    ("p<sub>TOST</sub>", "p_tost", lambda row: p_value(row["p_tost"])),
     ("Spearman", "spearman", lambda row: signed(row["spearman"], 3)),
     ("95% interval", "spearman_low", lambda row: interval(row["spearman_low"], row["spearman_high"], 3)),
     ("BF<sub>10</sub>", "bf10", lambda row: bayes_factor(row["bf10"])),
