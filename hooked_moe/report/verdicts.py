@@ -68,8 +68,8 @@ def _rule(cells: Sequence[Row]) -> str:
         "Agreement rule: the t-test and Wilcoxon's test pass with one sign at the Bonferroni level, "
         f"{html.escape(families)}. d within \N{PLUS-MINUS SIGN}{cells[0]['equivalence_bound']:g} counts as equivalent to none, "
         "whatever its p. Power and the d for 0.8 are of the t-test, at the unit that it tests. The tables have every number, "
-        "p-values uncorrected (t-test, Wilcoxon) but for max T, the sign flip over documents that corrects for its family; more is "
-        "in <code>cells.csv</code>."
+        "p-values uncorrected (t-test, Wilcoxon) but for max T, the sign flip over documents that corrects for its family; more "
+        "is in <code>cells.csv</code>."
     )
 
 
