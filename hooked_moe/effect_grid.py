@@ -143,7 +143,7 @@ def _open(source: Source, wanted: dict[str, None], rows: int) -> tuple[list[str]
         names = source.column_names
         batches = (source.slice(start, rows) for start in range(0, source.num_rows, rows))
     else:
-        file = pq.ParquetFile(source)
+        file = pq.ParquetFile(source, pre_buffer=False)  # buffered, all that was read would stay in memory
         names = file.schema_arrow.names
         batches = file.iter_batches(rows, columns=[name for name in wanted if name in names], use_threads=False)
     missing = [name for name in (*_KEYS, "expert", "delta_loss") if name not in names]

@@ -95,3 +95,11 @@ def test_another_scope_takes_the_place_of_the_loss_changes():
     assert isinstance(fewer, EffectGrid)
     assert fewer.layers == (0, 2)
     np.testing.assert_array_equal(fewer.gap_norm, grid.gap_norm[:, [0, 2]])
+
+
+def test_what_was_read_does_not_stay_in_memory(tmp_path):
+    tables.write_parquet_atomic(EFFECTS, tmp_path / "effects.parquet", row_group_size=480)
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in effect_chunks(tmp_path / "effects.parquet", rows=480)]
+    assert len(held) == 24
+    assert max(held) < 150_000  # the file has 470,000 bytes

@@ -16,7 +16,7 @@ def row_batches(source: pa.Table | str | os.PathLike[str], columns: Sequence[str
     if isinstance(source, pa.Table):
         names, batches = source.column_names, iter(source.to_batches(max_chunksize=ROWS))
     else:
-        file = pq.ParquetFile(source)
+        file = pq.ParquetFile(source, pre_buffer=False)  # buffered, all that was read would stay in memory
         names, batches = file.schema_arrow.names, file.iter_batches(ROWS, columns=list(columns), use_threads=False)
     missing = [name for name in columns if name not in names]
     if missing:
