@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.special
 from jaxtyping import Float
 
 from hooked_moe.statistics.samples import require_finite
@@ -41,5 +40,5 @@ def stacking_weights(log_score: Float[np.ndarray, "unit model"], max_steps: int 
             break
         weight = weight * gain
         weight /= weight.sum()
-    mixture = scipy.special.logsumexp(log_score, axis=1, b=weight)
+    mixture = np.log(density @ weight) + highest[:, 0]
     return Stacking(weight, float(mixture.mean()), gap)
