@@ -1,21 +1,42 @@
-"""From the measured tables of a run to the derived ones: seconds, no model, and the same bytes each time.
+"""From the measured tables of a run to the derived ones: no model, bounded memory, and the same bytes each time.
 
-    effects.parquet            -> experts.parquet, cells.csv, layers.csv, positions.csv
+    effects.parquet            -> experts.parquet, cells.csv, positions.csv, layers.csv, slots.csv, slot_distribution.csv,
+                                  ceiling.csv, bayes.csv, redistribution.csv, redistribution_experts.csv
+    routing.parquet            -> criteria of routing, in experts.parquet
+    expert_weights.parquet     -> criteria of the weights, in experts.parquet
     effects_sequence.parquet   -> scopes.csv, and the cells of the sequence scope
     documents.parquet          -> domains.csv
+    progressive.parquet        -> progressive.csv
+    all of these               -> analysis.json, which says what was not measured, and why
 
-Here is which file comes from which; the numbers are those of `criteria`, `cells` and `summaries`.
+Here is which file comes from which; the numbers are those of the modules imported. Rankings depend on the whole corpus, so the
+effect tables are streamed twice: `_FirstPass`, then all that needs the criteria or the number of positions. What
+is kept grows with layers, experts and documents, not with tokens.
 """
 
+import itertools
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from hooked_moe.cells import Cell, audit_cells, cells_table, frozen_positions
-from hooked_moe.criteria import expert_criteria
-from hooked_moe.effect_grid import EffectGrid, read_effects
-from hooked_moe.summaries import domain_summary, layer_summary, scope_summary
-from hooked_moe.tables import required_file, write_csv_atomic, write_parquet_atomic
+import pyarrow as pa
+
+from hooked_moe.accumulators.expert_statistics import ExpertAccumulator, ExpertStatistics
+from hooked_moe.accumulators.survey import Survey
+from hooked_moe.bayes import ChoiceData
+from hooked_moe.ceilings import ceiling_table
+from hooked_moe.cells import AUDIT_COLUMNS, Cell, CellAudit, cells_table, chosen_layers
+from hooked_moe.criteria import criteria_table
+from hooked_moe.effect_grid import EffectGrid, effect_chunks
+from hooked_moe.progressive import progressive_table
+from hooked_moe.rankings import Scores
+from hooked_moe.redistribution import Redistribution, layer_redistribution
+from hooked_moe.summaries import DomainSummary, ExpertEffectSummary, LayerSummary, ScopeSummary, SlotSummary
+from hooked_moe.tables import required_file, write_csv_atomic, write_json_atomic, write_parquet_atomic
+
+_COLUMNS = (*AUDIT_COLUMNS, "rest_cosine", "rest_norm")
 
 
 def analyse_run(
@@ -26,34 +47,160 @@ def analyse_run(
     n_positions: int = 200,
     seed: int = 42,
 ) -> list[Cell]:
-    """Derive every table of a run from its effects.parquet and return the cells.
+    """Derive every table of a run from its measured ones and return the cells.
 
-    Writes experts.parquet, cells.csv, layers.csv and positions.csv (the frozen sample), and domains.csv and scopes.csv
-    where documents.parquet and effects_sequence.parquet are there. `n_experts` counts the routed experts of a layer, so
-    that those never selected have their row. `layers` restricts the cells, not the other tables.
+    `n_experts` counts the routed experts of a layer, so that those never selected have their row. `layers` restricts the
+    cells, ceiling.csv and bayes.csv, not the other tables. What a run has not measured is named in analysis.json.
 
-    Raises FileNotFoundError without effects.parquet, ValueError for whatever `audit_cells` refuses.
+    Raises FileNotFoundError without effects.parquet, ValueError for whatever `audit_cells` refuses and for tables that are not
+    of one measurement.
     """
     run = Path(run_dir)
-    path = required_file(run, "effects.parquet", "the measurement writes it")
-    grid = read_effects(path)
-    if grid.expert.max() >= n_experts:
-        raise ValueError(f"{path} has expert {grid.expert.max()}, but the model has {n_experts} experts")
-    experts = expert_criteria(path, n_experts=n_experts, layers=grid.layers)
-    cells = audit_cells(grid, experts, layers, n_positions, seed)
-    sequence = _sequence_grid(run, grid)
-    if sequence is not None:
-        cells += audit_cells(sequence, experts, layers, n_positions, seed, scope="sequence")
-        write_csv_atomic(scope_summary(grid, sequence), run / "scopes.csv")
-    write_parquet_atomic(experts, run / "experts.parquet")
-    write_csv_atomic(cells_table(cells), run / "cells.csv")
-    write_csv_atomic(layer_summary(grid), run / "layers.csv")
-    write_csv_atomic(frozen_positions(grid, n_positions, seed), run / "positions.csv")
-    if (run / "documents.parquet").exists():
-        write_csv_atomic(domain_summary(grid, run), run / "domains.csv")
+    required_file(run, "effects.parquet", "the measurement writes it")
+    derived, cells, missing = _derive(run, n_experts, layers, n_positions, seed)
+    for name, table in derived.items():
+        (write_parquet_atomic if name.endswith(".parquet") else write_csv_atomic)(table, run / name)
+    write_json_atomic({"derived": sorted(derived), "not_measured": missing}, run / "analysis.json")
     return cells
 
 
-def _sequence_grid(run: Path, grid: EffectGrid) -> EffectGrid | None:
+@dataclass(frozen=True)
+class _Chunk:
+    """The same positions in every table of effects that a run has."""
+
+    observed: EffectGrid
+    measured: dict[str, EffectGrid]
+    """The positions with removals, by scope. Which these are may differ."""
+
+
+def _chunks(run: Path) -> Iterator[_Chunk]:
+    chunks = effect_chunks(run / "effects.parquet", _COLUMNS)
     path = run / "effects_sequence.parquet"
-    return grid.with_effects_of(read_effects(path, columns=("expert", "delta_loss"))) if path.is_file() else None
+    if not path.is_file():
+        for chunk in chunks:
+            yield _Chunk(chunk, {"position": chunk.measured()})
+        return
+    for chunk, other in itertools.zip_longest(chunks, effect_chunks(path, ("expert", "delta_loss"))):
+        if chunk is None or other is None:
+            raise ValueError(f"{path} and effects.parquet differ in length; they are not two views of one measurement")
+        everywhere = chunk.with_effects_of(other)
+        yield _Chunk(chunk, {"position": chunk.measured(), "sequence": everywhere.measured()})
+
+
+def _derive(
+    run: Path, n_experts: int, layers: Sequence[int] | None, n_positions: int, seed: int
+) -> tuple[dict[str, pa.Table], list[Cell], dict[str, str]]:
+    """Every derived table by the name of its file, the cells, and what was not measured."""
+    first = _FirstPass(run, n_experts, layers)
+    optional = {name: run / name if (run / name).is_file() else None for name in ("routing.parquet", "expert_weights.parquet")}
+    statistics = first.experts.statistics(*optional.values())
+    second = _SecondPass(run, first, statistics, n_positions, seed)
+
+    missing = {name: "this run has not measured it" for name, path in optional.items() if path is None}
+    experts = second.criteria
+    for name, values in second.experts.columns().items():
+        experts = experts.append_column(_EXPERT_COLUMNS[name], [values])
+    cells = [cell for audit in second.audits.values() for cell in audit.cells()]
+    derived = {
+        "experts.parquet": experts,
+        "cells.csv": cells_table(cells),
+        "positions.csv": second.audits["position"].frozen_positions(),
+        "layers.csv": second.layers.table(),
+        "slots.csv": second.slots.table(),
+        "slot_distribution.csv": second.layers.slot_distribution(),
+        "ceiling.csv": ceiling_table(first.surveys["position"], second.criteria),
+        "bayes.csv": second.choices.table(),
+    }
+    if second.redistribution.unmeasured:
+        missing["redistribution.csv"] = second.redistribution.unmeasured
+    else:
+        by_expert = second.redistribution.experts()
+        derived |= {"redistribution_experts.csv": by_expert, "redistribution.csv": layer_redistribution(by_expert)}
+    for name, summary, source in (
+        ("domains.csv", second.domains, "documents.parquet"),
+        ("scopes.csv", second.scopes, "effects_sequence.parquet"),
+    ):
+        if summary is None:
+            missing[name] = f"this run has no {source}"
+        else:
+            derived[name] = summary.table()
+    if (run / "progressive.parquet").is_file():
+        derived["progressive.csv"] = progressive_table(run / "progressive.parquet")
+    else:
+        missing["progressive.csv"] = "this run has no progressive.parquet"
+    return derived, cells, missing
+
+
+_EXPERT_COLUMNS = {
+    name: pa.field(name, kind, metadata={"unit": unit, "meaning": meaning})
+    for name, kind, unit, meaning in (
+        ("n_removals", pa.int64(), "removals", "removals of the expert that were measured"),
+        ("mean_delta", pa.float64(), "nats", "mean delta_loss over them"),
+        ("mean_delta_se", pa.float64(), "nats", "its standard error, clustered by document"),
+    )
+}
+
+
+class _FirstPass:
+    """The criteria of every expert, and a survey of the measured positions in each scope."""
+
+    def __init__(self, run: Path, n_experts: int, layers: Sequence[int] | None) -> None:
+        experts: ExpertAccumulator | None = None
+        for chunk in _chunks(run):
+            if experts is None:
+                experts = ExpertAccumulator(chunk.observed.layers, n_experts)
+                wanted = chosen_layers(chunk.observed, layers)
+                self.surveys = {scope: Survey(wanted, n_experts) for scope in chunk.measured}
+                self.n_slots = chunk.observed.n_slots
+            experts.update(chunk.observed)
+            for scope, grid in chunk.measured.items():
+                self.surveys[scope].update(grid)
+        assert experts is not None  # effect_chunks refuses an empty table
+        self.experts = experts
+
+
+class _SecondPass:
+    """Everything that takes the criteria, the number of positions or the list of documents to begin."""
+
+    def __init__(self, run: Path, first: _FirstPass, statistics: ExpertStatistics, n_positions: int, seed: int) -> None:
+        survey = first.surveys["position"]
+        documents = survey.documents()
+        layers, n_experts = first.experts.layers, first.experts.n_experts
+        self.criteria = criteria_table(statistics)
+        self.audits = {}
+        for scope, surveyed in first.surveys.items():
+            scores = Scores(self.criteria, surveyed.layers, surveyed.ceilings)
+            # a scope that was measured at fewer positions than the sample has is sampled whole
+            n = n_positions if scope == "position" else min(n_positions, surveyed.n_measured)
+            self.audits[scope] = CellAudit(surveyed, scores, n, seed, scope)
+        self.choices = ChoiceData(self.audits["position"].scores, survey.n_measured, len(survey.layers))
+        self.experts = ExpertEffectSummary(layers, n_experts)
+        self.layers = LayerSummary(layers, first.n_slots, _noise_floor(run))
+        self.slots = SlotSummary(layers, first.n_slots, documents)
+        self.redistribution = Redistribution(layers, statistics.n_tokens)
+        self.domains = DomainSummary(documents, run) if (run / "documents.parquet").is_file() else None
+        self.scopes = ScopeSummary(layers) if "sequence" in first.surveys else None
+        for chunk in _chunks(run):
+            self._update(chunk)
+
+    def _update(self, chunk: _Chunk) -> None:
+        measured = chunk.measured["position"]
+        for scope, grid in chunk.measured.items():
+            self.audits[scope].update(grid)
+        self.choices.update(measured)
+        self.experts.update(measured)
+        self.layers.update(chunk.observed, measured)
+        self.slots.update(measured)
+        self.redistribution.update(chunk.observed)
+        if self.domains is not None:
+            self.domains.update(measured)
+        if self.scopes is not None:
+            self.scopes.update(measured, chunk.measured["sequence"])
+
+
+def _noise_floor(run: Path) -> float | None:
+    """In nats, as the manifest records it; None where it does not."""
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    value = (manifest.get("noise_floor") or {}).get("max_abs_nats")
+    return float(value) if isinstance(value, int | float) and value > 0 else None

@@ -1,13 +1,13 @@
-"""The effect table in memory: arrays over [position, layer, slot].
+"""The effect table as arrays over [position, layer, slot]: in pieces of bounded size, or whole.
 
 The table is a full grid: every measured position has one row per layer and slot, in the order document, position,
-layer, slot. `read_effects` checks that once, row by row, and drops the keys; what comes after indexes arrays.
+layer, slot. `effect_chunks` checks that row by row as it reads, and drops the keys; what comes after indexes arrays.
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,8 @@ Source: TypeAlias = pa.Table | str | os.PathLike[str]
 
 _KEYS = ("document", "position", "layer", "slot")
 EFFECT_VALUES = ("expert", "delta_loss", "routing_weight", "output_norm", "gap_norm")
+CHUNK_ROWS = 1 << 20
+"""Rows read at a time: some 30 MB a column in what is computed from them."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,13 @@ class EffectGrid:
     layers: tuple[int, ...]
     expert: Int[np.ndarray, "P L K"]
     delta_loss: Float[np.ndarray, "P L K"]  # nats; NaN in the rows where `valid` is False
-    valid: Bool[np.ndarray, " P"]  # the document has a next token here
+    valid: Bool[np.ndarray, " P"]  # measured here; never at a document's last token, which has no next one
     routing_weight: Float[np.ndarray, "P L K"] | None = None
     output_norm: Float[np.ndarray, "P L K"] | None = None
     gap_norm: Float[np.ndarray, "P L K"] | None = None
+    rest_cosine: Float[np.ndarray, "P L K"] | None = None
+    rest_norm: Float[np.ndarray, "P L K"] | None = None
+    first_order: Float[np.ndarray, "P L K"] | None = None
 
     @property
     def n_slots(self) -> int:
@@ -46,52 +51,101 @@ class EffectGrid:
         return self.layers.index(layer)
 
     def with_effects_of(self, other: "EffectGrid") -> "EffectGrid":
-        """This grid with the other's delta_loss, say another scope's. Raises ValueError unless all keys agree."""
-        for name in ("document", "position", "layers", "expert"):
-            if not np.array_equal(getattr(self, name), getattr(other, name)):
+        """This grid with the other's delta_loss, say another scope's, in the other's layers.
+
+        Raises ValueError unless all keys agree and the other's layers are among these.
+        """
+        axes = [self.layer_axis(layer) for layer in other.layers]
+        mine = self if list(other.layers) == list(self.layers) else self._at(layers=other.layers, index=(slice(None), axes))
+        for name in ("document", "position", "expert"):
+            if not np.array_equal(getattr(mine, name), getattr(other, name)):
                 raise ValueError(f"the two effect tables differ in {name}; they are not two views of one measurement")
-        return replace(self, delta_loss=other.delta_loss, valid=other.valid)
+        return replace(mine, delta_loss=other.delta_loss, valid=other.valid)
+
+    def measured(self) -> "EffectGrid":
+        """The positions whose removals were measured."""
+        return self.at_positions(self.valid)
+
+    def at_positions(self, chosen: Bool[np.ndarray, " P"] | Int[np.ndarray, " chosen"]) -> "EffectGrid":
+        """Some of the positions, by mask or by number."""
+        keys = {name: getattr(self, name)[chosen] for name in ("document", "position", "valid")}
+        return self._at(layers=self.layers, index=(chosen,), **keys)
+
+    def _at(self, layers: tuple[int, ...], index: tuple[object, ...], **keys: np.ndarray) -> "EffectGrid":
+        values = {name: getattr(self, name) for name in _VALUES}
+        taken: dict[str, Any] = {name: None if array is None else array[index] for name, array in values.items()}
+        return replace(self, layers=layers, **taken, **keys)
+
+
+_VALUES = tuple(field.name for field in fields(EffectGrid) if field.name in EFFECTS.names and field.name not in _KEYS)
 
 
 def read_effects(source: "Source | EffectGrid", columns: Sequence[str] = EFFECT_VALUES) -> EffectGrid:
-    """Read an effect table (parquet file, by row group, or pyarrow table) into arrays over [position, layer, slot].
+    """A whole effect table in memory: `effect_chunks`, joined. Memory is twice that of the columns kept."""
+    chunks = list(effect_chunks(source, columns))
+    if len(chunks) == 1:
+        return chunks[0]
+    joined: dict[str, Any] = {}
+    for field in fields(EffectGrid):
+        parts = [getattr(chunk, field.name) for chunk in chunks]
+        joined[field.name] = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else parts[0]
+    return EffectGrid(**joined)
 
-    `columns` picks the values to keep; those the table lacks stay None, except expert and delta_loss, which it must
-    have. Memory is that of the columns kept. Raises ValueError that names the first offending row where the rows are
-    not sorted by document, position, layer, slot, where a position lacks a layer or slot, where delta_loss is missing
-    for part of a position or infinite, or where the routing weights rise from one slot to the next.
+
+def effect_chunks(
+    source: "Source | EffectGrid", columns: Sequence[str] = EFFECT_VALUES, rows: int = CHUNK_ROWS
+) -> Iterator[EffectGrid]:
+    """Read an effect table (parquet file or pyarrow table) in order, as grids of about `rows` rows.
+
+    A chunk holds whole positions; a document may go on in the next chunk. Two tables of the same positions, layers and
+    slots are cut at the same positions. `columns` picks the values to keep; those the table lacks stay None, except
+    expert and delta_loss, which it must have. An EffectGrid is its own only chunk.
+
+    Raises ValueError that names the first offending row where the rows are not sorted by document, position, layer,
+    slot, where a position lacks a layer or slot, where delta_loss is missing for part of a position or infinite, or
+    where the routing weights rise from one slot to the next.
     """
     if isinstance(source, EffectGrid):
-        return source
-    wanted = dict.fromkeys((*_KEYS, "expert", "delta_loss", *columns))
+        yield source
+        return
+    names, batches = _open(source, dict.fromkeys((*_KEYS, "expert", "delta_loss", *columns)), rows)
+    layout: _Layout | None = None
+    held: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    n_held = 0
+    for batch in batches:
+        for name, pieces in held.items():
+            pieces.append(column_values(batch, name))
+        n_held += batch.num_rows
+        if layout is None and n_held >= rows:
+            layout = _Layout.from_first_position(*(np.concatenate(held[name]) for name in _KEYS))
+        size = 0 if layout is None else layout.chunk_rows(rows)
+        while layout is not None and n_held >= size:
+            joined = {name: np.concatenate(pieces) for name, pieces in held.items()}
+            yield layout.grid({name: values[:size] for name, values in joined.items()})
+            held = {name: [values[size:]] for name, values in joined.items()}
+            n_held -= size
+    if layout is None:
+        if n_held == 0:
+            raise ValueError("the effect table has no rows")
+        layout = _Layout.from_first_position(*(np.concatenate(held[name]) for name in _KEYS))
+    if n_held:
+        yield layout.grid({name: np.concatenate(pieces) for name, pieces in held.items()})
+
+
+def _open(source: Source, wanted: dict[str, None], rows: int) -> tuple[list[str], Iterator[pa.Table | pa.RecordBatch]]:
+    """The wanted columns that the table has, and its rows in batches."""
+    batches: Iterator[pa.Table | pa.RecordBatch]
     if isinstance(source, pa.Table):
-        names, n_rows, batches = source.column_names, source.num_rows, iter([source])
+        names = source.column_names
+        batches = (source.slice(start, rows) for start in range(0, source.num_rows, rows))
     else:
         file = pq.ParquetFile(source)
-        names, n_rows = file.schema_arrow.names, file.metadata.num_rows
-        kept = [name for name in wanted if name in names]
-        batches = (file.read_row_group(i, columns=kept, use_threads=False) for i in range(file.num_row_groups))
+        names = file.schema_arrow.names
+        batches = file.iter_batches(rows, columns=[name for name in wanted if name in names], use_threads=False)
     missing = [name for name in (*_KEYS, "expert", "delta_loss") if name not in names]
     if missing:
         raise ValueError(f"not an effect table: column {', '.join(missing)} missing; it has {', '.join(names)}")
-    if n_rows == 0:
-        raise ValueError("the effect table has no rows")
-
-    flat = {name: np.empty(n_rows, EFFECTS.field(name).type.to_pandas_dtype()) for name in wanted if name in names}
-    start = 0
-    for batch in batches:
-        for name, values in flat.items():
-            values[start : start + batch.num_rows] = column_values(batch, name)
-        start += batch.num_rows
-    document, position, layers, shape = _check_layout(*(flat.pop(name) for name in _KEYS))
-    grid = {name: values.reshape(shape) for name, values in flat.items()}
-    valid = _valid_positions(grid["delta_loss"], document, position)
-    if "routing_weight" in grid:
-        rises = np.flatnonzero((np.diff(grid["routing_weight"], axis=2) > 1e-6).any(axis=(1, 2)))
-        if len(rises):
-            where = f"document {document[rises[0]]}, position {position[rises[0]]}"
-            raise ValueError(f"slots are not in falling order of routing weight at {where}; slot 0 must be the highest")
-    return EffectGrid(document, position, layers, valid=valid, **grid)
+    return [name for name in wanted if name in names], batches
 
 
 def column_values(batch: pa.Table | pa.RecordBatch, name: str) -> np.ndarray:
@@ -117,58 +171,97 @@ def _valid_positions(
     return none
 
 
-def _check_layout(
-    document: Int[np.ndarray, " rows"],
-    position: Int[np.ndarray, " rows"],
-    layer: Int[np.ndarray, " rows"],
-    slot: Int[np.ndarray, " rows"],
-) -> tuple[np.ndarray, np.ndarray, tuple[int, ...], tuple[int, int, int]]:
-    """Keys of the positions and the shape [P, L, K] of a full, sorted grid; ValueError where the rows are not one.
+class _Layout:
+    """The pattern of rows that the first position sets and every other must repeat; checks each piece against it in turn."""
 
-    The first position sets the pattern: its layers and slots must be repeated by every other.
-    """
-    later = (document != document[0]) | (position != position[0])
-    size = int(np.argmax(later)) if later.any() else len(document)
-    layers = np.unique(layer[:size])
-    slots = np.unique(slot[:size])
-    if len(layers) * len(slots) != size or not np.array_equal(slots, np.arange(len(slots))):
-        raise ValueError(
-            f"the first position of the effect table has {size} rows, which is not one for each of its layers "
-            f"{layers.tolist()} and of its slots {slots.tolist()}, counted from 0: rows must be sorted by document, "
-            "position, layer, slot"
-        )
-    if len(document) % size:
-        raise ValueError(
-            f"the effect table is incomplete: {len(document)} rows are no multiple of the {len(layers)} layers x "
-            f"{len(slots)} slots of its first position"
-        )
-    shape = (len(document) // size, len(layers), len(slots))
-    blocks = {name: keys.reshape(shape) for name, keys in zip(_KEYS, (document, position, layer, slot), strict=True)}
-    expected = {
-        "document": blocks["document"][:, :1, :1],
-        "position": blocks["position"][:, :1, :1],
-        "layer": layers[:, None],
-        "slot": slots,
-    }
-    wrong = np.zeros(shape, bool)
-    for name, block in blocks.items():
-        wrong |= block != expected[name]
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        at = np.unravel_index(row, shape)
-        found = ", ".join(f"{name} {block[at]}" for name, block in blocks.items())
-        due = ", ".join(f"{name} {np.broadcast_to(expected[name], shape)[at]}" for name in blocks)
-        raise ValueError(
-            f"row {row} of the effect table is {found} where {due} was due: rows must be sorted by document, position, "
-            "layer, slot, and every position must have the same layers and slots"
-        )
-    documents, positions = document[::size].copy(), position[::size].copy()
-    step = np.diff(np.stack([documents, positions]).astype(np.int64), axis=1)
-    falls = np.flatnonzero((step[0] < 0) | ((step[0] == 0) & (step[1] <= 0)))
-    if len(falls):
-        i = falls[0]
-        raise ValueError(
-            f"document {documents[i + 1]}, position {positions[i + 1]} comes after document {documents[i]}, position "
-            f"{positions[i]}: the positions of the effect table must be sorted, and each must occur once"
-        )
-    return documents, positions, tuple(layers.tolist()), shape
+    def __init__(self, layers: np.ndarray, n_slots: int) -> None:
+        self.layers = layers
+        self.n_slots = n_slots
+        self.rows_read = 0
+        self.last: tuple[int, int] | None = None  # (document, position) read last
+
+    @classmethod
+    def from_first_position(cls, document: np.ndarray, position: np.ndarray, layer: np.ndarray, slot: np.ndarray) -> "_Layout":
+        later = (document != document[0]) | (position != position[0])
+        size = int(np.argmax(later)) if later.any() else len(document)
+        layers = np.unique(layer[:size])
+        slots = np.unique(slot[:size])
+        if len(layers) * len(slots) != size or not np.array_equal(slots, np.arange(len(slots))):
+            raise ValueError(
+                f"the first position of the effect table has {size} rows, which is not one for each of its layers "
+                f"{layers.tolist()} and of its slots {slots.tolist()}, counted from 0: rows must be sorted by document, "
+                "position, layer, slot"
+            )
+        return cls(layers, len(slots))
+
+    @property
+    def position_rows(self) -> int:
+        return len(self.layers) * self.n_slots
+
+    def chunk_rows(self, rows: int) -> int:
+        """The number of rows nearest below `rows` that makes whole positions, at least one."""
+        return max(1, rows // self.position_rows) * self.position_rows
+
+    def grid(self, columns: dict[str, np.ndarray]) -> EffectGrid:
+        """Checked, and without its keys."""
+        document, position, shape = self._keys(*(columns.pop(name) for name in _KEYS))
+        values = {name: array.reshape(shape) for name, array in columns.items()}
+        valid = _valid_positions(values["delta_loss"], document, position)
+        if "routing_weight" in values:
+            rises = np.flatnonzero((np.diff(values["routing_weight"], axis=2) > 1e-6).any(axis=(1, 2)))
+            if len(rises):
+                where = f"document {document[rises[0]]}, position {position[rises[0]]}"
+                raise ValueError(f"slots are not in falling order of routing weight at {where}; slot 0 must be the highest")
+        return EffectGrid(document, position, tuple(self.layers.tolist()), valid=valid, **values)
+
+    def _keys(
+        self,
+        document: Int[np.ndarray, " rows"],
+        position: Int[np.ndarray, " rows"],
+        layer: Int[np.ndarray, " rows"],
+        slot: Int[np.ndarray, " rows"],
+    ) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int]]:
+        """Document and position of each position, and the shape [P, L, K]; ValueError where the rows break the pattern."""
+        first_row = self.rows_read
+        self.rows_read += len(document)
+        if len(document) % self.position_rows:
+            raise ValueError(
+                f"the effect table is incomplete: {self.rows_read} rows are no multiple of the {len(self.layers)} layers x "
+                f"{self.n_slots} slots of its first position"
+            )
+        shape = (len(document) // self.position_rows, len(self.layers), self.n_slots)
+        blocks = {name: keys.reshape(shape) for name, keys in zip(_KEYS, (document, position, layer, slot), strict=True)}
+        expected = {
+            "document": blocks["document"][:, :1, :1],
+            "position": blocks["position"][:, :1, :1],
+            "layer": self.layers[:, None],
+            "slot": np.arange(self.n_slots),
+        }
+        wrong = np.zeros(shape, bool)
+        for name, block in blocks.items():
+            wrong |= block != expected[name]
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            at = np.unravel_index(row, shape)
+            found = ", ".join(f"{name} {block[at]}" for name, block in blocks.items())
+            due = ", ".join(f"{name} {np.broadcast_to(expected[name], shape)[at]}" for name in blocks)
+            raise ValueError(
+                f"row {first_row + row} of the effect table is {found} where {due} was due: rows must be sorted by document, "
+                "position, layer, slot, and every position must have the same layers and slots"
+            )
+        documents, positions = (keys[:: self.position_rows].copy() for keys in (document, position))
+        self._check_order(documents, positions)
+        return documents, positions, shape
+
+    def _check_order(self, document: Int[np.ndarray, " P"], position: Int[np.ndarray, " P"]) -> None:
+        before = [] if self.last is None else [self.last]
+        keys = np.concatenate([np.array(before, np.int64).reshape(-1, 2), np.stack([document, position], axis=1)])
+        step = np.diff(keys, axis=0)
+        falls = np.flatnonzero((step[:, 0] < 0) | ((step[:, 0] == 0) & (step[:, 1] <= 0)))
+        if len(falls):
+            (one, at), (other, there) = keys[falls[0]], keys[falls[0] + 1]
+            raise ValueError(
+                f"document {other}, position {there} comes after document {one}, position {at}: the positions of the effect "
+                "table must be sorted, and each must occur once"
+            )
+        self.last = (int(document[-1]), int(position[-1]))

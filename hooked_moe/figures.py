@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hooked_moe.cells import CONTROL, POPULATIONS, Cell
-from hooked_moe.criteria import CRITERIA
+from hooked_moe.criteria import CRITERIA, PAPER_CRITERIA
 from hooked_moe.drawing import BLUE, VERMILLION, Drawing, layer_axis, panel_row, rows_where, slot_bar, slot_colour
 from hooked_moe.effect_grid import EffectGrid
 
-GREYS = dict(zip(CRITERIA, (("#404040", "o"), ("#6b6b6b", "s"), ("#8c8c8c", "^"), ("#a8a8a8", "D")), strict=False))
+GREYS = dict(zip(PAPER_CRITERIA, (("#404040", "o"), ("#6b6b6b", "s"), ("#8c8c8c", "^"), ("#a8a8a8", "D")), strict=False))
 MINIMUM_REMOVALS = 30  # a mean over fewer is not drawn in the heat map
 
 
@@ -85,7 +85,7 @@ def draw_effect_size(numbers: pa.Table, narrow: bool) -> Figure:
         rows = rows_where(numbers, population=population)
         layers = np.unique(rows["layer"])
         axes.axhline(0, color="#222222", linewidth=0.8, zorder=1)
-        for ranking in (*CRITERIA, CONTROL):
+        for ranking in (*PAPER_CRITERIA, CONTROL):
             one = rows_where(numbers, population=population, ranking=ranking)
             control = ranking == CONTROL
             colour, marker = (VERMILLION, "o") if control else GREYS[ranking]

@@ -1,0 +1,54 @@
+"""How much of the loss changes could any fixed ranking explain, and how much do the criteria: ceiling.csv."""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+
+from hooked_moe.accumulators.survey import Survey
+from hooked_moe.criteria import CRITERIA
+from hooked_moe.effect_grid import Source
+from hooked_moe.rankings import ORACLE, criterion_values, family_of
+from hooked_moe.statistics import DegenerateSample, StaticShare
+
+
+def ceiling_table(survey: Survey, criteria: Source) -> pa.Table:
+    """One row per layer and fixed ranking: its share of the variance of the loss change between a position's active experts.
+
+    `ceiling` is the largest share that any number per expert could have; all shares are cross-fitted over documents, with
+    jackknife errors over the folds (`statistics.StaticCeiling`). Numbers are NaN, and `note` says why, where there are none.
+    """
+    values = criterion_values(criteria)
+    rows = []
+    for layer, sums in zip(survey.layers, survey.ceilings, strict=True):
+        ceiling, why_no_ceiling = _share(sums.ceiling)
+        for name in (*CRITERIA, ORACLE):
+            score = None if name == ORACLE else values[name][layer]
+            share, note = _share(sums.oracle if score is None else functools.partial(sums.share, score))
+            if score is not None and np.isnan(score).all():
+                note = f"not measured: this run has no {CRITERIA[name].measured_in}"
+            rows.append(
+                {
+                    "layer": layer,
+                    "family": family_of(name),
+                    "criterion": name,
+                    "share_of_variance": share.share,
+                    "se": share.se,
+                    "share_of_ceiling": share.of_ceiling,
+                    "share_of_ceiling_se": share.of_ceiling_se,
+                    "ceiling": ceiling.share,
+                    "ceiling_se": ceiling.se,
+                    "slope": share.slope,
+                    "n_undefined": share.n_undefined,
+                    "note": note or why_no_ceiling,
+                }
+            )
+    return pa.Table.from_pylist(rows)
+
+
+def _share(compute: Callable[[], StaticShare]) -> tuple[StaticShare, str]:
+    try:
+        return compute(), ""
+    except DegenerateSample as reason:
+        return StaticShare(*(np.nan,) * 5, n_undefined=0), str(reason)

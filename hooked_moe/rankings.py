@@ -1,0 +1,108 @@
+"""What ranks the active experts of a position: criteria fixed for the corpus, the token's own scores, and an oracle.
+
+Families are tested, and corrected for, apart:
+  paper     the four criteria of arXiv 2606.10703, over criteria x layers
+  extended  the criteria that others prune by, over criteria x layers
+  token     a ladder of scores of the very token, the controls: each by itself, over layers
+  oracle    the effects of the experts in other documents, over layers: the best that a fixed ranking could know
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float
+
+from hooked_moe.criteria import CRITERIA
+from hooked_moe.effect_grid import EffectGrid, Source
+from hooked_moe.statistics import DegenerateSample, StaticCeiling
+
+Family = Literal["paper", "extended", "token", "oracle"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+CONTROL = "routing_weight"
+TOKEN_LADDER = {
+    CONTROL: "the token's own routing weight",
+    "gap_norm": "the token's own gap norm",
+    "first_order": "first-order estimate",
+}
+"""Columns of the effect table, each closer to the loss change than the one before: g, g ||E||, -g E . dloss/dy."""
+ORACLE = "oracle"
+RANKINGS = (*CRITERIA, *TOKEN_LADDER, ORACLE)
+
+
+def family_of(ranking: str) -> Family:
+    if ranking in CRITERIA:
+        return CRITERIA[ranking].family
+    return "oracle" if ranking == ORACLE else "token"
+
+
+def corrected_together(ranking: str) -> tuple[str, ...]:
+    """The rankings whose cells, over all layers, make up one family of tests with this one's."""
+    family = family_of(ranking)
+    return tuple(name for name in CRITERIA if CRITERIA[name].family == family) or (ranking,)
+
+
+def label_of(ranking: str) -> str:
+    if ranking in CRITERIA:
+        return CRITERIA[ranking].label
+    return TOKEN_LADDER.get(ranking, "held-out effect of the expert (oracle)")
+
+
+class Scores:
+    """The score that each ranking gives each active expert, in the layers asked for."""
+
+    def __init__(self, criteria: Source, layers: Sequence[int], ceilings: Sequence[StaticCeiling]) -> None:
+        """`criteria` has columns layer, expert and one per name in CRITERIA; `ceilings` have seen all the data, by layer."""
+        self._values = criterion_values(criteria)
+        self.layers = tuple(layers)
+        self._oracles = [_oracle(ceiling) for ceiling in ceilings]
+
+    def unmeasured(self, ranking: str) -> str:
+        """Why a ranking cannot be asked about; empty where it can."""
+        if ranking in CRITERIA and all(np.isnan(values).all() for values in self._values[ranking].values()):
+            return f"not measured: this run has no {CRITERIA[ranking].measured_in}"
+        return ""
+
+    def of(self, chunk: EffectGrid, layer: int) -> Iterator[tuple[str, Float[np.ndarray, "position slot"] | None]]:
+        """Every ranking in the order of RANKINGS, with its scores at a chunk's positions; None where it was not measured."""
+        axis = chunk.layer_axis(layer)
+        expert = chunk.expert[:, axis]
+        for name, by_layer in self._values.items():
+            if layer not in by_layer or (len(expert) and (expert.min() < 0 or expert.max() >= len(by_layer[layer]))):
+                known = f"has {len(by_layer[layer])} experts" if layer in by_layer else "has no row"
+                raise ValueError(f"the table of criteria {known} in layer {layer}; effects go up to expert {expert.max()}")
+            yield name, None if self.unmeasured(name) else by_layer[layer][expert]
+        for name in TOKEN_LADDER:
+            values = getattr(chunk, name)
+            yield name, None if values is None else values[:, axis].astype(np.float64)
+        oracle = self._oracles[self.layers.index(layer)]
+        yield ORACLE, oracle[(chunk.document.astype(np.int64) % len(oracle))[:, None], expert]
+
+
+def _oracle(ceiling: StaticCeiling) -> Float[np.ndarray, "fold expert"]:
+    """Effects of the experts outside each fold; NaN where there are too few documents to leave some out."""
+    try:
+        return ceiling.oracle_scores()
+    except DegenerateSample:
+        return np.full((ceiling.n_folds, ceiling.n_experts), np.nan)
+
+
+def criterion_values(criteria: Source) -> dict[str, dict[int, Float[np.ndarray, " expert"]]]:
+    """Criterion name -> layer -> value per expert. Raises ValueError for absent columns and absent or repeated experts."""
+    table = criteria if isinstance(criteria, pa.Table) else pq.read_table(criteria, use_threads=False)
+    missing = [name for name in ("layer", "expert", *CRITERIA) if name not in table.column_names]
+    if missing:
+        raise ValueError(f"not a table of criteria: column {', '.join(missing)} missing; it has {table.column_names}")
+    layer, expert = (table.column(name).to_numpy().astype(np.int64) for name in ("layer", "expert"))
+    result: dict[str, dict[int, np.ndarray]] = {name: {} for name in CRITERIA}
+    for one in np.unique(layer):
+        rows = np.flatnonzero(layer == one)
+        rows = rows[np.argsort(expert[rows], kind="stable")]
+        if not np.array_equal(expert[rows], np.arange(len(rows))):
+            raise ValueError(f"layer {one} of the criteria must have each expert once, counted from 0")
+        for name in CRITERIA:
+            result[name][int(one)] = table.column(name).to_numpy()[rows].astype(np.float64)
+    return result
