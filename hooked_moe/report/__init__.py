@@ -1,0 +1,89 @@
+"""One self-contained page about an analysed run: report.html and figures/.
+
+The page is a function of the derived tables and the manifest: nothing depends on the clock, so a rerun gives the same
+bytes. What was not measured the page names, with the command that measures it.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hooked_moe.figures.ceiling import static_ceiling
+from hooked_moe.figures.drawing import Drawing
+from hooked_moe.figures.effect_size import effect_size
+from hooked_moe.figures.experts import experts
+from hooked_moe.figures.progressive import progressive
+from hooked_moe.figures.rank_correlation import rank_correlation
+from hooked_moe.figures.redistribution import redistribution
+from hooked_moe.figures.removal_effect import removal_effect, slot_distribution, slots
+from hooked_moe.figures.scopes import scopes
+from hooked_moe.report import sections
+from hooked_moe.report.inputs import Inputs, read_inputs
+from hooked_moe.report.page import Section, html_page
+from hooked_moe.report.summary import lead
+from hooked_moe.report.verdicts import verdict_sections
+from hooked_moe.tables import write_text_atomic
+
+__all__ = ["write_report"]
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Write report.html and figures/ from the derived tables of a run; returns the page's path.
+
+    Raises FileNotFoundError where the run has none of them, ValueError where one lacks columns.
+    """
+    run = Path(run_dir)
+    inputs = read_inputs(run)
+    (run / "figures").mkdir(exist_ok=True)
+    title = f"Removing one expert at one token: {inputs.model_name}"
+    page = html_page(title, lead(inputs), list(_sections(inputs, run / "figures")))
+    write_text_atomic(page, run / "report.html")
+    return run / "report.html"
+
+
+def _sections(inputs: Inputs, directory: Path) -> Iterator[Section]:
+    """The page from top to bottom. Drawings are saved in `directory` as they come, and numbered."""
+    numbers = iter(range(1, 100))
+
+    def drawn(name: str, draw: Callable[..., Drawing], *extra: object) -> str:
+        if name not in inputs.tables:
+            return sections.not_measured(inputs, name)
+        drawing = draw(inputs.tables[name], *extra)
+        return sections.figure(next(numbers), drawing, drawing.save(directory))
+
+    cells = inputs.rows("cells.csv")
+    n_layers = inputs.n_layers
+    yield Section(
+        "criteria",
+        "Do rankings predict the effect of a removal?",
+        drawn("cells.csv", effect_size, n_layers) + (drawn("cells.csv", rank_correlation) if cells else ""),
+    )
+    position = [row for row in cells if row["scope"] == "position"]
+    yield from verdict_sections(position)
+    yield Section("ceiling", "How much could any fixed ranking explain?", drawn("ceiling.csv", static_ceiling))
+    bayes = inputs.rows("bayes.csv")
+    body = sections.bayes_table(bayes) if bayes else sections.not_measured(inputs, "bayes.csv")
+    yield Section("bayes", "Bayesian comparison of the criteria", body)
+    yield Section(
+        "effects",
+        "What one removal does",
+        drawn("layers.csv", removal_effect)
+        + drawn("slots.csv", slots)
+        + drawn("slot_distribution.csv", slot_distribution, inputs.noise_floor),
+    )
+    yield Section("experts", "Every expert", drawn("experts.parquet", experts))
+    yield Section("redistribution", "Redistribution", drawn("redistribution.csv", redistribution, n_layers))
+    yield Section("progressive", "Several experts at one token", drawn("progressive.csv", progressive))
+    yield Section("scopes", "One token or the whole sequence", drawn("scopes.csv", scopes))
+    yield from verdict_sections([row for row in cells if row["scope"] != "position"])
+    domains = inputs.rows("domains.csv")
+    body = f"<p>{DOMAIN_NOTE}</p>{sections.plain_table(domains)}" if domains else sections.not_measured(inputs, "domains.csv")
+    yield Section("domains", "By kind of text", body)
+    yield sections.verification(inputs)
+    yield sections.manifest(inputs)
+
+
+DOMAIN_NOTE = (
+    "Top minus bottom: loss change without the highest-weight expert minus without the lowest-weight one, averaged over "
+    "layers (nats); d position: its size over single positions, with a 95% interval clustered by document."
+)

@@ -1,0 +1,64 @@
+"""How numbers are spelt on the page and on a console."""
+
+import math
+
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+
+
+def signed(value: float, digits: int) -> str:
+    if math.isnan(value):
+        return DASH
+    text = f"{value:+.{digits}f}".replace("-", MINUS)
+    return text if any(digit in text for digit in "123456789") else text[1:]  # no sign on a zero
+
+
+def interval(low: float, high: float, digits: int) -> str:
+    return DASH if math.isnan(low) or math.isnan(high) else f"[{signed(low, digits)}, {signed(high, digits)}]"
+
+
+def p_value(p: float) -> str:
+    if math.isnan(p):
+        return DASH
+    return f"{p:.3f}" if p >= 0.001 else (f"{p:.0e}" if p >= 1e-99 else "<1e-99")
+
+
+def share(value: float) -> str:
+    """A share in percent, with a decimal where it is small."""
+    if math.isnan(value):
+        return DASH
+    return f"{100 * value:.{1 if abs(value) < 0.095 else 0}f}%".replace("-", MINUS)
+
+
+def bayes_factor(value: float) -> str:
+    """Two digits, or a power of ten beyond a thousand either way."""
+    if math.isnan(value):
+        return DASH
+    if value == 0 or math.isinf(value):
+        return "<1e-300" if value == 0 else ">1e300"
+    return log_bayes_factor(math.log(value))
+
+
+def log_bayes_factor(value: float) -> str:
+    """A Bayes factor given by its natural logarithm, which may be beyond what a float holds."""
+    if math.isnan(value):
+        return DASH
+    if abs(value) < math.log(1000):
+        return f"{math.exp(value):.2g}"
+    return f"1e{value / math.log(10):.0f}"
+
+
+def layer_list(layers: list[int]) -> str:
+    """ "layer 3", "layers 0-2 and 5": runs of three or more as a range."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [f"{run[0]}{DASH}{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return ("layer " if len(layers) == 1 else "layers ") + enumeration(parts)
+
+
+def enumeration(parts: list[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

@@ -1,0 +1,210 @@
+"""What a run shows, in plain words: every sentence is generated from the derived tables, and says what they say."""
+
+import html
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from hooked_moe.figures.names import label
+from hooked_moe.report.conclusions import conclude
+from hooked_moe.report.inputs import Inputs
+from hooked_moe.report.numbers import enumeration, layer_list, share, signed
+from hooked_moe.report.readings import FIXED, Row, best_fixed, ceiling_reading, known_mean, position_cells, verdict_cells
+
+_NAMED = 5  # rankings named in a sentence; the others are counted
+
+
+def lead(inputs: Inputs) -> str:
+    """The top of the page: what was measured, what is valid, equivalent or undecided, and what to conclude."""
+    findings = "".join(f"<li>{sentence}</li>" for finding in FINDINGS if (sentence := finding(inputs)))
+    conclusions = "".join(f"<li>{sentence}</li>" for sentence in conclude(inputs))
+    parts = [f"<p>{measured(inputs)}</p>"]
+    if conclusions:
+        parts.append(f'<div class="summary conclusion"><h2>What to conclude</h2><ul>{conclusions}</ul></div>')
+    if findings:
+        parts.append(f'<div class="summary"><h2>What was found</h2><ul>{findings}</ul></div>')
+    return "".join(parts)
+
+
+def measured(inputs: Inputs) -> str:
+    """Model, corpus and the size of one removal's effect against the noise floor."""
+    text = f"<b>{html.escape(inputs.model_name)}</b>"
+    if inputs.value("corpus", "name"):
+        text += f" on {html.escape(str(inputs.value('corpus', 'name')))}"
+        text += f" ({inputs.value('corpus', 'documents'):,} documents, {inputs.value('corpus', 'tokens'):,} tokens)"
+    rows = [row for row in inputs.rows("layers.csv") if row["slot"] == -1]
+    if not rows:
+        return f"{text}. Removals of single experts were not measured."
+    count = sum(row["n_removals"] for row in rows)
+    mean, size, positive = (
+        sum(row[name] * row["n_removals"] for row in rows) / count for name in ("mean_delta", "mean_abs_delta", "share_positive")
+    )
+    text += (
+        f": {count:,} removals of one active expert at one token, in {len(rows)} layers. One changes the loss of the next "
+        f"token by {size:.4f} nats on average; {share(positive)} of them make it worse (mean {signed(mean, 4)})."
+    )
+    if inputs.noise_floor:
+        text += f" The average is {size / inputs.noise_floor:,.0f} times the noise floor."
+    return text
+
+
+# --- findings: one sentence or none for each derived table ----------------------------------------------------------------------
+
+
+def fixed_criteria(inputs: Inputs) -> str:
+    """How many cells of the fixed criteria are valid, equivalent, undecided, and which predict."""
+    parts = []
+    for family, name in (("paper", "The paper's four criteria"), ("extended", "Further criteria")):
+        cells = verdict_cells(inputs, (family,))
+        if cells:
+            parts.append(f"<b>{name}</b> ({_cell_count(cells)}): {_tally(cells)}.")
+    return " ".join(parts)
+
+
+def token_scores(inputs: Inputs) -> str:
+    """The ladder of per-token scores and the oracle, by verdicts and rank correlation."""
+    parts = []
+    for ranking in ("routing_weight", "gap_norm", "first_order", "oracle"):
+        cells = [row for row in verdict_cells(inputs, ("token", "oracle")) if row["ranking"] == ranking]
+        rho = known_mean(row["spearman"] for row in cells)
+        if cells and not math.isnan(rho):
+            valid = sum(row["verdict"] == "valid" for row in cells)
+            parts.append(f"{label(ranking)} {signed(rho, 3)}, valid in {valid} of {len(cells)} layers")
+    if not parts:
+        return ""
+    best = best_fixed(inputs)
+    against = f" The best fixed criterion, {label(best[0])}, reaches {signed(best[1], 3)}." if best else ""
+    listed = "; ".join(parts)
+    return f"<b>Scores of the very token</b>, by Spearman correlation with the effect (mean over layers): {listed}.{against}"
+
+
+def sample_power(inputs: Inputs) -> str:
+    """What the published protocol, a sample of positions, says on the same run, and what it could not have seen."""
+    cells = [row for row in position_cells(inputs, "sample", ("paper",)) if row["verdict"] != "refused"]
+    if not cells:
+        return ""
+    valid = sum(row["verdict"] == "valid" for row in cells)
+    undecided = sum(row["verdict"] == "undecided" for row in cells)
+    first = cells[0]
+    power, needed = first["power_at_d02"], first["minimal_detectable_d"]
+    return (
+        f"<b>On {first['n']} sampled positions</b>, the published protocol, {valid} of the {len(cells)} cells of the paper's "
+        f"criteria are valid and {undecided} undecided. Such a cell detects d = 0.2 with probability {power:.2f} and needs "
+        f"d = {needed:.3f} for 0.8: its silence is no evidence of absence."
+    )
+
+
+def ceiling(inputs: Inputs) -> str:
+    """What any fixed ranking could explain, and who comes how near."""
+    found = ceiling_reading(inputs)
+    if found is None:
+        return ""
+    value, best, best_share, oracle = found
+    text = (
+        f"<b>Static ceiling.</b> No ranking fixed for the corpus can explain more than {share(value)} of the variance of effects "
+        f"within a position (mean over layers). The best criterion, {label(best)}, reaches {share(best_share)} of that"
+    )
+    return text + (f", the oracle {share(oracle)}." if not math.isnan(oracle) else ".")
+
+
+def bayes(inputs: Inputs) -> str:
+    """What each kind of ranking gains over chance in documents left out, and which criteria the stack rests on."""
+    rows = [row for row in inputs.rows("bayes.csv") if not math.isnan(row["lodo_score"]) and row["family"] != "chance"]
+    if not rows:
+        return ""
+    best = sorted(rows, key=lambda row: -row["lodo_score"])
+    leaders = [next((row for row in best if row["family"] in families), None) for families in (("token",), ("oracle",), FIXED)]
+    gains = [f"{label(row['criterion'])} {signed(row['lodo_score'], 4)}" for row in leaders if row]
+    text = (
+        "<b>Bayesian comparison.</b> Predicting the order of effects in documents left out, the best of each kind gain over "
+        f"chance, in nats per order: {', '.join(gains)}."
+    )
+    stacked = sorted(inputs.rows("bayes.csv"), key=lambda row: -np.nan_to_num(row["stacking_weight"]))
+    heavy = [
+        f"{label(row['criterion'])} {share(row['stacking_weight'])}" for row in stacked[:3] if row["stacking_weight"] >= 0.01
+    ]
+    return text + (f" Of a stack of the fixed criteria and chance, the weight goes to {enumeration(heavy)}." if heavy else "")
+
+
+def scope(inputs: Inputs) -> str:
+    """How far a removal from the whole sequence differs from one at the token."""
+    rows = inputs.rows("scopes.csv")
+    if not rows:
+        return ""
+    ratios = [row["mean_abs_sequence"] / row["mean_abs_position"] for row in rows if row["mean_abs_position"]]
+    correlations = [row["correlation"] for row in rows]
+    return (
+        "<b>Scope.</b> Removed from the whole sequence instead of at the token alone, the same experts change the loss "
+        f"{_range(ratios, 2)} times as much by layer; the two effects correlate at {_range(correlations, 2)}."
+    )
+
+
+def several(inputs: Inputs) -> str:
+    """What the order of removal does, halfway through the active experts."""
+    rows = inputs.rows("progressive.csv")
+    if not rows:
+        return ""
+    most = max(row["removed"] for row in rows)
+    half = max(1, most // 2)
+    means = {
+        (order, removed): known_mean(row["mean"] for row in rows if (row["order"], row["removed"]) == (order, removed))
+        for order in ("descending", "random", "ascending")
+        for removed in (half, most)
+    }
+    words = {"descending": "highest weight first", "random": "at random", "ascending": "lowest weight first"}
+    parts = [
+        f"{signed(means[order, half], 3)} nats {word}" for order, word in words.items() if not math.isnan(means[order, half])
+    ]
+    total = next((means[order, most] for order in words if not math.isnan(means[order, most])), math.nan)
+    return (
+        f"<b>Several experts at one token.</b> With {half} of {most} removed the mean loss change over layers is "
+        f"{', '.join(parts)}; with all {most}, {signed(total, 3)}."
+    )
+
+
+FINDINGS: tuple[Callable[[Inputs], str], ...] = (fixed_criteria, token_scores, sample_power, ceiling, bayes, scope, several)
+
+
+# --- wording ------------------------------------------------------------------------------------------------------------------
+
+
+def _cell_count(cells: Sequence[Row]) -> str:
+    over = "all positions" if cells[0]["population"] == "all" else f"{cells[0]['n']} sampled positions"
+    return f"{len(cells)} cells of criterion &times; layer, over {over}"
+
+
+def _tally(cells: Sequence[Row]) -> str:
+    """Counts by verdict; which rankings are valid or reversed, and where."""
+    words = {
+        "valid": "valid",
+        "equivalent": "equivalent to none",
+        "undecided": "undecided",
+        "reversed": "reversed",
+        "refused": "refused",
+    }
+    parts = []
+    for verdict, word in words.items():
+        found = [row for row in cells if row["verdict"] == verdict]
+        if not found and verdict in ("reversed", "refused"):
+            continue
+        named = f" ({_where(found)})" if found and verdict in ("valid", "reversed") else ""
+        parts.append(f"<b>{len(found)} {word}</b>{named}")
+    return ", ".join(parts)
+
+
+def _where(cells: Sequence[Row]) -> str:
+    layers: dict[str, list[int]] = {}
+    for row in cells:
+        layers.setdefault(row["ranking"], []).append(row["layer"])
+    most_first = sorted(layers, key=lambda ranking: -len(layers[ranking]))
+    named = [f"{label(ranking)} in {layer_list(layers[ranking])}" for ranking in most_first[:_NAMED]]
+    return "; ".join(named) + (f"; and {len(layers) - _NAMED} more" if len(layers) > _NAMED else "")
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "an unknown number of"
+    low, high = (f"{value:.{digits}f}" for value in (min(known), max(known)))
+    return low if low == high else f"{low} to {high}"
