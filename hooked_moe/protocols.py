@@ -2,7 +2,7 @@
 
 `DEFINED` is what `experiments/` do unless told otherwise. `RELEASED` tabulates, family by family, what the released code does
 instead: which texts, which positions in which order, what its metrics compute, whether padding counts, at what precision, and
-with which divisor d is taken. Everything here is data and draws of random numbers; `hooked_moe.released` runs it.
+with which divisor d is taken. Everything here is data and draws of random numbers; the package `hooked_moe.released` runs it.
 
     expert removed   at the measured token       from every token of the sequence that it serves
     statistics over  real tokens                 all rows, padding too (OLMoE right, DeepSeek left); Qwen runs texts singly

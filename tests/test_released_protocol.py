@@ -11,7 +11,6 @@ import torch
 from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.corpus import load_corpus
 from hooked_moe.counterfactuals import expert_effects
-from hooked_moe.padded_rows import LayerRows, PaddedTexts, observe_rows
 from hooked_moe.protocols import (
     METRICS,
     RELEASED,
@@ -22,8 +21,9 @@ from hooked_moe.protocols import (
     progressive_draw,
     released_protocol,
 )
-from hooked_moe.released_criteria import released_criteria, released_redistribution
-from hooked_moe.sequence_removals import SequenceRemoval, sequence_removals
+from hooked_moe.released.metrics import released_criteria, released_redistribution
+from hooked_moe.released.padded_rows import LayerRows, PaddedTexts, observe_rows
+from hooked_moe.released.sequence_removals import SequenceRemoval, sequence_removals
 
 LAYERS = (1, 4)
 NAMES = {"olmoe": "tiny-olmoe", "qwen2_moe": "tiny-qwen-moe", "deepseek_v2": "tiny-deepseek-moe"}

@@ -15,8 +15,8 @@ import scipy.special
 import scipy.stats
 from jaxtyping import Bool, Float, Int
 
-from hooked_moe.padded_rows import COORDINATES, LayerRows
 from hooked_moe.protocols import Released
+from hooked_moe.released.padded_rows import COORDINATES, LayerRows
 
 PerExpert = Float[np.ndarray, " expert"]
 

@@ -33,7 +33,6 @@ from hooked_moe.corpus import Corpus
 from hooked_moe.fingerprint import config_values, versions, weights_sha256
 from hooked_moe.measurement import _check_plan, _digest, _locked, read_json
 from hooked_moe.model import HookedMoE
-from hooked_moe.padded_rows import LayerRows, PaddedTexts, observe_rows
 from hooked_moe.protocols import (
     Draw,
     Released,
@@ -45,9 +44,10 @@ from hooked_moe.protocols import (
     protocol_layers,
     released_protocol,
 )
-from hooked_moe.published import CONTROL, METRICS
-from hooked_moe.released_criteria import PerExpert, released_criteria, released_redistribution
-from hooked_moe.sequence_removals import SequenceRemoval, sequence_removals
+from hooked_moe.published import CONTROL, METRICS, PAIRS
+from hooked_moe.released.metrics import PerExpert, released_criteria, released_redistribution
+from hooked_moe.released.padded_rows import LayerRows, PaddedTexts, observe_rows
+from hooked_moe.released.sequence_removals import SequenceRemoval, sequence_removals
 from hooked_moe.shards import _in_parallel
 from hooked_moe.tables import (
     COMPARISONS,
@@ -58,9 +58,6 @@ from hooked_moe.tables import (
     write_json_atomic,
     write_parquet_atomic,
 )
-
-PAIRS = 200
-"""Positions of a cell."""
 
 
 def open_released(
