@@ -4,9 +4,9 @@
     python -m experiments.redistribution --model qwen1.5-moe --corpus wikitext-2 --layers 0,6,12,18,23
     python -m experiments.redistribution --model qwen1.5-moe --corpus wikitext-2 --protocol as_released
 
-Every token is paired with itself, and the gap norm is g ||E||: an identity, so its correlation with the routing weight g is reported
-apart from what is not one. As released, rows of router and output are of different tokens, and no removal is measured. Uses the
-measurement of experiments.audit, or makes it. Writes redistribution.csv. Table 7, Figure 2.
+Every token is paired with itself, and the gap norm is g ||E||: an identity, so its correlation with the routing weight g is
+reported apart from what is not one. As released, rows of router and output are of different tokens, and no removal is measured.
+Uses the measurement of experiments.audit, or makes it. Writes redistribution.csv. Table 7, Figure 2.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python -m experiments.routing_weight_control --model olmoe --corpus wikitext-2 --layers 0,4,7,11,15 --positions 200
     python -m experiments.routing_weight_control --model olmoe --corpus wikitext-2 --protocol as_released
 
-Beside the paper's routing weight stands a ladder of scores that know more: the gap norm g ||E||, and the first-order estimate of the
-loss change. Uses the measurement of experiments.audit, or makes it. Writes control.csv. Tables 4-6.
+Beside the paper's routing weight stands a ladder of scores that know more: the gap norm g ||E||, and the first-order estimate of
+the loss change. Uses the measurement of experiments.audit, or makes it. Writes control.csv. Tables 4-6.
 """
 
 from __future__ import annotations
