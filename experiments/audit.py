@@ -81,12 +81,12 @@ def audit(args: argparse.Namespace) -> Path:
 
 
 def released_audit(args: argparse.Namespace) -> Path:
-    """Four metrics at positions of their own, by the paper's code; returns the run's directory."""
+    """Four metrics and the control, by the paper's code; returns the run's directory."""
     n = released_positions(args.positions)
     with open_released_run(args) as run:
         run.experts()
         comparisons = run.audit(n)
-        print_cells(write_released_cells(run, n, comparisons))
+        print_cells(write_released_cells(run, n, comparisons, run.control(n)))
         same = compare_positions(run, comparisons)
         if same is not None:
             print(same)

@@ -68,10 +68,7 @@ def steps(args: argparse.Namespace, model: str) -> list[tuple[str, Command, list
         ("redistribution", redistribution.main, common),
     ]
     if family is not None:
-        found += [
-            ("audit as released", audit.main, sampled),
-            ("routing-weight control as released", routing_weight_control.main, sampled),
-        ]
+        found.append(("audit and control as released", audit.main, sampled))
         if family.redistribution is not None:
             found.append(("redistribution as released", redistribution.main, [*common, "--protocol", "as_released"]))
         if family.progressive is not None:
