@@ -8,8 +8,8 @@ effects at `scope="position"`, only token t changes, so the gradient runs throug
 keys and values of earlier positions are constants.
 
 One backward pass over a window gives this for all positions at once. Where attention looks at other positions, no gradient
-passes; hence the gradient of the sum of all losses is, at each position, that of its own loss. Blocks are run again one at a
-time on the way back, so that the activations of one block are in memory, not of all.
+passes; hence the gradient of the sum of all losses is, at each position, that of its own loss. Where the activations of all
+blocks together would take too much memory, blocks are run again on the way back, one at a time.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from torch import Tensor
 
 from hooked_moe.components.attention import Attention, QueriesKeysValues
 from hooked_moe.components.norm import at_least_float32
-from hooked_moe.fan_out import CleanBlock, CleanExperts, clean_block, clean_blocks, finish, rotation_of
+from hooked_moe.fan_out import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
 from hooked_moe.kernels.prefix_attention import for_every_head, own_share
 from hooked_moe.kernels.target_loss import target_loss
-from hooked_moe.memory import Demand, demand_of
+from hooked_moe.memory import demand_of
 from hooked_moe.model import HookedMoE
 from hooked_moe.padding import Packed, Results
 from hooked_moe.requests import WAITING_BYTES, Mask, make_request
+
+BACKWARD_ACTIVATIONS = 2
+"""What a block keeps for its backward pass, and the gradients in it, in multiples of what it takes going forward."""
 
 LOSSES_AT_ONCE = 256
 """Tokens whose logits and their gradients are in memory together."""
@@ -56,7 +59,7 @@ def first_order_effects(
 ) -> FirstOrderEffects:
     """The first-order estimate of every removal of one expert at one token, its output zeroed.
 
-    The cost is about that of four forward passes over the tokens. `layers` None means all that have experts; padding may be
+    The cost is about that of three or four forward passes. `layers` None means all that have experts; padding may be
     anywhere in `attention_mask`; `memory_budget` ("4GB", or bytes) bounds the memory beside weights and results.
     Raises `ValueError` for layers out of range or dense, for a budget too small for one row, while hooks are attached, and for
     a model whose weights are streamed, since a backward pass takes its layers in the other order.
@@ -64,8 +67,9 @@ def first_order_effects(
     model.require_weights("a gradient")
     request = make_request(model, tokens.clone(), layers, None, attention_mask, (), memory_budget)
     results = Results(request.layers, (len(request.packed.tokens), request.packed.width))
-    for packed in request.packed.split(_rows_at_once(model, request.packed, request.budget)):
-        for clean, gradient in _backward(model, packed, lowest=request.layers[0]):
+    rows, keep = _rows_at_once(model, request.packed, request.budget)
+    for packed in request.packed.split(rows):
+        for clean, gradient in _backward(model, packed, request.layers[0], keep):
             if clean.layer in request.layers:
                 assert isinstance(clean, CleanExperts)
                 estimates = _along_contributions(clean, gradient).masked_fill(packed.targets.unsqueeze(-1) < 0, float("nan"))
@@ -81,22 +85,35 @@ def _along_contributions(clean: CleanExperts, gradient: Float[Tensor, "batch pos
     return -at_least_float32(clean.routing.weights.detach()) * along
 
 
-def _backward(model: HookedMoE, packed: Packed, lowest: int) -> Iterator[tuple[CleanBlock, Float[Tensor, "batch pos d_model"]]]:
-    """Every block from the last down to `lowest`, with d(loss of a position)/d(residual stream there after the block)."""
-    after: list[Tensor] = []
-    with torch.no_grad():
-        embedded = model.embed(packed.tokens)
-        finish(clean_blocks(model, packed.tokens, lambda clean: after.append(clean.resid_post)))
+def _backward(
+    model: HookedMoE, packed: Packed, lowest: int, keep: bool
+) -> Iterator[tuple[CleanBlock, Float[Tensor, "batch pos d_model"]]]:
+    """Every block from the last down to `lowest`, with d(loss of a position)/d(residual stream there after the block).
+
+    `keep` keeps the activations of all blocks on the way up; else those on the way down are computed again.
+    """
     rotate = rotation_of(model, packed.tokens.shape[1])
-    gradient = _loss_gradient(model, after[-1], packed.targets)
+
+    def run(layer: int, before: Tensor, differentiable: bool) -> CleanBlock:
+        with torch.set_grad_enabled(differentiable):
+            attend = attend_by_own_stream if differentiable else attend_to_earlier
+            return clean_block(model.blocks[layer], layer, before.requires_grad_(differentiable), rotate, attend)
+
+    with torch.no_grad():
+        before = [model.embed(packed.tokens)]
+    kept: list[CleanBlock] = []
+    for layer in range(model.cfg.n_layers):
+        clean = run(layer, before[-1], differentiable=keep and layer > lowest)
+        before.append(clean.resid_post.detach())
+        if keep and layer >= lowest:
+            kept.append(clean)
+    gradient = _loss_gradient(model, before.pop(), packed.targets)
     for layer in reversed(range(lowest, model.cfg.n_layers)):
-        after.pop()
-        before = (after[-1] if layer else embedded).requires_grad_(layer > lowest)
-        with torch.set_grad_enabled(layer > lowest):
-            clean = clean_block(model.blocks[layer], layer, before, rotate, attend_by_own_stream)
+        resid = before.pop()
+        clean = kept.pop() if keep else run(layer, resid, differentiable=layer > lowest)
         yield clean, gradient
         if layer > lowest:
-            (gradient,) = torch.autograd.grad(clean.resid_post, before, gradient)
+            (gradient,) = torch.autograd.grad(clean.resid_post, resid, gradient)
 
 
 def _loss_gradient(
@@ -130,20 +147,18 @@ def attend_by_own_stream(attn: Attention, qkv: QueriesKeysValues) -> Float[Tenso
     return z + share * (own_v - own_v.detach() + moved)
 
 
-def _rows_at_once(model: HookedMoE, packed: Packed, budget: int | None) -> int:
-    """Batch rows that go back together: as many as the budget holds."""
-    length = packed.tokens.shape[1]
+def _rows_at_once(model: HookedMoE, packed: Packed, budget: int | None) -> tuple[int, bool]:
+    """How many batch rows go back together, and whether the activations of all their blocks are kept: as the budget allows."""
+    length, n_layers = packed.tokens.shape[1], model.cfg.n_layers
     demand = demand_of(model.cfg, length)
-    row = _row_bytes(model, demand, length)
-    if budget is None:
-        return max(1, WAITING_BYTES // row)
-    if budget < demand.fixed + row:
+    block = BACKWARD_ACTIVATIONS * demand.row
+    residuals = (n_layers + 2) * length * demand.variant_token
+    left = demand.row + WAITING_BYTES if budget is None else budget - demand.fixed
+    if left >= residuals + n_layers * block:
+        return left // (residuals + n_layers * block), True
+    if budget is not None and left < residuals + block:
         raise ValueError(
-            f"memory_budget is {budget:,} bytes, and the gradient of a row of {length} tokens takes {demand.fixed + row:,}"
+            f"memory_budget is {budget:,} bytes, and the gradient of a row of {length} tokens takes "
+            f"{demand.fixed + residuals + block:,}"
         )
-    return (budget - demand.fixed) // row
-
-
-def _row_bytes(model: HookedMoE, demand: Demand, length: int) -> int:
-    """Of one batch row: the residual stream after every block, and one block with what its backward pass needs."""
-    return 3 * demand.row + (model.cfg.n_layers + 2) * length * demand.variant_token
+    return max(1, left // (residuals + block)), False
