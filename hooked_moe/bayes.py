@@ -17,7 +17,7 @@ from hooked_moe.effect_grid import EffectGrid
 from hooked_moe.rankings import RANKINGS, Scores, family_of
 from hooked_moe.statistics import DegenerateSample
 
-MAXIMUM_ORDERS = 1 << 16
+MAXIMUM_ORDERS = 1 << 14
 """Orders (positions x layers) that the models are fitted to; of a longer corpus every n-th position is taken."""
 CHANCE = "chance"
 
@@ -63,7 +63,7 @@ class ChoiceData:
         rows, held_out = [], {}
         for name in RANKINGS:
             fitted: dict[str, object] = {}
-            note = self.scores.unmeasured(name) or ("" if name in scores else "not measured: the effect table lacks it")
+            note = self.scores.unmeasured(name)
             if not note:
                 defined = np.isfinite(scores[name]).all(axis=(1, 2))
                 try:

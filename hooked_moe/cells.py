@@ -144,6 +144,8 @@ def audit_cells(
     n_experts = max(len(values) for values in criterion_values(criteria)[RANKINGS[0]].values())
     survey = None
     for chunk in effect_chunks(effects, ("expert", "delta_loss")):
+        if chunk.expert.max() >= n_experts:
+            raise ValueError(f"the table of criteria has {n_experts} experts; effects go up to expert {chunk.expert.max()}")
         survey = survey or Survey(chosen_layers(chunk, layers), n_experts)
         survey.update(chunk.measured())
     assert survey is not None  # effect_chunks refuses an empty table

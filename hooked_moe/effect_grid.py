@@ -116,7 +116,7 @@ def effect_chunks(
         for name, pieces in held.items():
             pieces.append(column_values(batch, name))
         n_held += batch.num_rows
-        if layout is None and n_held >= rows:
+        if layout is None and n_held >= rows and _past_first_position(held):
             layout = _Layout.from_first_position(*(np.concatenate(held[name]) for name in _KEYS))
         size = 0 if layout is None else layout.chunk_rows(rows)
         while layout is not None and n_held >= size:
@@ -130,6 +130,10 @@ def effect_chunks(
         layout = _Layout.from_first_position(*(np.concatenate(held[name]) for name in _KEYS))
     if n_held:
         yield layout.grid({name: np.concatenate(pieces) for name, pieces in held.items()})
+
+
+def _past_first_position(held: dict[str, list[np.ndarray]]) -> bool:
+    return any(held[name][-1][-1] != held[name][0][0] for name in ("document", "position"))
 
 
 def _open(source: Source, wanted: dict[str, None], rows: int) -> tuple[list[str], Iterator[pa.Table | pa.RecordBatch]]:

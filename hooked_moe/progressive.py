@@ -15,7 +15,7 @@ from hooked_moe.summaries import mean_intervals
 
 ORDERS = ("descending", "ascending", "random")
 """Which active expert goes next: that of the highest routing weight, of the lowest, or any."""
-_LEVELS = (0.5, 0.95)
+_LEVELS = np.array([0.5, 0.95])
 _KEYS = ("document", "layer", "order", "removed")
 
 
@@ -84,7 +84,7 @@ def _rows(
     path: Path, groups: list[tuple[int, int, int]], documents: Int[np.ndarray, " document"]
 ) -> Iterator[tuple[Int[np.ndarray, " row"], Int[np.ndarray, " row"], Float[np.ndarray, " row"]]]:
     """Group, document (both counted from 0) and loss change of the measured rows."""
-    codes = np.array([_code(np.array(group)) for group in groups])
+    codes = _code(np.array(groups))
     for rows in row_batches(path, (*_KEYS, "delta_loss")):
         measured = ~np.isnan(rows["delta_loss"])
         keys = np.stack([rows["layer"], _order(rows["order"]), rows["removed"]], axis=-1)[measured]
@@ -92,9 +92,9 @@ def _rows(
         yield group, np.searchsorted(documents, rows["document"][measured]), rows["delta_loss"][measured].astype(np.float32)
 
 
-def _code(keys: Int[np.ndarray, "*rows 3"]) -> Int[np.ndarray, "*rows"]:
+def _code(keys: Int[np.ndarray, "row 3"]) -> Int[np.ndarray, " row"]:
     """A number that sorts as (layer, order, removed) does."""
-    layer, order, removed = np.moveaxis(keys.astype(np.int64), -1, 0)
+    layer, order, removed = keys.astype(np.int64).T
     return (layer * len(ORDERS) + order) * 1024 + removed
 
 

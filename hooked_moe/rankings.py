@@ -59,11 +59,14 @@ class Scores:
         self._values = criterion_values(criteria)
         self.layers = tuple(layers)
         self._oracles = [_oracle(ceiling) for ceiling in ceilings]
+        self._absent: set[str] = set()  # token scores whose columns the chunks seen so far lack
 
     def unmeasured(self, ranking: str) -> str:
         """Why a ranking cannot be asked about; empty where it can."""
         if ranking in CRITERIA and all(np.isnan(values).all() for values in self._values[ranking].values()):
             return f"not measured: this run has no {CRITERIA[ranking].measured_in}"
+        if ranking in self._absent:
+            return f"not measured: the effect table has no column {ranking}"
         return ""
 
     def of(self, chunk: EffectGrid, layer: int) -> Iterator[tuple[str, Float[np.ndarray, "position slot"] | None]]:
@@ -77,6 +80,8 @@ class Scores:
             yield name, None if self.unmeasured(name) else by_layer[layer][expert]
         for name in TOKEN_LADDER:
             values = getattr(chunk, name)
+            if values is None:
+                self._absent.add(name)
             yield name, None if values is None else values[:, axis].astype(np.float64)
         oracle = self._oracles[self.layers.index(layer)]
         yield ORACLE, oracle[(chunk.document.astype(np.int64) % len(oracle))[:, None], expert]

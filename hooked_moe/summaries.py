@@ -30,8 +30,8 @@ LAYER_COLUMNS = {
     "mean_output_norm": ("residual stream", "mean output norm ||E(x)||"),
     "mean_routing_weight": ("1", "mean routing weight as applied"),
 }
-CENTRE = (0.05, 0.25, 0.5, 0.75, 0.95)
-TAIL = tuple(float(share) for share in np.logspace(0, -4, 41))
+CENTRE = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
+TAIL = np.logspace(0, -4, 41)
 _OBSERVED = ("gap_norm", "output_norm", "routing_weight")
 
 
@@ -87,7 +87,7 @@ class LayerSummary:
                     "n_removals": n,
                     "mean_delta": mean(self._delta),
                     "mean_abs_delta": mean(self._size),
-                    "p95_abs_delta": float(self._histogram.magnitude_quantiles(groups, [0.95])[0]),
+                    "p95_abs_delta": float(self._histogram.magnitude_quantiles(groups, np.array([0.95]))[0]),
                     "share_positive": mean(self._positive),
                     "share_above_floor": mean(self._above),
                     **{f"mean_{name}": mean(total, self._n_positions * len(slots)) for name, total in self._observed.items()},
@@ -102,17 +102,17 @@ class LayerSummary:
         """
         rows = []
         n = self._n_measured * len(self.layers)
-        shares = [share for share in TAIL if share * n >= 5]
+        shares = TAIL[n * TAIL >= 5]
         for slot in range(self.n_slots):
             groups = [axis * self.n_slots + slot for axis in range(len(self.layers))]
             mean = float(self._delta[:, slot].sum() / n)
             rows.append({"slot": slot, "statistic": "mean", "level": np.nan, "nats": mean})
             for statistic, levels, values in (
                 ("quantile of delta", CENTRE, self._histogram.quantiles(groups, CENTRE)),
-                ("abs delta exceeded by share", shares, self._histogram.magnitude_quantiles(groups, 1 - np.array(shares))),
+                ("abs delta exceeded by share", shares, self._histogram.magnitude_quantiles(groups, 1 - shares)),
             ):
                 for level, value in zip(levels, values, strict=True):
-                    rows.append({"slot": slot, "statistic": statistic, "level": level, "nats": float(value)})
+                    rows.append({"slot": slot, "statistic": statistic, "level": float(level), "nats": float(value)})
         return pa.Table.from_pylist(rows)
 
 

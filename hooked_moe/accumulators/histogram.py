@@ -40,12 +40,12 @@ class Histogram:
         bins = np.where(values < 0, _BINS - 1 - size_bin, _BINS + size_bin)
         np.add.at(self._counts.reshape(-1), group * (2 * _BINS) + bins, 1)
 
-    def quantiles(self, groups: Sequence[int], levels: Sequence[float]) -> Float[np.ndarray, " level"]:
+    def quantiles(self, groups: Sequence[int], levels: Float[np.ndarray, " level"]) -> Float[np.ndarray, " level"]:
         """Quantiles of the values of several groups together; NaN where there are none."""
         edges = _edges()
         return _quantiles(self._total(groups), np.concatenate([-edges[:0:-1], edges]), levels)
 
-    def magnitude_quantiles(self, groups: Sequence[int], levels: Sequence[float]) -> Float[np.ndarray, " level"]:
+    def magnitude_quantiles(self, groups: Sequence[int], levels: Float[np.ndarray, " level"]) -> Float[np.ndarray, " level"]:
         """Quantiles of |value|."""
         counts = self._total(groups)
         return _quantiles(counts[_BINS:] + counts[_BINS - 1 :: -1], _edges(), levels)
@@ -55,7 +55,7 @@ class Histogram:
 
 
 def _quantiles(
-    counts: Int[np.ndarray, " bin"], edges: Float[np.ndarray, " edge"], levels: Sequence[float]
+    counts: Int[np.ndarray, " bin"], edges: Float[np.ndarray, " edge"], levels: Float[np.ndarray, " level"]
 ) -> Float[np.ndarray, " level"]:
     """numpy's default (linear) quantiles, the values of a bin taken to lie evenly in it."""
     up_to = counts.cumsum()
@@ -68,7 +68,7 @@ def _quantiles(
         share = (rank - (up_to[bins] - counts[bins]) + 0.5) / counts[bins]
         return edges[bins] + share * (edges[bins + 1] - edges[bins])
 
-    at = np.asarray(levels) * (n - 1)
+    at = levels * (n - 1)
     below = np.floor(at).astype(np.int64)
     low, high = ranked(below), ranked(np.minimum(below + 1, n - 1))
     return low + (at - below) * (high - low)
