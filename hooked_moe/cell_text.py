@@ -1,39 +1,20 @@
-"""Cells as text: the marks and words for outcomes and the spelling of numbers, shared with the page; a console's table."""
+"""Cells as text: the marks and words for verdicts, shared with the page, and a console's table."""
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from hooked_moe.cells import CONTROL, POPULATIONS, Cell
 from hooked_moe.criteria import PAPER_CRITERIA
+from hooked_moe.number_text import MINUS, p_value
 from hooked_moe.rankings import RANKINGS
 
-MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
-OUTCOMES = {
-    "positive": ("+", "high matters more"),
-    "negative": (MINUS, "high matters less"),
-    "tests_disagree": ("?", "tests disagree"),
-    "not_detected": ("·", "not detected"),
-    "refused": ("x", "refused"),
-}
 VERDICTS = {
     "valid": ("+", "high matters more"),
     "reversed": (MINUS, "high matters less"),
     "equivalent": ("=", "as good as none"),
-    "undecided": ("·", "undecided"),
+    "undecided": ("?", "undecided"),
     "refused": ("x", "refused"),
 }
 WIDTH = 100
-
-
-def p_value(p: float) -> str:
-    if np.isnan(p):
-        return DASH
-    return f"{p:.3f}" if p >= 0.001 else (f"{p:.0e}" if p >= 1e-99 else "<1e-99")
-
-
-def signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", MINUS)
 
 
 def terminal_table(cells: Sequence[Cell]) -> str:

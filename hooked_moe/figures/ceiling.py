@@ -1,5 +1,6 @@
 """The static ceiling: what any fixed ranking of experts could explain, and the share of it that each criterion reaches."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,6 @@ def _ordered(numbers: pa.Table) -> list[str]:
 
     def key(criterion: str) -> tuple[bool, bool, float]:
         family, share = shares[criterion]
-        return family != "oracle", np.isnan(share), -share
+        return family != "oracle", math.isnan(share), -share
 
     return sorted(shares, key=key)

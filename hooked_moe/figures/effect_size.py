@@ -40,10 +40,10 @@ def effect_size(cells: pa.Table, n_layers: int) -> Drawing:
         "Does the ranking point at the expert that matters?",
         "As the paper's Figure 1: standardised difference d in loss change between removing the active expert that a ranking "
         "puts highest and the one it puts lowest, over single positions. Dark grey: the range of the paper's four criteria, "
-        "each a thin line; light grey: the range of their 95% intervals. Vermillion: the routing weight of the very token, with its 95% interval "
-        "(for the sample exact if positions were independent, for all positions by jackknife over documents). Dashed: the "
-        "size that the sample detects with 80% power after correction. Dotted: the bound within which an effect counts as "
-        "equivalent to none.",
+        "each a thin line; light grey: the range of their 95% intervals. Vermillion: the routing weight of the very token, "
+        "with its 95% interval (for the sample exact if positions were independent, for all positions by jackknife over "
+        "documents). Dashed: the size that the sample detects with 80% power after correction. Dotted: the bound within which "
+        "an effect counts as equivalent to none.",
         numbers.append_column("relative_depth", pa.array(depth)),
         draw_effect_size,
     )
@@ -73,9 +73,9 @@ def draw_effect_size(numbers: pa.Table, narrow: bool) -> Figure:
         if np.isnan(rows["d_position"].astype(float)).all():
             axes.text(0.5, 0.5, "refused: see the table", transform=axes.transAxes, ha="center", va="center")
         elif population == "sample":
-            _mark(axes, float(np.nanmean(rows["minimal_detectable_d"])), "80% power", (0, (4, 3)))
+            _mark(axes, float(np.nanmean(rows["minimal_detectable_d"])), "80% power", (4.0, 3.0))
         else:
-            _mark(axes, float(np.nanmean(rows["equivalence_bound"])), "equivalence bound", (0, (1, 1.5)))
+            _mark(axes, float(np.nanmean(rows["equivalence_bound"])), "equivalence bound", (1.0, 1.5))
         n = rows["n"].max()
         title = f"{n} sampled positions" if population == "sample" else f"all positions (n = {n} documents)"
         axes.set_title(title, pad=18)
@@ -119,10 +119,10 @@ def _draw_criteria(axes: Axes, numbers: pa.Table, population: str, depth: np.nda
         )
 
 
-def _mark(axes: Axes, size: float, text: str, dashes: tuple[int, tuple[float, float]]) -> None:
+def _mark(axes: Axes, size: float, text: str, dashes: tuple[float, float]) -> None:
     """Lines at plus and minus a size that d is to be compared with."""
     for sign in (-1, 1):
-        axes.axhline(sign * size, color=BLUE, linewidth=1, linestyle=dashes, zorder=1)
+        axes.axhline(sign * size, color=BLUE, linewidth=1, linestyle=(0, dashes), zorder=1)
     at = (0.01, -size)
     axes.annotate(text, at, (0, -2), ("axes fraction", "data"), "offset points", va="top", fontsize=SMALL, color=BLUE, zorder=7)
     axes.set_ylim(bottom=min(axes.get_ylim()[0], -1.3 * size))

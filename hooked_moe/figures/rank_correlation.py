@@ -1,5 +1,7 @@
 """Rank correlation within a position: over all active experts, how well a ranking orders what their removal costs."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
@@ -15,6 +17,7 @@ from hooked_moe.figures.drawing import (
     zero_line,
 )
 from hooked_moe.figures.names import PAPER_LINES, SCORE_LINES, label
+from hooked_moe.rankings import CONTROL, ORACLE
 
 _KEPT = ("family", "ranking", "layer", "spearman", "spearman_low", "spearman_high")
 
@@ -28,21 +31,21 @@ def rank_correlation(cells: pa.Table) -> Drawing:
         "How well does it order all active experts?",
         "Spearman correlation, within a position and over all its active experts, between a ranking and the loss change of "
         "each removal; mean over documents with a 95% interval by bootstrap over documents. Left: scores of the very token, "
-        "and the oracle, which ranks experts by their mean effect in other documents. Right: criteria fixed for the whole "
-        "corpus; light lines are the further criteria.",
+        "and the oracle, which ranks experts by their effect in other documents. Right, at another scale: criteria fixed for "
+        "the whole corpus, with the routing weight and the oracle again; light lines are the further criteria.",
         numbers,
         draw_rank_correlation,
     )
 
 
 def draw_rank_correlation(numbers: pa.Table, narrow: bool) -> Figure:
-    figure, (scores, fixed) = panel_row(narrow, 2, 2.9, (3, 9), sharey=True)
+    figure, (scores, fixed) = panel_row(narrow, 2, 2.9, (3, 9))
     layers = np.unique(numbers.column("layer").to_numpy())
     for ranking, (colour, marker) in SCORE_LINES.items():
         one = rows_where(numbers, ranking=ranking)
-        if len(one["layer"]):
-            values = (one[name].astype(float) for name in ("spearman", "spearman_low", "spearman_high"))
-            line_with_band(scores, one["layer"], *values, colour=colour, marker=marker, label=label(ranking))
+        line_with_band(scores, one["layer"], *_interval(one), colour=colour, marker=marker, label=label(ranking))
+        if ranking in (CONTROL, ORACLE):  # to compare with, at the scale of the criteria
+            line_with_band(fixed, one["layer"], *_interval(one), colour=colour, marker=marker, label=None)
     further = numbers.filter(pa.array([family == "extended" for family in numbers.column("family").to_pylist()]))
     for i, ranking in enumerate(distinct(further, "ranking")):
         one = rows_where(further, ranking=ranking)
@@ -50,18 +53,18 @@ def draw_rank_correlation(numbers: pa.Table, narrow: bool) -> Figure:
         fixed.plot(one["layer"], one["spearman"].astype(float), color="#c9c9c9", linewidth=1, zorder=2, label=text)
     for ranking, (colour, marker) in zip(_paper(numbers), PAPER_LINES, strict=False):
         one = rows_where(numbers, ranking=ranking)
-        values = (one[name].astype(float) for name in ("spearman", "spearman_low", "spearman_high"))
-        line_with_band(
-            fixed, one["layer"], *values, colour=colour, marker=marker, label=label(ranking), linewidth=1.2, markersize=3.5
-        )
+        thin: Any = {"linewidth": 1.2, "markersize": 3.5}
+        line_with_band(fixed, one["layer"], *_interval(one), colour=colour, marker=marker, label=label(ranking), **thin)
     for axes, title in ((scores, "scores of the very token"), (fixed, "criteria fixed for the corpus")):
         zero_line(axes)
-        axes.set_title(title)
+        axes.set(title=title, ylabel="Spearman correlation")
         layer_axis(axes, layers)
-        if narrow or axes is scores:
-            axes.set_ylabel("Spearman correlation")
     figure.legend(ncols=1 if narrow else 3, **LEGEND_BELOW)
     return figure
+
+
+def _interval(rows: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return [rows[name].astype(float) for name in ("spearman", "spearman_low", "spearman_high")]
 
 
 def _paper(numbers: pa.Table) -> list[str]:

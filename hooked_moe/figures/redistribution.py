@@ -31,10 +31,10 @@ def redistribution(table: pa.Table, n_layers: int) -> Drawing:
         "redistribution",
         "How far a removal moves the block, and what makes up for it",
         "Left: mean gap norm g‖E‖, the length of the removed contribution, as the paper's Figure 2. Right: Spearman "
-        "correlations within an expert, mean over experts with 95% intervals. Gap norm contains the routing weight, so their correlation is in part an identity; "
-        "that of the weight with the output norm is not. Relative compensation, ‖r‖ max(cos(r, c), 0) / ‖c‖, is what the rest r "
-        "of the routed sum holds in the direction of the removed contribution c; it divides by the gap norm ‖c‖, which alone "
-        "lowers their correlation, and the alignment cos(r, c) does not.",
+        "correlations within an expert, mean over experts with 95% intervals. Gap norm contains the routing weight, so their "
+        "correlation is in part an identity; that of the weight with the output norm is not. Relative compensation, ‖r‖ "
+        "max(cos(r, c), 0) / ‖c‖, is what the rest r of the routed sum holds in the direction of the removed contribution c; "
+        "it divides by the gap norm ‖c‖, which alone lowers their correlation, and the alignment cos(r, c) does not.",
         table.append_column("relative_depth", pa.array(depth)),
         draw_redistribution,
     )

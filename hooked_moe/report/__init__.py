@@ -18,6 +18,7 @@ from hooked_moe.figures.redistribution import redistribution
 from hooked_moe.figures.removal_effect import removal_effect, slot_distribution, slots
 from hooked_moe.figures.scopes import scopes
 from hooked_moe.report import sections
+from hooked_moe.report.definitions import definitions
 from hooked_moe.report.inputs import Inputs, read_inputs
 from hooked_moe.report.page import Section, html_page
 from hooked_moe.report.summary import lead
@@ -81,6 +82,7 @@ def _sections(inputs: Inputs, directory: Path) -> Iterator[Section]:
     yield Section("domains", "By kind of text", body)
     yield sections.verification(inputs)
     yield sections.manifest(inputs)
+    yield Section("columns", "What the columns mean", definitions())
 
 
 DOMAIN_NOTE = (

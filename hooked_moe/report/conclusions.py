@@ -3,8 +3,8 @@
 import math
 
 from hooked_moe.figures.names import label
+from hooked_moe.number_text import share, signed
 from hooked_moe.report.inputs import Inputs
-from hooked_moe.report.numbers import share, signed
 from hooked_moe.report.readings import FIXED, best_fixed, ceiling_reading, known_mean, verdict_cells
 
 
@@ -35,7 +35,7 @@ def _on_criteria(inputs: Inputs) -> str:
         return text + (f", {counts['reversed']} point the wrong way." if counts["reversed"] else ".")
     best = max(decided, key=lambda row: -math.inf if math.isnan(row["d_position"]) else row["d_position"])
     text = (
-        f"Fixed statistics predict in {counts['valid']} of {len(decided)} cells, most in layer {best['layer']} "
+        f"Fixed statistics predict in {counts['valid']} of {len(decided)} cells, strongest in layer {best['layer']} "
         f"({label(best['ranking'])}, d = {signed(best['d_position'], 2)}); in {counts['equivalent']} the effect is shown to lie "
         f"within {bound}"
     )
@@ -55,8 +55,8 @@ def _on_rankings(inputs: Inputs) -> str:
     )
     if value < 0.05:
         return (
-            f"A fixed ranking can say little here: {share(1 - value)} of the variance within a position is not between experts. "
-            f"Of the rest, {misses}."
+            f"A fixed ranking can say little here: at most {share(value)} of the variance within a position is between experts. "
+            f"Of that, {misses}."
         )
     return f"A fixed ranking could explain {share(value)} of the variance within a position; {misses}."
 

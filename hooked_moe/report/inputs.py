@@ -105,7 +105,7 @@ class Inputs:
 
     def command(self, name: str) -> str:
         """The command line that measures an absent table."""
-        return "python " + SOURCES[name].command.format(model=self.value("model", "source") or "MODEL")
+        return "python " + SOURCES[name].command.format(model=self.value("model", "name") or "MODEL")
 
     def value(self, *keys: str) -> Any:
         """What the manifest has under nested keys; None where it lacks one."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from hooked_moe.figures.drawing import Drawing
 from hooked_moe.figures.names import FAMILY_TITLES, label
+from hooked_moe.number_text import DASH, log_bayes_factor, share, signed
 from hooked_moe.report.inputs import SOURCES, Inputs
-from hooked_moe.report.numbers import DASH, log_bayes_factor, share, signed
 from hooked_moe.report.page import Section, group_row, html_pairs, html_row, html_table, html_value
 
 
@@ -17,7 +17,7 @@ def not_measured(inputs: Inputs, name: str) -> str:
     why = inputs.reasons.get(name) or f"{name} is absent"
     return (
         f'<p class="absent"><b>Not measured</b>: {SOURCES[name].about} ({html.escape(why)}). '
-        f"Measure it with <code>{html.escape(inputs.command(name))}</code>.</p>"
+        f"Measure it with <code>{html.escape(inputs.command(name))}</code> and the settings of this run.</p>"
     )
 
 

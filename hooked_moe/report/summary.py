@@ -4,12 +4,11 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 
 from hooked_moe.figures.names import label
+from hooked_moe.number_text import enumeration, layer_list, share, signed
 from hooked_moe.report.conclusions import conclude
 from hooked_moe.report.inputs import Inputs
-from hooked_moe.report.numbers import enumeration, layer_list, share, signed
 from hooked_moe.report.readings import FIXED, Row, best_fixed, ceiling_reading, known_mean, position_cells, verdict_cells
 
 _NAMED = 5  # rankings named in a sentence; the others are counted
@@ -110,21 +109,24 @@ def ceiling(inputs: Inputs) -> str:
 
 def bayes(inputs: Inputs) -> str:
     """What each kind of ranking gains over chance in documents left out, and which criteria the stack rests on."""
-    rows = [row for row in inputs.rows("bayes.csv") if not math.isnan(row["lodo_score"]) and row["family"] != "chance"]
-    if not rows:
+    rows = inputs.rows("bayes.csv")
+    leaders = []
+    for families in (("token",), ("oracle",), FIXED):
+        known = [row for row in rows if row["family"] in families and not math.isnan(row["lodo_score"])]
+        if known:
+            best = max(known, key=lambda row: float(row["lodo_score"]))
+            wrong_way = " (the wrong way round: &beta; &lt; 0)" if best["pl_beta"] < 0 else ""
+            leaders.append(f"{label(best['criterion'])} {signed(best['lodo_score'], 4)}{wrong_way}")
+    if not leaders:
         return ""
-    best = sorted(rows, key=lambda row: -row["lodo_score"])
-    leaders = [next((row for row in best if row["family"] in families), None) for families in (("token",), ("oracle",), FIXED)]
-    gains = [f"{label(row['criterion'])} {signed(row['lodo_score'], 4)}" for row in leaders if row]
     text = (
         "<b>Bayesian comparison.</b> Predicting the order of effects in documents left out, the best of each kind gain over "
-        f"chance, in nats per order: {', '.join(gains)}."
+        f"chance, in nats per order: {', '.join(leaders)}."
     )
-    stacked = sorted(inputs.rows("bayes.csv"), key=lambda row: -np.nan_to_num(row["stacking_weight"]))
-    heavy = [
-        f"{label(row['criterion'])} {share(row['stacking_weight'])}" for row in stacked[:3] if row["stacking_weight"] >= 0.01
-    ]
-    return text + (f" Of a stack of the fixed criteria and chance, the weight goes to {enumeration(heavy)}." if heavy else "")
+    heavy = [row for row in rows if row["stacking_weight"] >= 0.01]
+    heavy.sort(key=lambda row: -row["stacking_weight"])
+    named = [f"{label(row['criterion'])} {share(row['stacking_weight'])}" for row in heavy[:3]]
+    return text + (f" Of a stack of the fixed criteria and chance, the weight goes to {enumeration(named)}." if named else "")
 
 
 def scope(inputs: Inputs) -> str:

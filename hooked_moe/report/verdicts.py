@@ -5,18 +5,19 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from hooked_moe.cell_text import VERDICTS
 from hooked_moe.figures.names import FAMILY_TITLES, label
-from hooked_moe.report.numbers import bayes_factor, interval, p_value, signed
+from hooked_moe.number_text import bayes_factor, interval, p_value, signed
 from hooked_moe.report.page import Section, folded, group_row, html_row, html_table
 
 Row = dict[str, Any]  # of cells.csv
 
-VERDICTS = {
-    "valid": ("+", "valid", "the ranking points at the expert that matters more, by the agreement rule"),
-    "reversed": ("\N{MINUS SIGN}", "reversed", "it points at the one that matters less"),
-    "equivalent": ("=", "equivalent to none", "the 90% interval of d lies within the equivalence bound"),
-    "undecided": ("?", "undecided", "neither is shown"),
-    "refused": ("\N{MULTIPLICATION SIGN}", "refused", "inference is not possible; the table says why"),
+_MEANINGS = {
+    "valid": ("valid", "the ranking points at the expert that matters more, by the agreement rule"),
+    "reversed": ("reversed", "it points at the one that matters less"),
+    "equivalent": ("equivalent to none", "the 90% interval of d lies within the equivalence bound"),
+    "undecided": ("undecided", "neither is shown"),
+    "refused": ("refused", "inference is not possible; the table says why"),
 }
 POPULATIONS = {"all": "every position", "sample": "sampled positions"}
 _WIDEST_WITH_NUMBERS = 12  # layers; beyond, the map shows the marks alone
@@ -71,8 +72,8 @@ def _rule(cells: Sequence[Row]) -> str:
 def _key(cells: Sequence[Row]) -> str:
     found = {row["verdict"] for row in cells}
     words = [
-        f'<span class="{name}">{mark}</span>{text}: {meaning}.'
-        for name, (mark, text, meaning) in VERDICTS.items()
+        f'<span class="{name}">{VERDICTS[name][0]}</span>{text}: {meaning}.'
+        for name, (text, meaning) in _MEANINGS.items()
         if name in found
     ]
     return f'<p class="key">{" ".join(words)}</p>'
@@ -93,7 +94,7 @@ def _map(cells: Sequence[Row]) -> str:
 def _mark(row: Row | None, numbers: bool) -> str:
     if row is None:
         return "<td></td>"
-    mark, text, _ = VERDICTS[row["verdict"]]
+    mark, text = VERDICTS[row["verdict"]][0], _MEANINGS[row["verdict"]][0]
     d = signed(row["d_position"], 2)
     shown = f"{mark} <small>{d}</small>" if numbers and row["verdict"] != "refused" else mark
     return f'<td class="{row["verdict"]}" title="{text}, d = {d}">{shown}</td>'
@@ -102,7 +103,7 @@ def _mark(row: Row | None, numbers: bool) -> str:
 # Title, the value that tells whether there is anything to show, and how it is shown.
 _COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
     ("layer", "layer", lambda row: str(row["layer"])),
-    ("verdict", "layer", lambda row: f'<span class="{row["verdict"]}">{VERDICTS[row["verdict"]][1]}</span>'),
+    ("verdict", "layer", lambda row: f'<span class="{row["verdict"]}">{_MEANINGS[row["verdict"]][0]}</span>'),
     ("d", "d_position", lambda row: signed(row["d_position"], 3)),
     ("95% interval", "d_position_low", lambda row: interval(row["d_position_low"], row["d_position_high"], 3)),
     ("p t-test", "p_t", lambda row: p_value(row["p_t"])),
