@@ -28,9 +28,10 @@ from experiments.releasing import (
     released_positions,
     write_released_cells,
 )
-from hooked_moe.cell_text import OUTCOMES, p_value
+from hooked_moe.cell_text import VERDICTS
 from hooked_moe.cells import Cell, cells_from_table, cells_table
 from hooked_moe.control import weight_ratio_correlations
+from hooked_moe.number_text import p_value
 from hooked_moe.rankings import CONTROL, TOKEN_LADDER
 from hooked_moe.tables import read_csv, write_csv_atomic
 
@@ -82,7 +83,7 @@ def print_control(table: pa.Table) -> None:
             print(TOKEN_LADDER[ranking])
         interval = f"[{row['d_position_low']:+.3f},{row['d_position_high']:+.3f}]"
         rho = f"{row['rho_weight_ratio']:+.3f}" if row["ranking"] == CONTROL else "      "
-        mark = OUTCOMES[row["outcome"]][0]
+        mark = VERDICTS[row["verdict"]][0]
         numbers = f"{row['d_position']:+.3f} {interval:<16} {p_value(row['p_t']):>7} {p_value(row['p_wilcoxon']):>7} {rho}"
         print(f"  {row['population']:<10} {row['layer']:>5} {numbers} {mark}")
 
