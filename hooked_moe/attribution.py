@@ -14,7 +14,7 @@ blocks together would take too much memory, blocks are run again on the way back
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,7 @@ class FirstOrderEffects:
 def first_order_effects(
     model: HookedMoE,
     tokens: Int[Tensor, "batch pos"],
-    layers: list[int] | None = None,
+    layers: Sequence[int] | None = None,
     attention_mask: Mask | None = None,
     *,
     memory_budget: int | str | None = None,

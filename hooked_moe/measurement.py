@@ -31,8 +31,9 @@ from hooked_moe.expert_mask import Removal, check_removal
 from hooked_moe.expert_weights import expert_weights
 from hooked_moe.fingerprint import config_values, versions, weights_sha256
 from hooked_moe.model import HookedMoE
+from hooked_moe.run_directory import claim, digest, read_json
 from hooked_moe.shards import measure_part, remove_shards
-from hooked_moe.tables import remove_temporaries, write_json_atomic, write_parquet_atomic
+from hooked_moe.tables import write_json_atomic, write_parquet_atomic
 from hooked_moe.tokenized_corpus import TokenizedCorpus
 from hooked_moe.verification import EXACTNESS, MINIMUM_TOKENS, noise_floor, verify
 from hooked_moe.window_rows import Positions
@@ -65,21 +66,9 @@ def open_measurement(
     if without or not layers:
         raise ValueError(f"layers {without or '()'} have no experts to remove; layers {model.cfg.moe_layers} have")
     plan = _describe(model, tokenized, layers, removal)
-    name = name or f"{Path(tokenized.corpus.name).stem}-{_digest(plan)[:8]}"
+    name = name or f"{Path(tokenized.corpus.name).stem}-{digest(plan)[:8]}"
     directory = results / Path(plan["model"]["name"]).name / name
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"cannot make the directory {directory}: {error.strerror}; give another one for results, that can be written"
-        raise OSError(error.errno, reason) from error
-    lock = _locked(directory)
-    try:
-        for part in (directory, *directory.glob("shards/*"), directory / "figures"):
-            remove_temporaries(part)
-        _check_plan(directory / "plan.json", plan)
-    except BaseException:
-        lock.release()
-        raise
+    lock = claim(directory, plan)
     return Run(directory, model, tokenized, layers, removal, plan, lock, say)
 
 
@@ -147,7 +136,7 @@ class Run:
             return
         wanted = self._with_measured(wanted)
         self._verify(_SCOPES[part])
-        identity = {"plan": _digest(self.plan), "part": _digest(_as_json(wanted))}
+        identity = {"plan": digest(self.plan), "part": digest(_as_json(wanted))}
         write_parquet_atomic(self.tokenized.table(), self.directory / "documents.parquet")
         if part == "position":
             write_parquet_atomic(expert_weights(self.model, self.layers), self.directory / "expert_weights.parquet")
@@ -178,9 +167,12 @@ class Run:
         valid = self.tokenized.valid_positions()
         if chosen is not None:
             invalid = sorted(chosen.difference(valid))
-            if invalid or not chosen:
+            if not chosen:
+                raise ValueError("no positions to measure: positions is empty; leave it out to measure all")
+            if invalid:
                 raise ValueError(
-                    f"positions {invalid[:5]} have no next token to predict; valid are {len(valid)} pairs, as {valid[0]}"
+                    f"positions {invalid[:5]} have no next token to predict; there are {len(valid)} (document, position) pairs "
+                    f"that do, such as {valid[0]}"
                 )
             chosen = None if len(chosen) == len(valid) else chosen
         if part != "progressive":
@@ -273,17 +265,6 @@ def measured_positions(effects: Path) -> Positions:
     return frozenset(found)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `ValueError` for anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); remove the directory to start anew") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object; remove the directory to start anew")
-    return found
-
-
 def _describe(model: HookedMoE, tokenized: TokenizedCorpus, layers: tuple[int, ...], removal: Removal) -> dict[str, Any]:
     """What identifies a measurement: two with the same description give the same tables."""
     corpus = tokenized.corpus
@@ -314,19 +295,6 @@ def _describe(model: HookedMoE, tokenized: TokenizedCorpus, layers: tuple[int, .
     return json.loads(json.dumps(description))  # as it is read back
 
 
-def _check_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, or compare it with the one that is there."""
-    if not path.exists():
-        write_json_atomic(plan, path)
-    found = read_json(path)
-    if found != plan:
-        changed = sorted(key for key in {*found, *plan} if found.get(key) != plan.get(key))
-        raise ValueError(
-            f"{path.parent} was begun with another {' and '.join(changed)}: give another name to the run, or remove the "
-            "directory to start anew"
-        )
-
-
 def _as_json(wanted: Wanted) -> dict[str, Any]:
     """How the manifest records a part."""
     positions = "all" if wanted.positions is None else len(wanted.positions)
@@ -340,17 +308,3 @@ def _as_json(wanted: Wanted) -> dict[str, Any]:
 
 def _table_of_effects(part: Part) -> str:
     return {"position": "effects", "sequence": "effects_sequence", "progressive": "progressive"}[part]
-
-
-def _digest(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _locked(directory: Path) -> filelock.BaseFileLock:
-    """Hold the directory for writing. Raises `BlockingIOError` if another process does."""
-    lock = filelock.FileLock(directory / "writer.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise BlockingIOError(f"{directory} is being written by another process: wait for it, or give the run a name") from None
-    return lock

@@ -67,7 +67,7 @@ def measure_part(
     description = f"measuring, {wanted.part}"
     with tqdm(total=sum(lengths), unit="tok", desc=description, disable=not progress, smoothing=0.1) as bar:
         bar.update(sum(lengths) - sum(lengths[index] for index in pending))
-        for indices in _in_parallel(measure_documents, _groups(model, lengths, wanted, pending), model):
+        for indices in in_parallel(measure_documents, _groups(model, lengths, wanted, pending), model):
             bar.update(sum(lengths[index] for index in indices))
             rate = bar.format_dict["rate"]
             if rate and wanted.positions is None:
@@ -129,7 +129,7 @@ def _together(works: list[Steps[Result]]) -> list[Result]:
     return cast(list[Result], results)
 
 
-def _in_parallel(work: Callable[[list[int]], list[int]], groups: list[list[int]], model: HookedMoE) -> Iterator[list[int]]:
+def in_parallel(work: Callable[[list[int]], list[int]], groups: list[list[int]], model: HookedMoE) -> Iterator[list[int]]:
     """Run `work` on each group and yield what it returns as it is done. An exception in one stops the others.
 
     On a CPU, documents side by side use the cores better than one document on all of them, whose operations are small and

@@ -156,7 +156,7 @@ def test_scopes_are_verified_before_they_are_measured_and_only_once(run: Run, mo
     [
         ("tokens", {}, "part must be one of 'position', 'sequence', 'progressive', not 'tokens'"),
         ("position", {"positions": [(0, 11)]}, r"positions \[\(0, 11\)\] have no next token"),
-        ("position", {"positions": []}, "no next token to predict"),
+        ("position", {"positions": []}, "no positions to measure: positions is empty"),
         ("progressive", {"orders": ["upwards"]}, r"orders must be some of .* not \('upwards',\)"),
         ("progressive", {"orders": []}, "orders must be some of"),
         ("progressive", {"layers": [0, 2]}, r"layers \[2\] are not of this run, which measures \[0, 1\]"),
