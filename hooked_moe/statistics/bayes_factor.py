@@ -10,8 +10,8 @@ import scipy.special
 from jaxtyping import Float
 
 PRIOR_SCALE = float(np.sqrt(0.5))
-_LOG_G = np.linspace(-7.0, 80.0, 4001)
-"""Below, exp(-1 / 2g) < 1e-238; above, the integrand falls as 1/g, and g ~ t^2 / n carries the weight."""
+_LOG_G = np.linspace(-6.0, 60.0, 2001)
+"""Below, exp(-1 / 2g) < 1e-87; above, the integrand falls as 1/g, and g ~ t^2 / n carries the weight."""
 
 
 def jzs_bf10(t: float, n: int, scale: float = PRIOR_SCALE) -> float:

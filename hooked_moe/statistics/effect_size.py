@@ -33,7 +33,9 @@ def cohens_dz(
     """Mean over standard deviation of the paired differences, with the exact interval for its population value.
 
     `ddof` changes the estimate only (ddof=0 is larger by sqrt(n / (n - 1))); the interval is for mean/sd of the
-    population and follows from t, whichever estimate is quoted.
+    population and follows from t, whichever estimate is quoted. It is exact for normal differences: with tails as heavy as
+    those of loss changes the nominal 95% interval misses a d of 0.1 in 8% of runs of 200 pairs, and one of 0.2 in 11%
+    (benchmarks/CALIBRATION.md).
     """
     difference = paired_differences(high, low)
     n = len(difference)

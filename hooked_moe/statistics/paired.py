@@ -1,4 +1,9 @@
-"""The two paired tests of the audit: Student's t (1908) and Wilcoxon's signed ranks (1945)."""
+"""The two paired tests of the audit: Student's t (1908) and Wilcoxon's signed ranks (1945).
+
+Both suppose independent pairs. Over documents they keep their level. Positions sampled from few documents are alike: with
+200 positions of 48 short documents, clustered as benchmarks/CALIBRATION.md says, t finds an effect of none in 5.8% of runs
+and Wilcoxon's test in 7.2%, with 12 documents in 8.7% and 14.0%, at a nominal 5%.
+"""
 
 from dataclasses import dataclass
 
