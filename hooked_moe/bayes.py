@@ -6,10 +6,11 @@ Plackett-Luce choice with one coefficient for all layers). They are compared by 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from hooked_moe import statistics
 from hooked_moe.criteria import CRITERIA
@@ -51,62 +52,81 @@ class ChoiceData:
     def table(self) -> pa.Table:
         """One row per ranking, and one for chance, the model without any.
 
-        pl_beta: log odds per standard deviation of the score; pl_sd: its error, clustered by document; pl_bf10: Savage-Dickey
-        Bayes factor of beta against 0; lodo_score: mean log score of the orders of left-out documents less that of chance, nats
-        per order; stacking_weight: of the fixed criteria and chance, mixed document by document. The token scores and the oracle
-        are not mixed: they would leave nothing to tell the criteria apart by. `note` says what has no numbers, and why.
+        pl_beta: log odds per standard deviation of the score's rank within the position; pl_sd: its error, clustered by
+        document; pl_bf10: Savage-Dickey Bayes factor of beta against 0, and its logarithm; lodo_score: mean log score of the
+        orders of left-out documents less that of chance, nats per order; stacking_weight: of the fixed criteria and chance,
+        mixed document by document. The token scores and the oracle are not mixed: they would leave nothing to tell the criteria
+        apart by. `note` says what has no numbers, and why.
         """
-        document = np.concatenate(self._document)
-        delta = np.concatenate(self._delta)
-        n_layers = delta.shape[1]
+        document, delta = np.concatenate(self._document), np.concatenate(self._delta)
         scores = {name: np.concatenate(parts) for name, parts in self._scores.items() if parts}
-        rows, held_out = [], {}
+        fits: dict[str, _Fit] = {}
+        notes = {name: self.scores.unmeasured(name) for name in RANKINGS}
         for name in RANKINGS:
-            fitted: dict[str, object] = {}
-            note = self.scores.unmeasured(name)
-            if not note:
-                defined = np.isfinite(scores[name]).all(axis=(1, 2))
-                try:
-                    fitted, held_out[name] = _fit(scores[name][defined], delta[defined], document[defined])
-                except DegenerateSample as reason:
-                    note = str(reason)
-            rows.append({"family": family_of(name), "criterion": name, **fitted, "note": note})
-        rows.append({"family": CHANCE, "criterion": CHANCE, "lodo_score": 0.0, "note": ""})
-        weights = _stacked({name: one for name, one in held_out.items() if name in CRITERIA})
-        columns = ("pl_beta", "pl_sd", "pl_bf10", "pl_log_bf10", "lodo_score")
-        return pa.Table.from_pylist(
-            [
+            if notes[name]:
+                continue
+            defined = np.isfinite(scores[name]).all(axis=(1, 2))
+            try:
+                fits[name] = _fit(scores[name][defined], delta[defined], document[defined])
+            except DegenerateSample as reason:
+                notes[name] = str(reason)
+        weights = _stacked({name: fit.held_out for name, fit in fits.items() if name in CRITERIA})
+        rows = []
+        for name in (*RANKINGS, CHANCE):
+            fit = fits.get(name, _NO_FIT)
+            model = fit.model
+            rows.append(
                 {
-                    "family": row["family"],
-                    "criterion": row["criterion"],
-                    **{name: float(row.get(name, np.nan)) for name in columns},
-                    "stacking_weight": weights.get(row["criterion"], np.nan),
-                    "n_positions_used": int(row.get("n_positions", 0)),
+                    "family": CHANCE if name == CHANCE else family_of(name),
+                    "criterion": name,
+                    "pl_beta": model.beta,
+                    "pl_sd": model.sd,
+                    "pl_bf10": model.bf10,
+                    "pl_log_bf10": model.log_bf10,
+                    "lodo_score": 0.0 if name == CHANCE else fit.gain,
+                    "stacking_weight": weights.get(name, np.nan),
+                    "n_positions_used": fit.n_positions,
                     "n_positions_available": self.n_available,
-                    "n_layers": n_layers,
-                    "n_orders_tied": int(row.get("n_tied", 0)),
-                    "note": row["note"],
+                    "n_layers": delta.shape[1],
+                    "n_orders_tied": model.n_tied,
+                    "note": notes.get(name, ""),
                 }
-                for row in rows
-            ]
-        )
+            )
+        return pa.Table.from_pylist(rows)
 
 
-def _fit(
-    score: Float[np.ndarray, "P L K"], delta: Float[np.ndarray, "P L K"], document: np.ndarray
-) -> tuple[dict[str, float], statistics.DocumentScores]:
-    """One coefficient for all layers, the score standardised in each."""
+@dataclass(frozen=True)
+class _Fit:
+    model: statistics.PlackettLuce
+    held_out: statistics.DocumentScores
+    n_positions: int
+
+    @property
+    def gain(self) -> float:
+        """Of the held-out log score over chance, nats per order."""
+        if not self.n_positions:
+            return np.nan
+        return float(np.sum(self.held_out.log_score - self.held_out.chance) / self.model.n_positions)
+
+
+_NOTHING = np.zeros(0)
+_NO_FIT = _Fit(
+    statistics.PlackettLuce(np.nan, np.nan, np.nan, n_positions=0, n_tied=0, n_documents=0),
+    statistics.DocumentScores(_NOTHING.astype(np.int64), _NOTHING, _NOTHING),
+    n_positions=0,
+)
+
+
+def _fit(score: Float[np.ndarray, "P L K"], delta: Float[np.ndarray, "P L K"], document: Int[np.ndarray, " P"]) -> _Fit:
+    """One coefficient for all layers, of the score's ranks within each position: all rankings on one scale, without tails."""
     if not len(score):
         raise DegenerateSample("undefined at every position")
-    n_layers = score.shape[1]
-    by_layer = [statistics.standardised(score[:, axis]) for axis in range(n_layers)]
-    stacked = np.stack(by_layer, axis=1).reshape(-1, score.shape[2])
-    orders, documents = delta.reshape(stacked.shape), np.repeat(document, n_layers)
-    fit = statistics.plackett_luce(stacked, orders, documents)
-    held_out = statistics.leave_one_document_out(stacked, orders, documents)
-    gain = float(np.sum(held_out.log_score - held_out.chance) / fit.n_positions)
-    numbers = {"pl_beta": fit.beta, "pl_sd": fit.sd, "pl_bf10": fit.bf10, "pl_log_bf10": fit.log_bf10, "lodo_score": gain}
-    return {**numbers, "n_positions": len(score), "n_tied": fit.n_tied}, held_out
+    n_layers, n_slots = score.shape[1:]
+    ranks = [statistics.standardised(statistics.within_position_ranks(score[:, axis])) for axis in range(n_layers)]
+    stacked = np.stack(ranks, axis=1).reshape(-1, n_slots)
+    orders, documents = delta.reshape(-1, n_slots), np.repeat(document, n_layers)
+    model = statistics.plackett_luce(stacked, orders, documents)
+    return _Fit(model, statistics.leave_one_document_out(stacked, orders, documents), len(score))
 
 
 def _stacked(held_out: dict[str, statistics.DocumentScores]) -> dict[str, float]:

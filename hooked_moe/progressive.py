@@ -37,7 +37,7 @@ def progressive_table(path: Path) -> pa.Table:
         key = document * n_groups + group
         count += np.bincount(key, minlength=count.size).reshape(count.shape)
         total += np.bincount(key, delta, count.size).reshape(count.shape)
-    quantiles = np.stack([histogram.quantiles([group], _LEVELS) for group in range(n_groups)])
+    quantiles = np.stack([histogram.quantiles([number], _LEVELS) for number in range(n_groups)])
     below = np.zeros((len(_LEVELS), *count.shape))
     for group, document, delta in _rows(path, groups, documents):
         key = document * n_groups + group
@@ -46,22 +46,22 @@ def progressive_table(path: Path) -> pa.Table:
             below[level] += np.bincount(key, under, count.size).reshape(count.shape)
 
     rows = []
-    for group, (layer, order, removed) in enumerate(groups):
-        mean, low, high = (bound[0] for bound in mean_intervals(total[:, group : group + 1], count[:, group]))
+    for number, (layer, order, removed) in enumerate(groups):
+        mean, low, high = (bound[0] for bound in mean_intervals(total[:, number : number + 1], count[:, number]))
         row: dict[str, object] = {
             "layer": layer,
             "order": ORDERS[order],
             "removed": removed,
-            "n_positions": int(count[:, group].sum()),
-            "n_documents": int((count[:, group] > 0).sum()),
+            "n_positions": int(count[:, number].sum()),
+            "n_documents": int((count[:, number] > 0).sum()),
             "mean": mean,
             "mean_low": low,
             "mean_high": high,
         }
         for level, name in enumerate(("median", "p95")):
-            share_low, share_high = _share_interval(below[level, :, group], count[:, group], _LEVELS[level])
-            ends = histogram.quantiles([group], np.clip([share_low, share_high], 0, 1))
-            row |= {name: quantiles[group, level], f"{name}_low": ends[0], f"{name}_high": ends[1]}
+            shares = _share_interval(below[level, :, number], count[:, number], _LEVELS[level])
+            ends = histogram.quantiles([number], np.clip(shares, 0, 1))
+            row |= {name: quantiles[number, level], f"{name}_low": ends[0], f"{name}_high": ends[1]}
         rows.append(row)
     return pa.Table.from_pylist(rows)
 
