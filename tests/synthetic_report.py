@@ -48,7 +48,7 @@ def synthetic_report(
 
 def true_d(family: str, ranking: str, layer: int, n_layers: int) -> float:
     """The planted effect size over single positions."""
-    depth = layer / (n_layers - 1)
+    depth = layer / max(n_layers - 1, 1)
     if family == "token":
         return {"routing_weight": 0.12, "gap_norm": 0.15, "first_order": 0.3}[ranking] + 0.12 * depth
     if family == "oracle":
@@ -205,7 +205,7 @@ def _slot_distribution(k: int) -> list[dict[str, Any]]:
 def _ceiling(random: np.random.Generator, n_layers: int) -> list[dict[str, Any]]:
     rows = []
     for layer in range(n_layers):
-        ceiling = 0.03 - 0.003 * layer
+        ceiling = 0.03 - 0.015 * layer / max(n_layers - 1, 1)
         for family in ("paper", "extended", "oracle"):
             for criterion in FAMILIES[family]:
                 share = 0.9 if family == "oracle" else 0.12 if criterion == "activation_norm" else 0.02
@@ -315,15 +315,16 @@ def _domains(random: np.random.Generator) -> list[dict[str, Any]]:
 def _scopes(random: np.random.Generator, n_layers: int) -> list[dict[str, Any]]:
     rows = []
     for layer in range(n_layers):
-        last = layer == n_layers - 1
+        later = 1 - (layer + 1) / n_layers  # 0 in the last layer, where both scopes are one
+        size = 0.05 * (1 + layer / 4)
         rows.append(
             {
                 "layer": layer,
-                "mean_abs_position": 0.05 * (1 + layer / 4),
-                "mean_abs_sequence": 0.05 * (1 + layer / 4) * (1 if last else 1.9 - 0.15 * layer),
-                "mean_abs_gap": 0.0 if last else 0.04 - 0.005 * layer,
-                "correlation": 1.0 if last else 0.55 + 0.08 * layer + 0.01 * random.normal(),
-                "same_sign": 1.0 if last else 0.66 + 0.05 * layer,
+                "mean_abs_position": size,
+                "mean_abs_sequence": size * (1 + 0.9 * later),
+                "mean_abs_gap": 0.05 * later,
+                "correlation": 1 - 0.45 * later - (0.01 * random.random() if later else 0),
+                "same_sign": 1 - 0.35 * later,
             }
         )
     return rows

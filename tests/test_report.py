@@ -222,7 +222,7 @@ def test_a_model_of_many_layers_has_marks_alone_in_its_map(tmp_path):
     write_report(run)
     body = (run / "report.html").read_text(encoding="utf-8")
     assert "<small>" not in body
-    assert body.count('class="map"') == 2
+    assert body.count('class="map deep"') == 2
 
 
 # --- summary and conclusions -------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from hooked_moe.figures.drawing import (
     zero_line,
 )
 from hooked_moe.figures.names import FAMILY_TITLES, label
+from hooked_moe.number_text import MINUS
 
 _COLOURS = {"oracle": BLACK, "paper": BLUE, "extended": SKY}
 _CLIP = (-0.5, 1.5)  # shares beyond are noise over a small ceiling; bars are cut there and say so
@@ -84,7 +85,7 @@ def draw_static_ceiling(numbers: pa.Table, narrow: bool) -> Figure:
     )
     zero_line(left)
     layer_axis(left, np.unique(first["layer"]))
-    left.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    left.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%".replace("-", MINUS))
     left.set(ylabel="share of variance", title="static ceiling")
 
     for at, criterion in enumerate(criteria):

@@ -129,8 +129,13 @@ def line_with_band(
 ) -> None:
     """A line with markers over the band of its interval; `above` orders lines, the higher on top."""
     axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, zorder=above - 0.5)
-    options: dict[str, Any] = {"linewidth": 1.7, "markersize": 4.5, **style}
+    options: dict[str, Any] = {"linewidth": 1.7, "markersize": 4.5, "markevery": marker_step(len(x)), **style}
     axes.plot(x, middle, color=colour, marker=marker, label=label, zorder=above, **options)
+
+
+def marker_step(points: int) -> int:
+    """Every how many points a line has a marker: all of a few, a dozen of many."""
+    return max(1, points // 12)
 
 
 def zero_line(axes: Axes) -> None:

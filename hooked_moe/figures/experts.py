@@ -31,6 +31,7 @@ def draw_experts(numbers: pa.Table, narrow: bool) -> Figure:
     finite = np.abs(values[np.isfinite(values)])
     limit = (float(np.quantile(finite, 0.98)) if len(finite) else 0.0) or 1.0
     width, row = (NARROW, 0.22) if narrow else (WIDE, 0.3)
+    row = min(row, 4.5 / len(layers))  # a deep model fits a page
     figure = Figure(figsize=(width, 1.15 + (0.45 if narrow else 0) + row * len(layers)), layout="constrained")
     axes = figure.subplots()
     axes.set_facecolor("#d9d9d9")
@@ -43,7 +44,7 @@ def draw_experts(numbers: pa.Table, narrow: bool) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(9 if narrow else 17, integer=True))
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
-    where = {"orientation": "horizontal", "aspect": 30} if narrow else {"aspect": 4 + 2 * len(layers), "pad": 0.015}
+    where = {"orientation": "horizontal", "aspect": 30} if narrow else {"aspect": min(4 + 2 * len(layers), 30), "pad": 0.015}
     bar = figure.colorbar(image, ax=axes, extend="both", extendfrac=0.03, ticks=MaxNLocator(4 if narrow else 6), **where)
     bar.set_label("mean Δ loss (nats)", fontsize=SMALL)
     bar.outline.set_visible(False)

@@ -12,6 +12,7 @@ from hooked_moe.figures.drawing import (
     Drawing,
     depth_axes,
     line_with_band,
+    marker_step,
     panel_row,
     zero_line,
 )
@@ -47,7 +48,15 @@ def draw_redistribution(numbers: pa.Table, narrow: bool) -> Figure:
     n_layers = round(layers.max() / last) + 1 if last else 1
     depth = depth_axes(size, layers, n_layers)
     depth_axes(correlation, layers, n_layers)
-    size.plot(depth, columns["mean_gap_norm"], color="black", marker="o", markersize=4.5, linewidth=1.7)
+    size.plot(
+        depth,
+        columns["mean_gap_norm"],
+        color="black",
+        marker="o",
+        markersize=4.5,
+        linewidth=1.7,
+        markevery=marker_step(len(depth)),
+    )
     size.set_ylim(bottom=0)
     size.set_ylabel("mean gap norm g‖E‖")
     size.set_title("size of the removed contribution", pad=18)

@@ -1,6 +1,7 @@
 """What one removal does: by layer and rank, against the noise floor, and its distribution."""
 
 import functools
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from hooked_moe.figures.drawing import (
     VERMILLION,
     Drawing,
     layer_axis,
+    marker_step,
     ordered_bar,
     ordered_colour,
     panel_row,
@@ -36,13 +38,14 @@ def draw_removal_effect(numbers: pa.Table, narrow: bool) -> Figure:
     figure, (loss, gap) = panel_row(narrow, 2, 3.1)
     total = rows_where(numbers, slot=-1)
     slots = sorted(set(numbers.column("slot").to_pylist()) - {-1})
+    line: Any = {"linewidth": 1.8, "markersize": 4, "markevery": marker_step(len(total["layer"]))}
     for axes, name, text in ((loss, "mean_abs_delta", "mean |Δ loss|"), (gap, "mean_gap_norm", "gap norm")):
         for slot in slots:
             one = rows_where(numbers, slot=slot)
             axes.plot(one["layer"], one[name], color=ordered_colour(slot, len(slots)), linewidth=0.9, zorder=2)
-        axes.plot(total["layer"], total[name], color="black", linewidth=2.2, marker="o", markersize=4, label=text)
+        axes.plot(total["layer"], total[name], **(line | {"linewidth": 2.2}), color="black", marker="o", label=text)
         layer_axis(axes, total["layer"], label=not narrow or axes is gap)
-    loss.plot(total["layer"], total["mean_delta"], color=VERMILLION, linewidth=1.8, marker="s", markersize=4, label="mean Δ loss")
+    loss.plot(total["layer"], total["mean_delta"], **line, color=VERMILLION, marker="s", label="mean Δ loss")
     zero_line(loss)
     loss.set(ylabel="nats", title="change of the next token's loss")
     gap.set(ylabel="g‖E(x)‖", title="change of the block's output")

@@ -1,10 +1,14 @@
 """Scope of the removal: the expert taken out at the token alone, or at every token of the sequence."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from hooked_moe.figures.drawing import BLUE, LEGEND_BELOW, VERMILLION, Drawing, layer_axis, panel_row, zero_line
+from hooked_moe.figures.drawing import BLUE, LEGEND_BELOW, VERMILLION, Drawing, layer_axis, marker_step, panel_row, zero_line
+
+DASHED = (0, (4, 2))
 
 
 def scopes(table: pa.Table) -> Drawing:
@@ -26,20 +30,14 @@ def draw_scopes(numbers: pa.Table, narrow: bool) -> Figure:
     lines = {
         "mean_abs_position": (VERMILLION, "o", "-", "at the token alone"),
         "mean_abs_sequence": (BLUE, "s", "-", "in the whole sequence"),
-        "mean_abs_gap": ("#555555", "D", (0, (4, 2)), "their difference"),
+        "mean_abs_gap": ("#555555", "D", DASHED, "their difference"),
     }
+    style: Any = {"markersize": 4.5, "linewidth": 1.7, "markevery": marker_step(len(layers))}
     for name, (colour, marker, dashes, text) in lines.items():
-        size.plot(layers, columns[name], color=colour, marker=marker, markersize=4.5, linewidth=1.7, linestyle=dashes, label=text)
-    agreement.plot(layers, columns["correlation"], color="black", marker="o", markersize=4.5, linewidth=1.7, label="correlation")
+        size.plot(layers, columns[name], color=colour, marker=marker, linestyle=dashes, label=text, **style)
+    agreement.plot(layers, columns["correlation"], color="black", marker="o", label="correlation", **style)
     agreement.plot(
-        layers,
-        columns["same_sign"],
-        color="#777777",
-        marker="s",
-        markersize=4,
-        linewidth=1.4,
-        linestyle=(0, (4, 2)),
-        label="share of equal sign",
+        layers, columns["same_sign"], color="#777777", marker="s", linestyle=DASHED, label="share of equal sign", **style
     )
     size.set_ylim(bottom=0)
     agreement.set_ylim(min(0.0, np.nanmin(columns["correlation"]) - 0.05), 1.05)

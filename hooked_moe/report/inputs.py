@@ -146,7 +146,7 @@ def read_inputs(run: Path) -> Inputs:
         path = run / name
         if not path.is_file():
             continue
-        table = pq.read_table(path, use_threads=False) if path.suffix == ".parquet" else read_csv(path)
+        table = pq.read_table(path, use_threads=False) if path.suffix == ".parquet" else _typed(read_csv(path))
         missing = [column for column in source.columns if column not in table.column_names]
         if missing:
             raise ValueError(f"{path} lacks column {', '.join(missing)}; analyse the run again with this version")
@@ -154,6 +154,26 @@ def read_inputs(run: Path) -> Inputs:
     if not tables:
         raise FileNotFoundError(f"{os.fspath(run)} has none of the derived tables {', '.join(SOURCES)}; analyse the run first")
     return Inputs(tables, _read_json(run / "manifest.json"), _read_json(run / "analysis.json").get("not_measured", {}))
+
+
+_COUNTS = {"layer", "slot", "expert", "removed", "n"}
+
+
+def _typed(table: pa.Table) -> pa.Table:
+    """The table of a csv file with the types that were written: csv has no word for 1.0, nor for a column of empty texts."""
+    fields = []
+    for field in table.schema:
+        counts = field.name in _COUNTS or field.name.startswith("n_")
+        if pa.types.is_integer(field.type) and not counts:
+            field = field.with_type(pa.float64())
+        elif pa.types.is_null(field.type):
+            field = field.with_type(pa.string())
+        fields.append(field)
+    table = table.cast(pa.schema(fields))
+    for index, field in enumerate(fields):
+        if pa.types.is_string(field.type):
+            table = table.set_column(index, field, table.column(index).fill_null(""))
+    return table
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -117,6 +117,8 @@ th:first-child, td:first-child, .cells :is(th, td):nth-child(2), .words th, .wor
 .map th { text-align: center; border-bottom: 0; }
 .map td:first-child, .map .group th { text-align: left; }
 .map td:first-child { position: sticky; left: 0; background: #fff; padding-right: .8rem; }
+.deep td { padding: .12rem 0; min-width: .95rem; } .deep td:first-child { padding-right: .5rem; }
+.deep thead th { font-size: .62rem; padding: 0; }
 .map small { font-size: .72rem; }
 .valid { background: #b9d7ee; color: #00345a; } .reversed { background: #f6cdb0; color: #6a2a00; }
 .equivalent { background: #e4e4e4; color: #333; } .undecided { background: #fdf3c4; color: #4d4200; }
@@ -129,7 +131,9 @@ details { margin: .5rem 0; } summary { cursor: pointer; color: #00497a; font-wei
 @media (max-width: 600px) {
   body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.3rem; }
   .map td:first-child { white-space: normal; min-width: 7rem; max-width: 9rem; }
-  .map small { display: none; }
+  .deep td { padding: .12rem 0; min-width: .95rem; } .deep td:first-child { padding-right: .5rem; }
+.deep thead th { font-size: .62rem; padding: 0; }
+.map small { display: none; }
   .bayes td:first-child { white-space: normal; min-width: 7rem; }
 }
 @media print {

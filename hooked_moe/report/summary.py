@@ -4,7 +4,6 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-
 from hooked_moe.figures.names import label
 from hooked_moe.number_text import enumeration, layer_list, share, signed
 from hooked_moe.report.conclusions import conclude

@@ -81,14 +81,15 @@ def _key(cells: Sequence[Row]) -> str:
 
 def _map(cells: Sequence[Row]) -> str:
     layers = sorted({row["layer"] for row in cells})
+    numbers = len(layers) <= _WIDEST_WITH_NUMBERS
     rows = []
     for family, members in _by(cells, "family"):
         rows.append(group_row(FAMILY_TITLES.get(family, family), len(layers) + 1))
         for ranking, line in _by(members, "ranking"):
             found = {row["layer"]: row for row in line}
-            marks = "".join(_mark(found.get(layer), len(layers) <= _WIDEST_WITH_NUMBERS) for layer in layers)
+            marks = "".join(_mark(found.get(layer), numbers) for layer in layers)
             rows.append(f"<tr><td>{label(ranking)}</td>{marks}</tr>")
-    return html_table(("layer", *map(str, layers)), rows, "map")
+    return html_table(("layer", *map(str, layers)), rows, "map" if numbers else "map deep")
 
 
 def _mark(row: Row | None, numbers: bool) -> str:
