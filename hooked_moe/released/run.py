@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 from hooked_moe.corpus import Corpus
 from hooked_moe.fingerprint import config_values, versions, weights_sha256
-from hooked_moe.measurement import _check_plan, _digest, _locked, read_json
 from hooked_moe.model import HookedMoE
 from hooked_moe.protocols import (
     Draw,
@@ -48,13 +47,13 @@ from hooked_moe.published import CONTROL, METRICS, PAIRS
 from hooked_moe.released.metrics import PerExpert, released_criteria, released_redistribution
 from hooked_moe.released.padded_rows import LayerRows, PaddedTexts, observe_rows
 from hooked_moe.released.sequence_removals import SequenceRemoval, sequence_removals
-from hooked_moe.shards import _in_parallel
+from hooked_moe.run_directory import claim, digest, read_json
+from hooked_moe.shards import in_parallel
 from hooked_moe.tables import (
     COMPARISONS,
     RELEASED_EXPERTS,
     RELEASED_PROGRESSIVE,
     RELEASED_REDISTRIBUTION,
-    remove_temporaries,
     write_json_atomic,
     write_parquet_atomic,
 )
@@ -83,17 +82,8 @@ def open_released(
     if without or not chosen:
         raise ValueError(f"layers {without or '()'} have no experts to remove; layers {model.cfg.moe_layers} have")
     plan = json.loads(json.dumps(_plan(model, corpus, chosen, released)))
-    directory = results / Path(model.cfg.model_name).name / (name or f"released-{Path(corpus.name).stem}-{_digest(plan)[:8]}")
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = _locked(directory)
-    try:
-        for part in (directory, *directory.glob("shards/*")):
-            remove_temporaries(part)
-        _check_plan(directory / "plan.json", plan)
-    except BaseException:
-        lock.release()
-        raise
-    return ReleasedRun(directory, model, corpus, released, chosen, plan, lock, progress)
+    directory = results / Path(model.cfg.model_name).name / (name or f"released-{Path(corpus.name).stem}-{digest(plan)[:8]}")
+    return ReleasedRun(directory, model, corpus, released, chosen, plan, claim(directory, plan), progress)
 
 
 def _plan(model: HookedMoE, corpus: Corpus, layers: Sequence[int], released: Released) -> dict[str, Any]:
@@ -351,7 +341,7 @@ class ReleasedRun:
         pending = [text for text, path in paths.items() if not path.exists()]
         with tqdm(total=len(texts), desc=f"{shards.name}, whole texts", unit="text", disable=not self._progress) as bar:
             bar.update(len(texts) - len(pending))
-            for done in _in_parallel(measure_texts, [[text] for text in pending], self.model):
+            for done in in_parallel(measure_texts, [[text] for text in pending], self.model):
                 bar.update(len(done))
         tables = {text: pq.read_table(path, use_threads=False) for text, path in paths.items()}
         return {text: np.stack([column.to_numpy() for column in table.columns]) for text, table in tables.items()}
