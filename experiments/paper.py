@@ -20,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it al
 
 from experiments import audit, compare_published, progressive_ablation, redistribution, routing_weight_control
 from experiments.console import parser_of, run_command
-from experiments.releasing import model_type_of
+from experiments.releasing import released_family
 from hooked_moe.loading.registry import SHIPPED, locate
-from hooked_moe.protocols import RELEASED
 from hooked_moe.published import PAIRS
 
 Command = Callable[[list[str]], int]
@@ -60,19 +59,18 @@ def steps(args: argparse.Namespace, model: str) -> list[tuple[str, Command, list
     if args.documents is not None:
         common += ["--documents", str(args.documents)]
     sampled = [*common, "--protocol", "as_released", "--positions", str(args.positions)]
-    family = RELEASED.get(model_type_of(model, None))
+    family = released_family(model, None)
     found: list[tuple[str, Command, list[str]]] = [
         ("progressive ablation", progressive_ablation.main, common),
         ("audit", audit.main, common),
         ("routing-weight control", routing_weight_control.main, common),
         ("redistribution", redistribution.main, common),
+        ("audit and control as released", audit.main, sampled),
     ]
-    if family is not None:
-        found.append(("audit and control as released", audit.main, sampled))
-        if family.redistribution is not None:
-            found.append(("redistribution as released", redistribution.main, [*common, "--protocol", "as_released"]))
-        if family.progressive is not None:
-            found.append(("progressive ablation as released", progressive_ablation.main, sampled))
+    if family.redistribution is not None:
+        found.append(("redistribution as released", redistribution.main, [*common, "--protocol", "as_released"]))
+    if family.progressive is not None:
+        found.append(("progressive ablation as released", progressive_ablation.main, sampled))
     return found
 
 

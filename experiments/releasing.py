@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from hooked_moe.corpus import load_corpus
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.pretrained import read_config
 from hooked_moe.loading.registry import locate
-from hooked_moe.protocols import released_protocol
+from hooked_moe.protocols import Released, released_protocol
 from hooked_moe.published import PAIRS, published_model, released_comparisons
 from hooked_moe.released import ReleasedCell, ReleasedRun, open_released, released_cells, released_cells_table
 from hooked_moe.tables import write_csv_atomic
@@ -42,7 +43,7 @@ def open_released_run(args: argparse.Namespace) -> ReleasedRun:
     if given:
         raise ValueError(f"{', '.join(given)}: --protocol as_released fixes that; leave it out, or use --protocol defined")
     check_run_name(args.run)
-    released = released_protocol(model_type_of(args.model, args.revision))
+    released = released_family(args.model, args.revision)
     dtype = args.dtype or released.dtype
     model = HookedMoE.from_pretrained(args.model, dtype=DTYPES[dtype], device=choose_device(args.device), revision=args.revision)
     unit = "row" if args.corpus == "wikitext-2" else "article"
@@ -56,14 +57,21 @@ def open_released_run(args: argparse.Namespace) -> ReleasedRun:
     return run
 
 
-def model_type_of(name: str, revision: str | None) -> str:
-    """The family of a model that is not loaded yet."""
+def released_family(name: str, revision: str | None) -> Released:
+    """The released protocol of a model that is not loaded yet, from its config alone: weights of other families stay on the hub.
+
+    Raises `ValueError` for a family that the paper did not audit.
+    """
+
+    def protocol(config: Path) -> Released:
+        return released_protocol(read_config(config)[1].model_type)
+
     location = locate(name)
     directory = location.directory
     if directory is None:
         assert location.hub_id is not None
-        directory, _ = download(location.hub_id, revision, None, False, check_config=read_config)
-    return read_config(directory / "config.json")[1].model_type
+        directory, _ = download(location.hub_id, revision, None, False, check_config=protocol)
+    return protocol(directory / "config.json")
 
 
 def released_positions(text: str, default: int = PAIRS) -> int:
