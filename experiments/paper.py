@@ -1,7 +1,7 @@
 """Every experiment of arXiv 2606.10703, in the defined and in the released form, on the three shipped models.
 
-    python -m experiments.paper                                                  # minutes on two CPU cores
-    python -m experiments.paper --models olmoe --corpus wikitext-2               # the real one
+    python -m experiments.paper                                                      # minutes on two CPU cores
+    python -m experiments.paper --models olmoe --corpus wikitext-2 --positions 200   # the real one
     python -m experiments.paper --models tiny-qwen-moe --documents 12 --positions 60
 
 Each is the script of its name, run with its defaults; what was measured before is used again. Ends with a summary of each model
@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=list(SHIPPED), help="which models (default: the shipped ones)")
     parser.add_argument("--corpus", default="held-out", help="as in experiments.audit (default: %(default)s)")
     parser.add_argument("--documents", type=int, help="only the first so many documents of the corpus")
-    parser.add_argument("--positions", type=int, default=PAIRS, help="of each released cell (default: %(default)s, as the paper)")
+    parser.add_argument(
+        "--positions", type=int, default=100, help=f"of each released cell (default: %(default)s; the paper's is {PAIRS})"
+    )
     parser.add_argument("--results", type=Path, default=Path("results"), help="where results go (default: %(default)s)")
     return run_command(paper, parser.parse_args(arguments))
 

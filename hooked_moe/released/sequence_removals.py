@@ -71,21 +71,30 @@ def _losses_of_layer(
     layer: int,
     removals: Sequence[SequenceRemoval],
 ) -> Float[np.ndarray, " removal"]:
-    """Every distinct set of experts is a row of a batch."""
+    """Every distinct set of experts is a row of a batch, read up to the last position that asks for it."""
     sets = {experts: row for row, experts in enumerate(dict.fromkeys(removal.experts for removal in removals))}
     keep = torch.ones(len(sets), 1, model.cfg.experts_in(layer), dtype=torch.bool, device=resid.device)
     for experts, row in sets.items():
         keep[row, 0, sorted(experts)] = False
     rows = np.array([sets[removal.experts] for removal in removals])
+    positions = np.array([removal.position for removal in removals])
+    needed = np.zeros(len(sets), dtype=np.int64)
+    np.maximum.at(needed, rows, positions + 1)
+
     losses = np.empty(len(removals))
-    at_once = max(1, TOKENS_AT_ONCE // resid.shape[1])
-    for start, part in zip(range(0, len(sets), at_once), keep.split(at_once), strict=True):
-        batch = resid.expand(len(part), -1, -1)
-        final = model(batch, start_at_layer=layer, stop_at_layer=model.cfg.n_layers, expert_mask=ExpertMask({layer: part}))
-        served = np.flatnonzero((rows >= start) & (rows < start + at_once))
-        positions = torch.tensor([removals[number].position for number in served.tolist()], device=resid.device)
-        of_removal = torch.as_tensor(rows[served] - start, device=resid.device)
-        losses[served] = _losses(model, final[of_removal, positions], tokens[positions + 1])
+    pending = np.argsort(-needed, kind="stable")  # longest first, so that the rows of a batch are of about one length
+    while len(pending):
+        length = int(needed[pending[0]])
+        at_once = max(1, TOKENS_AT_ONCE // length)
+        batch, pending = pending[:at_once], pending[at_once:]
+        mask = ExpertMask({layer: keep[torch.as_tensor(batch)]})
+        read = resid[:, :length].expand(len(batch), -1, -1)
+        final = model(read, start_at_layer=layer, stop_at_layer=model.cfg.n_layers, expert_mask=mask)
+        served = np.flatnonzero(np.isin(rows, batch))
+        place = {row: number for number, row in enumerate(batch.tolist())}
+        of_batch = torch.tensor([place[row] for row in rows[served].tolist()], device=resid.device)
+        position = torch.as_tensor(positions[served], device=resid.device)
+        losses[served] = _losses(model, final[of_batch, position], tokens[position + 1])
     return losses
 
 
