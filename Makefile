@@ -12,13 +12,16 @@ INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-ch
 SOURCES := $(wildcard hooked_moe weights_conversion experiments benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help audit test check format bench clean
+.PHONY: help audit paper test check format bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 audit: $(VENV)/.runtime ## remove every expert at every token of MODEL (tiny-olmoe) and report; ARGS="--help" lists options
 	@$(BIN)/python experiments/audit.py --model $(MODEL) $(ARGS)
+
+paper: $(VENV)/.runtime ## every experiment of the paper, as defined and as released, on the shipped models; ARGS="--models olmoe"
+	@$(BIN)/python -m experiments.paper $(ARGS)
 
 test: $(VENV)/.development ## run the tests; ARGS="-m slow", ARGS="-k masks"
 	@$(BIN)/python -m pytest $(ARGS)

@@ -2,40 +2,48 @@
 
     python -m experiments.audit                                     # the shipped model on the shipped corpus
     python -m experiments.audit --model olmoe --corpus wikitext-2 --layers 0,4,7,11,15 --positions 200
+    python -m experiments.audit --model olmoe --corpus wikitext-2 --protocol as_released
 
 Verify -> measure -> analyse -> report. Results go to results/<model>/<run>/: tables as parquet and csv, report.html with
 figures, manifest.json. A killed run goes on where it stopped when the same command is given again, to the same bytes.
-Protocol of arXiv 2606.10703 in its stated form: expert removed at the token only, output zeroed, routed experts only.
+Protocol of arXiv 2606.10703 in its stated form: expert removed at the token only, output zeroed, routed experts only; or, with
+--protocol as_released, what its code does (hooked_moe/protocols.py tabulates it). Tables 1-3, Figure 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import time
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it also runs as a script
 
-from experiments.measuring import SEED, add_measurement_arguments, open_run, parse_sample
-from hooked_moe.analysis import analyse_run
+from experiments.analysing import analyse
+from experiments.console import parser_of, run_command
+from experiments.measuring import add_measurement_arguments, open_run, parse_sample
+from experiments.releasing import (
+    add_protocol_argument,
+    compare_positions,
+    open_released_run,
+    print_cells,
+    released_positions,
+    write_released_cells,
+)
 from hooked_moe.cell_text import terminal_table
+from hooked_moe.cells import cells_from_table, cells_table
 from hooked_moe.criteria import PAPER_CRITERIA
-from hooked_moe.report import write_report
 from hooked_moe.statistics import minimum_documents
-
-SAMPLE_SIZE = 200
+from hooked_moe.tables import read_csv
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("experiments.audit", __doc__)
+    add_protocol_argument(parser)
     add_measurement_arguments(parser)
-    parser.add_argument("--positions", default="all", help="all (default), or how many to sample: the paper's sample is 200")
+    parser.add_argument(
+        "--positions", default="all", help="all (default; as_released: 200), or how many to sample: the paper's sample is 200"
+    )
     parser.add_argument(
         "--scope", choices=["position", "both"], default="position", help="both: also remove experts sequence-wide"
     )
@@ -44,17 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a console that lacks a sign of the table shows "?"
-    try:
-        audit(args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(released_audit if args.protocol == "as_released" else audit, args)
 
 
 def audit(args: argparse.Namespace) -> Path:
@@ -75,16 +73,23 @@ def audit(args: argparse.Namespace) -> Path:
         if args.scope == "both":
             run.require("sequence", sample, memory_budget=args.memory)
 
-        cells = analyse_run(
-            run.directory,
-            n_experts=run.model.cfg.num_experts,
-            layers=run.layers,
-            n_positions=min(SAMPLE_SIZE, len(positions)),
-            seed=SEED,
-        )
-        report = write_report(run.directory)
+        report = analyse(run)
+        cells = cells_from_table(read_csv(run.directory / "cells.csv", cells_table([]).schema))
     print(terminal_table(cells))
     print(f"\n{removals:,} removals; {time.perf_counter() - started:.0f} s in all\nreport: {report}")
+    return run.directory
+
+
+def released_audit(args: argparse.Namespace) -> Path:
+    """Four metrics and the control, by the paper's code; returns the run's directory."""
+    n = released_positions(args.positions)
+    with open_released_run(args) as run:
+        run.experts()
+        comparisons = run.audit(n)
+        print_cells(write_released_cells(run, n, comparisons, run.control(n)))
+        same = compare_positions(run, comparisons)
+        if same is not None:
+            print(same)
     return run.directory
 
 

@@ -10,7 +10,7 @@ import torch
 
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.cells import sample_positions
-from hooked_moe.corpus import load_corpus
+from hooked_moe.corpus import Corpus, load_corpus
 from hooked_moe.measurement import Run, open_measurement
 from hooked_moe.tokenized_corpus import TokenizedCorpus
 from hooked_moe.verification import MINIMUM_TOKENS
@@ -41,8 +41,7 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=sorted(DTYPES),
-        default="float32",
-        help="of the weights (default: %(default)s); compare the noise floor in half precision",
+        help="of the weights (default: float32; as_released: the paper's); compare the noise floor in half precision",
     )
     parser.add_argument(
         "--stream",
@@ -63,13 +62,13 @@ def open_run(args: argparse.Namespace) -> Run:
     """
     check_run_name(args.run)
     model = HookedMoE.from_pretrained(
-        args.model, dtype=DTYPES[args.dtype], device=choose_device(args.device), revision=args.revision, stream=args.stream
+        args.model,
+        dtype=DTYPES[args.dtype or "float32"],
+        device=choose_device(args.device),
+        revision=args.revision,
+        stream=args.stream,
     )
-    corpus = load_corpus(args.corpus)
-    if args.documents is not None:
-        if not 1 <= args.documents <= len(corpus.documents):
-            raise ValueError(f"--documents {args.documents}: corpus {corpus.name!r} has {len(corpus.documents)} documents")
-        corpus = dataclasses.replace(corpus, documents=corpus.documents[: args.documents])
+    corpus = first_documents(load_corpus(args.corpus), args.documents)
     n_ctx = min(model.cfg.n_ctx, 512) if args.context is None else args.context
     if args.context is not None and not MINIMUM_TOKENS <= n_ctx <= model.cfg.n_ctx:
         raise ValueError(
@@ -92,6 +91,15 @@ def open_run(args: argparse.Namespace) -> Run:
     extent = "" if args.tokens == "all" else f" (of each the first {args.tokens} at most)"
     print(f"{corpus.name}: {len(corpus.documents)} documents, {sum(tokenized.lengths()):,} tokens{extent}")
     return run
+
+
+def first_documents(corpus: Corpus, n: int | None) -> Corpus:
+    """The first `n` documents; None means all."""
+    if n is None:
+        return corpus
+    if not 1 <= n <= len(corpus.documents):
+        raise ValueError(f"--documents {n}: corpus {corpus.name!r} has {len(corpus.documents)} documents")
+    return dataclasses.replace(corpus, documents=corpus.documents[:n])
 
 
 def check_run_name(name: str | None) -> None:

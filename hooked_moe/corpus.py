@@ -70,17 +70,19 @@ def load_corpus(
 ) -> Corpus:
     """Read a corpus by name or from a file.
 
-    `unit`, "article" or "paragraph", is what counts as one document of WikiText-2; the other arguments say
-    where that one comes from on the hub.
+    `unit`, "article", "paragraph" or "row", is what counts as one document of WikiText-2: rows are the file's own lines,
+    headings and surrounding spaces included, as released code of arXiv 2606.10703 reads them. The other arguments say where
+    that corpus comes from on the hub.
 
     Raises ValueError for an unknown name or malformed contents, FileNotFoundError and IsADirectoryError for a path that
     is no file, ConnectionError where the hub cannot be reached.
     """
-    if unit not in ("article", "paragraph"):
-        raise ValueError(f"unit is {unit!r}; expected 'article' or 'paragraph'.")
+    if unit not in ("article", "paragraph", "row"):
+        raise ValueError(f"unit is {unit!r}; expected 'article', 'paragraph' or 'row'.")
     if name_or_path == "wikitext-2":
         path = _hub_file(_WIKITEXT_REPO, _WIKITEXT_FILE, revision, cache_dir, local_files_only)
-        return _corpus("wikitext-2", _wikitext_documents(_parquet_rows(path), unit))
+        rows = _parquet_rows(path)
+        return _corpus("wikitext-2", _wikitext_rows(rows) if unit == "row" else _wikitext_documents(rows, unit))
     if unit != "article" or revision is not None:
         given = f"unit={unit!r}" if unit != "article" else f"revision={revision!r}"
         raise ValueError(f"{given} is for 'wikitext-2'; {name_or_path!r} has only one form. Leave the argument out.")
@@ -242,6 +244,12 @@ def _parquet_rows(path: Path) -> list[str]:
     except ImportError as error:
         raise ImportError("WikiText-2 is a parquet file, which takes pyarrow to read: pip install pyarrow") from error
     return [row or "" for row in parquet.read_table(path, columns=["text"]).column("text").to_pylist()]
+
+
+def _wikitext_rows(rows: list[str]) -> Iterator[Document]:
+    for number, row in enumerate(rows):
+        if row.strip():
+            yield Document(f"wikitext-2-row-{number:04d}", "wikipedia", "", row)
 
 
 def _wikitext_documents(rows: list[str], unit: str) -> Iterator[Document]:

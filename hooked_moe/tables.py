@@ -124,6 +124,50 @@ DOCUMENTS = _schema(
     ("n_tokens", pa.int32(), "tokens", "length of the document"),
 )
 
+_TEXT = ("text", pa.int32(), "index", "paragraph of the corpus, of those that the released rule reads, counted from 0")
+COMPARISONS = _schema(
+    _LAYER,
+    ("ranking", pa.string(), "text", "what ranks the active experts; routing_weight is the control, per token"),
+    _TEXT,
+    ("position", pa.int32(), "index", "token position inside the text, counted from 0"),
+    ("high_expert", pa.int16(), "index", "active expert ranked highest"),
+    ("low_expert", pa.int16(), "index", "active expert ranked lowest"),
+    ("high_score", pa.float64(), "ranking", "what it was ranked by"),
+    ("low_score", pa.float64(), "ranking", "what it was ranked by"),
+    ("baseline_loss", pa.float64(), "nats", "-log p(next token) of the intact model"),
+    ("high_delta", pa.float64(), "nats", "change of that loss without the highest expert at every token of the text"),
+    ("low_delta", pa.float64(), "nats", "the same for the lowest"),
+)
+RELEASED_PROGRESSIVE = _schema(
+    _LAYER,
+    _TEXT,
+    ("position", pa.int32(), "index", "token position inside the text, counted from 0"),
+    ("removed", pa.int8(), "experts", "how many are removed: those with the highest routing weights at the position"),
+    ("baseline_loss", pa.float64(), "nats", "-log p(next token) of the intact model"),
+    ("delta_loss", pa.float64(), "nats", "change of that loss without them at every token of the text"),
+)
+RELEASED_EXPERTS = _schema(
+    _LAYER,
+    ("expert", pa.int16(), "index", "routed expert, counted from 0"),
+    ("utilization_rate", pa.float64(), "1", "as this family's released code computes it"),
+    ("activation_norm", pa.float64(), "residual stream", "likewise"),
+    ("mean_routing_weight_when_active", pa.float64(), "1", "likewise"),
+    ("activation_std", pa.float64(), "residual stream", "likewise"),
+)
+RELEASED_REDISTRIBUTION = _schema(
+    _LAYER,
+    ("expert", pa.int16(), "index", "routed expert, counted from 0"),
+    (
+        "pairing",
+        pa.string(),
+        "text",
+        "as_released (router rows with padding, outputs without) or aligned (each token with itself)",
+    ),
+    ("n_rows", pa.int64(), "rows", "router rows that select the expert"),
+    ("routing_weight", pa.float64(), "1", "mean router probability over them"),
+    ("gap_norm", pa.float64(), "residual stream", "mean norm of the expert's contribution at the tokens paired with them"),
+    ("relative_compensation", pa.float64(), "1", "mean of ||r|| max(cos(r, c), 0) / ||c||, r the block's output without c"),
+)
 
 # --- files -------------------------------------------------------------------------------------------------------
 

@@ -215,6 +215,13 @@ def test_wikitext_paragraphs_leave_out_headings() -> None:
     assert documents[3].title == "Robert Boulter"
 
 
+@pytest.mark.usefixtures("hub")
+def test_wikitext_rows_are_the_lines_of_the_file_as_they_stand() -> None:
+    documents = load_corpus("wikitext-2", unit="row").documents
+    assert [d.text for d in documents] == [row for row in WIKITEXT_ROWS if row and row.strip()]
+    assert documents[0].text == " = Robert Boulter = \n"
+
+
 @pytest.mark.parametrize(
     ("failure", "local_files_only", "error", "message"),
     [
