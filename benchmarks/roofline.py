@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import hooked_moe.fan_out
+import hooked_moe.engine.fan_out
 import hooked_moe.removals
 from benchmarks.tables import Table, count, parse, parser, show, threads
 from benchmarks.timing import seconds_of, summary, timed
@@ -54,7 +54,7 @@ WRAPPED: tuple[tuple[Any, str, str], ...] = (
     (GroupedQueryAttention, "project", PROJECTIONS),
     (Attention, "output", PROJECTIONS),
     (Attention, "attend", ATTENTION),
-    (hooked_moe.fan_out, "window_attention", ATTENTION),
+    (hooked_moe.engine.fan_out, "window_attention", ATTENTION),
     (MoE, "route", ROUTING),
     (ExpertGroups, "__init__", ROUTING),
     (ExpertGroups, "gather", ROUTING),
@@ -67,8 +67,8 @@ WRAPPED: tuple[tuple[Any, str, str], ...] = (
     (RMSNorm, "forward", NORMS),
     (Rotation, "__call__", NORMS),
     (hooked_moe.counterfactuals, "observe", OBSERVE),
-    (hooked_moe.fan_out, "target_loss", UNEMBEDDING),
-    (hooked_moe.fan_out, "variant_losses", UNEMBEDDING),
+    (hooked_moe.engine.fan_out, "target_loss", UNEMBEDDING),
+    (hooked_moe.engine.fan_out, "variant_losses", UNEMBEDDING),
 )
 """Which function is which phase. Time inside a wrapped function counts for the innermost one."""
 

@@ -38,7 +38,7 @@ from benchmarks.tables import Table, count, parse, parser, show
 from benchmarks.timing import summary
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.counterfactuals import expert_effects
-from hooked_moe.memory import parse_bytes
+from hooked_moe.engine.memory import parse_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALL = {"layers": 3, "documents": 2, "tokens": 16}

@@ -7,7 +7,7 @@
 Verify -> measure -> analyse -> report. Results go to results/<model>/<run>/: tables as parquet and csv, report.html with
 figures, manifest.json. A killed run goes on where it stopped when the same command is given again, to the same bytes.
 Protocol of arXiv 2606.10703 in its stated form: expert removed at the token only, output zeroed, routed experts only; or, with
---protocol as_released, what its code does (hooked_moe/protocols.py tabulates it). Tables 1-3, Figure 1.
+--protocol as_released, what its code does (hooked_moe/released/protocols.py tabulates it). Tables 1-3, Figure 1.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from experiments.releasing import (
     released_positions,
     write_released_cells,
 )
-from hooked_moe.cell_text import terminal_table
-from hooked_moe.cells import cells_from_table, cells_table
+from hooked_moe.analysis.cell_text import terminal_table
+from hooked_moe.analysis.cells import cells_from_table, cells_table
 from hooked_moe.criteria import PAPER_CRITERIA
 from hooked_moe.statistics import minimum_documents
 from hooked_moe.tables import read_csv

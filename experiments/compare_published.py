@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it also runs as a script
 
 from experiments.console import parser_of, run_command
-from hooked_moe.comparison import EXPERIMENTS, ComparedValue, RunValues, compare, comparison_table, read_run
 from hooked_moe.loading.registry import locate
-from hooked_moe.published import published_model
+from hooked_moe.released.comparison import EXPERIMENTS, ComparedValue, RunValues, compare, comparison_table, read_run
+from hooked_moe.released.published import published_model
 from hooked_moe.tables import write_csv_atomic
 
 

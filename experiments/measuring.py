@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from hooked_moe import HookedMoE, HookedMoEConfig
-from hooked_moe.cells import sample_positions
+from hooked_moe.analysis.cells import sample_positions
 from hooked_moe.corpus import Corpus, load_corpus
 from hooked_moe.measurement import Run, open_measurement
-from hooked_moe.tokenized_corpus import TokenizedCorpus
-from hooked_moe.verification import MINIMUM_TOKENS
-from hooked_moe.window_rows import Positions
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.measurement.verification import MINIMUM_TOKENS
+from hooked_moe.measurement.window_rows import Positions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SEED = 42

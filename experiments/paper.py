@@ -22,7 +22,7 @@ from experiments import audit, compare_published, progressive_ablation, redistri
 from experiments.console import parser_of, run_command
 from experiments.releasing import released_family
 from hooked_moe.loading.registry import SHIPPED, locate
-from hooked_moe.published import PAIRS
+from hooked_moe.released.published import PAIRS
 
 Command = Callable[[list[str]], int]
 

@@ -20,7 +20,7 @@ from experiments.published_models import GOLDEN_INPUT, Published
 from hooked_moe import HookedMoE, HookedMoEConfig, HookPoint
 from hooked_moe.loading.checkpoint import Checkpoint
 from hooked_moe.loading.pretrained import plan_copies
-from hooked_moe.verification import LOSS_TOLERANCE, Check, noise_floor, verify
+from hooked_moe.measurement.verification import LOSS_TOLERANCE, Check, noise_floor, verify
 from weights_conversion import Conversion
 
 GOLDEN_TOLERANCE = 1e-2

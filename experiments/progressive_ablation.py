@@ -23,8 +23,8 @@ from experiments.analysing import analyse
 from experiments.console import parser_of, run_command
 from experiments.measuring import add_measurement_arguments, open_run, parse_sample
 from experiments.releasing import add_protocol_argument, open_released_run, released_positions
-from hooked_moe.progressive import progressive_table
-from hooked_moe.protocols import RELEASED
+from hooked_moe.analysis.progressive import progressive_table
+from hooked_moe.released.protocols import RELEASED
 from hooked_moe.tables import write_csv_atomic
 
 POSITIONS = 500

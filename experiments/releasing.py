@@ -15,9 +15,9 @@ from hooked_moe.corpus import load_corpus
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.pretrained import read_config
 from hooked_moe.loading.registry import locate
-from hooked_moe.protocols import Released, released_protocol
-from hooked_moe.published import PAIRS, published_model, released_comparisons
 from hooked_moe.released import ReleasedCell, ReleasedRun, open_released, released_cells, released_cells_table
+from hooked_moe.released.protocols import Released, released_protocol
+from hooked_moe.released.published import PAIRS, published_model, released_comparisons
 from hooked_moe.tables import write_csv_atomic
 
 FIXED = {"removal": "zero", "context": None, "tokens": "512", "bos": None, "stream": False, "memory": None, "scope": "position"}

@@ -28,11 +28,11 @@ from experiments.releasing import (
     released_positions,
     write_released_cells,
 )
-from hooked_moe.cell_text import VERDICTS
-from hooked_moe.cells import Cell, cells_from_table, cells_table
-from hooked_moe.control import weight_ratio_correlations
+from hooked_moe.analysis.cell_text import VERDICTS
+from hooked_moe.analysis.cells import Cell, cells_from_table, cells_table
+from hooked_moe.analysis.control import weight_ratio_correlations
+from hooked_moe.analysis.rankings import CONTROL, TOKEN_LADDER
 from hooked_moe.number_text import p_value
-from hooked_moe.rankings import CONTROL, TOKEN_LADDER
 from hooked_moe.tables import read_csv, write_csv_atomic
 
 

@@ -33,12 +33,12 @@ from experiments.parity_checks import Result, not_run
 from experiments.published_models import PUBLISHED, Published, published
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.corpus import load_corpus
-from hooked_moe.fingerprint import versions
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.pretrained import read_config, read_tokenizer
 from hooked_moe.loading.registry import locate
+from hooked_moe.measurement.fingerprint import versions
+from hooked_moe.measurement.verification import MINIMUM_TOKENS
 from hooked_moe.tables import write_json_atomic
-from hooked_moe.verification import MINIMUM_TOKENS
 from weights_conversion import CheckpointError, Conversion
 
 

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from hooked_moe.components.attention import Attention, QueriesKeysValues
 from hooked_moe.components.norm import at_least_float32
-from hooked_moe.fan_out import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
+from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
+from hooked_moe.engine.memory import demand_of
+from hooked_moe.engine.padding import Packed, Results
+from hooked_moe.engine.requests import WAITING_BYTES, Mask, make_request
 from hooked_moe.kernels.prefix_attention import for_every_head, own_share
 from hooked_moe.kernels.target_loss import target_loss
-from hooked_moe.memory import demand_of
 from hooked_moe.model import HookedMoE
-from hooked_moe.padding import Packed, Results
-from hooked_moe.requests import WAITING_BYTES, Mask, make_request
 
 BACKWARD_ACTIVATIONS = 2
 """What a block keeps for its backward pass, and the gradients in it, in multiples of what it takes going forward."""

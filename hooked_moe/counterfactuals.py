@@ -21,9 +21,11 @@ from torch import Tensor
 
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.effects import PER_SLOT, ExpertEffects, VariantEffects
-from hooked_moe.fan_out import CleanBlock, CleanExperts, Steps, clean_blocks, loss_at
+from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, Steps, clean_blocks, loss_at
+from hooked_moe.engine.padding import Packed, Results
+from hooked_moe.engine.requests import Mask, Positions, Request, Work, complete, make_request
+from hooked_moe.engine.sequence_scope import measure_sequences
 from hooked_moe.model import HookedMoE
-from hooked_moe.padding import Packed, Results
 from hooked_moe.readouts import NamedReadout
 from hooked_moe.removals import (
     AnyRemoval,
@@ -36,8 +38,6 @@ from hooked_moe.removals import (
     with_experts,
     without,
 )
-from hooked_moe.requests import Mask, Positions, Request, Work, complete, make_request
-from hooked_moe.sequence_scope import measure_sequences
 
 Scope = Literal["position", "sequence", "from_position"]
 Order = Literal["descending", "ascending", "random"]

@@ -21,12 +21,12 @@ from hooked_moe.components.block import Block
 from hooked_moe.components.norm import RMSNorm, at_least_float32
 from hooked_moe.components.rotary import rotation
 from hooked_moe.config import HookedMoEConfig
+from hooked_moe.engine.spill import Spill
 from hooked_moe.expert_mask import ExpertMask
 from hooked_moe.hook_points import HookPoint
 from hooked_moe.hooked_module import HookedModule
 from hooked_moe.key_value_cache import KeyValueCache
 from hooked_moe.losses import next_token_loss
-from hooked_moe.spill import Spill
 from hooked_moe.tokenizer import Tokenizer
 
 ReturnType = Literal["logits", "loss", "both"]

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_moe.components.norm import at_least_float32
-from hooked_moe.fan_out import Final, loss_at
+from hooked_moe.engine.fan_out import Final, loss_at
 from hooked_moe.model import HookedMoE
 
 CHUNK_BYTES = 16 << 20

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hooked_moe.components.moe import plus
 from hooked_moe.components.norm import at_least_float32
+from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, clean_blocks, finish
 from hooked_moe.expert_mask import LayerMask, keep_weights
-from hooked_moe.fan_out import CleanBlock, CleanExperts, clean_blocks, finish
 from hooked_moe.kernels.weighted_sum import masked_combine
 from hooked_moe.model import HookedMoE
 

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_moe.engine.memory import demand_of, parse_bytes
+from hooked_moe.engine.requests import WAITING_BYTES, require_unhooked
 from hooked_moe.hook_points import HookPoint
 from hooked_moe.hooked_module import Hook
 from hooked_moe.losses import next_token_loss
-from hooked_moe.memory import demand_of, parse_bytes
 from hooked_moe.model import HookedMoE, LogitsAndLoss, ReturnType
-from hooked_moe.requests import WAITING_BYTES, require_unhooked
 
 Edit = Hook | Sequence[Hook]
 """One intervention: a hook (name or predicate, function), or several that act together."""

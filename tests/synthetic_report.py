@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from hooked_moe.analysis.rankings import ORACLE, TOKEN_LADDER
 from hooked_moe.criteria import EXTENDED_CRITERIA, PAPER_CRITERIA
-from hooked_moe.rankings import ORACLE, TOKEN_LADDER
 from hooked_moe.tables import write_csv_atomic, write_json_atomic, write_parquet_atomic
 
 FAMILIES = {"paper": PAPER_CRITERIA, "extended": EXTENDED_CRITERIA, "token": tuple(TOKEN_LADDER), "oracle": (ORACLE,)}

@@ -13,11 +13,11 @@ import pytest
 import scipy.stats
 
 from benchmarks import analysis_scale
-from hooked_moe import analysis, bayes, redistribution, tables
-from hooked_moe.analysis import analyse_run
-from hooked_moe.cells import Cell
+from hooked_moe import analysis, tables
+from hooked_moe.analysis import analyse_run, bayes, redistribution
+from hooked_moe.analysis.cells import Cell
+from hooked_moe.analysis.effect_grid import effect_chunks
 from hooked_moe.criteria import CRITERIA
-from hooked_moe.effect_grid import effect_chunks
 from tests.synthetic_effects import PARTS, PLANTED_LAYER, synthetic_effects, synthetic_run
 
 N_EXPERTS = 16
@@ -69,7 +69,7 @@ def test_what_a_run_has_not_measured_is_said(tmp_path):
 
 def test_the_size_of_the_chunks_changes_nothing(run, tmp_path, monkeypatch):
     again = shutil.copytree(run, tmp_path / "again")
-    monkeypatch.setattr(analysis, "effect_chunks", lambda *arguments: effect_chunks(*arguments, rows=1000))
+    monkeypatch.setattr(analysis.run, "effect_chunks", lambda *arguments: effect_chunks(*arguments, rows=1000))
     analyse_run(again, n_experts=N_EXPERTS)
     for name in derived(run):
         read = pd.read_parquet if name.endswith("parquet") else pd.read_csv

@@ -18,7 +18,7 @@ from hooked_moe.components.attention import QueriesKeysValues
 from hooked_moe.components.block import Block
 from hooked_moe.components.rotary import Rotation, rotation
 from hooked_moe.counterfactuals import expert_effects
-from hooked_moe.memory import demand_of
+from hooked_moe.engine.memory import demand_of
 from tests.conftest import EVERY_ARCHITECTURE, random_model
 from tests.test_counterfactuals import PADDING, architectures
 

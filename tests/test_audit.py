@@ -24,10 +24,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from number_text import number_reader, number_tokenizer, write_corpus
 
 from experiments import audit
-from hooked_moe import HookedMoE, figures, measurement, tables, verification
+from hooked_moe import HookedMoE, figures, measurement, tables
 from hooked_moe.corpus import load_corpus
-from hooked_moe.fingerprint import versions, weights_sha256
-from hooked_moe.tokenized_corpus import TokenizedCorpus
+from hooked_moe.measurement import verification
+from hooked_moe.measurement.fingerprint import versions, weights_sha256
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (30, 9, 41, 22)
@@ -103,7 +104,7 @@ def test_a_finished_run_reports_again_without_measuring(workplace: Path, tmp_pat
     directory = run_audit(tmp_path)
     before = contents(directory)
     for name in ("verify", "measure_part", "noise_floor"):
-        monkeypatch.setattr(measurement, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+        monkeypatch.setattr(measurement.run, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     assert contents(run_audit(tmp_path)) == before
     for name in ("report.html", "cells.csv", "experts.parquet"):
         (directory / name).unlink()
@@ -466,7 +467,7 @@ def test_checks_are_made_with_the_removal_and_the_scopes_of_the_run(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(measurement, "verify", lambda model, tokens, *rest: asked.append((tokens.shape[1], *rest)) or [])
+    monkeypatch.setattr(measurement.run, "verify", lambda model, tokens, *rest: asked.append((tokens.shape[1], *rest)) or [])
     run_audit(tmp_path, "--scope", "both", "--removal", "reroute")
     assert asked == [(16, "reroute", ("position",)), (16, "reroute", ("sequence",))]
 

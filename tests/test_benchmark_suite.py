@@ -16,9 +16,10 @@ from benchmarks import all as suite
 from benchmarks import checkpoints, forward, peers, removals, roofline, scaling, streaming
 from benchmarks.tables import Table
 from benchmarks.timing import ratio, summary, timed
-from hooked_moe import HookedMoE, fan_out
+from hooked_moe import HookedMoE
 from hooked_moe.components import experts
 from hooked_moe.counterfactuals import expert_effects
+from hooked_moe.engine import fan_out
 from hooked_moe.kernels.grouped_matmul import grouped_matmul_loop
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # as the scripts run it

@@ -8,11 +8,11 @@ import pytest
 import scipy.stats
 
 from hooked_moe import statistics, tables
-from hooked_moe.cell_text import terminal_table
-from hooked_moe.cells import CONTROL, Cell, audit_cells, cells_from_table, cells_table, frozen_positions
+from hooked_moe.analysis.cell_text import terminal_table
+from hooked_moe.analysis.cells import CONTROL, Cell, audit_cells, cells_from_table, cells_table, frozen_positions
+from hooked_moe.analysis.effect_grid import effect_chunks, read_effects
+from hooked_moe.analysis.rankings import TOKEN_LADDER
 from hooked_moe.criteria import CRITERIA, expert_criteria
-from hooked_moe.effect_grid import effect_chunks, read_effects
-from hooked_moe.rankings import TOKEN_LADDER
 from tests.synthetic_effects import PLANTED_LAYER, synthetic_effects, synthetic_expert_weights
 
 N_EXPERTS = 16
@@ -225,7 +225,7 @@ def test_chunks_of_any_size_give_the_same_cells(cells, tmp_path, monkeypatch):
     """Chunks end within documents; sums of float64 in another order differ in their last digits."""
     tables.write_parquet_atomic(EFFECTS, tmp_path / "effects.parquet", row_group_size=700)
     small = lambda source, columns: effect_chunks(source, columns, rows=500)  # noqa: E731
-    monkeypatch.setattr("hooked_moe.cells.effect_chunks", small)
+    monkeypatch.setattr("hooked_moe.analysis.cells.effect_chunks", small)
     for one, other in zip(cells, audit_cells(tmp_path / "effects.parquet", CRITERIA_TABLE), strict=True):
         for name, value in asdict(one).items():
             expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-7, abs=1e-12, nan_ok=True)

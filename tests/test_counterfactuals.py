@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import hooked_moe.fan_out as fan_out
-import hooked_moe.sequence_scope as sequence_scope
+import hooked_moe.engine.fan_out as fan_out
+import hooked_moe.engine.sequence_scope as sequence_scope
 from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.counterfactuals import expert_effects, expert_observations, progressive_effects
 from hooked_moe.effects import ExpertEffects
+from hooked_moe.engine.memory import demand_of
 from hooked_moe.kernels import prefix_attention
-from hooked_moe.memory import demand_of
 from tests.conftest import ARCHITECTURES, EVERY_ARCHITECTURE, random_model
 from tests.hf_models import OPTIONS, random_tokens, save, tiny
 

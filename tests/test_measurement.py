@@ -14,18 +14,18 @@ import torch
 from number_text import number_corpus, number_reader, number_tokenizer, token_ids
 from safetensors.torch import load_file
 
-from hooked_moe import ExpertMask, HookedMoE, document_tables, shards
+from hooked_moe import ExpertMask, HookedMoE
+from hooked_moe.analysis.effect_grid import read_effects
 from hooked_moe.attribution import first_order_effects
 from hooked_moe.corpus import Corpus
 from hooked_moe.counterfactuals import Scope
-from hooked_moe.document_tables import TABLES, Part, Wanted
-from hooked_moe.effect_grid import read_effects
 from hooked_moe.expert_mask import Removal
-from hooked_moe.expert_weights import expert_weights
-from hooked_moe.measurement import ORDERS
-from hooked_moe.shards import measure_part, remove_shards
+from hooked_moe.measurement import ORDERS, document_tables, shards
+from hooked_moe.measurement.document_tables import TABLES, Part, Wanted
+from hooked_moe.measurement.expert_weights import expert_weights
+from hooked_moe.measurement.shards import measure_part, remove_shards
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.tables import EFFECTS, EXPERT_WEIGHTS, TOKENS
-from hooked_moe.tokenized_corpus import TokenizedCorpus
 
 N_CTX = 8
 KEYS = ["document", "position", "layer", "slot"]

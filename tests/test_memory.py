@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hooked_moe import HookedMoE, fan_out, memory, sequence_scope
+from hooked_moe import HookedMoE
 from hooked_moe.counterfactuals import expert_effects, progressive_effects
-from hooked_moe.memory import demand_of
+from hooked_moe.engine import fan_out, memory, sequence_scope
+from hooked_moe.engine.memory import demand_of
 from hooked_moe.readouts import KL, LossAfter
 from tests.conftest import random_config
 

@@ -5,8 +5,8 @@ import pytest
 import scipy.stats
 
 from hooked_moe import statistics as stat
-from hooked_moe.protocols import RELEASED, audit_draws, draws_per_metric
-from hooked_moe.published import (
+from hooked_moe.released.protocols import RELEASED, audit_draws, draws_per_metric
+from hooked_moe.released.published import (
     METRICS,
     MODELS,
     PAIRS,

@@ -11,7 +11,9 @@ import torch
 from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.corpus import load_corpus
 from hooked_moe.counterfactuals import expert_effects
-from hooked_moe.protocols import (
+from hooked_moe.released.metrics import released_criteria, released_redistribution
+from hooked_moe.released.padded_rows import LayerRows, PaddedTexts, observe_rows
+from hooked_moe.released.protocols import (
     METRICS,
     RELEASED,
     audit_draws,
@@ -21,8 +23,6 @@ from hooked_moe.protocols import (
     progressive_draw,
     released_protocol,
 )
-from hooked_moe.released.metrics import released_criteria, released_redistribution
-from hooked_moe.released.padded_rows import LayerRows, PaddedTexts, observe_rows
 from hooked_moe.released.sequence_removals import SequenceRemoval, sequence_removals
 
 LAYERS = (1, 4)

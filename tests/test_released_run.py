@@ -17,12 +17,12 @@ from experiments import analysing, audit, compare_published, progressive_ablatio
 from experiments.releasing import released_positions
 from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe import statistics as stat
-from hooked_moe.comparison import compare, counterpart, read_run
 from hooked_moe.corpus import Corpus, Document
-from hooked_moe.published import METRICS, MODELS
 from hooked_moe.released import open_released, released_cells
 from hooked_moe.released import run as run_module
 from hooked_moe.released.cells import released_cells_table
+from hooked_moe.released.comparison import compare, counterpart, read_run
+from hooked_moe.released.published import METRICS, MODELS
 from hooked_moe.tables import COMPARISONS, write_csv_atomic, write_json_atomic
 from tests.number_text import number_reader, token_ids, write_corpus
 
@@ -206,7 +206,7 @@ def finished(directory: Path, protocol: str, n_layers: int = 16) -> Path:
 
 def test_a_released_run_with_the_printed_numbers_differs_by_nothing(tmp_path):
     """The released comparisons, written as a run of ours, against Table 1; and what was not run is not a number."""
-    from hooked_moe.published import released_comparisons
+    from hooked_moe.released.published import released_comparisons
 
     theirs = released_comparisons()
     names = {"ranking": "metric", "high_score": "high_metric", "low_score": "low_metric"}

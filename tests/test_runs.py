@@ -13,9 +13,9 @@ import pytest
 from number_text import number_corpus, number_reader
 
 from hooked_moe import HookedMoE, measurement
-from hooked_moe.document_tables import Wanted
 from hooked_moe.measurement import Run, measured_positions, open_measurement
-from hooked_moe.tokenized_corpus import TokenizedCorpus
+from hooked_moe.measurement.document_tables import Wanted
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 
 LENGTHS = (12, 9)
 SOME, OTHERS = [(0, 1), (0, 5), (1, 3)], [(0, 5), (1, 0)]
@@ -39,13 +39,13 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
     """What is measured, as it goes along."""
     asked: list[Wanted] = []
-    original = measurement.measure_part
+    original = measurement.run.measure_part
 
     def recorded(model: HookedMoE, corpus: TokenizedCorpus, wanted: Wanted, *rest: Any, **options: Any) -> None:
         asked.append(wanted)
         original(model, corpus, wanted, *rest, **options | {"progress": False})
 
-    monkeypatch.setattr(measurement, "measure_part", recorded)
+    monkeypatch.setattr(measurement.run, "measure_part", recorded)
     return asked
 
 
@@ -139,8 +139,8 @@ def test_a_failure_to_open_leaves_the_run_unlocked(opened: Callable[..., Run], t
 
 
 def test_scopes_are_verified_before_they_are_measured_and_only_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, original = [], measurement.verify
-    monkeypatch.setattr(measurement, "verify", lambda *inputs: asked.append(inputs[-1]) or original(*inputs))
+    asked, original = [], measurement.run.verify
+    monkeypatch.setattr(measurement.run, "verify", lambda *inputs: asked.append(inputs[-1]) or original(*inputs))
     run.require("progressive", SOME, progress=False)
     run.require("position", SOME, progress=False)
     run.require("sequence", SOME, progress=False)

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import hooked_moe.shards as shards
+import hooked_moe.measurement.shards as shards
 from hooked_moe import HookedMoE
 from hooked_moe.corpus import Corpus, Document
 from hooked_moe.counterfactuals import expert_effects
-from hooked_moe.document_tables import TABLES, Wanted
-from hooked_moe.fingerprint import weights_sha256
+from hooked_moe.engine.spill import Spill, Waiting
 from hooked_moe.loading.streaming import StreamedBlocks
+from hooked_moe.measurement.document_tables import TABLES, Wanted
+from hooked_moe.measurement.fingerprint import weights_sha256
+from hooked_moe.measurement.shards import measure_part
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.readouts import LossAfter
-from hooked_moe.shards import measure_part
-from hooked_moe.spill import Spill, Waiting
-from hooked_moe.tokenized_corpus import TokenizedCorpus
 from hooked_moe.tokenizer import Tokenizer
 from tests.conftest import random_model
 
@@ -106,7 +106,7 @@ def test_effects_are_equal_to_the_bit_and_a_sweep_reads_each_weight_once(
 
 
 def test_a_small_budget_still_takes_one_sweep(whole: HookedMoE, streamed: HookedMoE) -> None:
-    from hooked_moe.memory import demand_of
+    from hooked_moe.engine.memory import demand_of
 
     tokens = torch.randint(0, 61, (3, 9), generator=torch.Generator().manual_seed(4))
     demand = demand_of(whole.cfg, 9)

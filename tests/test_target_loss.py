@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hooked_moe import HookedMoE, HookedMoEConfig, fan_out
+from hooked_moe import HookedMoE, HookedMoEConfig
+from hooked_moe.engine import fan_out
 from hooked_moe.kernels import target_loss as kernel
 
 HALF = torch.bfloat16

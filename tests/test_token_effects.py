@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import hooked_moe.requests as requests
+import hooked_moe.engine.requests as requests
 from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.counterfactuals import Where, expert_effects, mask_effects, progressive_effects, token_effects
-from hooked_moe.fan_out import CleanBlock, CleanExperts
-from hooked_moe.memory import Demand, demand_of, divide, parse_bytes
-from hooked_moe.padding import pack
+from hooked_moe.engine.fan_out import CleanBlock, CleanExperts
+from hooked_moe.engine.memory import Demand, demand_of, divide, parse_bytes
+from hooked_moe.engine.padding import pack
 from hooked_moe.readouts import KL, Displacement, LogitDifference, LossAfter
 from hooked_moe.removals import expert_means
 from tests.conftest import random_model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hooked_moe.variants as variants
 from hooked_moe import HookedMoE, HookPoint
-from hooked_moe.memory import demand_of
+from hooked_moe.engine.memory import demand_of
 from tests.conftest import random_model
 
 MASK = torch.tensor([[1] * 11, [0] * 4 + [1] * 7])

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 import hooked_moe.model
-from hooked_moe import ExpertMask, HookedMoE, fan_out, removals, verification
+from hooked_moe import ExpertMask, HookedMoE, removals
+from hooked_moe.engine import fan_out
 from hooked_moe.expert_mask import LayerMask
-from hooked_moe.fingerprint import config_values, versions, weights_sha256
-from hooked_moe.verification import Check, noise_floor, verify
+from hooked_moe.measurement import verification
+from hooked_moe.measurement.fingerprint import config_values, versions, weights_sha256
+from hooked_moe.measurement.verification import Check, noise_floor, verify
 from tests.conftest import EVERY_ARCHITECTURE
 
 CHECKS = ["loss", "no stale state", "losses differ", "inactive expert", "effects are exact"]

@@ -5,6 +5,7 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hooked_moe.analysis.rankings import CONTROL
 from hooked_moe.figures.drawing import (
     BLUE,
     LEGEND_BELOW,
@@ -20,7 +21,6 @@ from hooked_moe.figures.drawing import (
     zero_line,
 )
 from hooked_moe.figures.names import PAPER_LINES, label
-from hooked_moe.rankings import CONTROL
 
 _KEPT = (
     *("population", "family", "ranking", "layer", "n", "d_position", "d_position_low", "d_position_high"),

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
+from hooked_moe.analysis.rankings import CONTROL, ORACLE
 from hooked_moe.figures.drawing import (
     LEGEND_BELOW,
     Drawing,
@@ -17,7 +18,6 @@ from hooked_moe.figures.drawing import (
     zero_line,
 )
 from hooked_moe.figures.names import PAPER_LINES, SCORE_LINES, label
-from hooked_moe.rankings import CONTROL, ORACLE
 
 _KEPT = ("family", "ranking", "layer", "spearman", "spearman_low", "spearman_high")
 

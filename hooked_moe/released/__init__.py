@@ -4,7 +4,7 @@
     padded_rows         what experts do at every row, padding included       cells       its tests, effect sizes and decisions
     sequence_removals   experts removed from whole texts
 
-`hooked_moe.protocols` tabulates what the released code does in place of the stated protocol.
+`hooked_moe.released.protocols` tabulates what the released code does in place of the stated protocol.
 """
 
 from hooked_moe.released.cells import ReleasedCell, released_cells, released_cells_table

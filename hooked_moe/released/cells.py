@@ -16,7 +16,7 @@ import scipy.stats
 from jaxtyping import Float
 
 from hooked_moe import statistics
-from hooked_moe.published import CONTROL
+from hooked_moe.released.published import CONTROL
 
 ALPHA = 0.05
 

@@ -1,6 +1,6 @@
 """The paper's four metrics, and its redistribution, as the released code computes them from rows of padded batches.
 
-Which form a family's code takes is tabulated in `hooked_moe.protocols`; the forms differ enough to rank experts differently.
+Which form a family's code takes is tabulated in `protocols`; the forms differ enough to rank experts differently.
 `hooked_moe.criteria` has the metrics as the paper defines them.
 """
 
@@ -15,8 +15,8 @@ import scipy.special
 import scipy.stats
 from jaxtyping import Bool, Float, Int
 
-from hooked_moe.protocols import Released
 from hooked_moe.released.padded_rows import COORDINATES, LayerRows
+from hooked_moe.released.protocols import Released
 
 PerExpert = Float[np.ndarray, " expert"]
 

@@ -1,6 +1,6 @@
 """What the experts of a model do at every row of padded batches, padding included: the released code's view of a corpus.
 
-The project itself keeps padding out of everything (`hooked_moe.padding`). The released code of arXiv 2606.10703 pads all texts
+The project itself keeps padding out of everything (`engine.padding`). The released code of arXiv 2606.10703 pads all texts
 to the longest and takes its statistics over all rows, so what padding does has to be imitated:
 
     right padding   padding tokens stand after the text and see all of it, but not one another

@@ -7,7 +7,7 @@
         run.progressive()        # one to k-1 experts removed                              Tables 8-9
 
 Each writes a table into the run's directory, measured once, text by text: a killed run goes on with the first text that it lacks.
-What the released code does in place of the stated protocol is tabulated in `hooked_moe.protocols`. One thing is not imitated:
+What the released code does in place of the stated protocol is tabulated in `protocols`. One thing is not imitated:
 router, final norm, unembedding and loss are in float32 here, whatever the dtype of the weights.
 """
 
@@ -30,9 +30,13 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from hooked_moe.corpus import Corpus
-from hooked_moe.fingerprint import config_values, versions, weights_sha256
+from hooked_moe.measurement.fingerprint import config_values, versions, weights_sha256
+from hooked_moe.measurement.run_directory import claim, digest, read_json
+from hooked_moe.measurement.shards import in_parallel
 from hooked_moe.model import HookedMoE
-from hooked_moe.protocols import (
+from hooked_moe.released.metrics import PerExpert, released_criteria, released_redistribution
+from hooked_moe.released.padded_rows import LayerRows, PaddedTexts, observe_rows
+from hooked_moe.released.protocols import (
     Draw,
     Released,
     TextRule,
@@ -43,12 +47,8 @@ from hooked_moe.protocols import (
     protocol_layers,
     released_protocol,
 )
-from hooked_moe.published import CONTROL, METRICS, PAIRS
-from hooked_moe.released.metrics import PerExpert, released_criteria, released_redistribution
-from hooked_moe.released.padded_rows import LayerRows, PaddedTexts, observe_rows
+from hooked_moe.released.published import CONTROL, METRICS, PAIRS
 from hooked_moe.released.sequence_removals import SequenceRemoval, sequence_removals
-from hooked_moe.run_directory import claim, digest, read_json
-from hooked_moe.shards import in_parallel
 from hooked_moe.tables import (
     COMPARISONS,
     RELEASED_EXPERTS,

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.engine.fan_out import TOKENS_AT_ONCE, loss_at
 from hooked_moe.expert_mask import ExpertMask
-from hooked_moe.fan_out import TOKENS_AT_ONCE, loss_at
 from hooked_moe.model import HookedMoE
 
 

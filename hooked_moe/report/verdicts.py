@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from hooked_moe.cell_text import VERDICTS
+from hooked_moe.analysis.cell_text import VERDICTS
 from hooked_moe.figures.names import FAMILY_TITLES, label
 from hooked_moe.number_text import bayes_factor, interval, p_value, signed
 from hooked_moe.report.page import Section, folded, group_row, html_row, html_table

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from hooked_moe.cells import CONTROL, POPULATIONS, Cell
+from hooked_moe.analysis.cells import CONTROL, POPULATIONS, Cell
+from hooked_moe.analysis.rankings import RANKINGS
 from hooked_moe.criteria import PAPER_CRITERIA
 from hooked_moe.number_text import MINUS, p_value
-from hooked_moe.rankings import RANKINGS
 
 VERDICTS = {
     "valid": ("+", "high matters more"),

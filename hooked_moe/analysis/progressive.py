@@ -8,10 +8,10 @@ import pyarrow as pa
 import scipy.special
 from jaxtyping import Float, Int
 
-from hooked_moe.accumulators.histogram import Histogram
-from hooked_moe.accumulators.rows import row_batches
+from hooked_moe.analysis.accumulators.histogram import Histogram
+from hooked_moe.analysis.accumulators.rows import row_batches
+from hooked_moe.analysis.summaries import mean_intervals
 from hooked_moe.statistics import MINIMUM_PAIRS
-from hooked_moe.summaries import mean_intervals
 
 ORDERS = ("descending", "ascending", "random")
 """Which active expert goes next: that of the highest routing weight, of the lowest, or any."""

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int
 
-from hooked_moe.published import CONTROL, METRICS, published_model
+from hooked_moe.released.published import CONTROL, METRICS, published_model
 
 ProtocolName = Literal["defined", "as_released"]
 SEED = 42

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from hooked_moe.published import CONTROL, PublishedModel, PublishedValue, published_model, published_values
+from hooked_moe.released.published import CONTROL, PublishedModel, PublishedValue, published_model, published_values
 
 Key = tuple[str, int, int, str]
 """(ranking, removed, layer, statistic), as in `PublishedValue`."""

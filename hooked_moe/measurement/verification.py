@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.counterfactuals import Scope, expert_effects
+from hooked_moe.engine.fan_out import CleanBlock, FanOut, fan_out, finish
+from hooked_moe.engine.padding import Packed, pack
 from hooked_moe.expert_mask import ExpertMask, Removal
-from hooked_moe.fan_out import CleanBlock, FanOut, fan_out, finish
 from hooked_moe.model import HookedMoE
-from hooked_moe.padding import Packed, pack
 from hooked_moe.removals import with_experts, without
 
 MINIMUM_TOKENS = 8

@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from hooked_moe.document_tables import TABLES, Wanted, measure_document
-from hooked_moe.fan_out import Steps, side_by_side
-from hooked_moe.memory import parse_bytes, variant_bytes
+from hooked_moe.engine.fan_out import Steps, side_by_side
+from hooked_moe.engine.memory import parse_bytes, variant_bytes
+from hooked_moe.engine.requests import complete
+from hooked_moe.measurement.document_tables import TABLES, Wanted, measure_document
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.model import HookedMoE
-from hooked_moe.requests import complete
 from hooked_moe.tables import atomic_path, write_parquet_atomic
-from hooked_moe.tokenized_corpus import TokenizedCorpus
 
 MAX_WORKERS = 4
 """Documents measured side by side, at most: where no budget is given, each has `requests.WAITING_BYTES` of its own."""

@@ -26,17 +26,17 @@ import pyarrow.parquet as pq
 import torch
 
 from hooked_moe.counterfactuals import Order, Scope
-from hooked_moe.document_tables import TABLES, Part, Wanted
 from hooked_moe.expert_mask import Removal, check_removal
-from hooked_moe.expert_weights import expert_weights
-from hooked_moe.fingerprint import config_values, versions, weights_sha256
+from hooked_moe.measurement.document_tables import TABLES, Part, Wanted
+from hooked_moe.measurement.expert_weights import expert_weights
+from hooked_moe.measurement.fingerprint import config_values, versions, weights_sha256
+from hooked_moe.measurement.run_directory import claim, digest, read_json
+from hooked_moe.measurement.shards import measure_part, remove_shards
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.measurement.verification import EXACTNESS, MINIMUM_TOKENS, noise_floor, verify
+from hooked_moe.measurement.window_rows import Positions
 from hooked_moe.model import HookedMoE
-from hooked_moe.run_directory import claim, digest, read_json
-from hooked_moe.shards import measure_part, remove_shards
 from hooked_moe.tables import write_json_atomic, write_parquet_atomic
-from hooked_moe.tokenized_corpus import TokenizedCorpus
-from hooked_moe.verification import EXACTNESS, MINIMUM_TOKENS, noise_floor, verify
-from hooked_moe.window_rows import Positions
 
 ORDERS: tuple[Order, ...] = ("descending", "ascending", "random")
 _SCOPES: dict[Part, Scope] = {"position": "position", "sequence": "sequence", "progressive": "position"}

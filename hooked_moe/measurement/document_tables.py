@@ -25,11 +25,19 @@ from hooked_moe.counterfactuals import (
     progressive_effects_steps,
 )
 from hooked_moe.effects import ExpertEffects
+from hooked_moe.engine.fan_out import Steps
 from hooked_moe.expert_mask import Removal
-from hooked_moe.fan_out import Steps
+from hooked_moe.measurement.window_rows import (
+    Batch,
+    Positions,
+    effect_rows,
+    removal_rows,
+    routing_of_document,
+    routing_rows,
+    token_rows,
+)
 from hooked_moe.model import HookedMoE
 from hooked_moe.tables import EFFECTS, EFFECTS_SEQUENCE, PROGRESSIVE, ROUTING, TOKENS
-from hooked_moe.window_rows import Batch, Positions, effect_rows, removal_rows, routing_of_document, routing_rows, token_rows
 
 WINDOWS_AT_ONCE = 4
 

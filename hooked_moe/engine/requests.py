@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_moe.fan_out import Branch, CleanBlock, Done, Steps, Windows, fan_out, finish, side_by_side
-from hooked_moe.memory import demand_of, divide, parse_bytes, variant_bytes
+from hooked_moe.engine.fan_out import Branch, CleanBlock, Done, Steps, Windows, fan_out, finish, side_by_side
+from hooked_moe.engine.memory import demand_of, divide, parse_bytes, variant_bytes
+from hooked_moe.engine.padding import Packed, Results, pack
+from hooked_moe.engine.spill import Waiting
 from hooked_moe.model import HookedMoE
-from hooked_moe.padding import Packed, Results, pack
 from hooked_moe.readouts import NamedReadout
-from hooked_moe.spill import Waiting
 
 WAITING_BYTES = 1 << 30
 """Where no budget is given: of variants in flight, beside what one row of the clean run takes anyway."""

@@ -22,10 +22,10 @@ from hooked_moe.components.block import Block
 from hooked_moe.components.moe import ExpertOutputs, MoE, Routing, plus
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.components.rotary import Rotation, rotation
+from hooked_moe.engine.spill import Waiting
 from hooked_moe.kernels.prefix_attention import window_attention
 from hooked_moe.kernels.target_loss import rows_at_once, shifted_target_loss, target_loss
 from hooked_moe.model import HookedMoE
-from hooked_moe.spill import Waiting
 
 TOKENS_AT_ONCE = 1024
 """Variant tokens that go through a block together: enough for large products, few enough for the cache."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hooked_moe.rankings import family_of
+from hooked_moe.analysis.rankings import family_of
 
 EQUIVALENCE_BOUND = 0.1
 """Of d_position: a ranking whose picks differ by less than a tenth of a standard deviation is as good as none."""

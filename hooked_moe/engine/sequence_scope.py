@@ -8,12 +8,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_moe.fan_out import TOKENS_AT_ONCE, CleanBlock, CleanExperts, Steps, clean_blocks, finish, goes_on, loss_at, take
+from hooked_moe.engine.fan_out import (
+    TOKENS_AT_ONCE,
+    CleanBlock,
+    CleanExperts,
+    Steps,
+    clean_blocks,
+    finish,
+    goes_on,
+    loss_at,
+    take,
+)
+from hooked_moe.engine.padding import Packed, Results
+from hooked_moe.engine.requests import waiting_room
+from hooked_moe.engine.spill import Waiting
 from hooked_moe.model import HookedMoE
-from hooked_moe.padding import Packed, Results
 from hooked_moe.removals import AnyRemoval, ExpertMeans, with_experts, without
-from hooked_moe.requests import waiting_room
-from hooked_moe.spill import Waiting
 
 
 def measure_sequences(

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.fan_out import TOKENS_AT_ONCE
-from hooked_moe.padding import Packed
+from hooked_moe.engine.fan_out import TOKENS_AT_ONCE
+from hooked_moe.engine.padding import Packed
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
