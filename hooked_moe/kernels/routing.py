@@ -1,0 +1,131 @@
+"""Which experts a token goes to and with what weight, and the order that puts the copies of tokens together by expert."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_moe.kernels import launches, nvrtc
+from hooked_moe.kernels.operators import operator
+
+
+class Rule(NamedTuple):
+    """How a family routes, as its config says."""
+
+    slots: int
+    """Experts per token."""
+    renormalize: bool = False
+    """Whether the weights are rescaled to sum to one."""
+    scale: float = 1.0
+    """Of the weights, at last."""
+    groups: int = 1
+    """Experts stand in so many groups of neighbours (1: they do not), ..."""
+    groups_kept: int = 1
+    """... of which a token goes only to those with the most probable best expert (arXiv 2405.04434, section 2.2.2)."""
+
+
+def route(logits: Float[Tensor, "token expert"], rule: Rule) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
+    """Routing weights and the experts that they are of, most probable first. Of equally probable experts the first is taken."""
+    return _route(logits, *rule)
+
+
+def route_reference(
+    logits: Float[Tensor, "token expert"], slots: int, renormalize: bool, scale: float, groups: int, groups_kept: int
+) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
+    """The same by its definition."""
+    probabilities = logits.softmax(dim=-1)
+    eligible = probabilities
+    if groups > 1:
+        by_group = probabilities.unflatten(-1, (groups, -1))
+        best = by_group.amax(dim=-1).sort(dim=-1, descending=True, stable=True).indices[:, :groups_kept]
+        chosen = torch.zeros(by_group.shape[:-1], dtype=torch.bool, device=logits.device).scatter(-1, best, True)
+        eligible = by_group.masked_fill(~chosen.unsqueeze(-1), -1.0).flatten(-2)
+    indices = eligible.sort(dim=-1, descending=True, stable=True).indices[:, :slots].contiguous()
+    weights = probabilities.gather(-1, indices)
+    if renormalize:
+        total = weights.sum(dim=-1, keepdim=True)
+        weights = weights / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return weights * scale, indices
+
+
+def group_by_expert(
+    indices: Int[Tensor, "token slot"], num_experts: int
+) -> tuple[Int[Tensor, " n"], Int[Tensor, "token slot"], Int[Tensor, " expert"]]:
+    """`order`: the flat slots sorted by expert, in their old order within each; `place`, its inverse; `ends[e]`, where the rows
+    of expert e end (int32). On a CUDA device by a kernel, and without waiting for it."""
+    return _group_by_expert(indices, num_experts)
+
+
+def group_by_expert_reference(
+    indices: Int[Tensor, "token slot"], num_experts: int
+) -> tuple[Int[Tensor, " n"], Int[Tensor, "token slot"], Int[Tensor, " expert"]]:
+    """The same by its definition."""
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    ends = torch.searchsorted(flat[order], torch.arange(num_experts, device=flat.device), right=True, out_int32=True)
+    return order, order.argsort().view(indices.shape), ends
+
+
+# --- operators ---------------------------------------------------------------------------------------------------------------
+
+
+def _launch_route(
+    logits: Tensor, slots: int, renormalize: bool, scale: float, groups: int, groups_kept: int
+) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
+def _route_shapes(
+    logits: Tensor, slots: int, renormalize: bool, scale: float, groups: int, groups_kept: int
+) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], slots)
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+
+
+def _save_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, _, ctx.renormalize, ctx.scale, *_ = inputs
+    ctx.save_for_backward(logits, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _route_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    logits, indices = ctx.saved_tensors
+    probabilities = logits.softmax(dim=-1)
+    grad = grad * ctx.scale
+    if ctx.renormalize:  # of p / sum(p): what all of them would gain together is lost
+        chosen = probabilities.gather(-1, indices)
+        total = chosen.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
+        grad = (grad - (grad * chosen / total).sum(dim=-1, keepdim=True)) / total
+    of_probabilities = torch.zeros_like(logits).scatter(-1, indices, grad)
+    expected = (of_probabilities * probabilities).sum(dim=-1, keepdim=True)
+    return probabilities * (of_probabilities - expected), None, None, None, None, None
+
+
+def _launch_group_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError
+
+
+def _group_by_expert_shapes(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    n = indices.shape[0] * indices.shape[1]
+    return indices.new_empty(n), torch.empty_like(indices), indices.new_empty(num_experts, dtype=torch.int32)
+
+
+_route = operator(
+    "route",
+    "(Tensor logits, int slots, bool renormalize, float scale, int groups, int groups_kept) -> (Tensor, Tensor)",
+    cpu=route_reference,
+    cuda=_launch_route,
+    shapes=_route_shapes,
+    save=_save_routing,
+    backward=_route_backward,
+)
+_group_by_expert = operator(
+    "group_by_expert",
+    "(Tensor indices, int num_experts) -> (Tensor, Tensor, Tensor)",
+    cpu=group_by_expert_reference,
+    cuda=_launch_group_by_expert,
+    shapes=_group_by_expert_shapes,
+)
