@@ -1,0 +1,159 @@
+// loss[r] = -log softmax(weight hidden[r])[target[r]] in nats, without logits in memory.
+//
+// Stage 1, target_logprob_spans: a block takes ROWS rows of hidden over one span of the vocabulary, COLUMNS logits at a time, in
+// registers. Each lane keeps the running maximum and sum of exponentials of its own logits; lanes and warps merge once, at the
+// end. The lane that has the target's logit writes it. Stage 2, target_logprob_merge: a thread a row merges its spans in order.
+// Nothing depends on which block comes first. The loss is nan where the target is not in the vocabulary.
+//
+// hidden is [PARTS, rows, depth]. Where it is wider than the weights, its rows are given as sums of PARTS scalars of the weights'
+// type: their products are exact in float32, in which everything is summed.
+//
+// SCALAR: type; PARTS. block = 128; stage 1: grid = (rows / ROWS, spans), shared: STAGES tiles; stage 2: grid = rows / 128.
+#include "tiles.cuh"
+
+constexpr bool HALF = sizeof(SCALAR) == 2;
+constexpr int WARPS_DOWN = 2, WARPS_ACROSS = 2;
+constexpr int TILES_M = HALF ? 4 : 2, TILES_N = HALF ? 8 : 4;  // of a warp
+constexpr int ROWS = WARPS_DOWN * TILES_M * 16, COLUMNS = WARPS_ACROSS * TILES_N * 8;
+constexpr int STEP = HALF ? 32 : 16;  // depths of a tile
+constexpr int PITCH = pitch_of<SCALAR>(STEP);
+constexpr int STAGES = 3;  // tiles on their way or in use
+constexpr int STAGE = (PARTS * ROWS + COLUMNS) * PITCH;
+
+// sum * exp(top), of some exponentials; of none, top is -infinity.
+struct LogSum {
+    float top, sum;
+
+    __device__ __forceinline__ void add(LogSum other) {
+        const float new_top = fmaxf(top, other.top);
+        const float base = new_top == -infinity() ? 0.0f : new_top;
+        sum = sum * expf(top - base) + other.sum * expf(other.top - base);
+        top = new_top;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(128) target_logprob_spans(
+    float* __restrict__ tops,               // [spans, rows]
+    float* __restrict__ sums,               // [spans, rows]
+    float* __restrict__ target_logits,      // [rows]
+    const SCALAR* __restrict__ hidden,      // [PARTS, rows, depth]
+    const SCALAR* __restrict__ weight,      // [vocabulary, depth]
+    const long long* __restrict__ targets,  // [rows]
+    long long rows,
+    long long vocabulary,
+    long long depth,
+    long long span) {
+    DYNAMIC_SHARED(SCALAR, stages);
+    const long long first_row = static_cast<long long>(blockIdx.x) * ROWS;
+    const long long first_column = static_cast<long long>(blockIdx.y) * span;
+    const int columns = static_cast<int>(vocabulary - first_column < span ? vocabulary - first_column : span);
+    const int lane = lane_index(), g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+    const int warp_row = warp / WARPS_ACROSS * TILES_M * 16, warp_column = warp % WARPS_ACROSS * TILES_N * 8;
+    const bool hidden_vectors = whole_vectors(hidden, depth), weight_vectors = whole_vectors(weight, depth);
+
+    const int steps = static_cast<int>((depth + STEP - 1) / STEP), n_tiles = (columns + COLUMNS - 1) / COLUMNS;
+    const auto start_copies = [&](int i) {  // step i % steps of tile i / steps of the vocabulary
+        if (i < steps * n_tiles) {
+            SCALAR* tile = stages + i % STAGES * STAGE;
+            const int column = i / steps * COLUMNS, at = i % steps * STEP;
+            for (int part = 0; part < PARTS; ++part, tile += ROWS * PITCH) {
+                const auto row_of = [&](int r) {
+                    return first_row + r < rows ? hidden + (part * rows + first_row + r) * depth : nullptr;
+                };
+                load_tile<ROWS, STEP>(tile, row_of, at, depth, hidden_vectors);
+            }
+            const auto column_of = [&](int c) {
+                return column + c < columns ? weight + (first_column + column + c) * depth : nullptr;
+            };
+            load_tile<COLUMNS, STEP>(tile, column_of, at, depth, weight_vectors);
+        }
+        async_copies_end_group();
+    };
+    for (int i = 0; i < STAGES - 1; ++i) start_copies(i);
+
+    LogSum seen[TILES_M][2];
+    int wanted[TILES_M][2];  // column of the target in this span
+#pragma unroll
+    for (int m = 0; m < TILES_M; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const long long row = first_row + warp_row + m * 16 + h * 8 + g;
+            const long long target = row < rows ? targets[row] - first_column : -1;
+            wanted[m][h] = target >= 0 && target < columns ? static_cast<int>(target) : -1;
+            seen[m][h] = {-infinity(), 0.0f};
+        }
+    }
+
+    for (int tile = 0; tile < n_tiles; ++tile) {
+        float logits[TILES_M][TILES_N][4] = {};
+        for (int i = tile * steps; i < (tile + 1) * steps; ++i) {
+            async_copies_done<STAGES - 2>();
+            __syncthreads();  // step i is there, and no warp still reads step i - 1
+            start_copies(i + STAGES - 1);
+            const SCALAR* const stage = stages + i % STAGES * STAGE;
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                multiply_rows<STEP>(logits, stage + (part * ROWS + warp_row) * PITCH, stage + (PARTS * ROWS + warp_column) * PITCH);
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < TILES_M; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                LogSum here = {-infinity(), 0.0f};
+#pragma unroll
+                for (int i = 0; i < TILES_N * 2; ++i) {
+                    float& logit = logits[m][i / 2][2 * h + i % 2];
+                    const int column = tile * COLUMNS + warp_column + i / 2 * 8 + 2 * t + i % 2;
+                    if (column >= columns) logit = -infinity();
+                    if (column == wanted[m][h]) target_logits[first_row + warp_row + m * 16 + h * 8 + g] = logit;
+                    here.top = fmaxf(here.top, logit);
+                }
+                const float base = here.top == -infinity() ? 0.0f : here.top;
+#pragma unroll
+                for (int i = 0; i < TILES_N * 2; ++i) here.sum += expf(logits[m][i / 2][2 * h + i % 2] - base);
+                seen[m][h].add(here);
+            }
+        }
+    }
+
+    async_copies_done<0>();
+    __syncthreads();  // the last tile has been read, and gives its place to what warps have seen of each row
+    LogSum* const by_warp = reinterpret_cast<LogSum*>(stages);  // [WARPS_ACROSS, ROWS]
+#pragma unroll
+    for (int m = 0; m < TILES_M; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            for (int other = 1; other < 4; other *= 2) {
+                seen[m][h].add({__shfl_xor_sync(0xffffffffu, seen[m][h].top, other),
+                                __shfl_xor_sync(0xffffffffu, seen[m][h].sum, other)});
+            }
+            if (t == 0) by_warp[warp % WARPS_ACROSS * ROWS + warp_row + m * 16 + h * 8 + g] = seen[m][h];
+        }
+    }
+    __syncthreads();
+    for (int r = threadIdx.x; r < ROWS && first_row + r < rows; r += blockDim.x) {
+        LogSum all = by_warp[r];
+        for (int across = 1; across < WARPS_ACROSS; ++across) all.add(by_warp[across * ROWS + r]);
+        tops[blockIdx.y * rows + first_row + r] = all.top;
+        sums[blockIdx.y * rows + first_row + r] = all.sum;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128) target_logprob_merge(
+    float* __restrict__ losses,               // [rows]
+    const float* __restrict__ tops,           // [spans, rows]
+    const float* __restrict__ sums,           // [spans, rows]
+    const float* __restrict__ target_logits,  // [rows], read only where the target is in the vocabulary
+    const long long* __restrict__ targets,    // [rows]
+    long long rows,
+    long long vocabulary,
+    long long spans) {
+    const long long row = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (row >= rows) return;
+    LogSum all = {tops[row], sums[row]};
+    for (long long i = 1; i < spans; ++i) all.add({tops[i * rows + row], sums[i * rows + row]});
+    const long long target = targets[row];
+    const bool known = target >= 0 && target < vocabulary;
+    losses[row] = known ? all.top + logf(all.sum) - target_logits[row] : __uint_as_float(0x7fc00000u);
+}
