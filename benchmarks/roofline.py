@@ -68,6 +68,7 @@ WRAPPED: tuple[tuple[Any, str, str], ...] = (
     (Rotation, "__call__", NORMS),
     (hooked_moe.counterfactuals, "observe", OBSERVE),
     (hooked_moe.fan_out, "target_loss", UNEMBEDDING),
+    (hooked_moe.fan_out, "variant_losses", UNEMBEDDING),
 )
 """Which function is which phase. Time inside a wrapped function counts for the innermost one."""
 
@@ -189,8 +190,8 @@ def totals(measured: Sequence[Measured], args: argparse.Namespace) -> Table:
         f"top-{cfg.experts_per_token}, d_model {cfg.d_model}, d_expert {cfg.d_expert}, vocabulary {cfg.d_vocab:,}, "
         f"{count(args.threads, 'thread')}",
         f"All removals of a text do {sum(measured[0].work.values()) / 1e9:,.3g} GFLOP of matrix products. Target: "
-        f"{TARGET:.0%} of the bfloat16 rate. The last column takes products at the rate of their own dtype: router and "
-        "unembedding are in float32 whatever the model is in.",
+        f"{TARGET:.0%} of the bfloat16 rate. The last column takes products at the rate of their own dtype: the router is in "
+        "float32 whatever the model is in.",
         ["model in", "time", "GFLOP/s", "the machine's (torch.mm)", "share", "share, each product at the rate of its dtype"],
         rows,
     )
@@ -221,8 +222,8 @@ def phase_row(phase: str, measured: Sequence[Measured]) -> list[str]:
 
 
 def dtype_of(phase: str, cfg: HookedMoEConfig) -> torch.dtype:
-    """Of the phase's products: the router and the unembedding are in float32 whatever the model is in."""
-    return torch.float32 if phase in (ROUTING, UNEMBEDDING) else cfg.dtype
+    """Of the phase's products: the router is in float32 whatever the model is in, the clean run's unembedding too."""
+    return torch.float32 if phase == ROUTING else cfg.dtype
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from hooked_moe.components.moe import ExpertOutputs, MoE, Routing, plus
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.components.rotary import Rotation, rotation
 from hooked_moe.kernels.prefix_attention import window_attention
-from hooked_moe.kernels.target_loss import target_loss
+from hooked_moe.kernels.target_loss import rows_at_once, shifted_target_loss, target_loss
 from hooked_moe.model import HookedMoE
 from hooked_moe.spill import Waiting
 
@@ -222,7 +223,8 @@ def fan_out(
     assert variants is not None
     final = Final(model, variants, take(resid, places), windows.targets(targets), windows.width)
     split = (len(layers), n_variants)
-    losses = loss_at(model, final.first(variants), final.targets[:, :: windows.width]).unflatten(0, split)
+    at_start = final.targets[:, :: windows.width]
+    losses = variant_losses(model, final.first(variants), final.first(final.clean), at_start).unflatten(0, split)
     read = {name: readout(final).unflatten(0, split) for name, readout in (readouts or {}).items()}
     return FanOut(losses, loss_at(model, resid[None], targets)[0], read)
 
@@ -290,6 +292,31 @@ def loss_at(
     wanted, weight = targets[real], at_least_float32(model.unembed.W_U)
     for variant, loss in zip(resid, losses, strict=True):  # a variant at a time bounds the float32 copies
         loss[real] = target_loss(model.ln_final(at_least_float32(variant[real])), weight, wanted)
+    return losses
+
+
+def variant_losses(
+    model: HookedMoE,
+    variants: Float[Tensor, "variant batch pos d_model"],
+    clean: Float[Tensor, "batch pos d_model"],
+    targets: Int[Tensor, "batch pos"],
+) -> Float[Tensor, "variant batch pos"]:
+    """`loss_at` of many variants of the same tokens.
+
+    In bfloat16 the clean run alone is unembedded in float32; of each variant, the change of its normalised stream is, in the
+    weights' own dtype, which rounds the change of a logit by one part in 2^9 of itself and not the logit.
+    """
+    weight = model.unembed.W_U
+    if weight.dtype != torch.bfloat16:
+        return loss_at(model, variants, targets)
+    losses = variants.new_full(variants.shape[:-1], float("nan"), dtype=torch.float32)
+    rows, positions = (index.split(rows_at_once(weight, torch.float32)) for index in (targets >= 0).nonzero(as_tuple=True))
+    wide = weight.float()
+    for row, position in zip(rows, positions, strict=True):
+        start = model.ln_final(clean[row, position].float())
+        shifts = (model.ln_final(one[row, position].float()) - start for one in variants)  # one at a time in memory
+        logits, wanted = F.linear(start, wide), targets[row, position]
+        losses[:, row, position] = shifted_target_loss(logits, shifts, weight, wanted)
     return losses
 
 
