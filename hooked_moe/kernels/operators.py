@@ -1,6 +1,6 @@
-"""Operators of the namespace `hooked_moe` in torch: one implementation per device, its shapes, its gradient.
+"""Operators of the namespace `hooked_moe` in torch: on a CPU by definition, on a CUDA device by a kernel.
 
-As operators of torch they take part in autograd, in CUDA graphs and in torch.compile, which see them whole.
+As operators of torch they take part in autograd, in CUDA graphs and in torch.compile, which see each whole.
 """
 
 from __future__ import annotations
@@ -9,30 +9,48 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "hooked_moe"
 
 
 def operator(
-    name: str,
-    schema: str,
-    *,
-    cpu: Callable[..., Any],
-    cuda: Callable[..., Any],
-    shapes: Callable[..., Any],
-    save: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
+    name: str, schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], shapes: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Define `hooked_moe::name` and return it.
+    """Define `hooked_moe::name`, and return it.
 
-    `cpu` is the reference, `cuda` the kernel's launch, `shapes` makes empty results of the right shapes and dtypes, without
-    data. `save(ctx, inputs, output)` keeps what `backward(ctx, *gradients)` needs; without them, there is no gradient.
+    `cpu` is its definition in torch's operations, `cuda` launches the kernel, `shapes` makes results without data. Its gradient is
+    that of the definition, computed again when it is asked for: kernels are for measuring, which takes no gradients.
     """
     whole = f"{NAMESPACE}::{name}"
     torch.library.define(whole, schema)
     torch.library.impl(whole, "cpu", cpu)
     torch.library.impl(whole, "cuda", cuda)
     torch.library.register_fake(whole, shapes)
-    if backward is not None:
-        torch.library.register_autograd(whole, backward, setup_context=save)
+    torch.library.register_autograd(whole, _gradient_of(cpu), setup_context=_save_inputs)
     return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors = [x if isinstance(x, Tensor) else None for x in inputs]
+    ctx.save_for_backward(*tensors)
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+    outputs = output if isinstance(output, tuple) else (output,)
+    ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
+
+
+def _gradient_of(definition: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = [other if saved is None else saved.detach() for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        needed = [index for index, needs in enumerate(ctx.needs_input_grad) if needs]
+        with torch.enable_grad():
+            for index in needed:
+                inputs[index].requires_grad_()
+            output = definition(*inputs)
+        outputs = output if isinstance(output, tuple) else (output,)
+        pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if x.requires_grad and g is not None]
+        found = torch.autograd.grad([x for x, _ in pairs], [inputs[index] for index in needed], [g for _, g in pairs])
+        by_input = dict(zip(needed, found, strict=True))
+        return tuple(by_input.get(index) for index in range(len(inputs)))
+
+    return backward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -85,25 +85,6 @@ def _route_shapes(
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
-def _save_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, _, ctx.renormalize, ctx.scale, *_ = inputs
-    ctx.save_for_backward(logits, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _route_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-    logits, indices = ctx.saved_tensors
-    probabilities = logits.softmax(dim=-1)
-    grad = grad * ctx.scale
-    if ctx.renormalize:  # of p / sum(p): what all of them would gain together is lost
-        chosen = probabilities.gather(-1, indices)
-        total = chosen.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
-        grad = (grad - (grad * chosen / total).sum(dim=-1, keepdim=True)) / total
-    of_probabilities = torch.zeros_like(logits).scatter(-1, indices, grad)
-    expected = (of_probabilities * probabilities).sum(dim=-1, keepdim=True)
-    return probabilities * (of_probabilities - expected), None, None, None, None, None
-
-
 def _launch_group_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     raise NotImplementedError
 
@@ -119,8 +100,6 @@ _route = operator(
     cpu=route_reference,
     cuda=_launch_route,
     shapes=_route_shapes,
-    save=_save_routing,
-    backward=_route_backward,
 )
 _group_by_expert = operator(
     "group_by_expert",

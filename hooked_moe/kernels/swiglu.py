@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -12,7 +10,6 @@ from torch import Tensor
 from hooked_moe.kernels import launches, nvrtc
 from hooked_moe.kernels.dispatch import by_kernel
 from hooked_moe.kernels.operators import operator
-from hooked_moe.kernels.weighted_sum import weighted_sum
 
 
 def gather_rows(
@@ -51,15 +48,6 @@ def _gather_rows_shapes(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
     return x.new_empty(order.shape[0], x.shape[1])
 
 
-def _save_place(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(inputs[2])
-
-
-def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    (place,) = ctx.saved_tensors
-    return weighted_sum(grad, place, torch.ones_like(place, dtype=grad.dtype)), None, None
-
-
 def _launch_swiglu(gate_and_up: Tensor) -> Tensor:
     raise NotImplementedError
 
@@ -68,25 +56,12 @@ def _swiglu_shapes(gate_and_up: Tensor) -> Tensor:
     return gate_and_up.new_empty(gate_and_up.shape[0], gate_and_up.shape[1] // 2)
 
 
-def _save_gate_and_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(inputs[0])
-
-
-def _swiglu_backward(ctx: Any, grad: Tensor) -> Tensor:
-    gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    return torch.cat((grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu), dim=-1)
-
-
 _gather_rows = operator(
     "gather_rows",
     "(Tensor x, Tensor order, Tensor place) -> Tensor",
     cpu=_gather_rows_reference,
     cuda=_launch_gather_rows,
     shapes=_gather_rows_shapes,
-    save=_save_place,
-    backward=_gather_rows_backward,
 )
 _swiglu = operator(
     "swiglu",
@@ -94,6 +69,4 @@ _swiglu = operator(
     cpu=_swiglu_reference,
     cuda=_launch_swiglu,
     shapes=_swiglu_shapes,
-    save=_save_gate_and_up,
-    backward=_swiglu_backward,
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from einops import einsum
@@ -94,31 +92,10 @@ def _shapes(rows: Tensor, place: Tensor, weights: Tensor, base: Tensor | None) -
     return rows.new_empty(*weights.shape[:2], rows.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, place, weights, base = inputs
-    ctx.save_for_backward(rows, place, weights)
-    ctx.has_base = base is not None
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    rows, place, weights = ctx.saved_tensors
-    of_rows = of_weights = of_base = None
-    if ctx.needs_input_grad[0]:
-        shares = einsum(grad, weights, "variant token d_model, variant token slot -> token slot d_model")
-        of_rows = torch.zeros_like(rows).index_add(0, place.flatten(), shares.flatten(0, 1))
-    if ctx.needs_input_grad[2]:
-        of_weights = einsum(grad, rows[place], "variant token d_model, token slot d_model -> variant token slot")
-    if ctx.has_base and ctx.needs_input_grad[3]:
-        of_base = grad.sum(0)
-    return of_rows, None, of_weights, of_base
-
-
 _masked_combine = operator(
     "masked_combine",
     "(Tensor rows, Tensor place, Tensor weights, Tensor? base) -> Tensor",
     cpu=masked_combine_reference,
     cuda=_launch,
     shapes=_shapes,
-    save=_save,
-    backward=_backward,
 )
