@@ -5,7 +5,7 @@ The environment variable HOOKED_MOE_KERNELS chooses:
     (unset)      kernels for tensors on a CUDA device, torch's operations for all others
     cuda         the same, and a warning where there is no such device
     off          torch's operations everywhere
-    reference    each operation by its definition, slowly: what all others are tested against
+    reference    the way of the kernels, each by its definition in torch: slow, on any device, what all else is tested against
 
 Where kernels are wanted and cannot run, one warning says what is missing, and torch's operations take over.
 """
@@ -57,16 +57,17 @@ def using(choice: Choice) -> Iterator[None]:
         _chosen = before
 
 
-def by_reference() -> bool:
-    """Whether each operation has to run by its definition."""
+def by_definition() -> bool:
+    """Whether operators of this package run by their definition, wherever their tensors are."""
     return _chosen == "reference"
 
 
-def by_kernel(x: Tensor) -> bool:
-    """Whether a kernel runs on tensors like this one: chosen, and possible. Warns once where it is chosen and impossible."""
-    if x.device.type != "cuda" and _chosen != "cuda":
+def by_operator(x: Tensor) -> bool:
+    """Whether operators of this package run on tensors like this one, rather than torch's. Warns once where that is wanted and
+    impossible."""
+    if _chosen == "off" or (_chosen == "auto" and x.device.type != "cuda"):
         return False
-    return _chosen in ("auto", "cuda") and _possible(x.device, x.dtype)
+    return _chosen == "reference" or _possible(x.device, x.dtype)
 
 
 def _possible(device: torch.device, dtype: torch.dtype) -> bool:
@@ -90,7 +91,7 @@ def obstacle(device: torch.device, dtype: torch.dtype = torch.float32) -> str | 
         return f"the tensors are on {device}, not on a CUDA device ({there})"
     if torch.version.hip is not None:
         return "this is torch for AMD GPUs, and the kernels are for NVIDIA's"
-    if dtype not in DTYPES:
+    if dtype.is_floating_point and dtype not in DTYPES:
         known = ", ".join(name_of(known) for known in DTYPES)
         return f"there are none for {name_of(dtype)}, only for {known}"
     return _obstacle_of_device(device)

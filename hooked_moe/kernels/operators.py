@@ -1,4 +1,4 @@
-"""Operators of the namespace `hooked_moe` in torch: on a CPU by definition, on a CUDA device by a kernel.
+"""Operators of the namespace `hooked_moe` in torch: each by its definition on a CPU, and by a kernel on a CUDA device.
 
 As operators of torch they take part in autograd, in CUDA graphs and in torch.compile, which see each whole.
 """
@@ -11,24 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_moe.kernels.dispatch import by_definition
+
 NAMESPACE = "hooked_moe"
 
 
 def operator(
-    name: str, schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], shapes: Callable[..., Any]
+    name: str, schema: str, *, definition: Callable[..., Any], launch: Callable[..., Any], shapes: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Define `hooked_moe::name`, and return it.
+    """Define `hooked_moe::name`, and return what calls it, or its definition where that is chosen (`dispatch`).
 
-    `cpu` is its definition in torch's operations, `cuda` launches the kernel, `shapes` makes results without data. Its gradient is
-    that of the definition, computed again when it is asked for: kernels are for measuring, which takes no gradients.
+    `definition` is in torch's operations, `launch` runs the kernel, `shapes` makes results without data. The gradient is that of
+    the definition, computed again when it is asked for: kernels are for measuring, which takes none.
     """
     whole = f"{NAMESPACE}::{name}"
     torch.library.define(whole, schema)
-    torch.library.impl(whole, "cpu", cpu)
-    torch.library.impl(whole, "cuda", cuda)
+    torch.library.impl(whole, "cpu", definition)
+    torch.library.impl(whole, "cuda", launch)
     torch.library.register_fake(whole, shapes)
-    torch.library.register_autograd(whole, _gradient_of(cpu), setup_context=_save_inputs)
-    return getattr(getattr(torch.ops, NAMESPACE), name)
+    torch.library.register_autograd(whole, _gradient_of(definition), setup_context=_save_inputs)
+    registered = getattr(getattr(torch.ops, NAMESPACE), name)
+
+    def call(*arguments: Any) -> Any:
+        return definition(*arguments) if by_definition() else registered(*arguments)
+
+    return call
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.kernels import launches, nvrtc
-from hooked_moe.kernels.dispatch import by_kernel, by_reference
+from hooked_moe.kernels.dispatch import by_operator
 from hooked_moe.kernels.operators import operator
 
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,7 +58,7 @@ def window_attention(
     """The same for windows of `width` tokens (token = query x offset): each sees the clean run strictly before the window, the
     window's tokens up to itself, and nothing else. `width` 1 is `prefix_attention`.
     """
-    if by_kernel(q):
+    if by_operator(q):
         return _prefix_attention(q, own_k, own_v, keys, values, starts, width, scale)
     return _by_torch(q, own_k, own_v, keys, values, starts, width, scale)
 
@@ -100,7 +100,7 @@ def _over_prefix(
     """The mix over the strict prefix, and the log-sum-exp of its scores (minus infinity where there is none)."""
     kv_heads = keys.shape[2]
     group = q.shape[3] // kv_heads
-    fused = q.device.type == "cpu" and q.dtype in _FUSED_DTYPES and values.shape[-1] <= q.shape[-1] and not by_reference()
+    fused = q.device.type == "cpu" and q.dtype in _FUSED_DTYPES and values.shape[-1] <= q.shape[-1]
     over_prefix = _over_prefix_fused if fused else _over_prefix_spelled_out
     by_kv_head = rearrange(q, "variant batch query (kv_head group) e -> (variant group) batch query kv_head e", kv_head=kv_heads)
     mixed, log_sum = over_prefix(by_kv_head, keys, values, positions, scale)
@@ -205,7 +205,7 @@ def _definition(
 _prefix_attention = operator(
     "prefix_attention",
     "(Tensor q, Tensor own_k, Tensor own_v, Tensor keys, Tensor values, Tensor? positions, int width, float scale) -> Tensor",
-    cpu=_definition,
-    cuda=_launch,
+    definition=_definition,
+    launch=_launch,
     shapes=_shapes,
 )

@@ -97,14 +97,14 @@ def _group_by_expert_shapes(indices: Tensor, num_experts: int) -> tuple[Tensor, 
 _route = operator(
     "route",
     "(Tensor logits, int slots, bool renormalize, float scale, int groups, int groups_kept) -> (Tensor, Tensor)",
-    cpu=route_reference,
-    cuda=_launch_route,
+    definition=route_reference,
+    launch=_launch_route,
     shapes=_route_shapes,
 )
 _group_by_expert = operator(
     "group_by_expert",
     "(Tensor indices, int num_experts) -> (Tensor, Tensor, Tensor)",
-    cpu=group_by_expert_reference,
-    cuda=_launch_group_by_expert,
+    definition=group_by_expert_reference,
+    launch=_launch_group_by_expert,
     shapes=_group_by_expert_shapes,
 )

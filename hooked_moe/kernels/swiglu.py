@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.kernels import launches, nvrtc
-from hooked_moe.kernels.dispatch import by_kernel
+from hooked_moe.kernels.dispatch import by_operator
 from hooked_moe.kernels.operators import operator
 
 
@@ -16,7 +16,7 @@ def gather_rows(
     x: Float[Tensor, "token d_model"], order: Int[Tensor, " n"], place: Int[Tensor, "token slot"]
 ) -> Float[Tensor, "n d_model"]:
     """`out[r] = x[order[r] // slots]`: row r is of slot `order[r] % slots` of that token. `place` is the inverse of `order`."""
-    if by_kernel(x):
+    if by_operator(x):
         return _gather_rows(x, order, place)
     return _gather_rows_reference(x, order, place)
 
@@ -27,7 +27,7 @@ def _gather_rows_reference(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
 
 def swiglu(gate_and_up: Float[Tensor, "n gate_and_up"]) -> Float[Tensor, "n d_expert"]:
     """`silu(gate) * up`, of rows whose first half is the gate."""
-    if by_kernel(gate_and_up):
+    if by_operator(gate_and_up):
         return _swiglu(gate_and_up)
     return _swiglu_reference(gate_and_up)
 
@@ -59,14 +59,14 @@ def _swiglu_shapes(gate_and_up: Tensor) -> Tensor:
 _gather_rows = operator(
     "gather_rows",
     "(Tensor x, Tensor order, Tensor place) -> Tensor",
-    cpu=_gather_rows_reference,
-    cuda=_launch_gather_rows,
+    definition=_gather_rows_reference,
+    launch=_launch_gather_rows,
     shapes=_gather_rows_shapes,
 )
 _swiglu = operator(
     "swiglu",
     "(Tensor gate_and_up) -> Tensor",
-    cpu=_swiglu_reference,
-    cuda=_launch_swiglu,
+    definition=_swiglu_reference,
+    launch=_launch_swiglu,
     shapes=_swiglu_shapes,
 )
