@@ -11,16 +11,16 @@
 // are computed, the next keys while values are mixed. Scores, sums and own weights are float32. Tensor cores want the weights of
 // the prefix rounded to SCALAR; these are normalised by the sum of what they were rounded to.
 //
-// SCALAR: type; HEAD_WIDTH, VALUE_WIDTH; ROW_TILES of 16 per warp; KEYS per tile, a multiple of 16.
+// SCALAR: type; HEAD_WIDTH, VALUE_WIDTH; ROWS: a multiple of 64; KEYS: a multiple of 16; SHARED_BYTES.
 // block = 128, grid = (rows / ROWS, kv_heads, batch); shared: tiles of queries, keys and values.
 #include "tiles.cuh"
 
-constexpr int WARPS = 4;
-constexpr int WARP_ROWS = 16 * ROW_TILES, ROWS = WARPS * WARP_ROWS;
-constexpr int KEY_TILES = KEYS / 8;
+constexpr int WARP_ROWS = ROWS / 4, ROW_TILES = WARP_ROWS / 16, KEY_TILES = KEYS / 8;
 constexpr int HEAD_COLUMNS = round_up(HEAD_WIDTH, 16), VALUE_COLUMNS = round_up(VALUE_WIDTH, 16);
-constexpr int HEAD_PITCH = pitch_of<SCALAR>(HEAD_COLUMNS);
+constexpr int HEAD_PITCH = pitch_of<SCALAR>(HEAD_COLUMNS), VALUE_PITCH = pitch_of<SCALAR>(VALUE_COLUMNS);
 constexpr int VALUE_TILES = VALUE_COLUMNS / 8;
+static_assert(ROWS % 64 == 0 && KEYS % 16 == 0, "four warps of whole tiles");
+static_assert(SHARED_BYTES == ((ROWS + KEYS) * HEAD_PITCH + KEYS * VALUE_PITCH) * sizeof(SCALAR), "what launches.py reserves");
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // Where things are of a row: rows are [query, variant, offset, member of the group].

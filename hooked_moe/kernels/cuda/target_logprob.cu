@@ -8,17 +8,16 @@
 // hidden is [PARTS, rows, depth]. Where it is wider than the weights, its rows are given as sums of PARTS scalars of the weights'
 // type: their products are exact in float32, in which everything is summed.
 //
-// SCALAR: type; PARTS. block = 128; stage 1: grid = (rows / ROWS, spans), shared: STAGES tiles; stage 2: grid = rows / 128.
+// SCALAR: type; PARTS; ROWS, COLUMNS: multiples of 32; STEP: depths of a tile; STAGES: tiles on their way or in use; SHARED_BYTES.
+// block = 128; stage 1: grid = (rows / ROWS, spans), shared: STAGES tiles; stage 2: grid = rows / 128.
 #include "tiles.cuh"
 
-constexpr bool HALF = sizeof(SCALAR) == 2;
 constexpr int WARPS_DOWN = 2, WARPS_ACROSS = 2;
-constexpr int TILES_M = HALF ? 4 : 2, TILES_N = HALF ? 8 : 4;  // of a warp
-constexpr int ROWS = WARPS_DOWN * TILES_M * 16, COLUMNS = WARPS_ACROSS * TILES_N * 8;
-constexpr int STEP = HALF ? 32 : 16;  // depths of a tile
+constexpr int TILES_M = ROWS / WARPS_DOWN / 16, TILES_N = COLUMNS / WARPS_ACROSS / 8;  // of a warp
 constexpr int PITCH = pitch_of<SCALAR>(STEP);
-constexpr int STAGES = 3;  // tiles on their way or in use
 constexpr int STAGE = (PARTS * ROWS + COLUMNS) * PITCH;
+static_assert(ROWS % 32 == 0 && COLUMNS % 32 == 0, "four warps of whole tiles");
+static_assert(SHARED_BYTES == STAGES * STAGE * sizeof(SCALAR), "what launches.py reserves");
 
 // sum * exp(top), of some exponentials; of none, top is -infinity.
 struct LogSum {
