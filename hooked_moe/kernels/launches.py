@@ -1,0 +1,112 @@
+"""How each CUDA kernel is launched: shapes in, grid and compile-time constants out.
+
+One function per kernel. Whoever runs a kernel, on a GPU or in the tests on a CPU, asks here: so what the tests run is what a
+GPU runs. A kernel's arguments stand in its source: tensors as pointers (None as null), whole numbers as `long long`, others as
+`float`, in that order of its signature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).parent / "cuda"
+SCALARS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+"""The types of `common.cuh`."""
+MASKS = SCALARS | {torch.bool: "bool"}
+
+THREADS = 256
+ACCESS_BYTES = 16
+"""The most that one instruction reads or writes."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one kernel."""
+
+    name: str
+    source: str
+    """A file of `cuda/`."""
+    defines: tuple[tuple[str, str | int], ...]
+    """Compile-time constants; with name and source, what identifies a compiled kernel."""
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int = 0
+    """Dynamic shared memory."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to do: CUDA takes no grid of no blocks."""
+        return prod(self.grid) == 0
+
+    @property
+    def path(self) -> Path:
+        return SOURCES / self.source
+
+
+def scalar(dtype: torch.dtype) -> str:
+    """The type's name in the sources. Raises `ValueError` if kernels do not take it."""
+    return _named(dtype, SCALARS)
+
+
+def rows_are_aligned(*tensors: Tensor | None) -> bool:
+    """Whether every row of these starts at a multiple of 16 bytes, so that it can be read 16 bytes at a time."""
+    return all(
+        x is None
+        or x.data_ptr() % ACCESS_BYTES == 0
+        and x.shape[-1] * x.itemsize % ACCESS_BYTES == 0
+        and all(stride * x.itemsize % ACCESS_BYTES == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def masked_combine(
+    *, variants: int, tokens: int, slots: int, width: int, dtype: torch.dtype, mask: torch.dtype, aligned: bool
+) -> Launch:
+    """`mask` is its type: bool, or a float type. `aligned`: `rows_are_aligned` of rows, base and out.
+
+    Raises `ValueError` where a token's rows would not fit a thread's registers.
+    """
+    fits = _REGISTER_BYTES // slots  # of each row, in a thread
+    if fits < dtype.itemsize:
+        raise ValueError(f"masked_combine takes up to {_REGISTER_BYTES // dtype.itemsize} slots of {dtype}, not {slots}")
+    access = min(ACCESS_BYTES, 1 << fits.bit_length() - 1) if aligned else dtype.itemsize
+    vector = access // dtype.itemsize
+    grid, block = _over_rows(tokens, width, vector)
+    tile = max(1, min(32, _FACTORS // (slots * block[1])))
+    defines = (("SCALAR", scalar(dtype)), ("MASK", _named(mask, MASKS)), ("SLOTS", slots), ("VECTOR", vector), ("TILE", tile))
+    grid = grid if variants else (0, 0, 0)
+    return Launch("masked_combine", "masked_combine.cu", defines, grid, block, 4 * block[1] * tile * slots)
+
+
+_REGISTER_BYTES = 512  # 128 of a thread's 255 registers
+_FACTORS = 4096  # 16 KiB: several blocks to a multiprocessor
+
+
+def _over_rows(rows: int, width: int, vector: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Grid and block where a thread takes `vector` columns of a row: x is columns in the block and rows in the grid.
+
+    Wide rows are cut into equal parts, narrow ones share a block.
+    """
+    columns = _ceil_div(width, vector)
+    parts = _ceil_div(columns, THREADS)
+    if not parts:
+        return (0, 0, 0), (THREADS, 1, 1)
+    part = _ceil_div(columns, parts)
+    x = 1 << (part - 1).bit_length() if part < 32 else 32 * _ceil_div(part, 32)
+    y = THREADS // x
+    return (_ceil_div(rows, y), parts, 1), (x, y, 1)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _named(dtype: torch.dtype, names: dict[torch.dtype, str]) -> str:
+    if dtype not in names:
+        raise ValueError(f"CUDA kernels take {', '.join(map(str, names))}; not {dtype}")
+    return names[dtype]
