@@ -1,15 +1,14 @@
-// loss[r] = -log softmax(weight hidden[r])[target[r]] in nats, without logits in memory.
+// What -log softmax(weight hidden[r])[target[r]] takes, without logits in memory: of each row the log-sum-exp of its logits over spans
+// of the vocabulary, and the target's logit. The loss is log_sums.logsumexp(0) - target_logits, in nats.
 //
-// Stage 1, target_logprob_spans: a block takes ROWS rows of hidden over one span of the vocabulary, COLUMNS logits at a time, in
-// registers. Each lane keeps the running maximum and sum of exponentials of its own logits; lanes and warps merge once, at the
-// end. The lane that has the target's logit writes it. Stage 2, target_logprob_merge: a thread a row merges its spans in order.
-// Nothing depends on which block comes first. The loss is nan where the target is not in the vocabulary.
+// A block takes ROWS rows of hidden over one span, COLUMNS logits at a time, in registers. Each lane keeps the running maximum and
+// sum of exponentials of its own logits; lanes and warps merge once, at the end. Which block comes first changes nothing.
 //
 // hidden is [PARTS, rows, depth]. Where it is wider than the weights, its rows are given as sums of PARTS scalars of the weights'
 // type: their products are exact in float32, in which everything is summed.
 //
 // SCALAR: type; PARTS; ROWS, COLUMNS: multiples of 32; STEP: depths of a tile; STAGES: tiles on their way or in use; SHARED_BYTES.
-// block = 128; stage 1: grid = (rows / ROWS, spans), shared: STAGES tiles; stage 2: grid = rows / 128.
+// block = 128, grid = (rows / ROWS, spans); shared: STAGES tiles.
 #include "tiles.cuh"
 
 constexpr int WARPS_DOWN = 2, WARPS_ACROSS = 2;
@@ -31,10 +30,9 @@ struct LogSum {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(128) target_logprob_spans(
-    float* __restrict__ tops,               // [spans, rows]
-    float* __restrict__ sums,               // [spans, rows]
-    float* __restrict__ target_logits,      // [rows]
+extern "C" __global__ void __launch_bounds__(128) target_logprob(
+    float* __restrict__ log_sums,           // [spans, rows]
+    float* __restrict__ target_logits,      // [rows], left alone where the target is not in the vocabulary
     const SCALAR* __restrict__ hidden,      // [PARTS, rows, depth]
     const SCALAR* __restrict__ weight,      // [vocabulary, depth]
     const long long* __restrict__ targets,  // [rows]
@@ -134,25 +132,6 @@ extern "C" __global__ void __launch_bounds__(128) target_logprob_spans(
     for (int r = threadIdx.x; r < ROWS && first_row + r < rows; r += blockDim.x) {
         LogSum all = by_warp[r];
         for (int across = 1; across < WARPS_ACROSS; ++across) all.add(by_warp[across * ROWS + r]);
-        tops[blockIdx.y * rows + first_row + r] = all.top;
-        sums[blockIdx.y * rows + first_row + r] = all.sum;
+        log_sums[blockIdx.y * rows + first_row + r] = all.top + logf(all.sum);
     }
-}
-
-extern "C" __global__ void __launch_bounds__(128) target_logprob_merge(
-    float* __restrict__ losses,               // [rows]
-    const float* __restrict__ tops,           // [spans, rows]
-    const float* __restrict__ sums,           // [spans, rows]
-    const float* __restrict__ target_logits,  // [rows], read only where the target is in the vocabulary
-    const long long* __restrict__ targets,    // [rows]
-    long long rows,
-    long long vocabulary,
-    long long spans) {
-    const long long row = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (row >= rows) return;
-    LogSum all = {tops[row], sums[row]};
-    for (long long i = 1; i < spans; ++i) all.add({tops[i * rows + row], sums[i * rows + row]});
-    const long long target = targets[row];
-    const bool known = target >= 0 && target < vocabulary;
-    losses[row] = known ? all.top + logf(all.sum) - target_logits[row] : __uint_as_float(0x7fc00000u);
 }

@@ -84,14 +84,14 @@ __device__ __forceinline__ bool whole_vectors(const T* first, long long width) {
     return width * sizeof(T) % 16 == 0 && reinterpret_cast<unsigned long long>(first) % 16 == 0;
 }
 
-// Starts to fill tile[ROWS][COLUMNS] with columns `column` .. of rows in global memory, `row_of(i)` pointing at their beginnings;
+// Starts to fill tile[TILE_ROWS][TILE_COLUMNS] with columns `column` .. of rows in global memory, `row_of(i)` pointing at their beginnings;
 // zeros where that is null and from `width` on. Vectors belong to the open group of asynchronous copies.
-template <int ROWS, int COLUMNS, class T, class RowOf>
+template <int TILE_ROWS, int TILE_COLUMNS, class T, class RowOf>
 __device__ __forceinline__ void load_tile(T* tile, RowOf row_of, int column, int width, bool vectors) {
-    constexpr int PITCH = pitch_of<T>(COLUMNS), VECTOR = 16 / sizeof(T), VECTORS = COLUMNS / VECTOR;
-    static_assert(COLUMNS % VECTOR == 0, "rows of tiles are whole vectors");
+    constexpr int PITCH = pitch_of<T>(TILE_COLUMNS), VECTOR = 16 / sizeof(T), VECTORS = TILE_COLUMNS / VECTOR;
+    static_assert(TILE_COLUMNS % VECTOR == 0, "rows of tiles are whole vectors");
     if (vectors) {
-        for (int i = threadIdx.x; i < ROWS * VECTORS; i += blockDim.x) {
+        for (int i = threadIdx.x; i < TILE_ROWS * VECTORS; i += blockDim.x) {
             const int row = i / VECTORS, at = i % VECTORS * VECTOR;
             const T* from = row_of(row);
             T* to = tile + row * PITCH + at;
@@ -102,8 +102,8 @@ __device__ __forceinline__ void load_tile(T* tile, RowOf row_of, int column, int
             }
         }
     } else {
-        for (int i = threadIdx.x; i < ROWS * COLUMNS; i += blockDim.x) {
-            const int row = i / COLUMNS, at = i % COLUMNS;
+        for (int i = threadIdx.x; i < TILE_ROWS * TILE_COLUMNS; i += blockDim.x) {
+            const int row = i / TILE_COLUMNS, at = i % TILE_COLUMNS;
             const T* from = row_of(row);
             tile[row * PITCH + at] = from != nullptr && column + at < width ? from[column + at] : T{};
         }
@@ -112,16 +112,16 @@ __device__ __forceinline__ void load_tile(T* tile, RowOf row_of, int column, int
 
 // Products ---------------------------------------------------------------------------------------------------------------------
 
-// c += left right^T, for tiles of DEPTH columns (their pitch is pitch_of<T>(DEPTH)).
-template <int DEPTH, int TILES_M, int TILES_N, class T>
+// c += left right^T, for tiles of TILE_DEPTH columns (their pitch is pitch_of<T>(TILE_DEPTH)).
+template <int TILE_DEPTH, int TILES_M, int TILES_N, class T>
 __device__ __forceinline__ void multiply_rows(float (&c)[TILES_M][TILES_N][4], const T* left, const T* right) {
-    static_assert(DEPTH % 16 == 0 && TILES_N % 2 == 0, "one load brings 16 depths of two tiles");
-    constexpr int PITCH = pitch_of<T>(DEPTH);
+    static_assert(TILE_DEPTH % 16 == 0 && TILES_N % 2 == 0, "one load brings 16 depths of two tiles");
+    constexpr int PITCH = pitch_of<T>(TILE_DEPTH);
     const int lane = lane_index();
     left += lane % 16 * PITCH + lane / 16 * 8;
     right += (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int depth = 0; depth < DEPTH; depth += 16) {
+    for (int depth = 0; depth < TILE_DEPTH; depth += 16) {
         unsigned rows[TILES_M][4];
 #pragma unroll
         for (int m = 0; m < TILES_M; ++m) load_matrices(rows[m], left + m * 16 * PITCH + depth);
@@ -139,12 +139,12 @@ __device__ __forceinline__ void multiply_rows(float (&c)[TILES_M][TILES_N][4], c
     }
 }
 
-template <int DEPTH, int TILES_M, int TILES_N>
+template <int TILE_DEPTH, int TILES_M, int TILES_N>
 __device__ __forceinline__ void multiply_rows(float (&c)[TILES_M][TILES_N][4], const float* left, const float* right) {
-    constexpr int PITCH = pitch_of<float>(DEPTH);
+    constexpr int PITCH = pitch_of<float>(TILE_DEPTH);
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll 2
-    for (int depth = 0; depth < DEPTH; depth += 4) {
+    for (int depth = 0; depth < TILE_DEPTH; depth += 4) {
         Pack<float, 4> rows[TILES_M][2];
 #pragma unroll
         for (int m = 0; m < TILES_M; ++m) {
