@@ -253,3 +253,5 @@ template <class SCALAR>
 unsigned word_of(float low, float high, SCALAR) {
     return from_float<SCALAR>(low).bits | static_cast<unsigned>(from_float<SCALAR>(high).bits) << 16;
 }
+
+inline float power_of_two(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }

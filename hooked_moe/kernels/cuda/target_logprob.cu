@@ -48,21 +48,26 @@ extern "C" __global__ void __launch_bounds__(128) target_logprob(
     const int warp_row = warp / WARPS_ACROSS * TILES_M * 16, warp_column = warp % WARPS_ACROSS * TILES_N * 8;
     const bool hidden_vectors = whole_vectors(hidden, depth), weight_vectors = whole_vectors(weight, depth);
 
-    const int steps = static_cast<int>((depth + STEP - 1) / STEP), n_tiles = (columns + COLUMNS - 1) / COLUMNS;
-    const auto start_copies = [&](int i) {  // step i % steps of tile i / steps of the vocabulary
-        if (i < steps * n_tiles) {
-            SCALAR* tile = stages + i % STAGES * STAGE;
-            const int column = i / steps * COLUMNS, at = i % steps * STEP;
+    const int steps = static_cast<int>((depth + STEP - 1) / STEP);
+    int next_column = 0, next_depth = 0;  // of the tile to copy next: along the depth, then on to the next columns
+    const auto start_copies = [&](int stage) {
+        if (next_column < columns) {
+            SCALAR* tile = stages + stage * STAGE;
             for (int part = 0; part < PARTS; ++part, tile += ROWS * PITCH) {
-                const auto row_of = [&](int r) {
-                    return first_row + r < rows ? hidden + (part * rows + first_row + r) * depth : nullptr;
+                const auto row_of = [&](int i) {
+                    return first_row + i < rows ? hidden + (part * rows + first_row + i) * depth : nullptr;
                 };
-                load_tile<ROWS, STEP>(tile, row_of, at, depth, hidden_vectors);
+                load_tile<ROWS, STEP>(tile, row_of, next_depth, depth, hidden_vectors);
             }
-            const auto column_of = [&](int c) {
-                return column + c < columns ? weight + (first_column + column + c) * depth : nullptr;
+            const auto column_of = [&](int i) {
+                return next_column + i < columns ? weight + (first_column + next_column + i) * depth : nullptr;
             };
-            load_tile<COLUMNS, STEP>(tile, column_of, at, depth, weight_vectors);
+            load_tile<COLUMNS, STEP>(tile, column_of, next_depth, depth, weight_vectors);
+            next_depth += STEP;
+            if (next_depth >= depth) {
+                next_depth = 0;
+                next_column += COLUMNS;
+            }
         }
         async_copies_end_group();
     };
@@ -81,17 +86,18 @@ extern "C" __global__ void __launch_bounds__(128) target_logprob(
         }
     }
 
-    for (int tile = 0; tile < n_tiles; ++tile) {
+    int stage = 0;
+    for (int column = 0; column < columns; column += COLUMNS) {
         float logits[TILES_M][TILES_N][4] = {};
-        for (int i = tile * steps; i < (tile + 1) * steps; ++i) {
+        for (int step = 0; step < steps; ++step) {
             async_copies_done<STAGES - 2>();
-            __syncthreads();  // step i is there, and no warp still reads step i - 1
-            start_copies(i + STAGES - 1);
-            const SCALAR* const stage = stages + i % STAGES * STAGE;
+            __syncthreads();  // this stage is there, and no warp still reads the one before
+            start_copies(stage == 0 ? STAGES - 1 : stage - 1);
+            const SCALAR* const left = stages + stage * STAGE + warp_row * PITCH;
+            const SCALAR* const right = stages + stage * STAGE + (PARTS * ROWS + warp_column) * PITCH;
+            stage = stage + 1 < STAGES ? stage + 1 : 0;
 #pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                multiply_rows<STEP>(logits, stage + (part * ROWS + warp_row) * PITCH, stage + (PARTS * ROWS + warp_column) * PITCH);
-            }
+            for (int part = 0; part < PARTS; ++part) multiply_rows<STEP>(logits, left + part * ROWS * PITCH, right);
         }
 #pragma unroll
         for (int m = 0; m < TILES_M; ++m) {
@@ -101,9 +107,9 @@ extern "C" __global__ void __launch_bounds__(128) target_logprob(
 #pragma unroll
                 for (int i = 0; i < TILES_N * 2; ++i) {
                     float& logit = logits[m][i / 2][2 * h + i % 2];
-                    const int column = tile * COLUMNS + warp_column + i / 2 * 8 + 2 * t + i % 2;
-                    if (column >= columns) logit = -infinity();
-                    if (column == wanted[m][h]) target_logits[first_row + warp_row + m * 16 + h * 8 + g] = logit;
+                    const int at = column + warp_column + i / 2 * 8 + 2 * t + i % 2;
+                    if (at >= columns) logit = -infinity();
+                    if (at == wanted[m][h]) target_logits[first_row + warp_row + m * 16 + h * 8 + g] = logit;
                     here.top = fmaxf(here.top, logit);
                 }
                 const float base = here.top == -infinity() ? 0.0f : here.top;
