@@ -106,15 +106,19 @@ def prefix_attention(
     half = dtype.itemsize == 2
     rows = 128 if half and value_width <= 128 else 64
     head_pitch, value_pitch = (_tile_pitch(16 * _ceil_div(columns, 16), dtype) for columns in (head_width, value_width))
-    shared = {keys: ((rows + keys) * head_pitch + keys * value_pitch) * dtype.itemsize for keys in ((64, 32) if half else (32, 16))}
-    keys = next((keys for keys, size in shared.items() if size <= _SHARED_BYTES), None)
+    shared_of = {
+        keys: ((rows + keys) * head_pitch + keys * value_pitch) * dtype.itemsize + rows * _ROW_BYTES
+        for keys in ((64, 32) if half else (32, 16))
+    }
+    keys = next((keys for keys, size in shared_of.items() if size <= _SHARED_BYTES), None)
     if keys is None or value_width > _VALUE_WIDTH:
         raise ValueError(f"prefix_attention does not take heads of {head_width} with values of {value_width} in {dtype}")
+    shared = shared_of[keys]
     widths = (("HEAD_WIDTH", head_width), ("VALUE_WIDTH", value_width))
-    tiles = (("ROWS", rows), ("KEYS", keys), ("SHARED_BYTES", shared[keys]))
+    tiles = (("ROWS", rows), ("KEYS", keys), ("SHARED_BYTES", shared))
     grid = (_ceil_div(queries * variants * width * group, rows), kv_heads, batch)
     defines = (("SCALAR", scalar(dtype)), *widths, *tiles)
-    return Launch("prefix_attention", "prefix_attention.cu", defines, grid, (_TILE_THREADS, 1, 1), shared[keys])
+    return Launch("prefix_attention", "prefix_attention.cu", defines, grid, (_TILE_THREADS, 1, 1), shared)
 
 
 def target_logprob(*, rows: int, vocabulary: int, span: int, parts: int, dtype: torch.dtype) -> Launch:
@@ -138,6 +142,7 @@ def vocabulary_span(*, rows: int, vocabulary: int, dtype: torch.dtype) -> int:
 _TILE_THREADS = 128
 _SHARED_BYTES = 99 << 10
 """Of a block, at most: what compute capability 8.6 has; beyond 48 KiB the launcher must ask for it."""
+_ROW_BYTES = 24  # Row in prefix_attention.cu
 _VALUE_WIDTH = 256  # half of a thread's registers
 _BUSY_BLOCKS = 1024  # a few waves
 

@@ -12,7 +12,7 @@
 // the prefix rounded to SCALAR; these are normalised by the sum of what they were rounded to.
 //
 // SCALAR: type; HEAD_WIDTH, VALUE_WIDTH; ROWS: a multiple of 64; KEYS: a multiple of 16; SHARED_BYTES.
-// block = 128, grid = (rows / ROWS, kv_heads, batch); shared: tiles of queries, keys and values.
+// block = 128, grid = (rows / ROWS, kv_heads, batch); shared: tiles of queries, keys and values; the table of rows.
 #include "tiles.cuh"
 
 constexpr int WARP_ROWS = ROWS / 4, ROW_TILES = WARP_ROWS / 16, KEY_TILES = KEYS / 8;
@@ -20,7 +20,6 @@ constexpr int HEAD_COLUMNS = round_up(HEAD_WIDTH, 16), VALUE_COLUMNS = round_up(
 constexpr int HEAD_PITCH = pitch_of<SCALAR>(HEAD_COLUMNS), VALUE_PITCH = pitch_of<SCALAR>(VALUE_COLUMNS);
 constexpr int VALUE_TILES = VALUE_COLUMNS / 8;
 static_assert(ROWS % 64 == 0 && KEYS % 16 == 0, "four warps of whole tiles");
-static_assert(SHARED_BYTES == ((ROWS + KEYS) * HEAD_PITCH + KEYS * VALUE_PITCH) * sizeof(SCALAR), "what launches.py reserves");
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // Which query a row is: rows are [query, variant, offset, member of the group].
@@ -29,6 +28,8 @@ struct Row {
     int offset, member;
     int prefix;  // clean keys that it sees
 };
+static_assert(SHARED_BYTES == ((ROWS + KEYS) * HEAD_PITCH + KEYS * VALUE_PITCH) * sizeof(SCALAR) + ROWS * sizeof(Row),
+              "what launches.py reserves");
 
 // The dot product of a query in shared and a key in global memory, by the four lanes of a row together.
 __device__ __forceinline__ float dot(const SCALAR* query, const SCALAR* key, bool vectors) {
@@ -66,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(128) prefix_attention(
     DYNAMIC_SHARED(SCALAR, query_tile);
     SCALAR* const key_tile = query_tile + ROWS * HEAD_PITCH;
     SCALAR* const value_tile = key_tile + KEYS * HEAD_PITCH;
-    __shared__ Row table[ROWS];
+    Row* const table = reinterpret_cast<Row*>(value_tile + KEYS * VALUE_PITCH);
 
     const long long kv_head = blockIdx.y, b = blockIdx.z;
     const long long rows_per_query = variants * width * group, all_rows = queries * rows_per_query;
