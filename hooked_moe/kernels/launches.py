@@ -22,6 +22,8 @@ MASKS = SCALARS | {torch.bool: "bool"}
 THREADS = 256
 ACCESS_BYTES = 16
 """The most that one instruction reads or writes."""
+SHARED_BYTES = 48 << 10
+"""What a block gets without asking for more."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,7 @@ def rows_are_aligned(*tensors: Tensor | None) -> bool:
     """Whether every row of these starts at a multiple of 16 bytes, so that it can be read 16 bytes at a time."""
     return all(
         x is None
-        or x.data_ptr() % ACCESS_BYTES == 0
-        and x.shape[-1] * x.itemsize % ACCESS_BYTES == 0
-        and all(stride * x.itemsize % ACCESS_BYTES == 0 for stride in x.stride()[:-1])
+        or all(n % ACCESS_BYTES == 0 for n in (x.data_ptr(), *(x.itemsize * step for step in (x.shape[-1], *x.stride()[:-1]))))
         for x in tensors
     )
 
@@ -83,8 +83,67 @@ def masked_combine(
     return Launch("masked_combine", "masked_combine.cu", defines, grid, block, 4 * block[1] * tile * slots)
 
 
-_REGISTER_BYTES = 512  # 128 of a thread's 255 registers
-_FACTORS = 4096  # 16 KiB: several blocks to a multiprocessor
+def route(*, tokens: int, experts: int, slots: int, groups: int, weights: torch.dtype, aligned: bool) -> Launch:
+    """`weights` is the type of the weights to write; `groups` 1 is none. `aligned`: `rows_are_aligned` of the logits."""
+    if not slots <= experts <= _ROUTED_EXPERTS:
+        raise ValueError(f"route takes from {slots} (one for each slot) to {_ROUTED_EXPERTS} experts, not {experts}")
+    vector = ACCESS_BYTES // 4 if aligned else 1
+    lanes = min(32, _power_of_two(_ceil_div(experts, 8)))
+    per_lane = _ceil_div(experts, lanes * vector) * vector
+    shared_bytes = 12 * slots + 4 * groups  # of a token
+    together = THREADS // lanes
+    while together * shared_bytes > SHARED_BYTES and together * lanes > 32:
+        together //= 2
+    defines = (("SCALAR", scalar(weights)), ("LANES", lanes), ("PER_LANE", per_lane), ("VECTOR", vector))
+    grid = (_ceil_div(tokens, together), 1, 1)
+    return Launch("route", "route.cu", defines, grid, (lanes, together, 1), together * shared_bytes)
+
+
+def group_count(*, entries: int, experts: int) -> Launch:
+    """The first of three kernels that sort by expert. Its `grid[0]` is the number of parts: `counts` is int32 [experts, parts].
+
+    Raises `ValueError` where counters could overflow or would not fit shared memory.
+    """
+    if entries >= 2**31:
+        raise ValueError(f"rows are counted in 32 bits: sort fewer than {2**31} at once, not {entries}")
+    if not 0 < experts <= SHARED_BYTES // 8:
+        raise ValueError(f"sorting takes from 1 to {SHARED_BYTES // 8} experts, not {experts}")
+    parts = min(_PARTS, max(1, _ceil_div(entries, THREADS)))  # one of no entries, so that `ends` is written for none
+    return Launch("group_count", "group.cu", (), (parts, 1, 1), (THREADS, 1, 1), 4 * experts)
+
+
+def group_scan(*, experts: int) -> Launch:
+    """The second: one warp for each expert."""
+    return Launch("group_scan", "group.cu", (), (experts, 1, 1), (32, 1, 1))
+
+
+def group_scatter(*, entries: int, experts: int) -> Launch:
+    """The third, over the parts of the first."""
+    parts = group_count(entries=entries, experts=experts).grid
+    warps = THREADS // 32
+    while (warps + 1) * 4 * experts > SHARED_BYTES:
+        warps //= 2
+    return Launch("group_scatter", "group.cu", (), parts, (32 * warps, 1, 1), (warps + 1) * 4 * experts)
+
+
+def gather_rows(*, tokens: int, width: int, dtype: torch.dtype, aligned: bool) -> Launch:
+    """`aligned`: `rows_are_aligned` of x and out."""
+    vector = ACCESS_BYTES // dtype.itemsize if aligned else 1
+    grid, block = _over_rows(tokens, width, vector)
+    return Launch("gather_rows", "gather_rows.cu", (("SCALAR", scalar(dtype)), ("VECTOR", vector)), grid, block)
+
+
+def swiglu(*, rows: int, width: int, dtype: torch.dtype, aligned: bool) -> Launch:
+    """`width` is that of out, half of what is read. `aligned`: `rows_are_aligned` of both and out."""
+    vector = ACCESS_BYTES // dtype.itemsize if aligned else 1
+    grid, block = _over_rows(rows, width, vector)
+    return Launch("swiglu", "swiglu.cu", (("SCALAR", scalar(dtype)), ("VECTOR", vector)), grid, block)
+
+
+_REGISTER_BYTES = 512  # of a thread, half of what it can have
+_FACTORS = 4096  # 16 KiB, so that several blocks fit a multiprocessor
+_ROUTED_EXPERTS = 1024  # 32 in a lane, all in registers
+_PARTS = 512  # a few for each multiprocessor
 
 
 def prefix_attention(
@@ -166,9 +225,13 @@ def _over_rows(rows: int, width: int, vector: int) -> tuple[tuple[int, int, int]
     if not parts:
         return (0, 0, 0), (THREADS, 1, 1)
     part = _ceil_div(columns, parts)
-    x = 1 << (part - 1).bit_length() if part < 32 else 32 * _ceil_div(part, 32)
+    x = _power_of_two(part) if part < 32 else 32 * _ceil_div(part, 32)
     y = THREADS // x
     return (_ceil_div(rows, y), parts, 1), (x, y, 1)
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -20,11 +20,12 @@ BUILD = HERE.parents[1] / "build" / "shim"
 SANITIZE = "HOOKED_MOE_TEST_SANITIZE"
 """An environment variable: what runs has to be loaded under libasan then."""
 
-# Kernels read memory as what it was not declared as, which CUDA allows. CUDA fuses a product and a sum; so does -ffp-contract,
-# where the machine can. Memory that was never written must not look like a zero.
-_FLAGS = "-std=c++17 -O1 -g -fPIC -shared -fno-strict-aliasing -ftrivial-auto-var-init=pattern -U_FORTIFY_SOURCE".split()
-_WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas".split()
-_SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer".split()
+_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared"]
+_FLAGS += ["-fno-strict-aliasing"]  # CUDA allows to read memory as what it was not declared as
+_FLAGS += ["-ftrivial-auto-var-init=pattern"]  # what was never written must not look like a zero
+_FLAGS += ["-U_FORTIFY_SOURCE"]  # which forbids to jump from stack to stack
+_WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-sign-compare"]
+_SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
 class KernelError(RuntimeError):

@@ -22,7 +22,7 @@ struct Copy {
     unsigned bytes;
 };
 
-enum class State { READY, AT_BARRIER, IN_WARP, RETURNED };
+enum class State { READY, AT_BARRIER, IN_WARP, TRAPPED, RETURNED };
 
 struct Fiber {
     std::vector<char> stack = std::vector<char>(STACK_BYTES);
@@ -136,7 +136,7 @@ void run_warp(unsigned first, unsigned end, bool backwards) {
 }
 
 std::string described(unsigned thread) {
-    const char* does[] = {"runs", "waits at __syncthreads", "waits for lanes of its warp", "has returned"};
+    const char* does[] = {"runs", "waits at __syncthreads", "waits for lanes of its warp", "is trapped", "has returned"};
     const std::string where = "thread " + std::to_string(thread) + " of block (" + std::to_string(blockIdx.x) + ", " +
                               std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + ") ";
     return where + does[static_cast<int>(fibers[thread]->state)];
@@ -153,6 +153,9 @@ void run_block(unsigned threads, bool backwards) {
         for (unsigned thread = 0; thread < threads; ++thread)
             if (fibers[thread]->state == State::IN_WARP) {
                 error = described(thread) + " that never come";
+                return;
+            } else if (fibers[thread]->state == State::TRAPPED) {
+                error = described(thread);
                 return;
             }
         for (unsigned thread = 1; thread < threads; ++thread)
@@ -191,6 +194,11 @@ const char* run(const Geometry& geometry, void (*thread)(void*), void* context) 
 void* dynamic_shared() { return shared.data(); }
 
 unsigned lane() { return running % 32; }
+
+void trap() {
+    self().state = State::TRAPPED;
+    pause();
+}
 
 void block_barrier() {
     self().state = State::AT_BARRIER;

@@ -50,6 +50,9 @@ const char* run(const Geometry&, void (*thread)(void* context), void* context);
 void* dynamic_shared();  // of exactly the bytes asked for, not initialised
 unsigned lane();
 
+// Ends the kernel: what it was given is not what it takes.
+void trap();
+
 // Waits for all threads of the block.
 void block_barrier();
 
@@ -143,6 +146,13 @@ T atomicAdd(T* at, T value) {
     return before;
 }
 
+template <class T>
+T atomicMax(T* at, T value) {
+    const T before = *at;
+    if (before < value) *at = value;
+    return before;
+}
+
 // Scalars --------------------------------------------------------------------------------------------------------------------
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -198,6 +208,8 @@ inline unsigned short half_bits_from_float(float x) {
 inline unsigned short bfloat_bits_from_float(float x) {
     return x != x ? 0x7fffu : static_cast<unsigned short>(round_off(__float_as_uint(x), 16));
 }
+
+inline void trap() { shim::trap(); }
 
 inline void async_copy_16(void* to_shared, const void* from_global) { shim::async_copy(to_shared, from_global, 16); }
 inline void async_copies_end_group() { shim::async_copies_end_group(); }

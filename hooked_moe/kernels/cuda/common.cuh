@@ -36,6 +36,9 @@ __device__ __forceinline__ unsigned short bfloat_bits_from_float(float x) {
     return bits;
 }
 
+// Ends the kernel with an error, for good: what it was given is not what it takes.
+__device__ __forceinline__ void trap() { asm volatile("trap;"); }
+
 // d += a b over a 16 x 8 tile with 16 products an element: a is [16, 16] by rows, b [16, 8] by columns, two scalars to a word,
 // spread over the lanes of a warp as PTX lays m16n8k16 out.
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bfloat16) {
@@ -65,13 +68,15 @@ __device__ __forceinline__ void async_copies_done() {
 }
 
 // The block's dynamic shared memory as an array.
-#define DYNAMIC_SHARED(type, name)                               \
+#define DYNAMIC_SHARED(type, name)                                  \
     extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
     type* const name = reinterpret_cast<type*>(dynamic_shared)
 
 #endif
 
 // Scalars --------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 
 __device__ __forceinline__ float to_float(bool x) { return x ? 1.0f : 0.0f; }
 __device__ __forceinline__ float to_float(float32 x) { return x; }
