@@ -56,3 +56,48 @@ def test_half_precision_weights_take_the_hidden_states_of_float32(dtype: torch.d
     hidden, weight, targets = drawn(9, 300, 70, dtype)
     loss = on_kernel(as_sum(hidden, dtype), weight, targets)
     torch.testing.assert_close(loss.double(), by_definition(hidden, weight, targets), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_of_any_size_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
+    hidden, weight, targets = drawn(20, 150, 16, dtype)
+    hidden = (hidden * 300).to(dtype)
+    loss = on_kernel(hidden[None], weight, targets)
+    torch.testing.assert_close(loss.double(), by_definition(hidden, weight, targets), rtol=1e-5, atol=1e-3)
+
+
+def test_a_target_outside_the_vocabulary_has_no_loss() -> None:
+    hidden, weight, targets = drawn(6, 70, 16, torch.bfloat16)
+    targets[:3] = torch.tensor([-1, 70, -100])
+    loss = on_kernel(hidden[None].bfloat16(), weight, targets, span=64)
+    assert loss.isnan().tolist() == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_neither_pointers_nor_the_order_of_threads_change_a_bit(dtype: torch.dtype) -> None:
+    hidden, weight, targets = drawn(9, 200, 48, dtype)
+    hidden = hidden[None].to(dtype)
+    loss = on_kernel(hidden, weight, targets, span=64)
+    assert torch.equal(on_kernel(off_by_one(hidden), off_by_one(weight), targets, span=64), loss)
+    assert torch.equal(on_kernel(hidden, weight, targets, span=64, backwards=True), loss)
+
+
+def off_by_one(x: Tensor) -> Tensor:
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
+def test_few_rows_are_spread_over_the_vocabulary_and_many_are_not() -> None:
+    shape = {"vocabulary": 50304, "dtype": torch.bfloat16}
+    assert launches.vocabulary_span(rows=1, **shape) == 128
+    assert launches.vocabulary_span(rows=16384, **shape) == 128 * 50  # 393 tiles in 8 spans to 128 rows of blocks
+    assert launches.vocabulary_span(rows=1 << 20, **shape) == 50304
+    assert launches.target_logprob(rows=0, span=128, parts=1, **shape).is_empty
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 16), (torch.float16, 22)])
+def test_two_halves_hold_twice_the_bits_of_one(dtype: torch.dtype, bits: int) -> None:
+    x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+    parts = as_sum(x, dtype)
+    assert parts.dtype == dtype
+    error = (parts.double().sum(0) - x.double()).abs()
+    assert (error <= x.abs() * 2.0**-bits + 2.0**-25).all()  # the smallest steps of float16

@@ -54,8 +54,6 @@ __device__ __forceinline__ float power_of_two(float x) {
 
 #endif
 
-__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
-
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
 
 // Over the four lanes that share a row.
