@@ -163,10 +163,11 @@ def _launch(
     variants, batch, tokens, heads, _ = q.shape
     _, length, kv_heads, d_value = values.shape
     out = q.new_empty(*q.shape[:-1], d_value)
-    sizes = variants, batch, tokens // width, width, kv_heads, heads // kv_heads, length
-    launch = launches.prefix_attention(*sizes[:-1], d_head=q.shape[-1], d_value=d_value, dtype=q.dtype)
+    sizes = {"variants": variants, "batch": batch, "queries": tokens // width, "width": width, "kv_heads": kv_heads}
+    sizes["group"] = heads // kv_heads
+    launch = launches.prefix_attention(**sizes, head_width=q.shape[-1], value_width=d_value, dtype=q.dtype)
     positions = None if positions is None else positions.contiguous()
-    nvrtc.run(launch, out, q, own_k, own_v, keys, values, positions, *sizes, float(scale))
+    nvrtc.run(launch, out, q, own_k, own_v, keys, values, positions, *sizes.values(), length, float(scale))
     return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_moe.kernels import launches, nvrtc
@@ -27,16 +27,29 @@ class Rule(NamedTuple):
     """... of which a token goes only to those with the most probable best expert (arXiv 2405.04434, section 2.2.2)."""
 
 
-def route(logits: Float[Tensor, "token expert"], rule: Rule) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
-    """Routing weights and the experts that they are of, most probable first. Of equally probable experts the first is taken."""
-    return _route(logits, *rule)
+def route(
+    logits: Float[Tensor, "token expert"], rule: Rule, keep: Bool[Tensor, "token expert"] | None = None
+) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
+    """Routing weights and the experts that they are of, most probable first. Of equally probable experts the first is taken.
+
+    Where `keep` is False, an expert has no probability, so that the next one takes its slot.
+    """
+    return _route(logits, keep, *rule)
 
 
 def route_reference(
-    logits: Float[Tensor, "token expert"], slots: int, renormalize: bool, scale: float, groups: int, groups_kept: int
+    logits: Float[Tensor, "token expert"],
+    keep: Bool[Tensor, "token expert"] | None,
+    slots: int,
+    renormalize: bool,
+    scale: float,
+    groups: int,
+    groups_kept: int,
 ) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
     """The same by its definition."""
     probabilities = logits.softmax(dim=-1)
+    if keep is not None:
+        probabilities = probabilities * keep
     eligible = probabilities
     if groups > 1:
         by_group = probabilities.unflatten(-1, (groups, -1))
@@ -73,20 +86,40 @@ def group_by_expert_reference(
 
 
 def _launch_route(
-    logits: Tensor, slots: int, renormalize: bool, scale: float, groups: int, groups_kept: int
+    logits: Tensor, keep: Tensor | None, slots: int, renormalize: bool, scale: float, groups: int, groups_kept: int
 ) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+    logits = logits.contiguous()
+    tokens, experts = logits.shape
+    weights, indices = _route_shapes(logits, keep, slots, renormalize, scale, groups, groups_kept)
+    aligned = launches.rows_are_aligned(logits)
+    launch = launches.route(
+        tokens=tokens, experts=experts, slots=slots, groups=groups, weights=weights.dtype, aligned=aligned
+    )
+    keep = None if keep is None else keep.contiguous()
+    sizes = tokens, experts, slots, groups, groups_kept
+    nvrtc.run(launch, indices, weights, logits, keep, *sizes, int(renormalize), float(scale))
+    return weights, indices
 
 
 def _route_shapes(
-    logits: Tensor, slots: int, renormalize: bool, scale: float, groups: int, groups_kept: int
+    logits: Tensor, keep: Tensor | None, slots: int, renormalize: bool, scale: float, groups: int, groups_kept: int
 ) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], slots)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
 def _launch_group_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError
+    indices = indices.contiguous()
+    entries = indices.numel()
+    order, place, ends = _group_by_expert_shapes(indices, num_experts)
+    count = launches.group_count(entries=entries, experts=num_experts)
+    counts = ends.new_empty(num_experts, count.grid[0])
+    totals = ends.new_empty(num_experts)
+    nvrtc.run(count, counts, indices, entries, num_experts)
+    nvrtc.run(launches.group_scan(experts=num_experts), counts, totals, count.grid[0])
+    scatter = launches.group_scatter(entries=entries, experts=num_experts)
+    nvrtc.run(scatter, order, place, ends, indices, counts, totals, entries, num_experts)
+    return order, place, ends
 
 
 def _group_by_expert_shapes(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +129,7 @@ def _group_by_expert_shapes(indices: Tensor, num_experts: int) -> tuple[Tensor, 
 
 _route = operator(
     "route",
-    "(Tensor logits, int slots, bool renormalize, float scale, int groups, int groups_kept) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor? keep, int slots, bool renormalize, float scale, int groups, int groups_kept) -> (Tensor, Tensor)",
     definition=route_reference,
     launch=_launch_route,
     shapes=_route_shapes,

@@ -41,7 +41,13 @@ def _swiglu_reference(gate_and_up: Tensor) -> Tensor:
 
 
 def _launch_gather_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
-    raise NotImplementedError
+    x, place = x.contiguous(), place.contiguous()
+    (tokens, slots), width = place.shape, x.shape[1]
+    out = x.new_empty(len(order), width)
+    aligned = launches.rows_are_aligned(x, out)
+    launch = launches.gather_rows(tokens=tokens, width=width, dtype=x.dtype, aligned=aligned)
+    nvrtc.run(launch, out, x, place, tokens, slots, width, width)
+    return out
 
 
 def _gather_rows_shapes(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
@@ -49,7 +55,12 @@ def _gather_rows_shapes(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
 
 
 def _launch_swiglu(gate_and_up: Tensor) -> Tensor:
-    raise NotImplementedError
+    both = gate_and_up.contiguous()
+    rows, width = len(both), both.shape[1] // 2
+    out = both.new_empty(rows, width)
+    aligned = launches.rows_are_aligned(both, out)
+    nvrtc.run(launches.swiglu(rows=rows, width=width, dtype=both.dtype, aligned=aligned), out, both, rows, width, 2 * width)
+    return out
 
 
 def _swiglu_shapes(gate_and_up: Tensor) -> Tensor:

@@ -11,37 +11,25 @@
 // are computed, the next keys while values are mixed. Scores, sums and own weights are float32. Tensor cores want the weights of
 // the prefix rounded to SCALAR; these are normalised by the sum of what they were rounded to.
 //
-// SCALAR: type; HEAD_WIDTH, VALUE_WIDTH; ROW_TILES of 16 per warp; KEYS per tile, a multiple of 16.
-// block = 128, grid = (rows / ROWS, kv_heads, batch); shared: tiles of queries, keys and values.
+// SCALAR: type; HEAD_WIDTH, VALUE_WIDTH; ROWS: a multiple of 64; KEYS: a multiple of 16; SHARED_BYTES.
+// block = 128, grid = (rows / ROWS, kv_heads, batch); shared: tiles of queries, keys and values; the table of rows.
 #include "tiles.cuh"
 
-constexpr int WARPS = 4;
-constexpr int WARP_ROWS = 16 * ROW_TILES, ROWS = WARPS * WARP_ROWS;
-constexpr int KEY_TILES = KEYS / 8;
+constexpr int WARP_ROWS = ROWS / 4, ROW_TILES = WARP_ROWS / 16, KEY_TILES = KEYS / 8;
 constexpr int HEAD_COLUMNS = round_up(HEAD_WIDTH, 16), VALUE_COLUMNS = round_up(VALUE_WIDTH, 16);
-constexpr int HEAD_PITCH = pitch_of<SCALAR>(HEAD_COLUMNS);
+constexpr int HEAD_PITCH = pitch_of<SCALAR>(HEAD_COLUMNS), VALUE_PITCH = pitch_of<SCALAR>(VALUE_COLUMNS);
 constexpr int VALUE_TILES = VALUE_COLUMNS / 8;
+static_assert(ROWS % 64 == 0 && KEYS % 16 == 0, "four warps of whole tiles");
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// Where things are of a row: rows are [query, variant, offset, member of the group].
-struct Layout {
-    long long variants, batch, queries, width, kv_heads, group;
-
-    __device__ __forceinline__ long long rows() const { return queries * variants * width * group; }
-    __device__ __forceinline__ long long query(long long row) const { return row / (variants * width * group); }
-    __device__ __forceinline__ long long offset(long long row) const { return row / group % width; }
-
-    // Index into [variant, batch, token, kv_head], of the token at an offset of the row's window.
-    __device__ __forceinline__ long long own(long long row, long long b, long long kv_head, long long offset) const {
-        const long long variant = row / (width * group) % variants;
-        return (((variant * batch + b) * queries + query(row)) * width + offset) * kv_heads + kv_head;
-    }
-
-    // Index into [variant, batch, token, head].
-    __device__ __forceinline__ long long head(long long row, long long b, long long kv_head) const {
-        return own(row, b, kv_head, offset(row)) * group + row % group;
-    }
+// Which query a row is: rows are [query, variant, offset, member of the group].
+struct Row {
+    long long window;  // index of its window's first token in [variant, batch, token]
+    int offset, member;
+    int prefix;  // clean keys that it sees
 };
+static_assert(SHARED_BYTES == ((ROWS + KEYS) * HEAD_PITCH + KEYS * VALUE_PITCH) * sizeof(SCALAR) + ROWS * sizeof(Row),
+              "what launches.py reserves");
 
 // The dot product of a query in shared and a key in global memory, by the four lanes of a row together.
 __device__ __forceinline__ float dot(const SCALAR* query, const SCALAR* key, bool vectors) {
@@ -79,38 +67,51 @@ extern "C" __global__ void __launch_bounds__(128) prefix_attention(
     DYNAMIC_SHARED(SCALAR, query_tile);
     SCALAR* const key_tile = query_tile + ROWS * HEAD_PITCH;
     SCALAR* const value_tile = key_tile + KEYS * HEAD_PITCH;
+    Row* const table = reinterpret_cast<Row*>(value_tile + KEYS * VALUE_PITCH);
 
-    const Layout layout = {variants, batch, queries, width, kv_heads, group};
     const long long kv_head = blockIdx.y, b = blockIdx.z;
+    const long long rows_per_query = variants * width * group, all_rows = queries * rows_per_query;
     const long long first_row = static_cast<long long>(gridDim.x - 1 - blockIdx.x) * ROWS;  // the longest prefixes first
-    const int rows = static_cast<int>(layout.rows() - first_row < ROWS ? layout.rows() - first_row : ROWS);
+    const int rows = static_cast<int>(all_rows - first_row < ROWS ? all_rows - first_row : ROWS);
     const auto prefix_of = [&](long long query) {
         const long long at = positions ? positions[b * queries + query] : query;
         return static_cast<int>(at < n_keys ? at : n_keys);
     };
+    for (int i = threadIdx.x; i < ROWS; i += blockDim.x) {
+        const long long row = first_row + (i < rows ? i : rows - 1);  // those without a row of their own keep the last company
+        const long long query = row / rows_per_query, variant = row / (width * group) % variants;
+        const long long window = ((variant * batch + b) * queries + query) * width;
+        table[i] = {window, static_cast<int>(row / group % width), static_cast<int>(row % group), prefix_of(query)};
+    }
     int shortest = static_cast<int>(n_keys), longest = 0;
-    for (long long query = layout.query(first_row); query <= layout.query(first_row + rows - 1); ++query) {
+    for (long long query = first_row / rows_per_query; query <= (first_row + rows - 1) / rows_per_query; ++query) {
         const int prefix = prefix_of(query);
         shortest = prefix < shortest ? prefix : shortest;
         longest = prefix > longest ? prefix : longest;
     }
+    __syncthreads();
+    const auto head_of = [&](int i) {  // index into [variant, batch, token, head]
+        return ((table[i].window + table[i].offset) * kv_heads + kv_head) * group + table[i].member;
+    };
 
+    const SCALAR* const first_key = keys + (b * n_keys * kv_heads + kv_head) * HEAD_WIDTH;
+    const SCALAR* const first_value = values + (b * n_keys * kv_heads + kv_head) * VALUE_WIDTH;
     const bool key_vectors = whole_vectors(keys, HEAD_WIDTH), value_vectors = whole_vectors(values, VALUE_WIDTH);
     const auto start_keys = [&](int start) {
-        const auto row_of = [&](int i) {
-            return start + i < longest ? keys + ((b * n_keys + start + i) * kv_heads + kv_head) * HEAD_WIDTH : nullptr;
+        const auto key_of = [&](int i) {
+            return start + i < longest ? first_key + (start + i) * kv_heads * HEAD_WIDTH : nullptr;
         };
-        load_tile<KEYS, HEAD_COLUMNS>(key_tile, row_of, 0, HEAD_WIDTH, key_vectors);
+        load_tile<KEYS, HEAD_COLUMNS>(key_tile, key_of, 0, HEAD_WIDTH, key_vectors);
         async_copies_end_group();
     };
     const auto start_values = [&](int start) {
-        const auto row_of = [&](int i) {
-            return start + i < longest ? values + ((b * n_keys + start + i) * kv_heads + kv_head) * VALUE_WIDTH : nullptr;
+        const auto value_of = [&](int i) {
+            return start + i < longest ? first_value + (start + i) * kv_heads * VALUE_WIDTH : nullptr;
         };
-        load_tile<KEYS, VALUE_COLUMNS>(value_tile, row_of, 0, VALUE_WIDTH, value_vectors);
+        load_tile<KEYS, VALUE_COLUMNS>(value_tile, value_of, 0, VALUE_WIDTH, value_vectors);
         async_copies_end_group();
     };
-    const auto query_of = [&](int i) { return i < rows ? q + layout.head(first_row + i, b, kv_head) * HEAD_WIDTH : nullptr; };
+    const auto query_of = [&](int i) { return q + head_of(i) * HEAD_WIDTH; };
     load_tile<ROWS, HEAD_COLUMNS>(query_tile, query_of, 0, HEAD_WIDTH, whole_vectors(q, HEAD_WIDTH));
     start_keys(0);
 
@@ -123,8 +124,7 @@ extern "C" __global__ void __launch_bounds__(128) prefix_attention(
     for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int i = warp_row + m * 16 + h * 8 + g;
-            prefix[m][h] = i < rows ? prefix_of(layout.query(first_row + i)) : 0;
+            prefix[m][h] = table[warp_row + m * 16 + h * 8 + g].prefix;
             top[m][h] = -infinity();
             sum[m][h] = 0.0f;
         }
@@ -140,6 +140,7 @@ extern "C" __global__ void __launch_bounds__(128) prefix_attention(
         if (start + KEYS < longest) start_keys(start + KEYS);
 
         const bool all_see_all = start + KEYS <= shortest;
+        LeftOperand<SCALAR, ROW_TILES, KEY_TILES> weights;
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
@@ -154,56 +155,61 @@ extern "C" __global__ void __launch_bounds__(128) prefix_attention(
                 }
                 const float new_top = fmaxf(top[m][h], row_max(highest));
                 const float base = new_top == -infinity() ? 0.0f : new_top;  // a row may have seen nothing yet
-                const float shrink = exp2f(top[m][h] - base);
+                const float shrink = power_of_two(top[m][h] - base);
                 top[m][h] = new_top;
                 sum[m][h] *= shrink;
 #pragma unroll
-                for (int i = 0; i < KEY_TILES * 2; ++i) {
-                    float& weight = scores[m][i / 2][2 * h + i % 2];
-                    weight = as_operand(exp2f(weight - base), SCALAR{});
-                    sum[m][h] += weight;
+                for (int n = 0; n < KEY_TILES; ++n) {
+                    const float left = power_of_two(scores[m][n][2 * h] - base);
+                    const float right = power_of_two(scores[m][n][2 * h + 1] - base);
+                    sum[m][h] += weights.set(m, n, h, left, right);
                 }
 #pragma unroll
                 for (int i = 0; i < VALUE_TILES * 2; ++i) mixed[m][i / 2][2 * h + i % 2] *= shrink;
             }
         }
-        multiply_weights(mixed, scores, value_tile);
+        multiply(mixed, weights, value_tile);
     }
 
     async_copies_done<0>();
     __syncthreads();  // without a prefix, nobody has waited for the queries yet
-    const bool own_vectors = whole_vectors(own_k, HEAD_WIDTH);
+    const bool own_key_vectors = whole_vectors(own_k, HEAD_WIDTH);
+    const bool own_value_vectors = whole_vectors(own_v, VALUE_WIDTH), out_vectors = whole_vectors(out, VALUE_WIDTH);
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int i = warp_row + m * 16 + h * 8 + g;
-            const long long row = first_row + (i < rows ? i : rows - 1);  // lanes without a row keep the others company
-            float all = row_sum(sum[m][h]);
-            for (long long offset = 0; offset < width; ++offset) {
-                const bool seen = offset <= layout.offset(row);
-                const long long own = layout.own(row, b, kv_head, offset);
-                const float score = dot(query_tile + i * HEAD_PITCH, own_k + own * HEAD_WIDTH, own_vectors) * log2_scale;
-                const float new_top = seen ? fmaxf(top[m][h], score) : top[m][h];
-                const float shrink = exp2f(top[m][h] - new_top), weight = seen ? exp2f(score - new_top) : 0.0f;
-                top[m][h] = new_top;
-                all = all * shrink + weight;
+            const Row row = table[i];
+            float total = row_sum(sum[m][h]);
+            for (int offset = 0; offset < width; ++offset) {
+                const bool seen = offset <= row.offset;
+                const long long own = (row.window + offset) * kv_heads + kv_head;
+                const float score = dot(query_tile + i * HEAD_PITCH, own_k + own * HEAD_WIDTH, own_key_vectors) * log2_scale;
                 if (!seen) continue;
+                const float new_top = fmaxf(top[m][h], score);
+                const float shrink = power_of_two(top[m][h] - new_top), weight = power_of_two(score - new_top);
+                top[m][h] = new_top;
+                total = total * shrink + weight;
 #pragma unroll
-                for (int n = 0; n < VALUE_TILES * 2; ++n) {
-                    const int column = n / 2 * 8 + 2 * t + n % 2;
-                    float& mix = mixed[m][n / 2][2 * h + n % 2];
-                    if (column < VALUE_WIDTH) mix = mix * shrink + weight * to_float(own_v[own * VALUE_WIDTH + column]);
+                for (int n = 0; n < VALUE_TILES; ++n) {
+                    const SCALAR* value = own_v + own * VALUE_WIDTH;
+                    const Pack<SCALAR, 2> two = load_two(value, n * 8 + 2 * t, VALUE_WIDTH, own_value_vectors);
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        float& mix = mixed[m][n][2 * h + j];
+                        mix = mix * shrink + weight * to_float(two.values[j]);
+                    }
                 }
             }
             if (i >= rows) continue;
+            SCALAR* const target = out + head_of(i) * VALUE_WIDTH;
 #pragma unroll
-            for (int n = 0; n < VALUE_TILES * 2; ++n) {
-                const int column = n / 2 * 8 + 2 * t + n % 2;
-                if (column < VALUE_WIDTH) {
-                    const float mix = mixed[m][n / 2][2 * h + n % 2];
-                    out[layout.head(row, b, kv_head) * VALUE_WIDTH + column] = from_float<SCALAR>(mix / all);
-                }
+            for (int n = 0; n < VALUE_TILES; ++n) {
+                Pack<SCALAR, 2> two;
+#pragma unroll
+                for (int j = 0; j < 2; ++j) two.values[j] = from_float<SCALAR>(mixed[m][n][2 * h + j] / total);
+                store_two(target, n * 8 + 2 * t, VALUE_WIDTH, two, out_vectors);
             }
         }
     }

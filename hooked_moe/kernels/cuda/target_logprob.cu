@@ -1,24 +1,22 @@
-// loss[r] = -log softmax(weight hidden[r])[target[r]] in nats, without logits in memory.
+// What -log softmax(weight hidden[r])[target[r]] takes, without logits in memory: of each row the log-sum-exp of its logits over spans
+// of the vocabulary, and the target's logit. The loss is log_sums.logsumexp(0) - target_logits, in nats.
 //
-// Stage 1, target_logprob_spans: a block takes ROWS rows of hidden over one span of the vocabulary, COLUMNS logits at a time, in
-// registers. Each lane keeps the running maximum and sum of exponentials of its own logits; lanes and warps merge once, at the
-// end. The lane that has the target's logit writes it. Stage 2, target_logprob_merge: a thread a row merges its spans in order.
-// Nothing depends on which block comes first. The loss is nan where the target is not in the vocabulary.
+// A block takes ROWS rows of hidden over one span, COLUMNS logits at a time, in registers. Each lane keeps the running maximum and
+// sum of exponentials of its own logits; lanes and warps merge once, at the end. Which block comes first changes nothing.
 //
 // hidden is [PARTS, rows, depth]. Where it is wider than the weights, its rows are given as sums of PARTS scalars of the weights'
 // type: their products are exact in float32, in which everything is summed.
 //
-// SCALAR: type; PARTS. block = 128; stage 1: grid = (rows / ROWS, spans), shared: STAGES tiles; stage 2: grid = rows / 128.
+// SCALAR: type; PARTS; ROWS, COLUMNS: multiples of 32; STEP: depths of a tile; STAGES: tiles on their way or in use; SHARED_BYTES.
+// block = 128, grid = (rows / ROWS, spans); shared: STAGES tiles.
 #include "tiles.cuh"
 
-constexpr bool HALF = sizeof(SCALAR) == 2;
 constexpr int WARPS_DOWN = 2, WARPS_ACROSS = 2;
-constexpr int TILES_M = HALF ? 4 : 2, TILES_N = HALF ? 8 : 4;  // of a warp
-constexpr int ROWS = WARPS_DOWN * TILES_M * 16, COLUMNS = WARPS_ACROSS * TILES_N * 8;
-constexpr int STEP = HALF ? 32 : 16;  // depths of a tile
+constexpr int TILES_M = ROWS / WARPS_DOWN / 16, TILES_N = COLUMNS / WARPS_ACROSS / 8;  // of a warp
 constexpr int PITCH = pitch_of<SCALAR>(STEP);
-constexpr int STAGES = 3;  // tiles on their way or in use
 constexpr int STAGE = (PARTS * ROWS + COLUMNS) * PITCH;
+static_assert(ROWS % 32 == 0 && COLUMNS % 32 == 0, "four warps of whole tiles");
+static_assert(SHARED_BYTES == STAGES * STAGE * sizeof(SCALAR), "what launches.py reserves");
 
 // sum * exp(top), of some exponentials; of none, top is -infinity.
 struct LogSum {
@@ -32,10 +30,9 @@ struct LogSum {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(128) target_logprob_spans(
-    float* __restrict__ tops,               // [spans, rows]
-    float* __restrict__ sums,               // [spans, rows]
-    float* __restrict__ target_logits,      // [rows]
+extern "C" __global__ void __launch_bounds__(128) target_logprob(
+    float* __restrict__ log_sums,           // [spans, rows]
+    float* __restrict__ target_logits,      // [rows], left alone where the target is not in the vocabulary
     const SCALAR* __restrict__ hidden,      // [PARTS, rows, depth]
     const SCALAR* __restrict__ weight,      // [vocabulary, depth]
     const long long* __restrict__ targets,  // [rows]
@@ -51,21 +48,26 @@ extern "C" __global__ void __launch_bounds__(128) target_logprob_spans(
     const int warp_row = warp / WARPS_ACROSS * TILES_M * 16, warp_column = warp % WARPS_ACROSS * TILES_N * 8;
     const bool hidden_vectors = whole_vectors(hidden, depth), weight_vectors = whole_vectors(weight, depth);
 
-    const int steps = static_cast<int>((depth + STEP - 1) / STEP), n_tiles = (columns + COLUMNS - 1) / COLUMNS;
-    const auto start_copies = [&](int i) {  // step i % steps of tile i / steps of the vocabulary
-        if (i < steps * n_tiles) {
-            SCALAR* tile = stages + i % STAGES * STAGE;
-            const int column = i / steps * COLUMNS, at = i % steps * STEP;
+    const int steps = static_cast<int>((depth + STEP - 1) / STEP);
+    int next_column = 0, next_depth = 0;  // of the tile to copy next: along the depth, then on to the next columns
+    const auto start_copies = [&](int stage) {
+        if (next_column < columns) {
+            SCALAR* tile = stages + stage * STAGE;
             for (int part = 0; part < PARTS; ++part, tile += ROWS * PITCH) {
-                const auto row_of = [&](int r) {
-                    return first_row + r < rows ? hidden + (part * rows + first_row + r) * depth : nullptr;
+                const auto row_of = [&](int i) {
+                    return first_row + i < rows ? hidden + (part * rows + first_row + i) * depth : nullptr;
                 };
-                load_tile<ROWS, STEP>(tile, row_of, at, depth, hidden_vectors);
+                load_tile<ROWS, STEP>(tile, row_of, next_depth, depth, hidden_vectors);
             }
-            const auto column_of = [&](int c) {
-                return column + c < columns ? weight + (first_column + column + c) * depth : nullptr;
+            const auto column_of = [&](int i) {
+                return next_column + i < columns ? weight + (first_column + next_column + i) * depth : nullptr;
             };
-            load_tile<COLUMNS, STEP>(tile, column_of, at, depth, weight_vectors);
+            load_tile<COLUMNS, STEP>(tile, column_of, next_depth, depth, weight_vectors);
+            next_depth += STEP;
+            if (next_depth >= depth) {
+                next_depth = 0;
+                next_column += COLUMNS;
+            }
         }
         async_copies_end_group();
     };
@@ -84,17 +86,18 @@ extern "C" __global__ void __launch_bounds__(128) target_logprob_spans(
         }
     }
 
-    for (int tile = 0; tile < n_tiles; ++tile) {
+    int stage = 0;
+    for (int column = 0; column < columns; column += COLUMNS) {
         float logits[TILES_M][TILES_N][4] = {};
-        for (int i = tile * steps; i < (tile + 1) * steps; ++i) {
+        for (int step = 0; step < steps; ++step) {
             async_copies_done<STAGES - 2>();
-            __syncthreads();  // step i is there, and no warp still reads step i - 1
-            start_copies(i + STAGES - 1);
-            const SCALAR* const stage = stages + i % STAGES * STAGE;
+            __syncthreads();  // this stage is there, and no warp still reads the one before
+            start_copies(stage == 0 ? STAGES - 1 : stage - 1);
+            const SCALAR* const left = stages + stage * STAGE + warp_row * PITCH;
+            const SCALAR* const right = stages + stage * STAGE + (PARTS * ROWS + warp_column) * PITCH;
+            stage = stage + 1 < STAGES ? stage + 1 : 0;
 #pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                multiply_rows<STEP>(logits, stage + (part * ROWS + warp_row) * PITCH, stage + (PARTS * ROWS + warp_column) * PITCH);
-            }
+            for (int part = 0; part < PARTS; ++part) multiply_rows<STEP>(logits, left + part * ROWS * PITCH, right);
         }
 #pragma unroll
         for (int m = 0; m < TILES_M; ++m) {
@@ -104,9 +107,9 @@ extern "C" __global__ void __launch_bounds__(128) target_logprob_spans(
 #pragma unroll
                 for (int i = 0; i < TILES_N * 2; ++i) {
                     float& logit = logits[m][i / 2][2 * h + i % 2];
-                    const int column = tile * COLUMNS + warp_column + i / 2 * 8 + 2 * t + i % 2;
-                    if (column >= columns) logit = -infinity();
-                    if (column == wanted[m][h]) target_logits[first_row + warp_row + m * 16 + h * 8 + g] = logit;
+                    const int at = column + warp_column + i / 2 * 8 + 2 * t + i % 2;
+                    if (at >= columns) logit = -infinity();
+                    if (at == wanted[m][h]) target_logits[first_row + warp_row + m * 16 + h * 8 + g] = logit;
                     here.top = fmaxf(here.top, logit);
                 }
                 const float base = here.top == -infinity() ? 0.0f : here.top;
@@ -135,25 +138,6 @@ extern "C" __global__ void __launch_bounds__(128) target_logprob_spans(
     for (int r = threadIdx.x; r < ROWS && first_row + r < rows; r += blockDim.x) {
         LogSum all = by_warp[r];
         for (int across = 1; across < WARPS_ACROSS; ++across) all.add(by_warp[across * ROWS + r]);
-        tops[blockIdx.y * rows + first_row + r] = all.top;
-        sums[blockIdx.y * rows + first_row + r] = all.sum;
+        log_sums[blockIdx.y * rows + first_row + r] = all.top + logf(all.sum);
     }
-}
-
-extern "C" __global__ void __launch_bounds__(128) target_logprob_merge(
-    float* __restrict__ losses,               // [rows]
-    const float* __restrict__ tops,           // [spans, rows]
-    const float* __restrict__ sums,           // [spans, rows]
-    const float* __restrict__ target_logits,  // [rows], read only where the target is in the vocabulary
-    const long long* __restrict__ targets,    // [rows]
-    long long rows,
-    long long vocabulary,
-    long long spans) {
-    const long long row = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (row >= rows) return;
-    LogSum all = {tops[row], sums[row]};
-    for (long long i = 1; i < spans; ++i) all.add({tops[i * rows + row], sums[i * rows + row]});
-    const long long target = targets[row];
-    const bool known = target >= 0 && target < vocabulary;
-    losses[row] = known ? all.top + logf(all.sum) - target_logits[row] : __uint_as_float(0x7fc00000u);
 }
