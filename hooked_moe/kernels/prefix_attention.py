@@ -181,7 +181,6 @@ def _definition(
     q: Tensor, own_k: Tensor, own_v: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, width: int, scale: float
 ) -> Tensor:
     """The operator on a CPU: one softmax over all keys that a token sees, in float32 or wider."""
-    variants, _, tokens, heads, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     by_window = "variant batch (query offset) head e -> variant batch query offset head e"
     own_q, own_k, own_v = (rearrange(_for_every_head(q, x).to(wide), by_window, offset=width) for x in (q, own_k, own_v))
@@ -191,7 +190,7 @@ def _definition(
         own_q, own_k, "variant batch query offset head e, variant batch query own head e -> variant batch query offset head own"
     )
     pos, offset = (torch.arange(size, device=q.device) for size in (keys.shape[1], width))
-    starts = pos[None, : tokens // width] if positions is None else positions
+    starts = pos[None, : q.shape[2] // width] if positions is None else positions
     prefix = prefix.masked_fill((pos >= starts[..., None])[None, :, :, None, None], float("-inf"))
     own = own.masked_fill((offset > offset[:, None])[:, None], float("-inf"))
     weights = (torch.cat((prefix, own), dim=-1) * scale).softmax(-1)

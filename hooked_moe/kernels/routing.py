@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_moe.kernels import launches, nvrtc
+from hooked_moe.kernels.dispatch import by_operator
 from hooked_moe.kernels.operators import operator
 
 
@@ -68,8 +69,16 @@ def group_by_expert(
     indices: Int[Tensor, "token slot"], num_experts: int
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, "token slot"], Int[Tensor, " expert"]]:
     """`order`: the flat slots sorted by expert, in their old order within each; `place`, its inverse; `ends[e]`, where the rows
-    of expert e end (int32). On a CUDA device by a kernel, and without waiting for it."""
-    return _group_by_expert(indices, num_experts)
+    of expert e end (int32). The operator waits for nothing."""
+    if by_operator(indices):
+        return _group_by_expert(indices, num_experts)
+    flat = indices.flatten()
+    narrow = torch.uint8 if num_experts <= 256 else torch.int16  # sorting narrow keys is several times faster
+    order = flat.to(narrow).argsort(stable=True)
+    ends = torch.bincount(flat, minlength=num_experts).cumsum(0).to(torch.int32)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(flat), device=flat.device)
+    return order, place.view(indices.shape), ends
 
 
 def group_by_expert_reference(
@@ -92,9 +101,7 @@ def _launch_route(
     tokens, experts = logits.shape
     weights, indices = _route_shapes(logits, keep, slots, renormalize, scale, groups, groups_kept)
     aligned = launches.rows_are_aligned(logits)
-    launch = launches.route(
-        tokens=tokens, experts=experts, slots=slots, groups=groups, weights=weights.dtype, aligned=aligned
-    )
+    launch = launches.route(tokens=tokens, experts=experts, slots=slots, groups=groups, weights=weights.dtype, aligned=aligned)
     keep = None if keep is None else keep.contiguous()
     sizes = tokens, experts, slots, groups, groups_kept
     nvrtc.run(launch, indices, weights, logits, keep, *sizes, int(renormalize), float(scale))
