@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from benchmarks.tables import Table, count, parse, parser, show, threads
 from benchmarks.timing import ratio, summary, timed
 from hooked_moe import HookedMoE
 
+OURS_ALONE = re.compile(r"hook_result$|mlp.hook_expert_(pre|pre_linear|post|out)$|experts.\d+.hook_out$")
+"""Hook points that TransformerLens has nothing like."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = 5e-5
 """Of logits in float32, which are a few units large here."""
@@ -46,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
             ),
             Table(
                 f"run_with_cache, every activation: float32, batch 1, {setting}",
-                "TransformerLens keeps no activation inside the experts. Median (lowest to highest).",
-                ["model", "activations", "MB", "time", "ours / this, by turns"],
+                "TransformerLens keeps nothing inside the experts and no head's output by itself. Median (lowest to highest).",
+                ["model", "activations", "MB", "time", "ours / this, by turns", "ours without / this"],
                 list(cache_rows(reference, args)),
             ),
         ]
@@ -93,22 +96,26 @@ def our_forward(model: HookedMoE, tokens: Tensor) -> Tensor:
 
 def cache_rows(reference: Any, args: argparse.Namespace) -> Iterator[list[str]]:
     model, tokens = peers.ours(reference), random_tokens(args, 1)
-    candidates: dict[str, Callable[[], Mapping[str, Tensor]]] = {"hooked_moe": lambda: cache_of(model, tokens)}
+    alike = [name for name in model.hook_dict if not OURS_ALONE.search(name)]
+    candidates: dict[str, Callable[[], Mapping[str, Tensor]]] = {
+        "hooked_moe": lambda: cache_of(model, tokens),
+        "hooked_moe, without those that TransformerLens has not": lambda: cache_of(model, tokens, alike),
+    }
     if peers.installed("transformer-lens"):
         bridge = peers.bridge_of(reference)
         candidates["TransformerLens"] = lambda: cache_of(bridge, tokens)
     seconds = timed(candidates, args.repeats)
     for name, run in candidates.items():
         cache = run()
-        compared = "" if name == "hooked_moe" else ratio(seconds["hooked_moe"], seconds[name])
-        yield [name, f"{len(cache)}", f"{megabytes(cache):,.0f}", summary(seconds[name]), compared]
+        compared = [ratio(seconds[own], seconds[name]) for own in candidates if own != name == "TransformerLens"]
+        yield [name, f"{len(cache)}", f"{megabytes(cache):,.0f}", summary(seconds[name]), *(compared or ["", ""])]
     if "TransformerLens" not in candidates:
-        yield ["TransformerLens", "", "", "not installed", ""]
+        yield ["TransformerLens", "", "", "not installed", "", ""]
 
 
 @torch.inference_mode()
-def cache_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
-    return dict(model.run_with_cache(tokens)[1])
+def cache_of(model: Any, tokens: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    return dict(model.run_with_cache(tokens, names_filter=names)[1])
 
 
 def megabytes(cache: Mapping[str, Tensor]) -> float:

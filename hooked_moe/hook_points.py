@@ -60,12 +60,18 @@ class HookPoint(nn.Module):
         """Whether any hook is attached. Layouts that only a hook would need are built only then."""
         return bool(self.fwd_hooks or self.bwd_hooks)
 
+    @property
+    def may_edit(self) -> bool:
+        """Whether a hook may change the activation or its gradient. What is only looked at need not be computed from."""
+        return bool(self.bwd_hooks) or not all(registered.reads_only for registered in self.fwd_hooks)
+
     def add_hook(
         self, fn: Callable[..., Any], dir: str = "fwd", is_permanent: bool = False, reads_only: bool = False
     ) -> _Registered:
         """Attach `fn(activation, hook=self)` (dir "fwd") or `fn(gradient, hook=self)` (dir "bwd"); later hooks see earlier edits.
 
-        `reads_only` promises that `fn` does not write to the activation, which then is not copied for it.
+        `reads_only` promises that `fn` neither writes to the activation nor returns another: it is not copied for it then, and
+        the forward pass goes on by its fused way around the activation.
         """
         if dir not in ("fwd", "bwd"):
             raise ValueError(f"dir must be 'fwd' or 'bwd', not {dir!r}")

@@ -58,7 +58,8 @@ class Unembed(nn.Module):
         if self.W_U.dtype == x.dtype:
             return einsum(x, self.W_U, "batch pos d_model, d_vocab d_model -> batch pos d_vocab")
         rows = self.W_U.split(8192)  # widen half-precision weights a piece at a time, never the whole matrix
-        return torch.cat([einsum(x, w.to(x.dtype), "batch pos d, vocab d -> batch pos vocab") for w in rows], dim=-1)
+        logits = [einsum(x, w.to(x.dtype), "batch pos d, vocab d -> batch pos vocab") for w in rows]
+        return torch.cat(logits, dim=-1) if len(logits) > 1 else logits[0]
 
 
 class HookedMoE(HookedModule):

@@ -113,3 +113,28 @@ def test_a_cache_moves_between_devices(model: HookedMoE, tokens: Tensor) -> None
     _, cache = model.run_with_cache(tokens, names_filter="hook_embed")
     assert cache.to("meta")["hook_embed"].device.type == "meta"
     assert torch.equal(cache.to("cpu")["hook_embed"], cache["hook_embed"])
+
+
+@EVERY_ARCHITECTURE
+def test_what_the_cache_keeps_is_what_hooks_see_that_might_edit_it(model: HookedMoE, tokens: Tensor) -> None:
+    # Hooks that only read let the pass go its fused way around the activation; the others make it go through.
+    seen: dict[str, Tensor] = {}
+    plain = model(tokens)
+    logits, cache = model.run_with_cache(tokens)
+    hooked = model.run_with_hooks(tokens, fwd_hooks=[(lambda _: True, lambda x, hook: seen.__setitem__(hook.name, x.clone()))])
+    assert torch.equal(logits, plain)
+    assert torch.equal(hooked, plain)
+    assert list(cache) == list(seen)
+    for name, activation in cache.items():
+        assert torch.equal(activation, seen[name]), name
+
+
+@pytest.mark.parametrize("point", ["attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_result", "mlp.hook_expert_out"])
+def test_an_edit_matters_while_the_cache_is_looking(point: str, model: HookedMoE, tokens: Tensor) -> None:
+    edit = (f"blocks.1.{point}", lambda x, hook: 0.5 * x)
+    alone = model.run_with_hooks(tokens, fwd_hooks=[edit])
+    with model.hooks(fwd_hooks=[edit]):
+        watched, cache = model.run_with_cache(tokens)
+    assert torch.equal(alone, watched)
+    assert not torch.equal(alone, model(tokens))
+    assert not torch.equal(cache["resid_post", 1], model.run_with_cache(tokens)[1]["resid_post", 1])

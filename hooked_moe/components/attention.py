@@ -80,11 +80,17 @@ class Attention(nn.Module):
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         if visible is None:
             visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        scores = einsum(q, k, "batch head query e, batch head key e -> batch head query key") * self.cfg.attention_scale
-        scores = scores.masked_fill(~visible, float("-inf"))
+        hidden = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, float("-inf"))
+        hidden = hidden.expand(*q.shape[:3], k.shape[2])
+        product = torch.baddbmm(  # scale * q k + hidden, in one pass over the scores
+            hidden.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=self.cfg.attention_scale
+        )
+        scores = product.unflatten(0, q.shape[:2])
         pattern = _softmax(scores)
-        edited = _softmax(self.hook_attn_scores(scores)) if self.hook_attn_scores.active else pattern
-        edited = self.hook_pattern(edited)
+        seen = self.hook_attn_scores(scores)
+        edited = self.hook_pattern(_softmax(seen) if self.hook_attn_scores.may_edit else pattern)
+        if not (self.hook_attn_scores.may_edit or self.hook_pattern.may_edit):
+            return fused
         z = einsum(edited, v, "batch head query key, batch head key e -> batch head query e")
         return keep_unedited_bits(z, fused, same=(edited == pattern).all(dim=-1, keepdim=True))
 
@@ -94,8 +100,9 @@ class Attention(nn.Module):
         if self.hook_result.active:
             result = einsum(z, self.W_O, "batch pos head d_value, d_model head d_value -> batch pos head d_model")
             edited = self.hook_result(result)
-            same = (edited == result).all(dim=-1).all(dim=-1, keepdim=True)
-            out = keep_unedited_bits(edited.sum(dim=2), out, same)
+            if self.hook_result.may_edit:
+                same = (edited == result).all(dim=-1).all(dim=-1, keepdim=True)
+                out = keep_unedited_bits(edited.sum(dim=2), out, same)
         return out if self.b_O is None else out + self.b_O
 
 

@@ -88,4 +88,4 @@ class Experts(nn.Module):
         for site, start, end in zip(self.sites, [0, *ends[:-1]], ends, strict=True):
             site.hook_out.ctx["tokens"] = tokens[start:end]
             pieces.append(site.hook_out(out[start:end]))
-        return torch.cat(pieces)
+        return torch.cat(pieces) if any(site.hook_out.may_edit for site in self.sites) else out

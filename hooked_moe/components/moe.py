@@ -92,7 +92,10 @@ class MoE(nn.Module):
         pre = self._hook_pre(self.experts.project_in(groups.gather(x), groups), groups)
         post = _in_slots(self.hook_expert_post, swiglu(pre), groups)
         outputs = ExpertOutputs(self.experts.project_out(post, groups), groups.place)
-        return ExpertOutputs.of_slots(self.hook_expert_out(outputs.in_slots())) if self.hook_expert_out.active else outputs
+        if not self.hook_expert_out.active:
+            return outputs
+        seen = self.hook_expert_out(outputs.in_slots())
+        return ExpertOutputs.of_slots(seen) if self.hook_expert_out.may_edit else outputs
 
     def combine(self, outputs: ExpertOutputs, weights: Float[Tensor, "batch pos slot"]) -> Float[Tensor, "batch pos d_model"]:
         """The weighted sum over the active experts."""
@@ -121,6 +124,8 @@ class MoE(nn.Module):
             return both
         pre, pre_linear = both.chunk(2, dim=-1)
         pre, pre_linear = _in_slots(self.hook_expert_pre, pre, groups), _in_slots(self.hook_expert_pre_linear, pre_linear, groups)
+        if not (self.hook_expert_pre.may_edit or self.hook_expert_pre_linear.may_edit):
+            return both
         return torch.cat((pre, pre_linear), dim=-1)  # the same memory layout as without hooks, hence the same rounding
 
     def _check_indices(self, indices: Tensor) -> None:
@@ -150,4 +155,7 @@ def combine_onto(
 
 def _in_slots(hook: HookPoint, x: Float[Tensor, "n width"], groups: ExpertGroups) -> Float[Tensor, "n width"]:
     """Pass `x` through a hook point in the layout [batch pos slot width], if anyone listens."""
-    return groups.to_sorted(hook(groups.to_slots(x))) if hook.active else x
+    if not hook.active:
+        return x
+    seen = hook(groups.to_slots(x))
+    return groups.to_sorted(seen) if hook.may_edit else x
