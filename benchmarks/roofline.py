@@ -27,8 +27,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import hooked_moe.components.moe
 import hooked_moe.fan_out
-import hooked_moe.removals
 from benchmarks.tables import Table, count, parse, parser, show, threads
 from benchmarks.timing import seconds_of, summary, timed
 from hooked_moe import HookedMoE, HookedMoEConfig
@@ -62,8 +62,7 @@ WRAPPED: tuple[tuple[Any, str, str], ...] = (
     (Experts, "project_out", EXPERTS),
     (GatedMLP, "forward", EXPERTS),
     (MoE, "run_experts", ACTIVATION),  # what is left of it: silu(gate) * up
-    (MoE, "combine", COMBINE),
-    (hooked_moe.removals, "masked_combine", COMBINE),
+    (hooked_moe.components.moe, "masked_combine", COMBINE),
     (RMSNorm, "forward", NORMS),
     (Rotation, "__call__", NORMS),
     (hooked_moe.counterfactuals, "observe", OBSERVE),

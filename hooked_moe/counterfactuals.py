@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.effects import PER_SLOT, ExpertEffects, VariantEffects
-from hooked_moe.fan_out import TOKENS_AT_ONCE, CleanBlock, CleanExperts, Steps, clean_blocks, loss_at, take
+from hooked_moe.fan_out import CleanBlock, CleanExperts, Steps, clean_blocks, loss_at, take, tokens_at_once
 from hooked_moe.model import HookedMoE
 from hooked_moe.padding import Packed, Results
 from hooked_moe.readouts import NamedReadout
@@ -351,7 +351,7 @@ def _sequence_losses(
     without_expert = torch.full((batch, clean.moe.num_experts, length), float("nan"), dtype=wide, device=indices.device)
     used = torch.zeros(batch, clean.moe.num_experts, dtype=torch.bool, device=indices.device)
     used.scatter_(1, indices.flatten(1), True)
-    for pairs in used.nonzero().split(max(1, TOKENS_AT_ONCE // length)):
+    for pairs in used.nonzero().split(max(1, tokens_at_once(indices.device) // length)):
         row, expert = pairs.unbind(-1)
         keep = indices[row] != expert[:, None, None]
         resid = without(clean.rows(row), keep[None], removal, means)[0]

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import hooked_moe.counterfactuals as counterfactuals
 import hooked_moe.fan_out as fan_out
 from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.counterfactuals import expert_effects, expert_observations, progressive_effects
@@ -161,7 +160,6 @@ def test_chunks_of_memory_and_of_tokens_change_nothing_but_rounding(monkeypatch:
     tokens = some_tokens()
     whole = expert_effects(model, tokens)
     monkeypatch.setattr(fan_out, "TOKENS_AT_ONCE", 3)
-    monkeypatch.setattr(counterfactuals, "TOKENS_AT_ONCE", 3)
     demand = demand_of(model.cfg, 11)
     budget = demand.fixed + demand.row + 3 * 11 * demand.variant_token  # one layer of one row
     for scope in ("position", "sequence"):

@@ -181,7 +181,7 @@ def prefix_attention(
 
 
 def target_logprob(*, rows: int, vocabulary: int, span: int, parts: int, dtype: torch.dtype) -> Launch:
-    """`span`: tokens of the vocabulary to a block, see `vocabulary_span`. `dtype`: of the weights, and of each of `parts` of hidden."""
+    """`span`: tokens of the vocabulary to a block, see `vocabulary_span`. `dtype`: of weights, and of each of `parts` of hidden."""
     tile_rows, columns, step = _target_tiles(dtype)
     stages = 3
     shared = stages * (parts * tile_rows + columns) * _tile_pitch(step, dtype) * dtype.itemsize

@@ -13,13 +13,15 @@ from hooked_moe.kernels import launches, nvrtc
 from hooked_moe.kernels.dispatch import by_operator
 from hooked_moe.kernels.operators import operator
 
-CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
-"""Logits of one chunk: on a CPU small enough for its cache, on a GPU large enough to keep it busy."""
+
+def chunk_bytes(device: torch.device) -> int:
+    """Logits of one chunk: on a CPU small enough for its cache, on a GPU large enough to keep it busy."""
+    return (2 if device.type == "cpu" else 256) << 20
 
 
 def rows_at_once(weight: Float[Tensor, "d_vocab d_model"], dtype: torch.dtype) -> int:
     """How many rows of logits in `dtype` make a chunk."""
-    return max(64, CHUNK_BYTES[weight.device.type] // (len(weight) * dtype.itemsize))
+    return max(64, chunk_bytes(weight.device) // (len(weight) * dtype.itemsize))
 
 
 def target_loss(
