@@ -290,7 +290,7 @@ def advance(
 
 
 def _after_mlp(block: Block, resid: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
-    """With the same roundings as in the clean run: a variant that changes nothing stays it, to the bit."""
+    """Added up and rounded as in the clean run."""
     x = block.ln2(resid)
     if not isinstance(block.mlp, MoE):
         return resid + block.mlp(x)

@@ -103,12 +103,15 @@ def _obstacle_of_device(device: torch.device) -> str | None:
     if capability < OLDEST:
         return f"{device} has architecture sm_{capability[0]}{capability[1]}, and they need sm_{OLDEST[0]}{OLDEST[1]} or newer"
     try:
-        compiler, driver = nvrtc.compiler_version(), nvrtc.driver_version()
-        known = nvrtc.compiled_architectures()
+        compiler, known = nvrtc.compiler_version(), nvrtc.compiled_architectures()
     except ImportError as error:
         return f"cuda-core is not installed, or not whole ({error}); install the extra: pip install 'hooked-moe[cuda]'"
     except RuntimeError as error:  # of cuda-pathfinder: a library of NVIDIA's that is not there
         return f"NVRTC, which compiles them, was not found ({error}); pip install nvidia-cuda-nvrtc of torch's CUDA version"
+    try:
+        driver = nvrtc.driver_version()
+    except RuntimeError as error:
+        return f"the display driver was not found ({error})"
     if driver[0] < compiler[0]:
         return (
             f"the display driver is too old: it runs CUDA {driver[0]}.{driver[1]}, and NVRTC is of {compiler[0]}.{compiler[1]}; "

@@ -104,7 +104,7 @@ def compiled(source: str, defines: Defines, arch: str, log: Any = None) -> bytes
         name=source,
         arch=arch,
         std=OPTIONS.removeprefix("-std="),
-        define_macro=[(name, str(value)) for name, value in defines],
+        define_macro=[(name, str(value)) for name, value in defines] or None,
         include_path=str(SOURCES),
         ptxas_options=None if log is None else ["-v"],
     )
