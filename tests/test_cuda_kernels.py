@@ -113,8 +113,8 @@ def test_a_row_is_read_16_bytes_at_a_time_and_tokens_share_a_block_where_rows_ar
     assert (olmoe.grid, olmoe.block) == ((1000, 1, 1), (256, 1, 1))
     short = launches.masked_combine(slots=8, width=64, **shape)
     assert (short.grid, short.block) == ((32, 1, 1), (8, 32, 1))
-    with pytest.raises(ValueError, match=r"masked_combine takes up to 256 slots of torch\.bfloat16, not 257"):
-        launches.masked_combine(slots=257, width=64, **shape)
+    with pytest.raises(ValueError, match="masked_combine takes up to 128 slots, not 129"):
+        launches.masked_combine(slots=129, width=64, **shape)
 
 
 # route -------------------------------------------------------------------------------------------------------------------------
@@ -141,20 +141,20 @@ def routed(
     return indices, weights
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
-    ("tokens", "experts", "slots", "changes"),
+    ("tokens", "experts", "slots", "changes", "dtype"),
     [
-        (33, 64, 8, {}),
-        (70, 60, 4, {"norm_topk_prob": True}),
-        (5, 8, 2, {"norm_topk_prob": True, "routed_scaling_factor": 2.5}),
-        (1, 1, 1, {}),
-        (3, 7, 7, {"routed_scaling_factor": 0.5}),
-        (9, 160, 6, {"n_expert_groups": 8, "groups_per_token": 3, "routed_scaling_factor": 16.0}),
-        (40, 6, 3, {"n_expert_groups": 3, "groups_per_token": 2}),
-        (6, 301, 10, {"norm_topk_prob": True}),
-        (2, 1024, 130, {}),
-        (0, 64, 8, {}),
+        (33, 64, 8, {}, torch.float32),
+        (33, 64, 8, {}, torch.bfloat16),
+        (70, 60, 4, {"norm_topk_prob": True}, torch.float16),
+        (5, 8, 2, {"norm_topk_prob": True, "routed_scaling_factor": 2.5}, torch.float32),
+        (1, 1, 1, {}, torch.float32),
+        (3, 7, 7, {"routed_scaling_factor": 0.5}, torch.float32),
+        (9, 160, 6, {"n_expert_groups": 8, "groups_per_token": 3, "routed_scaling_factor": 16.0}, torch.float32),
+        (40, 6, 3, {"n_expert_groups": 3, "groups_per_token": 2}, torch.float32),
+        (6, 301, 10, {"norm_topk_prob": True}, torch.float32),
+        (2, 1024, 130, {}, torch.float32),
+        (0, 64, 8, {}, torch.float32),
     ],
 )
 def test_route_selects_and_weighs_as_the_router_does(
@@ -257,9 +257,12 @@ def grouped(run: Any, indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Te
 
 @pytest.mark.parametrize(
     ("tokens", "slots", "experts"),
-    [(1, 1, 1), (5, 2, 4), (0, 8, 64), (700, 8, 64), (300, 3, 7), (40, 4, 300), (30, 2, 6144), (67000, 2, 5)],
+    [(1, 1, 1), (5, 2, 4), (0, 8, 64), (700, 8, 64), (300, 3, 7), (40, 4, 300), (30, 2, 2000), (1000, 2, 5)],
 )
-def test_rows_are_sorted_as_by_expert_groups(run: Any, tokens: int, slots: int, experts: int) -> None:
+def test_rows_are_sorted_as_by_expert_groups(
+    run: Any, tokens: int, slots: int, experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launches, "MOST_PARTS", 5)  # where there are more rows, a part has more
     used = torch.randperm(experts)[: max(1, experts // 2)]  # the others are empty
     indices = used[(torch.rand(1, tokens, slots) ** 3 * len(used)).long()]  # some have many
     groups = ExpertGroups(indices, experts)
@@ -276,7 +279,7 @@ def test_an_expert_that_does_not_exist_stops_the_kernel(run: Any, expert: int) -
 
 
 @pytest.mark.parametrize("width", [1, 24, 2100])
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_expert_gets_a_copy_of_its_tokens(run: Any, dtype: torch.dtype, width: int) -> None:
     tokens, slots, experts = 13, 3, 5
     x = torch.randn(tokens, width + 8).to(dtype)[:, :width]  # rows of something wider

@@ -26,6 +26,10 @@ SHARED_BYTES = 48 << 10
 """What a block gets without asking for more."""
 
 
+MOST_PARTS = 512
+"""Of what is counted: a few for each multiprocessor."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch of one kernel."""
@@ -71,11 +75,10 @@ def masked_combine(
 
     Raises `ValueError` where a token's rows would not fit a thread's registers.
     """
-    fits = _REGISTER_BYTES // slots  # of each row, in a thread
-    if fits < dtype.itemsize:
-        raise ValueError(f"masked_combine takes up to {_REGISTER_BYTES // dtype.itemsize} slots of {dtype}, not {slots}")
-    access = min(ACCESS_BYTES, 1 << fits.bit_length() - 1) if aligned else dtype.itemsize
-    vector = access // dtype.itemsize
+    if slots > _HELD:
+        raise ValueError(f"masked_combine takes up to {_HELD} slots, not {slots}")
+    most = 1 << (_HELD // slots).bit_length() - 1
+    vector = min(ACCESS_BYTES // dtype.itemsize, most) if aligned else 1
     grid, block = _over_rows(tokens, width, vector)
     tile = max(1, min(32, _FACTORS // (slots * block[1])))
     defines = (("SCALAR", scalar(dtype)), ("MASK", _named(mask, MASKS)), ("SLOTS", slots), ("VECTOR", vector), ("TILE", tile))
@@ -108,7 +111,7 @@ def group_count(*, entries: int, experts: int) -> Launch:
         raise ValueError(f"rows are counted in 32 bits: sort fewer than {2**31} at once, not {entries}")
     if not 0 < experts <= SHARED_BYTES // 8:
         raise ValueError(f"sorting takes from 1 to {SHARED_BYTES // 8} experts, not {experts}")
-    parts = min(_PARTS, max(1, _ceil_div(entries, THREADS)))  # one of no entries, so that `ends` is written for none
+    parts = min(MOST_PARTS, max(1, _ceil_div(entries, THREADS)))  # one of no entries, so that `ends` is written for none
     return Launch("group_count", "group.cu", (), (parts, 1, 1), (THREADS, 1, 1), 4 * experts)
 
 
@@ -140,10 +143,9 @@ def swiglu(*, rows: int, width: int, dtype: torch.dtype, aligned: bool) -> Launc
     return Launch("swiglu", "swiglu.cu", (("SCALAR", scalar(dtype)), ("VECTOR", vector)), grid, block)
 
 
-_REGISTER_BYTES = 512  # of a thread, half of what it can have
+_HELD = 128  # floats of a thread, half of its registers
 _FACTORS = 4096  # 16 KiB, so that several blocks fit a multiprocessor
 _ROUTED_EXPERTS = 1024  # 32 in a lane, all in registers
-_PARTS = 512  # a few for each multiprocessor
 
 
 def prefix_attention(

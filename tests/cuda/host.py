@@ -83,7 +83,8 @@ def _built(source: Path, flags: list[str], reads: list[Path]) -> Path:
         BUILD.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as directory:  # whole or not at all: tests may run side by side
             made = Path(directory) / library.name
-            subprocess.run(["g++", str(source), *flags, "-o", str(made)], check=True)
+            environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}  # no libasan in g++ itself
+            subprocess.run(["g++", str(source), *flags, "-o", str(made)], check=True, env=environment)
             made.replace(library)
     return library
 
