@@ -47,7 +47,9 @@ def drawn(case: Case, dtype: torch.dtype) -> Inputs:
 
     own = (case.variants, case.batch, case.queries * case.width)
     positions = None
-    if case.positions == "random":
+    if case.positions == "first":
+        positions = torch.zeros(case.batch, case.queries, dtype=torch.int64)
+    elif case.positions == "random":
         positions = torch.randint(case.n_keys, (case.batch, case.queries), generator=generator)
     return Inputs(
         normal(*own, case.kv_heads * case.group, case.head_width),
@@ -92,6 +94,7 @@ CASES = {
     "a group of four": Case(group=4, kv_heads=1),
     "many tiles of keys": Case(variants=2, batch=1, queries=150, n_keys=150, kv_heads=1),
     "positions in any order": Case(positions="random", queries=30, n_keys=70),
+    "nothing before any query": Case(positions="first"),
     "more queries than keys": Case(queries=40, n_keys=9),
     "windows": Case(width=3, positions="random", queries=9, n_keys=40, group=1),
     "latent attention": Case(variants=1, batch=1, queries=20, n_keys=20, head_width=192, value_width=128, kv_heads=1, group=1),

@@ -183,9 +183,9 @@ def prefix_attention(
 
 
 def target_logprob(*, rows: int, vocabulary: int, span: int, parts: int, dtype: torch.dtype) -> Launch:
-    """`span`: tokens of the vocabulary to a block, see `vocabulary_span`. `dtype`: of weights, and of each of `parts` of hidden."""
+    """`span`: tokens of the vocabulary to a block, see `vocabulary_span`. `dtype`: of the weights, and of hidden's `parts`."""
     tile_rows, columns, step = _target_tiles(dtype)
-    stages = 3
+    stages = 3  # one in use, two on their way
     shared = stages * (parts * tile_rows + columns) * _tile_pitch(step, dtype) * dtype.itemsize
     tiles = (("ROWS", tile_rows), ("COLUMNS", columns), ("STEP", step), ("STAGES", stages), ("SHARED_BYTES", shared))
     grid = (_ceil_div(rows, tile_rows), _ceil_div(vocabulary, span), 1)
