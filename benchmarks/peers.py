@@ -148,6 +148,36 @@ def by_transformer_lens(bridge: Any) -> LossesWithout:
     return run
 
 
+def by_nnsight(reference: Any) -> LossesWithout:
+    """The routing weight zeroed on its way into the experts, one invoke of a trace for each removal."""
+    from nnsight import NNsight, save
+
+    class RowsOfInvokes(NNsight):
+        """Puts the tokens of all invokes into one batch."""
+
+        def _batch_size(self, *inputs: Any, **options: Any) -> int:
+            return len(inputs[0]) if inputs else 0
+
+        def _batch(self, invokes: list[tuple[Any, Any]], fn: Any) -> tuple[Any, Any]:
+            return (torch.cat([inputs[0] for inputs, _ in invokes]),), {"use_cache": False}
+
+    model = RowsOfInvokes(reference)
+
+    @torch.inference_mode()
+    def run(tokens: Tensor, removals: Removals) -> Tensor:
+        pairs = list(zip(removals.places(tokens.shape[1]).tolist(), removals.experts.tolist(), strict=True))
+        with model.trace() as tracer:
+            rows: Any = save([])
+            for place, expert in pairs:
+                with tracer.invoke(tokens):
+                    _, indices, weights = model.model.layers[removals.layer].mlp.experts.inputs[0]
+                    weights[place] = weights[place].masked_fill(indices[place] == expert, 0)
+                    rows.append(model.output.logits)
+        return losses_at(torch.cat(rows), tokens, removals.positions)
+
+    return run
+
+
 @torch.inference_mode()
 def forward(reference: Any, tokens: Tensor) -> Tensor:
     """Logits of a model of transformers."""

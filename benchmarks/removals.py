@@ -5,9 +5,10 @@
     python benchmarks/removals.py --small                             # seconds; shows that it works, measures nothing
 
 The peers run the same random weights in the same process, by turns: transformers' own OLMoE with its fastest attention (sdpa)
-and experts (grouped_mm), with the routing weight zeroed inside its experts, and TransformerLens's TransformerBridge around it,
-with the weight zeroed at a hook point. Each removes one expert a forward, as the released code of arXiv 2606.10703 does, and
-several in the rows of a batch, at the batch size at which a removal takes it the least time.
+and experts (grouped_mm), with the routing weight zeroed inside its experts; TransformerLens's TransformerBridge around it, with
+the weight zeroed at a hook point; nnsight around it, with an invoke of a trace for each removal. Each removes one expert a forward,
+as the released code of arXiv 2606.10703 does, and several in the rows of a batch, at the batch size at which a removal takes it
+the least time.
 
 Some removals of every peer are compared with ours; the benchmark fails if one differs by more than 1e-5 nats.
 """
@@ -15,6 +16,7 @@ Some removals of every peer are compared with ours; the benchmark fails if one d
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -98,7 +100,10 @@ def the_others(reference: object) -> tuple[dict[str, LossesWithout], dict[str, s
         others["TransformerLens"] = peers.by_transformer_lens(peers.bridge_of(reference))
     else:
         missing["TransformerLens"] = "not installed"
-    missing["nnsight"] = "not compared" if peers.installed("nnsight") else "not installed"
+    if peers.installed("nnsight"):
+        others["nnsight"] = peers.by_nnsight(copy.deepcopy(reference))
+    else:
+        missing["nnsight"] = "not installed"
     return others, missing
 
 

@@ -22,7 +22,7 @@ from hooked_moe.counterfactuals import expert_effects
 from hooked_moe.kernels.grouped_matmul import grouped_matmul_loop
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # as the scripts run it
-LENS = ["TransformerLens"] if peers.installed("transformer-lens") else []
+OTHERS = [name for name, package in (("TransformerLens", "transformer-lens"), ("nnsight", "nnsight")) if peers.installed(package)]
 
 
 def column(table: Table, name: str) -> list[str]:
@@ -44,11 +44,11 @@ def test_removals_agree_with_those_of_every_peer(capsys: pytest.CaptureFixture[s
     assert str(table) in capsys.readouterr().out
     for context in ("16", "24"):
         rows = [row for row in table.rows if row[0] == context]
-        assert [row[1] for row in rows if row[2].endswith("(best)")] == ["transformers", *LENS]
+        assert [row[1] for row in rows if row[2].endswith("(best)")] == ["transformers", *OTHERS]
         assert {row[1] for row in rows} == {"hooked_moe", "transformers", "TransformerLens", "nnsight"}
         assert rows[0][2] == str((int(context) - 1) * 2 * 2)  # slots and layers
     differences = [float(cell) for cell in column(table, "largest difference, nats") if cell]
-    assert len(differences) >= 2 * (1 + len(LENS))
+    assert len(differences) >= 2 * (1 + len(OTHERS))
     assert 0 <= max(differences) <= removals.TOLERANCE
 
 
@@ -74,7 +74,7 @@ def test_forward_compares_dtypes_batches_and_caches() -> None:
     assert max(exact) <= forward.TOLERANCE
     assert column(cache, "model") == ["hooked_moe", "hooked_moe, without those that TransformerLens has not", "TransformerLens"]
     whole, alike, _ = (int(number) for number in column(cache, "activations"))
-    assert whole > alike > 50
+    assert whole > alike > 40
 
 
 def test_kernels_of_transformers_are_the_ones_asked_for() -> None:
