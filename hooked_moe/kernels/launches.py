@@ -148,6 +148,75 @@ _FACTORS = 4096  # 16 KiB, so that several blocks fit a multiprocessor
 _ROUTED_EXPERTS = 1024  # 32 in a lane, all in registers
 
 
+def prefix_attention(
+    *,
+    variants: int,
+    batch: int,
+    queries: int,
+    width: int,
+    kv_heads: int,
+    group: int,
+    head_width: int,
+    value_width: int,
+    dtype: torch.dtype,
+) -> Launch:
+    """Windows of `width` tokens (1: single ones); `group` query heads to a key/value head.
+
+    Raises `ValueError` where values do not fit into registers, or heads into shared memory.
+    """
+    half = dtype.itemsize == 2
+    rows = 128 if half and value_width <= 128 else 64
+    head_pitch, value_pitch = (_tile_pitch(16 * _ceil_div(columns, 16), dtype) for columns in (head_width, value_width))
+    shared_of = {
+        keys: ((rows + keys) * head_pitch + keys * value_pitch) * dtype.itemsize + rows * _ROW_BYTES
+        for keys in ((64, 32) if half else (32, 16))
+    }
+    keys = next((keys for keys, size in shared_of.items() if size <= _SHARED_BYTES), None)
+    if keys is None or value_width > _VALUE_WIDTH:
+        raise ValueError(f"prefix_attention does not take heads of {head_width} with values of {value_width} in {dtype}")
+    shared = shared_of[keys]
+    widths = (("HEAD_WIDTH", head_width), ("VALUE_WIDTH", value_width))
+    tiles = (("ROWS", rows), ("KEYS", keys), ("SHARED_BYTES", shared))
+    grid = (_ceil_div(queries * variants * width * group, rows), kv_heads, batch)
+    defines = (("SCALAR", scalar(dtype)), *widths, *tiles)
+    return Launch("prefix_attention", "prefix_attention.cu", defines, grid, (_TILE_THREADS, 1, 1), shared)
+
+
+def target_logprob(*, rows: int, vocabulary: int, span: int, parts: int, dtype: torch.dtype) -> Launch:
+    """`span`: tokens of the vocabulary to a block, see `vocabulary_span`. `dtype`: of the weights, and of hidden's `parts`."""
+    tile_rows, columns, step = _target_tiles(dtype)
+    stages = 3  # one in use, two on their way
+    shared = stages * (parts * tile_rows + columns) * _tile_pitch(step, dtype) * dtype.itemsize
+    tiles = (("ROWS", tile_rows), ("COLUMNS", columns), ("STEP", step), ("STAGES", stages), ("SHARED_BYTES", shared))
+    grid = (_ceil_div(rows, tile_rows), _ceil_div(vocabulary, span), 1)
+    defines = (("SCALAR", scalar(dtype)), ("PARTS", parts), *tiles)
+    return Launch("target_logprob", "target_logprob.cu", defines, grid, (_TILE_THREADS, 1, 1), shared)
+
+
+def vocabulary_span(*, rows: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """How many tokens of the vocabulary to give to a block so that few rows keep a large GPU busy."""
+    tile_rows, columns, _ = _target_tiles(dtype)
+    spans = _ceil_div(_BUSY_BLOCKS, max(1, _ceil_div(rows, tile_rows)))
+    return columns * _ceil_div(_ceil_div(vocabulary, columns), spans)
+
+
+_TILE_THREADS = 128
+_SHARED_BYTES = 99 << 10
+"""Of a block, at most: what compute capability 8.6 has; beyond 48 KiB the launcher must ask for it."""
+_ROW_BYTES = 24  # Row in prefix_attention.cu
+_VALUE_WIDTH = 256  # half of a thread's registers
+_BUSY_BLOCKS = 1024  # a few waves
+
+
+def _target_tiles(dtype: torch.dtype) -> tuple[int, int, int]:
+    """Rows, columns and depths of a tile."""
+    return (128, 128, 32) if dtype.itemsize == 2 else (64, 64, 16)
+
+
+def _tile_pitch(columns: int, dtype: torch.dtype) -> int:
+    return columns + ACCESS_BYTES // dtype.itemsize  # pitch_of in tiles.cuh
+
+
 def _over_rows(rows: int, width: int, vector: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Grid and block where a thread takes `vector` columns of a row: x is columns in the block and rows in the grid.
 

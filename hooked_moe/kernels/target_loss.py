@@ -20,3 +20,15 @@ def target_loss(
         part = slice(start, start + rows)
         losses[part] = F.cross_entropy(F.linear(x[part], weight), targets[part], reduction="none")
     return losses
+
+
+def as_sum(x: Float[Tensor, "n d_model"], dtype: torch.dtype, parts: int = 2) -> Float[Tensor, "part n d_model"]:
+    """Numbers of a narrower type whose sum is `x`, to its last bits: two bfloat16 hold 16 bits of a float32, two float16 22.
+
+    A product of two of the narrower type is exact in float32. So tensor cores that take only these multiply float32.
+    """
+    summands, rest = [], x
+    for _ in range(parts):
+        summands.append(rest.to(dtype))
+        rest = rest - summands[-1]
+    return torch.stack(summands)

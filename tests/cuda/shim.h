@@ -236,3 +236,34 @@ void mma_16x8x16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], 
                 d[2 * row + column] += left * right;
             }
 }
+
+// Instructions of tiles.cuh --------------------------------------------------------------------------------------------------
+
+// Lane 8 i + r points at row r of matrix i; this lane gets of each matrix two neighbours of row (or column) lane / 4.
+inline void load_matrices(unsigned (&words)[4], const void* row, bool transposed = false) {
+    shim::Words mine{};
+    std::memcpy(&mine, &row, sizeof row);
+    const shim::Words* all = shim::exchange(~0u, mine);
+    const unsigned g = shim::lane() / 4, t = shim::lane() % 4;
+    for (unsigned i = 0; i < 4; ++i) {
+        words[i] = 0;
+        for (unsigned j = 0; j < 2; ++j) {
+            const unsigned at_row = transposed ? 2 * t + j : g, at_column = transposed ? g : 2 * t + j;
+            const unsigned short* from;
+            std::memcpy(&from, &all[8 * i + at_row], sizeof from);
+            words[i] |= static_cast<unsigned>(from[at_column]) << (16 * j);
+        }
+    }
+}
+
+inline void load_matrices_transposed(unsigned (&words)[4], const void* row) { load_matrices(words, row, true); }
+
+template <class T>
+T from_float(float x);  // of common.cuh
+
+template <class SCALAR>
+unsigned word_of(float low, float high, SCALAR) {
+    return from_float<SCALAR>(low).bits | static_cast<unsigned>(from_float<SCALAR>(high).bits) << 16;
+}
+
+inline float power_of_two(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
