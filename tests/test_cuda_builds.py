@@ -32,6 +32,15 @@ def route(experts: int) -> Launch:
     return launches.route(tokens=4096, experts=experts, slots=8, groups=1, weights=torch.bfloat16, aligned=True)
 
 
+def attention(head_width: int, value_width: int, dtype: torch.dtype) -> Launch:
+    sizes = {"variants": 8, "batch": 4, "queries": 512, "width": 1, "kv_heads": 16, "group": 1}
+    return launches.prefix_attention(**sizes, head_width=head_width, value_width=value_width, dtype=dtype)
+
+
+def target(parts: int, dtype: torch.dtype) -> Launch:
+    return launches.target_logprob(rows=4096, vocabulary=50304, span=4096, parts=parts, dtype=dtype)
+
+
 BUILT = {
     "masked_combine OLMoE": combine(torch.bfloat16, 8),
     "masked_combine float32": combine(torch.float32, 8),
@@ -43,6 +52,11 @@ BUILT = {
     "group_scan": launches.group_scan(experts=64),
     "group_scatter": launches.group_scatter(entries=32768, experts=64),
     "gather_rows": launches.gather_rows(tokens=4096, width=2048, dtype=torch.bfloat16, aligned=True),
+    "prefix_attention OLMoE": attention(128, 128, torch.bfloat16),
+    "prefix_attention DeepSeek": attention(192, 128, torch.bfloat16),
+    "prefix_attention float32": attention(128, 128, torch.float32),
+    "target_logprob": target(2, torch.bfloat16),
+    "target_logprob float32": target(1, torch.float32),
     "swiglu": launches.swiglu(rows=32768, width=1024, dtype=torch.bfloat16, aligned=True),
 }
 """Each kernel at the shapes of a real model, and where it needs most registers."""

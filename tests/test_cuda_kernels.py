@@ -203,9 +203,16 @@ def test_groups_that_are_equally_probable_are_taken_from_the_first(run: Any) -> 
     assert indices.tolist() == [[1, 3, 0]]
 
 
+def test_experts_of_other_groups_come_last_where_a_tokens_own_groups_are_too_small(run: Any) -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
+    indices, weights = routed(run, logits, 4, groups=2, groups_per_token=1)
+    assert indices.tolist() == [[1, 0, 2, 3]]
+    torch.testing.assert_close(weights, logits.softmax(-1).gather(-1, indices))
+
+
 def test_not_a_number_stays_in_its_row_and_routes_to_experts_that_exist(run: Any) -> None:
     logits = torch.randn(4, 12)
-    logits[1, 3] = float("nan")
+    logits[1, [3, 7]] = torch.tensor([0x7FC00001, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # two that differ in bits
     logits[2] = float("-inf")
     logits[3, :10] = float("-inf")
     indices, weights = routed(run, logits, 3)

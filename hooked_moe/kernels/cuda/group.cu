@@ -120,9 +120,9 @@ extern "C" __global__ void group_scatter(
         const unsigned same = __match_any_sync(~0u, expert);
         const int rank = __popc(same & ((1u << lane) - 1));
         const int row = real ? my_next[expert] + rank : 0;
-        __syncwarp();
+        __syncwarp();  // all have read
         if (real && rank == 0) my_next[expert] += __popc(same);
-        __syncwarp();
+        __syncwarp();  // it is written: __match_any_sync alone orders no memory
         if (!real) continue;
         order[row] = i;
         place[i] = row;
