@@ -6,7 +6,7 @@
 
 The peers run the same random weights in the same process, by turns: transformers' own OLMoE with its fastest attention (sdpa)
 and experts (grouped_mm), with the routing weight zeroed inside its experts; TransformerLens's TransformerBridge around it, with
-the weight zeroed at a hook point; nnsight around it, with an invoke of a trace for each removal. Each removes one expert a forward,
+the weight zeroed at a hook point; nnsight around it, with an invoke for each removal. Each removes one expert a forward,
 as the released code of arXiv 2606.10703 does, and several in the rows of a batch, at the batch size at which a removal takes it
 the least time.
 

@@ -1,0 +1,52 @@
+"""The memory that a measurement takes, as torch's allocator counts it, against the budget it was given."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from hooked_moe import HookedMoE
+from hooked_moe.counterfactuals import expert_effects, progressive_effects
+from hooked_moe.memory import demand_of
+from hooked_moe.readouts import KL, LossAfter
+from tests.conftest import random_config
+
+LENGTH = 96
+UNUSED = (64 << 20) - (8 << 20)
+"""Of what is set aside for logits, which are far from 64 MiB with a vocabulary of 2,000."""
+WIDE = {"d_model": 256, "d_vocab": 2000, "n_ctx": LENGTH, "d_expert": 16, "n_layers": 4}
+MEASUREMENTS: dict[str, Callable[..., Any]] = {
+    "position": expert_effects,
+    "from position": lambda *args, **options: expert_effects(*args, scope="from_position", readouts=[LossAfter(2)], **options),
+    "kl": lambda *args, **options: expert_effects(*args, readouts=[KL()], **options),
+    "sequence": lambda *args, **options: expert_effects(*args, scope="sequence", **options),
+    "progressive": lambda model, tokens, **options: progressive_effects(model, tokens, [1, 2], **options),
+}
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most memory that tensors allocated during a run held at once, its results among them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        run()
+    assert measured.profiler is not None
+    held = peak = 0
+    for event in measured.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("measurement", MEASUREMENTS)
+def test_a_measurement_stays_within_its_memory_budget(measurement: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = HookedMoE(random_config("deepseek", **WIDE, dtype=dtype))
+    tokens: Tensor = torch.randint(2000, (2, LENGTH))
+    demand = demand_of(model.cfg, LENGTH)
+    budget = demand.fixed + demand.row + 4 * LENGTH * demand.variant_token
+    assert peak_bytes(lambda: MEASUREMENTS[measurement](model, tokens, memory_budget=budget)) <= budget - UNUSED
