@@ -256,8 +256,8 @@ def audit(bench: Bench) -> Table:
     forward = median(seconds_of_forward(bench, tokens)) * removals
     corpus = PAPER_TEXTS * median(seconds)
     return Table(
-        f"The exhaustive audit: {cfg.n_layers} layers, {cfg.num_experts} experts top-{cfg.experts_per_token}, d_model "
-        f"{cfg.d_model}, d_expert {cfg.d_expert}, vocabulary {cfg.d_vocab:,}, context {args.context}, random weights, bfloat16",
+        f"The audit of every removal: {cfg.n_layers} layers, {cfg.num_experts} experts top-{cfg.experts_per_token}, d_model "
+        f"{cfg.d_model}, d_expert {cfg.d_expert}, vocabulary {cfg.d_vocab:,}, context {args.context}, random, bfloat16",
         f"{removals:,} removals and {work / 1e12:,.3g} TFLOP a text: {rate / 1e12:,.3g} TFLOP/s, "
         f"{rate / bench.machine.rate:.1%} of the matrix rate. Target: {AUDIT_TARGET:.0%}. Other rows are multiplied from what was "
         "measured; the released run's time is its authors'.",
