@@ -259,8 +259,8 @@ def audit(bench: Bench) -> Table:
         f"The audit of every removal: {cfg.n_layers} layers, {cfg.num_experts} experts top-{cfg.experts_per_token}, d_model "
         f"{cfg.d_model}, d_expert {cfg.d_expert}, vocabulary {cfg.d_vocab:,}, context {args.context}, random, bfloat16",
         f"{removals:,} removals and {work / 1e12:,.3g} TFLOP a text: {rate / 1e12:,.3g} TFLOP/s, "
-        f"{rate / bench.machine.rate:.1%} of the matrix rate. Target: {AUDIT_TARGET:.0%}. Other rows are multiplied from what was "
-        "measured; the released run's time is its authors'.",
+        f"{rate / bench.machine.rate:.1%} of the matrix rate. Target: {AUDIT_TARGET:.0%}. Other rows are multiplied from "
+        "measured ones; the released run's time is its authors'.",
         ["", "removals", "time"],
         [
             ["one text", f"{removals:,}", summary(seconds)],
