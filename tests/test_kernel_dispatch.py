@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from hooked_moe.kernels import dispatch, launches, nvrtc
+from hooked_moe.kernels import dispatch, launches, nvrtc, routing
+from hooked_moe.kernels.operators import launched_or_by_definition
 from hooked_moe.kernels.weighted_sum import weighted_sum
 
 GPU = torch.device("cuda", 0)
@@ -24,7 +25,7 @@ def forget() -> Iterator[None]:
     """What was found out about devices, and what was said."""
 
     def clear() -> None:
-        for cached in (dispatch.obstacle, dispatch._obstacle_of_device, dispatch._warn_once):
+        for cached in (dispatch.obstacle, dispatch._obstacle_of_device, dispatch.warn_once):
             cached.cache_clear()
 
     clear()
@@ -98,6 +99,14 @@ def test_an_old_device_and_a_dtype_without_kernels_are_named(gpu: None, monkeypa
     assert "none for float64, only for float32, bfloat16, float16" in str(dispatch.obstacle(GPU, torch.float64))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "sm_75, and they need sm_80 or newer" in str(dispatch.obstacle(GPU))
+
+
+def test_sizes_without_a_kernel_are_named_once_and_the_definition_runs() -> None:
+    run = launched_or_by_definition(routing._launch_route, routing.route_reference)
+    arguments = torch.randn(2, 2000), None, 3, False, 1.0, 1, 1
+    with pytest.warns(dispatch.KernelWarning, match="route takes .* experts, not 2000"):
+        weights, indices = run(*arguments)
+    assert torch.equal(weights, arguments[0].softmax(-1).gather(1, indices))
 
 
 def test_amd_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

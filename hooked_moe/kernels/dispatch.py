@@ -73,12 +73,13 @@ def by_operator(x: Tensor) -> bool:
 def _possible(device: torch.device, dtype: torch.dtype) -> bool:
     missing = obstacle(device, dtype)
     if missing is not None:
-        _warn_once(missing)
+        warn_once(missing)
     return missing is None
 
 
 @functools.cache
-def _warn_once(missing: str) -> None:
+def warn_once(missing: str) -> None:
+    """Say why kernels do not run, the first time that it is so."""
     message = f"the CUDA kernels of hooked_moe cannot run: {missing}. torch's operations run instead ({VARIABLE}=off: quietly)"
     warnings.warn(message, KernelWarning, stacklevel=4)
 

@@ -30,6 +30,10 @@ MOST_PARTS = 512
 """Of what is counted: a few for each multiprocessor."""
 
 
+class Unsupported(ValueError):
+    """There is no kernel for these sizes or types; torch's operations have to run."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch of one kernel."""
@@ -55,7 +59,7 @@ class Launch:
 
 
 def scalar(dtype: torch.dtype) -> str:
-    """The type's name in the sources. Raises `ValueError` if kernels do not take it."""
+    """The type's name in the sources. Raises `Unsupported` if kernels do not take it."""
     return _named(dtype, SCALARS)
 
 
@@ -73,10 +77,10 @@ def masked_combine(
 ) -> Launch:
     """`mask` is its type: bool, or a float type. `aligned`: `rows_are_aligned` of rows, base and out.
 
-    Raises `ValueError` where a token's rows would not fit a thread's registers.
+    Raises `Unsupported` where a token's rows would not fit a thread's registers.
     """
     if slots > _HELD:
-        raise ValueError(f"masked_combine takes up to {_HELD} slots, not {slots}")
+        raise Unsupported(f"masked_combine takes up to {_HELD} slots, not {slots}")
     most = 1 << (_HELD // slots).bit_length() - 1
     vector = min(ACCESS_BYTES // dtype.itemsize, most) if aligned else 1
     grid, block = _over_rows(tokens, width, vector)
@@ -89,7 +93,7 @@ def masked_combine(
 def route(*, tokens: int, experts: int, slots: int, groups: int, weights: torch.dtype, aligned: bool) -> Launch:
     """`weights` is the type of the weights to write; `groups` 1 is none. `aligned`: `rows_are_aligned` of the logits."""
     if not slots <= experts <= _ROUTED_EXPERTS:
-        raise ValueError(f"route takes from {slots} (one for each slot) to {_ROUTED_EXPERTS} experts, not {experts}")
+        raise Unsupported(f"route takes from {slots} (one for each slot) to {_ROUTED_EXPERTS} experts, not {experts}")
     vector = ACCESS_BYTES // 4 if aligned else 1
     lanes = min(32, _power_of_two(_ceil_div(experts, 8)))
     per_lane = _ceil_div(experts, lanes * vector) * vector
@@ -105,12 +109,12 @@ def route(*, tokens: int, experts: int, slots: int, groups: int, weights: torch.
 def group_count(*, entries: int, experts: int) -> Launch:
     """The first of three kernels that sort by expert. Its `grid[0]` is the number of parts: `counts` is int32 [experts, parts].
 
-    Raises `ValueError` where counters could overflow or would not fit shared memory.
+    Raises `Unsupported` where counters could overflow or would not fit shared memory.
     """
     if entries >= 2**31:
-        raise ValueError(f"rows are counted in 32 bits: sort fewer than {2**31} at once, not {entries}")
+        raise Unsupported(f"rows are counted in 32 bits: sort fewer than {2**31} at once, not {entries}")
     if not 0 < experts <= SHARED_BYTES // 8:
-        raise ValueError(f"sorting takes from 1 to {SHARED_BYTES // 8} experts, not {experts}")
+        raise Unsupported(f"sorting takes from 1 to {SHARED_BYTES // 8} experts, not {experts}")
     parts = min(MOST_PARTS, max(1, _ceil_div(entries, THREADS)))  # one of no entries, so that `ends` is written for none
     return Launch("group_count", "group.cu", (), (parts, 1, 1), (THREADS, 1, 1), 4 * experts)
 
@@ -162,7 +166,7 @@ def prefix_attention(
 ) -> Launch:
     """Windows of `width` tokens (1: single ones); `group` query heads to a key/value head.
 
-    Raises `ValueError` where values do not fit into registers, or heads into shared memory.
+    Raises `Unsupported` where values do not fit into registers, or heads into shared memory.
     """
     half = dtype.itemsize == 2
     rows = 128 if half and value_width <= 128 else 64
@@ -173,7 +177,7 @@ def prefix_attention(
     }
     keys = next((keys for keys, size in shared_of.items() if size <= _SHARED_BYTES), None)
     if keys is None or value_width > _VALUE_WIDTH:
-        raise ValueError(f"prefix_attention does not take heads of {head_width} with values of {value_width} in {dtype}")
+        raise Unsupported(f"prefix_attention does not take heads of {head_width} with values of {value_width} in {dtype}")
     shared = shared_of[keys]
     widths = (("HEAD_WIDTH", head_width), ("VALUE_WIDTH", value_width))
     tiles = (("ROWS", rows), ("KEYS", keys), ("SHARED_BYTES", shared))
@@ -242,5 +246,5 @@ def _ceil_div(a: int, b: int) -> int:
 
 def _named(dtype: torch.dtype, names: dict[torch.dtype, str]) -> str:
     if dtype not in names:
-        raise ValueError(f"CUDA kernels take {', '.join(map(str, names))}; not {dtype}")
+        raise Unsupported(f"CUDA kernels take {', '.join(map(str, names))}; not {dtype}")
     return names[dtype]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_moe.kernels.dispatch import by_definition
+from hooked_moe.kernels.dispatch import by_definition, warn_once
+from hooked_moe.kernels.launches import Unsupported
 
 NAMESPACE = "hooked_moe"
 
@@ -27,7 +28,7 @@ def operator(
     whole = f"{NAMESPACE}::{name}"
     torch.library.define(whole, schema)
     torch.library.impl(whole, "cpu", definition)
-    torch.library.impl(whole, "cuda", launch)
+    torch.library.impl(whole, "cuda", launched_or_by_definition(launch, definition))
     torch.library.register_fake(whole, shapes)
     torch.library.register_autograd(whole, _gradient_of(definition), setup_context=_save_inputs)
     registered = getattr(getattr(torch.ops, NAMESPACE), name)
@@ -36,6 +37,19 @@ def operator(
         return definition(*arguments) if by_definition() else registered(*arguments)
 
     return call
+
+
+def launched_or_by_definition(launch: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel; the definition, and a warning, where there is none for these sizes."""
+
+    def run(*arguments: Any) -> Any:
+        try:
+            return launch(*arguments)
+        except Unsupported as error:
+            warn_once(str(error))
+            return definition(*arguments)
+
+    return run
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
