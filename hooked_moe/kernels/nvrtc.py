@@ -22,6 +22,8 @@ from hooked_moe.kernels.launches import SOURCES, Launch
 
 OPTIONS = "-std=c++17"
 """That every kernel is compiled with; part of the key of the cache."""
+_DEFAULT_STREAM = 1
+"""CU_STREAM_LEGACY: what torch calls 0, which other libraries may take for no stream."""
 _PLAIN_SHARED_BYTES = 48 << 10
 """Shared memory that a block has without asking for more."""
 
@@ -34,7 +36,7 @@ class Stream:
     """torch's current stream of a device, in the protocol by which CUDA libraries take each other's streams."""
 
     def __init__(self, device: torch.device) -> None:
-        self.handle = torch.cuda.current_stream(device).cuda_stream
+        self.handle = torch.cuda.current_stream(device).cuda_stream or _DEFAULT_STREAM
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.handle
