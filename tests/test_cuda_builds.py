@@ -103,9 +103,18 @@ def sanitized(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_kernels_run_clean_under_the_sanitizers() -> None:
-    files = sorted(str(path) for path in host.HERE.parent.glob("test_cuda_*.py") if path.name != Path(__file__).name)
-    result = sanitized("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not backwards", *files)
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "test_cuda_shim.py",
+        "test_cuda_kernels.py",
+        pytest.param("test_cuda_prefix_attention.py", marks=pytest.mark.slow),
+        pytest.param("test_cuda_target_logprob.py", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_run_clean_under_the_sanitizers(tests: str) -> None:
+    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not backwards"]
+    result = sanitized("-m", "pytest", *arguments, str(host.HERE.parent / tests))
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
 
 
