@@ -48,7 +48,7 @@ __device__ __forceinline__ float dot(const SCALAR* query, const SCALAR* key, boo
     return row_sum(sum);
 }
 
-extern "C" __global__ void __launch_bounds__(128) prefix_attention(
+extern "C" __global__ void __launch_bounds__(128, 2) prefix_attention(
     SCALAR* __restrict__ out,                 // [variants, batch, queries * width, kv_heads * group, VALUE_WIDTH]
     const SCALAR* __restrict__ q,             // [variants, batch, queries * width, kv_heads * group, HEAD_WIDTH]
     const SCALAR* __restrict__ own_k,         // [variants, batch, queries * width, kv_heads, HEAD_WIDTH]
@@ -96,17 +96,18 @@ extern "C" __global__ void __launch_bounds__(128) prefix_attention(
 
     const SCALAR* const first_key = keys + (b * n_keys * kv_heads + kv_head) * HEAD_WIDTH;
     const SCALAR* const first_value = values + (b * n_keys * kv_heads + kv_head) * VALUE_WIDTH;
+    const unsigned heads = static_cast<unsigned>(kv_heads);  // from key to key; 64 bits would cost registers where they are scarce
     const bool key_vectors = whole_vectors(keys, HEAD_WIDTH), value_vectors = whole_vectors(values, VALUE_WIDTH);
     const auto start_keys = [&](int start) {
         const auto key_of = [&](int i) {
-            return start + i < longest ? first_key + (start + i) * kv_heads * HEAD_WIDTH : nullptr;
+            return start + i < longest ? first_key + static_cast<unsigned long long>(start + i) * (heads * HEAD_WIDTH) : nullptr;
         };
         load_tile<KEYS, HEAD_COLUMNS>(key_tile, key_of, 0, HEAD_WIDTH, key_vectors);
         async_copies_end_group();
     };
     const auto start_values = [&](int start) {
         const auto value_of = [&](int i) {
-            return start + i < longest ? first_value + (start + i) * kv_heads * VALUE_WIDTH : nullptr;
+            return start + i < longest ? first_value + static_cast<unsigned long long>(start + i) * (heads * VALUE_WIDTH) : nullptr;
         };
         load_tile<KEYS, VALUE_COLUMNS>(value_tile, value_of, 0, VALUE_WIDTH, value_vectors);
         async_copies_end_group();
@@ -117,14 +118,12 @@ extern "C" __global__ void __launch_bounds__(128) prefix_attention(
 
     const int lane = lane_index(), g = lane / 4, t = lane % 4, warp_row = threadIdx.x / 32 * WARP_ROWS;
     const float log2_scale = scale * LOG2_E;  // the hardware has powers of two
-    int prefix[ROW_TILES][2];
     float top[ROW_TILES][2], sum[ROW_TILES][2];  // of a row's weights: sum * 2^top, this lane's part of them
     float mixed[ROW_TILES][VALUE_TILES][4] = {};
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            prefix[m][h] = table[warp_row + m * 16 + h * 8 + g].prefix;
             top[m][h] = -infinity();
             sum[m][h] = 0.0f;
         }
@@ -140,17 +139,18 @@ extern "C" __global__ void __launch_bounds__(128) prefix_attention(
         if (start + KEYS < longest) start_keys(start + KEYS);
 
         const bool all_see_all = start + KEYS <= shortest;
+        const Row* const lane_rows = table + warp_row + g;
         LeftOperand<SCALAR, ROW_TILES, KEY_TILES> weights;
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
+                const int visible = all_see_all ? KEYS : lane_rows[m * 16 + h * 8].prefix - start;
                 float highest = -infinity();
 #pragma unroll
                 for (int i = 0; i < KEY_TILES * 2; ++i) {
                     float& score = scores[m][i / 2][2 * h + i % 2];
-                    const bool seen = all_see_all || start + i / 2 * 8 + 2 * t + i % 2 < prefix[m][h];
-                    score = seen ? score * log2_scale : -infinity();
+                    score = i / 2 * 8 + 2 * t + i % 2 < visible ? score * log2_scale : -infinity();
                     highest = fmaxf(highest, score);
                 }
                 const float new_top = fmaxf(top[m][h], row_max(highest));
