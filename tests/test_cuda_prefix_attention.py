@@ -95,7 +95,9 @@ CASES = {
     "nothing before any query": Case(positions="first"),
     "more queries than keys": Case(queries=40, n_keys=9),
     "windows": Case(width=3, positions="random", queries=9, n_keys=40, group=1),
-    "latent attention, values narrower than keys": Case(variants=1, batch=1, queries=20, n_keys=20, head_width=192, value_width=128, kv_heads=1, group=1),
+    "latent attention, values narrower than keys": Case(
+        variants=1, batch=1, queries=20, n_keys=20, head_width=192, value_width=128, kv_heads=1, group=1
+    ),
 }
 
 

@@ -173,7 +173,7 @@ def prefix_attention(
     head_pitch, value_pitch = (_tile_pitch(16 * _ceil_div(columns, 16), dtype) for columns in (head_width, value_width))
     shared_of = {
         keys: ((rows + keys) * head_pitch + keys * value_pitch) * dtype.itemsize + rows * _ROW_BYTES
-        for keys in ((64, 32) if half else (32, 16))
+        for keys in ((64, 32) if half and head_width <= 128 else (32, 16))  # wider heads leave no registers for 64
     }
     keys = next((keys for keys, size in shared_of.items() if size <= _SHARED_BYTES), None)
     if keys is None or value_width > _VALUE_WIDTH:
