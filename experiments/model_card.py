@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.corpus import load_corpus
-from hooked_moe.measurement import TokenizedCorpus
+from hooked_moe.tokenized_corpus import TokenizedCorpus
 
 DISCOUNT = 0.75
 

@@ -28,7 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it also runs as a script
 
 from experiments import parity_checks
-from experiments.audit import DTYPES, choose_device
+from experiments.measuring import DTYPES, choose_device
 from experiments.parity_checks import Result, not_run
 from experiments.published_models import PUBLISHED, Published, published
 from hooked_moe import HookedMoE, HookedMoEConfig

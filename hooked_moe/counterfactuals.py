@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -139,6 +140,38 @@ def progressive_effects(
     `order` is by routing weight, or random: one permutation for every layer, batch row and position, from `seed`. All else as in
     `expert_effects` at `scope="position"`; the other fields describe slot m of the clean run, whatever the order.
     """
+    return complete(
+        progressive_effects_steps(
+            model,
+            tokens,
+            layers,
+            order,
+            removal,
+            positions,
+            attention_mask,
+            seed,
+            means=means,
+            readouts=readouts,
+            memory_budget=memory_budget,
+        )
+    )
+
+
+def progressive_effects_steps(
+    model: HookedMoE,
+    tokens: Int[Tensor, "batch pos"],
+    layers: Sequence[int] | None,
+    order: Order,
+    removal: AnyRemoval,
+    positions: Positions | None,
+    attention_mask: Mask | None = None,
+    seed: int = 0,
+    *,
+    means: ExpertMeans | None = None,
+    readouts: Sequence[NamedReadout] = (),
+    memory_budget: int | str | None = None,
+) -> Steps[ExpertEffects]:
+    """`progressive_effects` that pauses after every layer."""
     if order not in ("descending", "ascending", "random"):
         raise ValueError(f"order must be 'descending', 'ascending' or 'random', not {order!r}")
     request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget)
@@ -155,7 +188,7 @@ def progressive_effects(
         keep = rank >= torch.arange(1, slots + 1, device=weights.device).view(-1, 1, 1, 1)
         return without(clean, in_windows(keep, clean, request.width), removal, means)
 
-    return _as_expert_effects(complete(request.run(_position_scope(request, variants, slots, observed=True), slots)))
+    return _as_expert_effects((yield from request.run(_position_scope(request, variants, slots, observed=True), slots)))
 
 
 def _random_ranks(packed: Packed, layer: int, slots: int, seed: int) -> Int[Tensor, "batch query slot"]:
@@ -296,7 +329,7 @@ def expert_observations_steps(
     request = make_request(model, tokens, layers, None, attention_mask, (), None)
 
     def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
-        resid = yield from clean_blocks(model, packed.tokens, _observer(packed, some, results))
+        resid = yield from clean_blocks(model, packed.tokens, _observer(model, packed, some, results))
         results.put_baseline(loss_at(model, resid[None], packed.targets)[0], packed)
 
     results = yield from request.run(work, model.cfg.experts_per_token)
@@ -313,7 +346,7 @@ def _position_scope(
         def branch(clean: CleanBlock) -> Variants:
             return variants(with_experts(clean), packed)
 
-        visit = _observer(packed, some, results) if observed else None
+        visit = _observer(request.model, packed, some, results) if observed else None
         return request.fan_out(packed, some, results, n_variants, branch, visit)
 
     return work
@@ -324,7 +357,7 @@ def _sequence_scope(request: Request, removal: AnyRemoval, means: ExpertMeans | 
     model = request.model
 
     def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
-        observe_into = _observer(packed, some, results)
+        observe_into = _observer(model, packed, some, results)
         losses: list[Tensor] = []
 
         def visit(clean: CleanBlock) -> None:
@@ -360,19 +393,20 @@ def _sequence_losses(
     return without_expert.transpose(1, 2).gather(-1, indices)
 
 
-def _observer(packed: Packed, layers: list[int], results: Results) -> Callable[[CleanBlock], None]:
+def _observer(model: HookedMoE, packed: Packed, layers: list[int], results: Results) -> Callable[[CleanBlock], None]:
     """Puts what the clean run says of every active expert into the results, layer by layer."""
+    most_experts = max(model.cfg.experts_in(layer) for layer in model.cfg.moe_layers)
 
     def visit(clean: CleanBlock) -> None:
         if clean.layer in layers:
-            for name, values in observe(with_experts(clean)).items():
+            for name, values in observe(with_experts(clean), most_experts).items():
                 results.put(name, values[None], packed, [clean.layer], everywhere=True)
 
     return visit
 
 
-def observe(clean: CleanExperts) -> dict[str, Tensor]:
-    """What the clean run says of every active expert: each [batch, pos, slot]."""
+def observe(clean: CleanExperts, most_experts: int) -> dict[str, Tensor]:
+    """What the clean run says of every active expert, each [batch, pos, slot], and the router of all: [batch, pos, expert]."""
     indices, weights = clean.routing
     weights, outputs = at_least_float32(weights), at_least_float32(clean.expert_outputs.in_slots())
     contributions = weights.unsqueeze(-1) * outputs
@@ -384,6 +418,9 @@ def observe(clean: CleanExperts) -> dict[str, Tensor]:
         "output_norm": output_norm,
         "gap_norm": weights.abs() * output_norm,
         "rest_cosine": torch.cosine_similarity(contributions, rest, dim=-1),
+        "rest_norm": rest.norm(dim=-1),
+        "max_activation": outputs.abs().amax(dim=-1),
+        "router_probability": F.pad(clean.moe.router(clean.mlp_input).softmax(dim=-1), (0, most_experts - clean.moe.num_experts)),
     }
 
 
@@ -393,7 +430,7 @@ def _readouts(results: Results) -> dict[str, Tensor]:
 
 
 def _as_expert_effects(results: Results) -> ExpertEffects:
-    columns = {name: results.tables[name] for name in PER_SLOT}
+    columns = {name: results.tables[name] for name in (*PER_SLOT, "router_probability")}
     return ExpertEffects(layers=results.layers, baseline_loss=results.baseline, readouts=_readouts(results), **columns)
 
 

@@ -29,6 +29,12 @@ class ExpertEffects:
     """||E_i(x)||."""
     rest_cosine: Float[Tensor, "layer batch pos slot"]
     """Cosine between the expert's contribution and the rest of the routed sum; 0 where either is zero."""
+    rest_norm: Float[Tensor, "layer batch pos slot"]
+    """Euclidean norm of the rest of the routed sum."""
+    max_activation: Float[Tensor, "layer batch pos slot"]
+    """Largest |coordinate| of E_i(x)."""
+    router_probability: Float[Tensor, "layer batch pos expert"]
+    """The router's softmax over all experts, selected or not; 0 for experts that a layer does not have."""
     baseline_loss: Float[Tensor, "batch pos"]
     """-log p(next token) of the clean run, in nats; nan where there is no next token."""
     readouts: dict[str, Float[Tensor, "layer batch pos slot *rest"]] = field(default_factory=dict)
@@ -53,7 +59,7 @@ class ExpertEffects:
         return {"slot": slot[-1], **values, "baseline_loss": float(self.baseline_loss[batch, pos])}
 
 
-PER_SLOT = [f.name for f in fields(ExpertEffects) if f.name not in ("layers", "baseline_loss", "readouts")]
+PER_SLOT = [f.name for f in fields(ExpertEffects) if f.name not in ("layers", "router_probability", "baseline_loss", "readouts")]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooked_moe.components.attention import QueriesKeysValues
+from hooked_moe.components.attention import Attention, QueriesKeysValues
 from hooked_moe.components.block import Block
 from hooked_moe.components.moe import ExpertOutputs, MoE, Routing, combine_onto
 from hooked_moe.components.norm import at_least_float32
@@ -236,10 +236,24 @@ def fan_out(
     return FanOut(losses, loss_at(model, resid[None], targets)[0], read)
 
 
-def clean_block(block: Block, layer: int, resid: Float[Tensor, "batch pos d_model"], rotate: Rotation) -> CleanBlock:
+Attend = Callable[[Attention, QueriesKeysValues], Float[Tensor, "batch pos head d_value"]]
+
+
+def attend_to_earlier(attn: Attention, qkv: QueriesKeysValues) -> Float[Tensor, "batch pos head d_value"]:
+    """Every position sees all up to its own."""
+    return attn.attend(qkv, None)
+
+
+def clean_block(
+    block: Block,
+    layer: int,
+    resid: Float[Tensor, "batch pos d_model"],
+    rotate: Rotation,
+    attend: Attend = attend_to_earlier,
+) -> CleanBlock:
     """One block of an ordinary forward over rows padded on the right only, and all that variants need of it."""
     qkv = block.attn.project(block.ln1(resid), rotate)
-    resid_mid = resid + block.attn.output(block.attn.attend(qkv, None))
+    resid_mid = resid + block.attn.output(attend(block.attn, qkv))
     mlp_input = block.ln2(resid_mid)
     if not isinstance(block.mlp, MoE):
         return CleanBlock(layer, block, qkv, resid_mid, mlp_input, resid_mid + block.mlp(mlp_input))

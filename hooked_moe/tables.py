@@ -47,12 +47,19 @@ EFFECTS = _schema(
     ),
     ("gap_norm", pa.float32(), "residual stream", "g ||E(x)||, how far the removal moves the block's output"),
     ("rest_cosine", pa.float32(), "1", "cosine between the removed contribution and the rest of the routed sum"),
+    ("rest_norm", pa.float32(), "residual stream", "Euclidean norm of the rest of the routed sum"),
     _BASELINE,
     (
         "delta_loss",
         pa.float32(),
         "nats",
-        "loss without the expert at this position minus baseline_loss; above 0 where the expert helps",
+        "loss without the expert at this position minus baseline_loss; above 0 where the expert helps; NaN if not measured",
+    ),
+    (
+        "first_order",
+        pa.float32(),
+        "nats",
+        "first-order estimate of delta_loss: -g E(x) . dloss/dy, y the block's routed output here; NaN if not measured",
     ),
 )
 EFFECTS_SEQUENCE = _schema(
@@ -67,6 +74,38 @@ EFFECTS_SEQUENCE = _schema(
         "nats",
         "loss here without the expert at every token of the sequence minus the intact model's loss here",
     ),
+)
+PROGRESSIVE = _schema(
+    _DOCUMENT,
+    _POSITION,
+    _LAYER,
+    ("order", pa.string(), "name", "which experts go first: descending or ascending routing weight, or random"),
+    ("removed", pa.int8(), "experts", "how many of the active experts are removed at this position, from 1"),
+    ("delta_loss", pa.float32(), "nats", "loss without them at this position minus baseline_loss"),
+    _BASELINE,
+)
+ROUTING = _schema(
+    _DOCUMENT,
+    _LAYER,
+    ("expert", pa.int16(), "index", "routed expert"),
+    ("n_tokens", pa.int32(), "tokens", "tokens of the document that select the expert"),
+    ("document_tokens", pa.int32(), "tokens", "all tokens of the document"),
+    ("sum_probability", pa.float64(), "tokens", "router's softmax probability of the expert, summed over all tokens"),
+    ("sum_entropy", pa.float64(), "nats", "entropy of the router's softmax, summed over the tokens that select the expert"),
+    (
+        "max_activation",
+        pa.float32(),
+        "residual stream",
+        "largest |coordinate| of E(x) over the tokens that select the expert; NaN if there are none",
+    ),
+)
+EXPERT_WEIGHTS = _schema(
+    _LAYER,
+    ("expert", pa.int16(), "index", "routed expert"),
+    ("router_row_norm", pa.float64(), "weights", "Euclidean norm of the expert's row of the router"),
+    ("weight_norm", pa.float64(), "weights", "Frobenius norm of the expert's three matrices together"),
+    ("mean_abs_weight", pa.float64(), "weights", "mean |w| over the expert's three matrices"),
+    ("rms_weight", pa.float64(), "weights", "root mean square of w over the expert's three matrices"),
 )
 TOKENS = _schema(
     _DOCUMENT,

@@ -25,7 +25,9 @@ from number_text import number_reader, number_tokenizer, write_corpus
 
 from experiments import audit
 from hooked_moe import HookedMoE, figures, measurement, tables, verification
+from hooked_moe.corpus import load_corpus
 from hooked_moe.fingerprint import versions, weights_sha256
+from hooked_moe.tokenized_corpus import TokenizedCorpus
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (30, 9, 41, 22)
@@ -33,6 +35,8 @@ TABLES = (
     "documents.parquet",
     "tokens.parquet",
     "effects.parquet",
+    "routing.parquet",
+    "expert_weights.parquet",
     "experts.parquet",
     "cells.csv",
     "report.html",
@@ -98,13 +102,13 @@ def test_another_run_elsewhere_gives_the_same_bytes(uninterrupted: dict[str, byt
 def test_a_finished_run_reports_again_without_measuring(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = run_audit(tmp_path)
     before = contents(directory)
-    for name in ("verify", "measure", "noise_floor"):
-        monkeypatch.setattr(audit, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    for name in ("verify", "measure_part", "noise_floor"):
+        monkeypatch.setattr(measurement, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     assert contents(run_audit(tmp_path)) == before
     for name in ("report.html", "cells.csv", "experts.parquet"):
         (directory / name).unlink()
-    (directory / "shards").mkdir()  # as if killed before they were cleared away
-    (directory / "shards" / "000000.tokens.parquet").touch()
+    (directory / "shards" / "position-0123").mkdir(parents=True)  # as if killed before they were cleared away
+    (directory / "shards" / "position-0123" / "000000.tokens.parquet").touch()
     assert contents(run_audit(tmp_path)) == before
 
 
@@ -114,25 +118,24 @@ def test_the_manifest_says_what_was_measured(workplace: Path, tmp_path: Path) ->
     assert manifest["model"]["weights_sha256"] == weights_sha256(model)
     assert (manifest["model"]["name"], manifest["model"]["revision"]) == ("model", None)
     assert manifest["model"]["config"]["num_experts"] == 6
-    corpus = audit.load_corpus("corpus.jsonl")
+    corpus = load_corpus("corpus.jsonl")
     assert manifest["corpus"] == {
         "name": "corpus.jsonl",
         "sha256": corpus.sha256,
         "documents": 4,
         "tokens": sum(LENGTHS),
-        "tokens_sha256": measurement.TokenizedCorpus(model, corpus, 16).sha256(),
+        "tokens_sha256": TokenizedCorpus(model, corpus, 16).sha256(),
     }
-    assert manifest["protocol"] == {
-        "name": "defined",
-        "scopes": ["position"],
+    assert manifest["measurement"] == {
         "removal": "zero",
         "layers": [1],
         "context": 16,
-        "tokens_per_document": "512",
-        "positions": 20,
-        "analysis_sample": 200,
-        "seed": 42,
+        "tokens_per_document": 512,
+        "bos": None,
     }
+    part = manifest["parts"]["position"]
+    assert manifest["parts"].keys() == {"position"}
+    assert (part["positions"], part["layers"]) == (20, [1])
     assert manifest["versions"] == versions()
     assert [(check["name"], check["passed"]) for check in manifest["verification"]] == [
         (name, True) for name in ("loss", "no stale state", "losses differ", "inactive expert", "effects are exact")
@@ -348,6 +351,8 @@ def refused(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
         ("--context 17", ["--context 17", "from 8 to 16, the context of model"]),
         ("--context 7", ["--context 7", "from 8 to 16"]),
         ("--context 0", ["--context 0", "from 8 to 16"]),
+        ("--context 16 --tokens 12", ["--context 16", "the longest document", "has 12 tokens", "shorter context"]),
+        ("--bos", ["no BOS token"]),
         ("--tokens 7", ["--tokens '7'", "a number of tokens from 8"]),
         ("--tokens few", ["--tokens 'few'", "give all"]),
         ("--documents 5", ["--documents 5", "has 4 documents"]),
@@ -415,10 +420,10 @@ def test_a_tokenizer_of_another_model_is_named(refused: Callable[..., str], make
 @pytest.mark.parametrize(
     ("more", "changed"),
     [
-        (["--layers", "0"], "protocol"),
+        (["--layers", "0"], "measurement"),
         (["--documents", "3"], "corpus"),
         (["--dtype", "bfloat16"], "model"),
-        (["--documents", "3", "--positions", "9"], "corpus and protocol"),
+        (["--documents", "3", "--removal", "reroute"], "corpus and measurement"),
     ],
 )
 def test_a_run_begun_with_other_settings_is_left_alone(
@@ -428,7 +433,7 @@ def test_a_run_begun_with_other_settings_is_left_alone(
     before = contents(directory)
     capsys.readouterr()
     assert audit.main(settings(tmp_path, *more)) == 1
-    assert f"run was begun with another {changed}: give another --run" in capsys.readouterr().err
+    assert f"run was begun with another {changed}: give another name to the run" in capsys.readouterr().err
     assert contents(directory) == before
 
 
@@ -461,9 +466,9 @@ def test_checks_are_made_with_the_removal_and_the_scopes_of_the_run(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(audit, "verify", lambda model, tokens, *rest: asked.append((tokens.shape[1], *rest)) or [])
+    monkeypatch.setattr(measurement, "verify", lambda model, tokens, *rest: asked.append((tokens.shape[1], *rest)) or [])
     run_audit(tmp_path, "--scope", "both", "--removal", "reroute")
-    assert asked == [(16, "reroute", ("position", "sequence"))]
+    assert asked == [(16, "reroute", ("position",)), (16, "reroute", ("sequence",))]
 
 
 # --- as commands -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,11 +208,23 @@ def test_observations_are_those_of_the_clean_run(model: HookedMoE) -> None:
             torch.testing.assert_close(effects.routing_weight[index], weights)
             torch.testing.assert_close(effects.output_norm[index], outputs.norm(dim=-1))
             torch.testing.assert_close(effects.gap_norm[index], weights * outputs.norm(dim=-1))
+            assert torch.equal(effects.max_activation[index], outputs.abs().amax(dim=-1))
+            torch.testing.assert_close(effects.router_probability[index], cache["router_logits", layer].softmax(-1))
             for slot in range(model.cfg.experts_per_token):
                 removed = contributions[:, :, slot]
                 rest = cache["routed_out", layer] - removed
                 cosine = (removed * rest).sum(-1) / (removed.norm(dim=-1) * rest.norm(dim=-1))
                 torch.testing.assert_close(effects.rest_cosine[index, :, :, slot], cosine, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(effects.rest_norm[index, :, :, slot], rest.norm(dim=-1), atol=1e-5, rtol=1e-4)
+
+
+def test_router_probabilities_of_layers_with_fewer_experts_end_in_zeros(make_model: Callable[..., HookedMoE]) -> None:
+    model = make_model()
+    model.remove_experts({1: [0, 4]})
+    probability = expert_observations(model, some_tokens()).router_probability
+    assert probability.shape == (3, 2, 11, 6)
+    assert (probability[1, ..., 4:] == 0).all()
+    torch.testing.assert_close(probability.sum(-1), torch.ones(3, 2, 11))
 
 
 @EVERY_ARCHITECTURE

@@ -5,19 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from hooked_moe import HookedMoE
+from hooked_moe import HookedMoE, counterfactuals, fan_out, memory
 from hooked_moe.counterfactuals import expert_effects, progressive_effects
 from hooked_moe.memory import demand_of
 from hooked_moe.readouts import KL, LossAfter
 from tests.conftest import random_config
 
-LENGTH = 96
+LENGTH = 32
 UNUSED = (64 << 20) - (8 << 20)
 """Of what is set aside for logits, which are far from 64 MiB with a vocabulary of 2,000."""
-WIDE = {"d_model": 256, "d_vocab": 2000, "n_ctx": LENGTH, "d_expert": 16, "n_layers": 4}
+WIDE = {"d_model": 256, "d_vocab": 2000, "n_ctx": LENGTH, "d_expert": 16, "n_layers": 3}
 MEASUREMENTS: dict[str, Callable[..., Any]] = {
     "position": expert_effects,
     "from position": lambda *args, **options: expert_effects(*args, scope="from_position", readouts=[LossAfter(2)], **options),
@@ -40,13 +39,32 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return peak
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens in a block at once, so that what a budget divides is most of the memory."""
+    for module in (fan_out, memory, counterfactuals):
+        monkeypatch.setattr(module, "TOKENS_AT_ONCE", 64)
+
+
+def model_and_budget(dtype: torch.dtype) -> tuple[HookedMoE, int]:
+    torch.manual_seed(0)
+    model = HookedMoE(random_config("deepseek", **WIDE, dtype=dtype))
+    demand = demand_of(model.cfg, LENGTH)
+    return model, demand.fixed + demand.row + 4 * LENGTH * demand.variant_token
+
+
+@pytest.mark.usefixtures("unchecked", "narrow")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("measurement", MEASUREMENTS)
 def test_a_measurement_stays_within_its_memory_budget(measurement: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = HookedMoE(random_config("deepseek", **WIDE, dtype=dtype))
-    tokens: Tensor = torch.randint(2000, (2, LENGTH))
-    demand = demand_of(model.cfg, LENGTH)
-    budget = demand.fixed + demand.row + 4 * LENGTH * demand.variant_token
+    model, budget = model_and_budget(dtype)
+    tokens = torch.randint(2000, (3, LENGTH))
     assert peak_bytes(lambda: MEASUREMENTS[measurement](model, tokens, memory_budget=budget)) <= budget - UNUSED
+
+
+@pytest.mark.usefixtures("unchecked", "narrow")
+def test_a_budget_is_what_keeps_memory_from_growing_with_the_batch() -> None:
+    model, budget = model_and_budget(torch.float32)
+    tokens = torch.randint(2000, (24, LENGTH))
+    assert peak_bytes(lambda: expert_effects(model, tokens, memory_budget=budget)) <= budget - UNUSED
+    assert peak_bytes(lambda: expert_effects(model, tokens)) > budget - UNUSED

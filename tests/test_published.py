@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.csv
 import pytest
+import scipy.stats
 
 from hooked_moe import statistics as stat
 from hooked_moe.cells import sample_positions
@@ -82,6 +83,6 @@ CONTROL_TABLES = ("table4_olmoe_control", "table5_qwen_control", "table6_deepsee
 def test_printed_d_and_p_of_the_controls_imply_each_other_at_200_pairs(published, table):
     """d_z (ddof=1) and n fix t; p must follow, for some d that rounds to the printed one."""
     for row in published[table].values():
-        p = [2 * stat.scipy.stats.t.sf(abs(d) * np.sqrt(200), 199) for d in (abs(row["d"]) - 5e-4, abs(row["d"]) + 5e-4)]
+        p = [2 * scipy.stats.t.sf(abs(d) * np.sqrt(200), 199) for d in (abs(row["d"]) - 5e-4, abs(row["d"]) + 5e-4)]
         digit = 0.00005 if row["p_t"] < 0.01 else 0.0005
         assert min(p) - digit <= row["p_t"] <= max(p) + digit, (table, row, p)

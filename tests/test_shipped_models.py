@@ -11,7 +11,7 @@ import torch
 from hooked_moe import HookedMoE
 from hooked_moe.corpus import load_corpus
 from hooked_moe.loading.registry import SHIPPED
-from hooked_moe.measurement import TokenizedCorpus
+from hooked_moe.tokenized_corpus import TokenizedCorpus
 
 DIRECTORY = Path(__file__).parents[1] / "hooked_moe" / "pretrained"
 

@@ -5,6 +5,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statsmodels.stats.multitest import multipletests
 
 from hooked_moe import statistics as stat
 
@@ -112,6 +113,17 @@ def test_clustered_interval_is_the_jackknife_done_by_hand():
     assert (result.d, result.low, result.high) == pytest.approx((d, d - reach, d + reach))
 
 
+def test_clustered_interval_from_sums_is_that_from_pairs():
+    random = np.random.default_rng(8)
+    cluster = random.integers(0, 9, 400)
+    values = random.standard_t(3, 400) + 0.2
+    sums = [np.bincount(cluster, weights) for weights in (None, values, values**2)]
+    pairs = stat.clustered_dz(values, cluster)
+    assert vars(stat.clustered_dz_from_sums(*sums)) == pytest.approx(vars(pairs))
+    assert pairs.interval(0.95) == pytest.approx((pairs.low, pairs.high))
+    assert pairs.interval(0.9) == pytest.approx(tuple(vars(stat.clustered_dz(values, cluster, 0.9)).values())[1:3])
+
+
 def test_clustered_interval_covers_where_the_naive_one_does_not():
     random = np.random.default_rng(3)
     clustered = naive = 0
@@ -145,10 +157,23 @@ def test_holm_is_the_step_down_procedure(p):
     assert (adjusted <= stat.bonferroni(np.array(p)) + 1e-15).all()
 
 
+def test_benjamini_and_hochbergs_procedure_rejects_four_of_their_fifteen():
+    assert (stat.benjamini_hochberg(BH_1995) <= 0.05).sum() == 4
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+@settings(max_examples=20, deadline=None)
+def test_corrections_agree_with_statsmodels(p):
+    values = np.array(p)
+    for ours, theirs in ((stat.bonferroni, "bonferroni"), (stat.holm, "holm"), (stat.benjamini_hochberg, "fdr_bh")):
+        np.testing.assert_allclose(ours(values), multipletests(values, method=theirs)[1], rtol=1e-12)
+
+
 def test_refused_cells_stay_nan_and_count_in_the_family():
     p = np.array([0.01, np.nan, 0.02])
     np.testing.assert_allclose(stat.bonferroni(p), [0.03, np.nan, 0.06])
     np.testing.assert_allclose(stat.holm(p), [0.03, np.nan, 0.04])
+    np.testing.assert_allclose(stat.benjamini_hochberg(p), [0.03, np.nan, 0.03])
     with pytest.raises(ValueError, match="a family of 2 tests cannot hold 3"):
         stat.holm(p, 2)
 
@@ -178,6 +203,13 @@ def _ranks(p: float, sign: int) -> stat.SignedRank:
 )
 def test_the_agreement_rule_wants_both_tests_and_one_sign(p_t, sign_t, p_w, sign_w, expected):
     assert stat.agreement(_t(p_t, sign_t), _ranks(p_w, sign_w), n_tests=20) == expected
+
+
+@pytest.mark.parametrize("outcome", ["positive", "negative", "tests_disagree", "not_detected"])
+def test_a_verdict_of_equivalence_goes_before_the_agreement_rule(outcome):
+    inside, outside = stat.Equivalence(0.05, -0.09, 0.1, (-0.1, 0.1)), stat.Equivalence(0.06, -0.09, 0.11, (-0.1, 0.1))
+    assert stat.verdict(outcome, inside) == "equivalent"
+    assert stat.verdict(outcome, outside) == {"positive": "valid", "negative": "reversed"}.get(outcome, "undecided")
 
 
 def test_power_and_minimal_detectable_effect_have_their_reference_values():

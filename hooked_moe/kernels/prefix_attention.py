@@ -36,7 +36,7 @@ def prefix_attention(
     prefix has weight sigmoid(L - s) (the merge of FlashAttention blocks, Dao et al. 2022).
     """
     mixed, log_sum = _over_prefix(q, keys, values, positions, scale)
-    own_k, own_v = _for_every_head(q, own_k), _for_every_head(q, own_v)
+    own_k, own_v = for_every_head(q, own_k), for_every_head(q, own_v)
     wide = torch.promote_types(q.dtype, torch.float32)  # a weight rounded to half precision would be the largest error of all
     own_score = einsum(
         q.to(wide), own_k.to(wide), "variant batch query head e, variant batch query head e -> variant batch query head"
@@ -75,7 +75,7 @@ def _by_torch(
     mixed, log_sum = rearrange(mixed, join, offset=width), rearrange(log_sum, join, offset=width)
     by_window = "variant batch (query offset) head e -> variant batch query head offset e"
     wide = torch.promote_types(q.dtype, torch.float32)
-    own = (q, _for_every_head(q, own_k), _for_every_head(q, own_v))
+    own = (q, for_every_head(q, own_k), for_every_head(q, own_v))
     own_q, own_k, own_v = (rearrange(x.to(wide), by_window, offset=width) for x in own)
     scores = own_q @ own_k.mT * scale
     later = torch.ones(width, width, dtype=torch.bool, device=q.device).triu(1)
@@ -85,7 +85,19 @@ def _by_torch(
     return rearrange(z, "variant batch query head offset e -> variant batch (query offset) head e").to(q.dtype)
 
 
-def _for_every_head(q: Tensor, x: Tensor) -> Tensor:
+def own_share(
+    q: Float[Tensor, "batch pos head d_head"],
+    keys: Float[Tensor, "batch pos kv_head d_head"],
+    values: Float[Tensor, "batch pos kv_head d_value"],
+    scale: float,
+) -> Float[Tensor, "batch pos head"]:
+    """The attention that each position pays to itself, in causal attention over all positions up to it."""
+    _, log_sum = _over_prefix(q[None], keys, values, None, scale)
+    own_score = (q.to(log_sum.dtype) * for_every_head(q, keys).to(log_sum.dtype)).sum(-1)
+    return (own_score * scale - log_sum[0]).sigmoid()
+
+
+def for_every_head(q: Tensor, x: Tensor) -> Tensor:
     group = q.shape[-2] // x.shape[-2]
     return x if group == 1 else x.repeat_interleave(group, dim=-2)
 

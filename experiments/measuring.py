@@ -1,0 +1,147 @@
+"""What every experiment asks first: which model, which text, which layers. One measurement serves them all."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from hooked_moe import HookedMoE, HookedMoEConfig
+from hooked_moe.cells import sample_positions
+from hooked_moe.corpus import load_corpus
+from hooked_moe.measurement import Run, open_measurement
+from hooked_moe.tokenized_corpus import TokenizedCorpus
+from hooked_moe.verification import MINIMUM_TOKENS
+from hooked_moe.window_rows import Positions
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SEED = 42
+
+
+def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is measured and where it is kept."""
+    parser.add_argument("--model", default="tiny-olmoe", help="short name, hub id or local directory (default: %(default)s)")
+    parser.add_argument(
+        "--corpus", default="held-out", help="held-out, wikitext-2, or a .txt or .jsonl file (default: %(default)s)"
+    )
+    parser.add_argument("--layers", default="all", help="comma-separated layers, or all (default)")
+    parser.add_argument("--removal", choices=["zero", "renormalize", "reroute"], default="zero")
+    parser.add_argument("--context", type=int, help="tokens per window (default: the model's context, 512 at most)")
+    parser.add_argument(
+        "--tokens", default="512", help="tokens of each document: a number (default: %(default)s, the paper's), or all"
+    )
+    parser.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin every window with the BOS token, which is in no statistic (default: as the model's tokenizer does)",
+    )
+    parser.add_argument("--documents", type=int, help="only the first so many documents of the corpus")
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(DTYPES),
+        default="float32",
+        help="of the weights (default: %(default)s); compare the noise floor in half precision",
+    )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="keep one block of the model in memory at a time, for models larger than memory; residuals wait on disk",
+    )
+    parser.add_argument("--memory", metavar="BYTES", help="bound the memory beside the model's weights, as in 4GB")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--revision", help="commit or branch of the model on the hub")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where results go (default: %(default)s)")
+    parser.add_argument("--run", help="name of the run (default: from its settings, so that the same settings find it again)")
+
+
+def open_run(args: argparse.Namespace) -> Run:
+    """The measurement that the arguments name, new or to be continued; says what it is.
+
+    Raises `ValueError` and `OSError` that say what to do.
+    """
+    check_run_name(args.run)
+    model = HookedMoE.from_pretrained(
+        args.model, dtype=DTYPES[args.dtype], device=choose_device(args.device), revision=args.revision, stream=args.stream
+    )
+    corpus = load_corpus(args.corpus)
+    if args.documents is not None:
+        if not 1 <= args.documents <= len(corpus.documents):
+            raise ValueError(f"--documents {args.documents}: corpus {corpus.name!r} has {len(corpus.documents)} documents")
+        corpus = dataclasses.replace(corpus, documents=corpus.documents[: args.documents])
+    n_ctx = min(model.cfg.n_ctx, 512) if args.context is None else args.context
+    if args.context is not None and not MINIMUM_TOKENS <= n_ctx <= model.cfg.n_ctx:
+        raise ValueError(
+            f"--context {n_ctx}: give a number from {MINIMUM_TOKENS} to {model.cfg.n_ctx}, the context of {args.model}"
+        )
+    tokenized = TokenizedCorpus(model, corpus, n_ctx, parse_tokens(args.tokens), args.bos)
+    longest = max(tokenized.lengths()) + tokenized.first
+    if args.context is not None and n_ctx > longest:
+        raise ValueError(
+            f"--context {n_ctx}: the longest document of {corpus.name!r} has {longest} tokens (--tokens {args.tokens}): no "
+            "window is as long; give a shorter context or longer documents"
+        )
+    layers = parse_layers(args.layers, model.cfg)
+    run = open_measurement(model, tokenized, layers, args.removal, results=args.results, name=args.run, say=print)
+    shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"
+    print(
+        f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active"
+        f"{shared}"
+    )
+    extent = "" if args.tokens == "all" else f" (of each the first {args.tokens} at most)"
+    print(f"{corpus.name}: {len(corpus.documents)} documents, {sum(tokenized.lengths()):,} tokens{extent}")
+    return run
+
+
+def check_run_name(name: str | None) -> None:
+    if name is not None and (name == ".." or Path(name).name != name or not name):
+        raise ValueError(f"--run {name!r}: give a plain name; it becomes a directory under --results")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, once it has been seen to work; else a GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # PyTorch raises either, according to how it was built
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name!r} cannot be used here ({reason}); leave it out, or give cpu") from error
+    return torch.device(name)
+
+
+def parse_layers(text: str, cfg: HookedMoEConfig) -> tuple[int, ...]:
+    """The layers to measure; "all" means all that have experts."""
+    if text == "all":
+        return tuple(cfg.moe_layers)
+    try:
+        layers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise ValueError(f"--layers {text!r}: give numbers separated by commas, as in 0,4,7, or all") from None
+    for layer in layers:
+        if not 0 <= layer < cfg.n_layers:
+            raise ValueError(f"--layers: layer {layer} is out of range; the model has layers 0 to {cfg.n_layers - 1}")
+        if not cfg.experts_in(layer):
+            raise ValueError(f"--layers: layer {layer} is dense, it has no experts; layers {cfg.moe_layers} have")
+    return tuple(layers)
+
+
+def parse_tokens(text: str) -> int | None:
+    """How many tokens of each document to read; None for all."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < MINIMUM_TOKENS:
+        raise ValueError(f"--tokens {text!r}: give all, or a number of tokens from {MINIMUM_TOKENS}")
+    return int(text)
+
+
+def parse_sample(text: str, valid: list[tuple[int, int]]) -> Positions | None:
+    """The positions to measure: None for all, or the paper's kind of sample, frozen by its seed."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or not 3 <= int(text) <= len(valid):
+        raise ValueError(
+            f"--positions {text!r}: give all, or a number from 3 to {len(valid)}, the valid positions of this corpus"
+        )
+    return frozenset(valid[index] for index in sample_positions(len(valid), int(text), SEED))

@@ -1,0 +1,43 @@
+"""What an expert's weights say of it, without any text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from hooked_moe.components.moe import MoE
+from hooked_moe.model import HookedMoE
+from hooked_moe.tables import EXPERT_WEIGHTS
+
+
+@torch.inference_mode()
+def expert_weights(model: HookedMoE, layers: Sequence[int]) -> pa.Table:
+    """Norms of every routed expert's router row and matrices, as in `tables.EXPERT_WEIGHTS`, in float64.
+
+    An expert's three matrices (gate, up and down projection) count as one vector of weights.
+    """
+    pieces = [_of_layer(model.blocks[layer].mlp, layer) for layer in layers]
+    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in EXPERT_WEIGHTS.names}
+    return pa.table({f.name: pa.array(columns[f.name], f.type) for f in EXPERT_WEIGHTS}, schema=EXPERT_WEIGHTS)
+
+
+def _of_layer(moe: torch.nn.Module, layer: int) -> dict[str, np.ndarray]:
+    if not isinstance(moe, MoE):
+        raise ValueError(f"layer {layer} is dense: it has no experts whose weights could be described")
+    magnitudes, squares, count = [], [], 0
+    for w_in, w_out in zip(moe.experts.W_in, moe.experts.W_out, strict=True):  # an expert at a time bounds the float64 copies
+        weights = [w.double() for w in (w_in, w_out)]
+        count = sum(w.numel() for w in weights)
+        magnitudes.append(float(sum(w.abs().sum() for w in weights)))
+        squares.append(float(sum(w.square().sum() for w in weights)))
+    return {
+        "layer": np.full(moe.num_experts, layer),
+        "expert": np.arange(moe.num_experts),
+        "router_row_norm": moe.router.W.double().norm(dim=1).cpu().numpy(),
+        "weight_norm": np.sqrt(squares),
+        "mean_abs_weight": np.asarray(magnitudes) / count,
+        "rms_weight": np.sqrt(np.asarray(squares) / count),
+    }

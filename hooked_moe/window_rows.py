@@ -1,0 +1,162 @@
+"""From what was measured in windows of a document to rows of its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from hooked_moe.corpus import Window
+from hooked_moe.counterfactuals import Order
+from hooked_moe.effects import ExpertEffects
+from hooked_moe.model import HookedMoE
+from hooked_moe.tables import PROGRESSIVE, ROUTING, TOKENS
+
+Positions = frozenset[tuple[int, int]]
+"""(document, position) pairs."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of a document, of one length, that are run together."""
+
+    windows: list[Window]
+    """All of the document."""
+    numbers: list[int]
+    """Which of them are in the batch."""
+    first: int
+    """Where a window's own tokens begin: 1 after a BOS token."""
+
+    @property
+    def members(self) -> list[Window]:
+        return [self.windows[number] for number in self.numbers]
+
+    def tokens(self) -> Tensor:
+        return torch.from_numpy(np.stack([window.tokens for window in self.members]))
+
+    def asked(self, positions: Positions | None) -> Bool[Tensor, "batch pos"] | None:
+        """Which positions of the windows are among those to measure. A window's last token is measured in the next one."""
+        if positions is None:
+            return None
+        first = self.first
+        rows = [
+            [first <= j < len(w.tokens) - 1 and (w.document, w.start + j - first) in positions for j in range(len(w.tokens))]
+            for w in self.members
+        ]
+        return torch.tensor(rows)
+
+    def own(self, row: int) -> slice:
+        """The tokens that a window reports: its own, without the one that the next window begins with."""
+        number = self.numbers[row]
+        stop = len(self.windows[number].tokens)
+        return slice(self.first, stop if number == len(self.windows) - 1 else stop - 1)
+
+    def positions(self, row: int) -> np.ndarray:
+        """Of the tokens that it reports, in the document."""
+        own = self.own(row)
+        return self.windows[self.numbers[row]].start + np.arange(own.stop - own.start)
+
+
+def effect_rows(batch: Batch, row: int, effects: ExpertEffects, schema: pa.Schema, first_order: Tensor | None = None) -> pa.Table:
+    """Rows (position, layer, slot) of one window."""
+    own, positions = batch.own(row), batch.positions(row)
+
+    def per_slot(values: Tensor) -> np.ndarray:
+        return values[:, row, own].transpose(0, 1).cpu().numpy()
+
+    shape = (len(positions), len(effects.layers), effects.expert_index.shape[-1])
+    values: dict[str, Callable[[], Any]] = {
+        "document": lambda: batch.windows[0].document,
+        "position": lambda: positions[:, None, None],
+        "layer": lambda: np.asarray(effects.layers)[None, :, None],
+        "slot": lambda: np.arange(shape[-1])[None, None, :],
+        "expert": lambda: per_slot(effects.expert_index),
+        "baseline_loss": lambda: effects.baseline_loss[row, own].cpu().numpy()[:, None, None],
+        "first_order": lambda: per_slot(first_order) if first_order is not None else np.nan,
+    }
+    columns = {name: values[name]() if name in values else per_slot(getattr(effects, name)) for name in schema.names}
+    return _as_table({name: np.broadcast_to(column, shape).ravel() for name, column in columns.items()}, schema)
+
+
+def token_rows(batch: Batch, row: int, baseline: Tensor) -> pa.Table:
+    own, number = batch.own(row), batch.numbers[row]
+    tokens = batch.windows[number].tokens
+    n = own.stop - own.start
+    values = {
+        "document": np.full(n, batch.windows[0].document),
+        "position": batch.positions(row),
+        "window": np.full(n, number),
+        "context_position": np.arange(own.start, own.stop),
+        "token": tokens[own],
+        "target": np.append(tokens[1:], -1)[own],
+        "baseline_loss": baseline[own].cpu().numpy(),
+    }
+    return _as_table(values, TOKENS)
+
+
+def removal_rows(batch: Batch, row: int, orders: Sequence[Order], by_order: Sequence[ExpertEffects]) -> pa.Table:
+    """Rows (position, layer, order, removed) of one window, at the positions that were measured."""
+    own, positions = batch.own(row), batch.positions(row)
+    layers = by_order[0].layers
+    delta = torch.stack([effects.delta_loss[:, row, own].transpose(0, 1) for effects in by_order], dim=2).cpu().numpy()
+    measured = np.isfinite(delta).all(axis=(1, 2, 3))
+    delta, shape = delta[measured], (int(measured.sum()), *delta.shape[1:])
+    baseline = by_order[0].baseline_loss[row, own].cpu().numpy()[measured]
+    values = {
+        "document": np.asarray(batch.windows[0].document),
+        "position": positions[measured][:, None, None, None],
+        "layer": np.asarray(layers)[:, None, None],
+        "order": np.asarray(orders)[:, None],
+        "removed": np.arange(1, shape[-1] + 1),
+        "delta_loss": delta,
+        "baseline_loss": baseline[:, None, None, None],
+    }
+    return _as_table({name: np.broadcast_to(value, shape).ravel() for name, value in values.items()}, PROGRESSIVE)
+
+
+def routing_rows(batch: Batch, row: int, model: HookedMoE, effects: ExpertEffects) -> pa.Table:
+    """Rows (layer, expert) of the tokens that one window reports."""
+    own = batch.own(row)
+    tables = []
+    for index, layer in enumerate(effects.layers):
+        n_experts = model.cfg.experts_in(layer)
+        probability = effects.router_probability[index, row, own, :n_experts].double().cpu().numpy()
+        expert = effects.expert_index[index, row, own].cpu().numpy()
+        activation = effects.max_activation[index, row, own].cpu().numpy()
+        entropy = -np.sum(probability * np.log(np.where(probability > 0, probability, 1.0)), axis=-1)
+        largest = np.full(n_experts, -np.inf)
+        np.maximum.at(largest, expert.ravel(), activation.ravel())
+        values = {
+            "document": np.full(n_experts, batch.windows[0].document),
+            "layer": np.full(n_experts, layer),
+            "expert": np.arange(n_experts),
+            "n_tokens": np.bincount(expert.ravel(), minlength=n_experts),
+            "document_tokens": np.full(n_experts, len(expert)),
+            "sum_probability": probability.sum(axis=0),
+            "sum_entropy": np.bincount(expert.ravel(), np.repeat(entropy, expert.shape[-1]), n_experts),
+            "max_activation": np.where(largest >= 0, largest, np.nan),
+        }
+        tables.append(_as_table(values, ROUTING))
+    return pa.concat_tables(tables)
+
+
+def routing_of_document(windows: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all windows of a document, summed."""
+    columns = {name: np.stack([table[name].to_numpy() for table in windows]) for name in ROUTING.names}
+    sums = ("n_tokens", "document_tokens", "sum_probability", "sum_entropy")
+    values = {name: column.sum(axis=0) if name in sums else column[0] for name, column in columns.items()}
+    return _as_table(values | {"max_activation": np.fmax.reduce(columns["max_activation"], axis=0)}, ROUTING)
+
+
+def _as_table(values: dict[str, np.ndarray], schema: pa.Schema) -> pa.Table:
+    """Arrays as columns of the schema's types; text stays text."""
+    arrays = {
+        f.name: values[f.name] if f.type == pa.string() else values[f.name].astype(f.type.to_pandas_dtype()) for f in schema
+    }
+    return pa.table({name: pa.array(array, schema.field(name).type) for name, array in arrays.items()}, schema=schema)
