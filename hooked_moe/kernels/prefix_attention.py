@@ -195,8 +195,8 @@ def _definition(
     """The operator on a CPU: one softmax over all keys that a token sees, in float32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
     by_window = "variant batch (query offset) head e -> variant batch query offset head e"
-    own_q, own_k, own_v = (rearrange(_for_every_head(q, x).to(wide), by_window, offset=width) for x in (q, own_k, own_v))
-    keys, values = (_for_every_head(q, x).to(wide) for x in (keys, values))
+    own_q, own_k, own_v = (rearrange(for_every_head(q, x).to(wide), by_window, offset=width) for x in (q, own_k, own_v))
+    keys, values = (for_every_head(q, x).to(wide) for x in (keys, values))
     prefix = einsum(own_q, keys, "variant batch query offset head e, batch pos head e -> variant batch query offset head pos")
     own = einsum(
         own_q, own_k, "variant batch query offset head e, variant batch query own head e -> variant batch query offset head own"
