@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -233,7 +234,9 @@ def fan_out(
     at_start = final.targets[:, :: windows.width]
     losses = variant_losses(model, final.first(variants), final.first(final.clean), at_start).unflatten(0, split)
     read = {name: readout(final).unflatten(0, split) for name, readout in (readouts or {}).items()}
-    return FanOut(losses, loss_at(model, resid[None], targets)[0], read)
+    # By operators, the two ways to a loss differ in their last bits: the clean run then takes that of its variants.
+    losses_of = partial(variant_losses, clean=resid) if by_operator(model.unembed.W_U) else loss_at
+    return FanOut(losses, losses_of(model, resid[None], targets=targets)[0], read)
 
 
 Attend = Callable[[Attention, QueriesKeysValues], Float[Tensor, "batch pos head d_value"]]
