@@ -237,6 +237,7 @@ def flops(cfg: HookedMoEConfig, length: int, layers: Sequence[int]) -> dict[str,
     - Block b runs on the N clean tokens, and on K N variant tokens for each measured layer before b.
     - Token t attends to t + 1 keys, its own among them: N (N + 1) / 2 pairs in each run over the text, each with one product of a
       query and a key and one of a weight and a value in every head.
+    - The router runs once more on the clean tokens of a measured layer, to note the probabilities of all experts.
     - Losses are of N - 1 positions, of the clean run and of K variants for each measured layer.
 
     Norms, activations, softmax and the weighting of expert outputs are no matrix products and not counted.
@@ -248,7 +249,7 @@ def flops(cfg: HookedMoEConfig, length: int, layers: Sequence[int]) -> dict[str,
     return {
         PROJECTIONS: sum(runs) * length * 2.0 * projection_weights(cfg),
         ATTENTION: sum(runs) * attention,
-        ROUTING: sum(run * length * 2.0 * cfg.d_model * cfg.experts_in(b) for b, run in enumerate(runs)),
+        ROUTING: sum((run + (b in layers)) * length * 2.0 * cfg.d_model * cfg.experts_in(b) for b, run in enumerate(runs)),
         EXPERTS: sum(run * length * 2.0 * active_weights(cfg, b) for b, run in enumerate(runs)),
         UNEMBEDDING: ends * 2.0 * cfg.d_model * cfg.d_vocab,
     }

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.effects import PER_SLOT, ExpertEffects, VariantEffects
-from hooked_moe.fan_out import CleanBlock, CleanExperts, Steps, clean_blocks, loss_at, take, tokens_at_once
+from hooked_moe.fan_out import CleanBlock, CleanExperts, Steps, clean_blocks, loss_at
 from hooked_moe.model import HookedMoE
 from hooked_moe.padding import Packed, Results
 from hooked_moe.readouts import NamedReadout
@@ -37,6 +37,7 @@ from hooked_moe.removals import (
     without,
 )
 from hooked_moe.requests import Mask, Positions, Request, Work, complete, make_request
+from hooked_moe.sequence_scope import measure_sequences
 
 Scope = Literal["position", "sequence", "from_position"]
 Order = Literal["descending", "ascending", "random"]
@@ -353,44 +354,13 @@ def _position_scope(
 
 
 def _sequence_scope(request: Request, removal: AnyRemoval, means: ExpertMeans | None) -> Work:
-    """One partial forward per (sequence, expert that it uses)."""
-    model = request.model
+    """Each expert removed from every token of the sequence that it serves."""
 
     def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
-        observe_into = _observer(model, packed, some, results)
-        losses: list[Tensor] = []
-
-        def visit(clean: CleanBlock) -> None:
-            observe_into(clean)
-            if clean.layer in some:
-                losses.append(_sequence_losses(model, packed, with_experts(clean), removal, means))
-
-        resid = yield from clean_blocks(model, packed.tokens, visit)
-        baseline = loss_at(model, resid[None], packed.targets)[0]
-        results.put_baseline(baseline, packed)
-        deltas = [take(loss - baseline.unsqueeze(-1), packed.positions) for loss in losses]
-        results.put("delta_loss", torch.stack(deltas), packed, some)
+        observe_into = _observer(request.model, packed, some, results)
+        return measure_sequences(request.model, packed, some, results, removal, means, observe_into)
 
     return work
-
-
-def _sequence_losses(
-    model: HookedMoE, packed: Packed, clean: CleanExperts, removal: AnyRemoval, means: ExpertMeans | None
-) -> Float[Tensor, "batch pos slot"]:
-    """The loss at every position without the expert of each of its slots, removed from the whole sequence."""
-    indices = clean.routing.indices
-    batch, length, _ = indices.shape
-    wide = torch.promote_types(clean.resid_mid.dtype, torch.float32)
-    without_expert = torch.full((batch, clean.moe.num_experts, length), float("nan"), dtype=wide, device=indices.device)
-    used = torch.zeros(batch, clean.moe.num_experts, dtype=torch.bool, device=indices.device)
-    used.scatter_(1, indices.flatten(1), True)
-    for pairs in used.nonzero().split(max(1, tokens_at_once(indices.device) // length)):
-        row, expert = pairs.unbind(-1)
-        keep = indices[row] != expert[:, None, None]
-        resid = without(clean.rows(row), keep[None], removal, means)[0]
-        resid = model(resid, start_at_layer=clean.layer + 1, stop_at_layer=model.cfg.n_layers)
-        without_expert[row, expert] = loss_at(model, resid[None], packed.targets[row])[0]
-    return without_expert.transpose(1, 2).gather(-1, indices)
 
 
 def _observer(model: HookedMoE, packed: Packed, layers: list[int], results: Results) -> Callable[[CleanBlock], None]:

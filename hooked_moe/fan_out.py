@@ -171,11 +171,12 @@ def side_by_side(works: Iterable[Steps[Any]]) -> Steps[None]:
     """Run several through the layers together: each waits until all have done a layer. What they return is lost."""
     active = list(works)
     while active:
-        active = [work for work in active if _goes_on(work)]
+        active = [work for work in active if goes_on(work)]
         yield
 
 
-def _goes_on(work: Steps[Any]) -> bool:
+def goes_on(work: Steps[Any]) -> bool:
+    """Run to the next pause; False if there was none."""
     try:
         next(work)
     except StopIteration:

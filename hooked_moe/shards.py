@@ -104,7 +104,8 @@ def _groups(model: HookedMoE, lengths: list[int], wanted: Wanted, pending: list[
     """
     if model.spill is None:
         return [[index] for index in pending]
-    per_token = len(wanted.layers) * model.cfg.experts_per_token * variant_bytes(model.cfg)
+    each = model.cfg.experts_per_token if wanted.part != "sequence" else max(map(model.cfg.experts_in, wanted.layers))
+    per_token = len(wanted.layers) * each * variant_bytes(model.cfg)
     room = shutil.disk_usage(model.spill.directory or tempfile.gettempdir()).free // 2
     groups: list[list[int]] = []
     used = room

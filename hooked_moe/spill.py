@@ -10,19 +10,26 @@ from torch import Tensor
 
 
 class Waiting:
-    """One tensor that waits in a file of its own, which goes with `close`."""
+    """Tensors that wait in a file, which goes with `close`: one at its beginning, or several, each at its place."""
 
     def __init__(self, directory: Path | None) -> None:
         self._file = tempfile.TemporaryFile(prefix="hooked_moe_", suffix=".spill", dir=directory)  # noqa: SIM115 (see close)
+        self._free = 0
 
-    def put(self, x: Tensor) -> None:
+    def place_for(self, x: Tensor) -> int:
+        """Where in the file a tensor of this size may wait from now on."""
+        place = self._free
+        self._free += x.nbytes
+        return place
+
+    def put(self, x: Tensor, place: int = 0) -> None:
         """Write the tensor out. Raises `OSError` where the disk is full."""
-        self._file.seek(0)
+        self._file.seek(place)
         self._file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
-    def get(self, out: Tensor) -> None:
+    def get(self, out: Tensor, place: int = 0) -> None:
         """Read back as much as fills `out`."""
-        self._file.seek(0)
+        self._file.seek(place)
         bytes_ = torch.empty(out.numel() * out.element_size(), dtype=torch.uint8)
         if self._file.readinto(bytes_.numpy().data) != len(bytes_):
             raise OSError("a file of waiting residual streams is shorter than what was written to it")

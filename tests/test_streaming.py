@@ -119,6 +119,22 @@ def test_a_small_budget_still_takes_one_sweep(whole: HookedMoE, streamed: Hooked
     assert torch.equal(found.delta_loss.nan_to_num(7.0), expected.delta_loss.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("allowance", [0, 1 << 30])
+def test_experts_removed_from_whole_sequences_take_one_sweep_too(
+    allowance: int, whole: HookedMoE, streamed: HookedMoE, tmp_path: Path
+) -> None:
+    tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(4))
+    blocks = blocks_of(streamed)
+    blocks.spill = Spill(allowance, tmp_path)
+    before = blocks.blocks_read
+    found = expert_effects(streamed, tokens, scope="sequence")
+    assert blocks.blocks_read - before <= whole.cfg.n_layers + 1
+    assert (blocks.spill.written > 0) == (allowance == 0)
+    assert blocks.spill.allowance == allowance
+    expected = expert_effects(whole, tokens, scope="sequence")
+    assert torch.equal(found.delta_loss.nan_to_num(7.0), expected.delta_loss.nan_to_num(7.0))
+
+
 # Measuring a corpus
 
 
@@ -169,24 +185,38 @@ def test_a_corpus_is_measured_in_one_sweep_per_window_to_the_same_tables(
     assert np.isfinite(first_order["whole"]).mean() > 0.9
 
 
+FULL_DISK = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "calls", "fault"),
+    [
+        (shards, "write_parquet_atomic", 4, FULL_DISK),
+        (Waiting, "put", 3, FULL_DISK),
+        (Waiting, "put", 3, KeyboardInterrupt()),
+        (Waiting, "get", 3, KeyboardInterrupt()),
+    ],
+    ids=["shards on a full disk", "waiting on a full disk", "interrupted", "interrupted early"],
+)
 def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
-    streamed: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any, name: str, calls: int, fault: BaseException, streamed: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    spill = blocks_of(streamed).spill = Spill(0, tmp_path)
     measure(streamed, tmp_path / "straight")
     monkeypatch.setattr(shards, "_groups", lambda model, lengths, wanted, pending: [[index] for index in pending])
-    original, calls = shards.write_parquet_atomic, []
+    original, left = getattr(owner, name), iter(range(calls))
 
-    def full_disk(table: Any, path: Path) -> None:
-        calls.append(path)
-        if len(calls) > 4:
-            raise OSError(28, "No space left on device")
-        original(table, path)
+    def faulty(*inputs: Any) -> Any:
+        if next(left, None) is None:
+            raise fault
+        return original(*inputs)
 
-    monkeypatch.setattr(shards, "write_parquet_atomic", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        measure(streamed, tmp_path / "cut")
-    monkeypatch.setattr(shards, "write_parquet_atomic", original)
-    assert streamed.spill is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, faulty)
+        with pytest.raises(type(fault)):
+            measure(streamed, tmp_path / "cut")
+    assert not list(tmp_path.glob("*.spill"))
+    assert spill.allowance == 0
     measure(streamed, tmp_path / "cut")
     for name in TABLES["position"]:
         files = (tmp_path / run / f"{name}.parquet" for run in ("straight", "cut"))
