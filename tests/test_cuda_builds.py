@@ -95,9 +95,11 @@ def test_nvcc_builds_it_for_every_architecture_without_a_spill(kernel: str) -> N
 
 def sanitized(*command: str) -> subprocess.CompletedProcess[str]:
     """Run Python where kernels are built with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    libasan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    names = ("libasan.so", "libstdc++.so")  # the latter too: torch throws C++ exceptions, which the former looks for at its start
+    found = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True) for name in names]
+    preloaded = " ".join(one.stdout.strip() for one in found)
     path = os.pathsep.join([str(host.HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"LD_PRELOAD": libasan, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": path, host.SANITIZE: "1"}
+    environment = {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": path, host.SANITIZE: "1"}
     return subprocess.run(
         [sys.executable, *command], env=os.environ | environment, cwd=host.HERE.parents[1], capture_output=True, text=True
     )
