@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-ch
 SOURCES := $(wildcard hooked_moe weights_conversion experiments benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help audit paper test check format bench clean
+.PHONY: help audit paper test check format bench gpu clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ format: $(VENV)/.development ## format the sources and apply the linter's safe f
 
 bench: $(VENV)/.development ## measure speed and memory against named peers, into benchmarks/RESULTS.md; ARGS=--small is a trial
 	@$(BIN)/python benchmarks/all.py $(ARGS)
+
+gpu: $(VENV)/.development ## on an NVIDIA GPU: its tests, compute-sanitizer, and speed into benchmarks/GPU.md; ARGS=--small is a trial
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean: ## delete .venv and caches; results/ stays
 	@rm -rf $(VENV) *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

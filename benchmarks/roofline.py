@@ -27,8 +27,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import hooked_moe.components.moe
 import hooked_moe.engine.fan_out
-import hooked_moe.removals
 from benchmarks.tables import Table, count, parse, parser, show, threads
 from benchmarks.timing import seconds_of, summary, timed
 from hooked_moe import HookedMoE, HookedMoEConfig
@@ -62,8 +62,7 @@ WRAPPED: tuple[tuple[Any, str, str], ...] = (
     (Experts, "project_out", EXPERTS),
     (GatedMLP, "forward", EXPERTS),
     (MoE, "run_experts", ACTIVATION),  # what is left of it: silu(gate) * up
-    (MoE, "combine", COMBINE),
-    (hooked_moe.removals, "masked_combine", COMBINE),
+    (hooked_moe.components.moe, "masked_combine", COMBINE),
     (RMSNorm, "forward", NORMS),
     (Rotation, "__call__", NORMS),
     (hooked_moe.counterfactuals, "observe", OBSERVE),
@@ -238,6 +237,7 @@ def flops(cfg: HookedMoEConfig, length: int, layers: Sequence[int]) -> dict[str,
     - Block b runs on the N clean tokens, and on K N variant tokens for each measured layer before b.
     - Token t attends to t + 1 keys, its own among them: N (N + 1) / 2 pairs in each run over the text, each with one product of a
       query and a key and one of a weight and a value in every head.
+    - The router runs once more on the clean tokens of a measured layer, to note the probabilities of all experts.
     - Losses are of N - 1 positions, of the clean run and of K variants for each measured layer.
 
     Norms, activations, softmax and the weighting of expert outputs are no matrix products and not counted.
@@ -249,7 +249,7 @@ def flops(cfg: HookedMoEConfig, length: int, layers: Sequence[int]) -> dict[str,
     return {
         PROJECTIONS: sum(runs) * length * 2.0 * projection_weights(cfg),
         ATTENTION: sum(runs) * attention,
-        ROUTING: sum(run * length * 2.0 * cfg.d_model * cfg.experts_in(b) for b, run in enumerate(runs)),
+        ROUTING: sum((run + (b in layers)) * length * 2.0 * cfg.d_model * cfg.experts_in(b) for b, run in enumerate(runs)),
         EXPERTS: sum(run * length * 2.0 * active_weights(cfg, b) for b, run in enumerate(runs)),
         UNEMBEDDING: ends * 2.0 * cfg.d_model * cfg.d_vocab,
     }

@@ -37,6 +37,11 @@ class LayerMask:
         """The mask of some positions."""
         return LayerMask(self.keep[:, positions], self.removal)
 
+    @property
+    def selectable(self) -> Bool[Tensor, "batch pos expert"] | None:
+        """ "reroute": the experts that may be selected. None: all of them."""
+        return self.keep if self.removal == "reroute" else None
+
     def before_selection(self, probabilities: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "batch pos expert"]:
         """ "reroute": a removed expert has no probability, so that the next-ranked one takes its slot."""
         return probabilities * self.keep if self.removal == "reroute" else probabilities

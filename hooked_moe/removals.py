@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from hooked_moe.components.moe import plus
+from hooked_moe.components.moe import combine_onto, plus
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, clean_blocks, finish
 from hooked_moe.expert_mask import LayerMask, keep_weights
@@ -79,10 +79,11 @@ def without(
         experts = torch.ones(len(keep), *indices.shape[:2], clean.moe.num_experts, dtype=torch.bool, device=indices.device)
         return rerouted(clean, experts.scatter(-1, indices.expand(len(keep), *indices.shape), keep.expand(-1, *indices.shape)))
     kept = keep_weights(weights, keep, "zero" if removal == "mean" else removal)
+    if removal != "mean":
+        return combine_onto(clean.resid_mid, clean.expert_outputs, kept, clean.shared_out)
+    assert means is not None
     routed = masked_combine(*clean.expert_outputs, kept)
-    if removal == "mean":
-        assert means is not None
-        routed = routed + masked_combine(_known(means, clean), indices, weights - kept)
+    routed = routed + masked_combine(_known(means, clean), indices, weights - kept)
     return clean.resid_mid + plus(routed, clean.shared_out)
 
 

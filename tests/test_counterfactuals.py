@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hooked_moe.engine.fan_out as fan_out
-import hooked_moe.engine.sequence_scope as sequence_scope
 from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.counterfactuals import expert_effects, expert_observations, progressive_effects
 from hooked_moe.effects import ExpertEffects
@@ -161,7 +160,6 @@ def test_chunks_of_memory_and_of_tokens_change_nothing_but_rounding(monkeypatch:
     tokens = some_tokens()
     whole = expert_effects(model, tokens)
     monkeypatch.setattr(fan_out, "TOKENS_AT_ONCE", 3)
-    monkeypatch.setattr(sequence_scope, "TOKENS_AT_ONCE", 3)
     demand = demand_of(model.cfg, 11)
     budget = demand.fixed + demand.row + 3 * 11 * demand.variant_token  # one layer of one row
     for scope in ("position", "sequence"):

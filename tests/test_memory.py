@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hooked_moe import HookedMoE
 from hooked_moe.counterfactuals import expert_effects, progressive_effects
-from hooked_moe.engine import fan_out, memory, sequence_scope
+from hooked_moe.engine import fan_out
 from hooked_moe.engine.memory import demand_of
 from hooked_moe.readouts import KL, LossAfter
 from tests.conftest import random_config
@@ -43,8 +43,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens in a block at once, so that what a budget divides is most of the memory."""
-    for module in (fan_out, memory, sequence_scope):
-        monkeypatch.setattr(module, "TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(fan_out, "TOKENS_AT_ONCE", 64)
 
 
 def model_and_budget(dtype: torch.dtype) -> tuple[HookedMoE, int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import hooked_moe.model
 from hooked_moe import ExpertMask, HookedMoE, removals
+from hooked_moe.components.moe import combine_onto
 from hooked_moe.engine import fan_out
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.measurement import verification
@@ -182,7 +183,7 @@ def test_fast_effects_that_are_off_fail_the_fifth_check_alone(
 def test_fast_effects_that_forget_the_shared_experts_fail_the_fifth_check_alone(
     model: HookedMoE, removal: Any, sequence: Tensor, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr(removals, "plus", lambda routed, shared: routed)
+    monkeypatch.setattr(removals, "combine_onto", lambda resid, outputs, kept, shared: combine_onto(resid, outputs, kept, None))
     assert failed(verify(model, sequence, removal)) == ["effects are exact"]
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.hook_points import HookPoint
 from hooked_moe.kernels.grouped_matmul import grouped_matmul
+from hooked_moe.kernels.routing import group_by_expert
+from hooked_moe.kernels.swiglu import gather_rows
 
 
 class ExpertGroups:
@@ -19,18 +21,13 @@ class ExpertGroups:
 
     def __init__(self, indices: Int[Tensor, "batch pos slot"], num_experts: int) -> None:
         self.shape = indices.shape
-        flat = indices.flatten()
-        narrow = torch.uint8 if num_experts <= 256 else torch.int16  # sorting narrow keys is several times faster
-        self.order = flat.to(narrow).argsort(stable=True)
-        self.ends = torch.bincount(flat, minlength=num_experts).cumsum(0).to(torch.int32)
-        inverse = torch.empty_like(self.order)
-        inverse[self.order] = torch.arange(len(flat), device=flat.device)
-        self.place = inverse.view(self.shape)
+        self.order, place, self.ends = group_by_expert(indices.flatten(0, 1), num_experts)
+        self.place = place.view(self.shape)
         """The row of each slot."""
 
     def gather(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "n d_model"]:
         """A copy of each token for each expert it goes to."""
-        return x.flatten(0, 1).index_select(0, self.order // self.shape[-1])
+        return gather_rows(x.flatten(0, 1), self.order, self.place.flatten(0, 1))
 
     def to_slots(self, x: Float[Tensor, "n width"]) -> Float[Tensor, "batch pos slot width"]:
         return x.index_select(0, self.place.flatten()).unflatten(0, self.shape)

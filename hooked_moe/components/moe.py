@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,7 +16,9 @@ from hooked_moe.components.router import Router
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.hook_points import HookPoint
-from hooked_moe.kernels.weighted_sum import weighted_sum
+from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.swiglu import swiglu
+from hooked_moe.kernels.weighted_sum import masked_combine, weighted_sum
 
 
 class Routing(NamedTuple):
@@ -70,13 +71,17 @@ class MoE(nn.Module):
 
     def route(self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None) -> Routing:
         """Which experts every token goes to, and the weights as applied."""
-        probabilities = self.hook_router_logits(self.router(x)).softmax(dim=-1)
-        if mask is not None:
-            probabilities = mask.before_selection(probabilities)
-        indices = self.hook_expert_indices(self.router.select(probabilities))
-        if self.hook_expert_indices.active:
-            self._check_indices(indices)
-        weights = self.router.weigh(probabilities, indices)
+        logits = self.hook_router_logits(self.router(x))
+        if by_operator(logits) and not self.hook_expert_indices.active:
+            indices, weights = self.router.route(logits, None if mask is None else mask.selectable)
+        else:
+            probabilities = logits.softmax(dim=-1)
+            if mask is not None:
+                probabilities = mask.before_selection(probabilities)
+            indices = self.hook_expert_indices(self.router.select(probabilities))
+            if self.hook_expert_indices.active:
+                self._check_indices(indices)
+            weights = self.router.weigh(probabilities, indices)
         if mask is not None:
             weights = mask.after_selection(weights, indices)
         return Routing(indices, self.hook_expert_weights(weights.to(x.dtype)))
@@ -84,8 +89,8 @@ class MoE(nn.Module):
     def run_experts(self, x: Float[Tensor, "batch pos d_model"], indices: Int[Tensor, "batch pos slot"]) -> ExpertOutputs:
         """Each active expert's output, before weighting."""
         groups = ExpertGroups(indices, self.num_experts)
-        pre, pre_linear = self._hook_pre(self.experts.project_in(groups.gather(x), groups), groups).chunk(2, dim=-1)
-        post = _in_slots(self.hook_expert_post, F.silu(pre) * pre_linear, groups)
+        pre = self._hook_pre(self.experts.project_in(groups.gather(x), groups), groups)
+        post = _in_slots(self.hook_expert_post, swiglu(pre), groups)
         outputs = ExpertOutputs(self.experts.project_out(post, groups), groups.place)
         if not self.hook_expert_out.active:
             return outputs
@@ -134,6 +139,18 @@ class MoE(nn.Module):
 def plus(routed: Float[Tensor, "*any d_model"], shared: Tensor | None) -> Float[Tensor, "*any d_model"]:
     """The layer's output: what the routed experts and the shared ones, if there are any, make together."""
     return routed if shared is None else routed + shared
+
+
+def combine_onto(
+    resid: Float[Tensor, "batch pos d_model"],
+    outputs: ExpertOutputs,
+    weights: Float[Tensor, "variant batch pos slot"],
+    shared: Float[Tensor, "batch pos d_model"] | None,
+) -> Float[Tensor, "variant batch pos d_model"]:
+    """The residual stream after the layer, under each variant's routing weights; rounded once where operators run."""
+    if by_operator(resid):
+        return masked_combine(outputs.rows, outputs.place, weights, plus(resid, shared))
+    return resid + plus(masked_combine(outputs.rows, outputs.place, weights), shared)
 
 
 def _in_slots(hook: HookPoint, x: Float[Tensor, "n width"], groups: ExpertGroups) -> Float[Tensor, "n width"]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from einops import einsum
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.config import HookedMoEConfig
+from hooked_moe.kernels.routing import Rule, route
 
 
 class Router(nn.Module):
@@ -23,6 +24,16 @@ class Router(nn.Module):
         """Router logits."""
         weight = at_least_float32(self.W)
         return einsum(at_least_float32(x), weight, "batch pos d_model, expert d_model -> batch pos expert")
+
+    def route(
+        self, logits: Float[Tensor, "batch pos expert"], keep: Bool[Tensor, "batch pos expert"] | None
+    ) -> tuple[Int[Tensor, "batch pos slot"], Float[Tensor, "batch pos slot"]]:
+        """`select` and `weigh` at once. Where `keep` is False, an expert has no probability."""
+        cfg = self.cfg
+        groups = cfg.n_expert_groups, cfg.groups_per_token
+        rule = Rule(cfg.experts_per_token, cfg.norm_topk_prob, cfg.routed_scaling_factor, *groups)
+        weights, indices = route(logits.flatten(0, 1), rule, None if keep is None else keep.flatten(0, 1))
+        return indices.unflatten(0, logits.shape[:2]), weights.unflatten(0, logits.shape[:2])
 
     def select(self, probabilities: Float[Tensor, "batch pos expert"]) -> Int[Tensor, "batch pos slot"]:
         """The k most probable experts, most probable first; of the token's groups only, where experts stand in groups."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,16 +20,23 @@ from torch import Tensor
 
 from hooked_moe.components.attention import Attention, QueriesKeysValues
 from hooked_moe.components.block import Block
-from hooked_moe.components.moe import ExpertOutputs, MoE, Routing, plus
+from hooked_moe.components.moe import ExpertOutputs, MoE, Routing, combine_onto
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.components.rotary import Rotation, rotation
 from hooked_moe.engine.spill import Waiting
+from hooked_moe.kernels.dispatch import by_operator
 from hooked_moe.kernels.prefix_attention import window_attention
 from hooked_moe.kernels.target_loss import rows_at_once, shifted_target_loss, target_loss
 from hooked_moe.model import HookedMoE
 
 TOKENS_AT_ONCE = 1024
-"""Variant tokens that go through a block together: enough for large products, few enough for the cache."""
+"""Variant tokens that go through a block together: enough for large products, few enough for the cache of a CPU."""
+TOKENS_AT_ONCE_ON_GPU = 32 * 1024
+"""The same on a GPU: some thousand tokens for each of 64 experts."""
+
+
+def tokens_at_once(device: torch.device) -> int:
+    return TOKENS_AT_ONCE if device.type == "cpu" else TOKENS_AT_ONCE_ON_GPU
 
 
 Clean = TypeVar("Clean", bound="CleanBlock")
@@ -227,7 +235,9 @@ def fan_out(
     at_start = final.targets[:, :: windows.width]
     losses = variant_losses(model, final.first(variants), final.first(final.clean), at_start).unflatten(0, split)
     read = {name: readout(final).unflatten(0, split) for name, readout in (readouts or {}).items()}
-    return FanOut(losses, loss_at(model, resid[None], targets)[0], read)
+    # By operators, the two ways to a loss differ in their last bits: the clean run then takes that of its variants.
+    losses_of = partial(variant_losses, clean=resid) if by_operator(model.unembed.W_U) else loss_at
+    return FanOut(losses, losses_of(model, resid[None], targets=targets)[0], read)
 
 
 Attend = Callable[[Attention, QueriesKeysValues], Float[Tensor, "batch pos head d_value"]]
@@ -254,7 +264,7 @@ def clean_block(
     routing = block.mlp.route(mlp_input)
     outputs = block.mlp.run_experts(mlp_input, routing.indices)
     shared = block.mlp.run_shared(mlp_input)
-    resid_post = resid_mid + plus(block.mlp.combine(outputs, routing.weights), shared)
+    resid_post = combine_onto(resid_mid, outputs, routing.weights[None], shared)[0]
     return CleanExperts(layer, block, qkv, resid_mid, mlp_input, resid_post, block.mlp, routing, outputs, shared)
 
 
@@ -284,7 +294,7 @@ def advance(
         return
     block = clean.block
     _, batch, tokens, _ = variants.shape
-    at_once = max(1, TOKENS_AT_ONCE // (batch * tokens))
+    at_once = max(1, tokens_at_once(variants.device) // (batch * tokens))
     for some in variants.split(at_once):
         count = len(some)
         here = rotate if places is None else rotate.at(places, count)
@@ -294,19 +304,34 @@ def advance(
         scale = block.attn.cfg.attention_scale
         z = window_attention(q, k, v, clean.qkv.k, clean.qkv.v, windows.starts, windows.width, scale)
         x = x + block.attn.output(z.flatten(0, 1))
-        x = x + block.mlp(block.ln2(x))
-        some.copy_(x.unflatten(0, (count, batch)))
+        some.copy_(_after_mlp(block, x).unflatten(0, (count, batch)))
+
+
+def _after_mlp(block: Block, resid: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
+    """Added up and rounded as in the clean run."""
+    x = block.ln2(resid)
+    if not isinstance(block.mlp, MoE):
+        return resid + block.mlp(x)
+    routing = block.mlp.route(x)
+    outputs = block.mlp.run_experts(x, routing.indices)
+    return combine_onto(resid, outputs, routing.weights[None], block.mlp.run_shared(x))[0]
 
 
 def loss_at(
     model: HookedMoE, resid: Float[Tensor, "variant batch pos d_model"], targets: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "variant batch pos"]:
     """Loss of final residual streams at their targets; nan where the target is -1."""
+    weight = model.unembed.W_U
+    if by_operator(weight):  # at all positions: to pick those with a target, the device would have to be waited for
+        at_once = max(1, tokens_at_once(resid.device) // targets.numel())
+        normalised = (model.ln_final(at_least_float32(some)).flatten(0, 2) for some in resid.split(at_once))
+        parts = [target_loss(x, weight, targets.flatten().repeat(len(x) // targets.numel())) for x in normalised]
+        return torch.cat(parts).view(resid.shape[:-1])
     losses = resid.new_full(resid.shape[:-1], float("nan"), dtype=torch.promote_types(resid.dtype, torch.float32))
     real = targets >= 0
-    wanted, weight = targets[real], at_least_float32(model.unembed.W_U)
+    wanted, wide = targets[real], at_least_float32(weight)
     for variant, loss in zip(resid, losses, strict=True):  # a variant at a time bounds the float32 copies
-        loss[real] = target_loss(model.ln_final(at_least_float32(variant[real])), weight, wanted)
+        loss[real] = target_loss(model.ln_final(at_least_float32(variant[real])), wide, wanted)
     return losses
 
 
@@ -325,14 +350,23 @@ def variant_losses(
     if weight.dtype != torch.bfloat16:
         return loss_at(model, variants, targets)
     losses = variants.new_full(variants.shape[:-1], float("nan"), dtype=torch.float32)
-    rows, positions = (index.split(rows_at_once(weight, torch.float32)) for index in (targets >= 0).nonzero(as_tuple=True))
+    rows, positions = (index.split(rows_at_once(weight, torch.float32)) for index in _measured(targets))
     wide = weight.float()
     for row, position in zip(rows, positions, strict=True):
         start = model.ln_final(clean[row, position].float())
         shifts = (model.ln_final(one[row, position].float()) - start for one in variants)  # one at a time in memory
-        logits, wanted = F.linear(start, wide), targets[row, position]
+        logits, wanted = F.linear(start, wide), targets[row, position].clamp(min=0)
         losses[:, row, position] = shifted_target_loss(logits, shifts, weight, wanted)
-    return losses
+    return losses.masked_fill(targets < 0, float("nan"))
+
+
+def _measured(targets: Int[Tensor, "batch pos"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Row and position of every token with a target; on a GPU of every token, for the others are found by waiting for it."""
+    if targets.device.type == "cpu":
+        row, position = (targets >= 0).nonzero(as_tuple=True)
+        return row, position
+    index = torch.arange(targets.numel(), device=targets.device)
+    return index // targets.shape[1], index % targets.shape[1]
 
 
 def take(x: Shaped[Tensor, "batch pos *rest"], positions: Int[Tensor, "batch query"] | None) -> Tensor:

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.engine.fan_out import TOKENS_AT_ONCE
+from hooked_moe.engine.fan_out import tokens_at_once
 from hooked_moe.engine.padding import Packed
+from hooked_moe.kernels.target_loss import chunk_bytes
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -51,10 +52,13 @@ def demand_of(cfg: HookedMoEConfig, length: int) -> Demand:
     attention = cfg.n_heads * (2 * cfg.d_head + 2 * cfg.value_width) + cfg.n_key_value_heads * (cfg.d_head + cfg.value_width)
     experts = cfg.experts_per_token * (2 * cfg.d_model + 3 * cfg.d_expert) + 3 * ((cfg.d_shared or 0) + cfg.num_experts)
     token = size * (6 * cfg.d_model + attention + max(experts, 3 * (cfg.d_mlp or 0))) + 2 * wide * cfg.d_model
-    logits = max(4 * 64 * wide * cfg.d_vocab, 64 << 20)  # of 64 tokens: the clean run's, a change, their sum, its log-softmax
+    chunk = max(64 * wide * cfg.d_vocab, chunk_bytes(cfg.device))  # logits of 64 tokens at least
+    logits = max(4 * chunk, 64 << 20)  # the clean run's, a change, their sum, its log-softmax
     widened = wide * cfg.d_vocab * cfg.d_model if size < wide else 0  # the unembedding, in float32 whatever the model is in
     return Demand(
-        fixed=max(TOKENS_AT_ONCE, length) * token + logits + widened, row=length * token, variant_token=variant_bytes(cfg)
+        fixed=max(tokens_at_once(cfg.device), length) * token + logits + widened,
+        row=length * token,
+        variant_token=variant_bytes(cfg),
     )
 
 

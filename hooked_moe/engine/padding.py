@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,6 +71,18 @@ class Packed:
         """The same, and -1 too where it was not asked for."""
         return self.places() if self.asked is None else self.places().masked_fill(~self.asked, -1)
 
+    @cached_property  # to find them, a GPU has to be waited for
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Row and packed place of every real token."""
+        row, place = (self.source >= 0).nonzero(as_tuple=True)
+        return row, place
+
+    @cached_property
+    def measured(self) -> tuple[Tensor, Tensor]:
+        """Row and query of every position asked for."""
+        row, query = (self.where() >= 0).nonzero(as_tuple=True)
+        return row, query
+
 
 class Results:
     """Tables [layer, batch, pos, ...] in the coordinates of the rows before packing, filled part by part.
@@ -96,7 +109,7 @@ class Results:
         if name not in self.tables:
             self.tables[name] = _nothing(values, (len(self.layers), *self.shape, *values.shape[3:]))
         where = packed.source if everywhere else packed.where()
-        row, query = (where >= 0).nonzero(as_tuple=True)
+        row, query = packed.filled if everywhere else packed.measured
         for layer, of_layer in zip(layers, values, strict=True):
             self.tables[name][self.layers.index(layer), packed.rows[row], where[row, query]] = of_layer[row, query]
 
@@ -104,7 +117,7 @@ class Results:
         """Fill in the clean run's losses of a part."""
         if not hasattr(self, "baseline"):
             self.baseline = _nothing(values, self.shape)
-        row, place = (packed.source >= 0).nonzero(as_tuple=True)
+        row, place = packed.filled
         self.baseline[packed.rows[row], packed.source[row, place]] = values[row, place]
 
 

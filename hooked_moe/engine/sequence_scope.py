@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_moe.engine.fan_out import (
-    TOKENS_AT_ONCE,
     CleanBlock,
     CleanExperts,
     Steps,
@@ -18,6 +17,7 @@ from hooked_moe.engine.fan_out import (
     goes_on,
     loss_at,
     take,
+    tokens_at_once,
 )
 from hooked_moe.engine.padding import Packed, Results
 from hooked_moe.engine.requests import waiting_room
@@ -80,7 +80,7 @@ def _removals(
     """Every (sequence, expert that it uses) of a layer, a few at a time. They fill in their losses at the end."""
     indices = clean.routing.indices
     used = torch.zeros(losses.shape[:2], dtype=torch.bool, device=indices.device).scatter_(1, indices.flatten(1), True)
-    for pairs in used.nonzero().split(max(1, TOKENS_AT_ONCE // packed.tokens.shape[1])):
+    for pairs in used.nonzero().split(max(1, tokens_at_once(indices.device) // packed.tokens.shape[1])):
         row, expert = pairs.unbind(-1)
         keep = indices[row] != expert[:, None, None]
         resid = without(clean.rows(row), keep[None], removal, means)[0]

@@ -12,6 +12,10 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.kernels import launches, nvrtc
+from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.operators import operator
+
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,6 +58,14 @@ def window_attention(
     """The same for windows of `width` tokens (token = query x offset): each sees the clean run strictly before the window, the
     window's tokens up to itself, and nothing else. `width` 1 is `prefix_attention`.
     """
+    if by_operator(q):
+        return _prefix_attention(q, own_k, own_v, keys, values, starts, width, scale)
+    return _by_torch(q, own_k, own_v, keys, values, starts, width, scale)
+
+
+def _by_torch(
+    q: Tensor, own_k: Tensor, own_v: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None, width: int, scale: float
+) -> Tensor:
     if width == 1:
         return prefix_attention(q, own_k, own_v, keys, values, starts, scale)
     # All tokens of a window share its prefix, so that each offset is but another set of variants.
@@ -151,3 +163,61 @@ def _over_prefix_spelled_out(
     weights = (scores - log_sum.where(log_sum.isfinite(), 0.0).unsqueeze(-1)).exp()
     mixed = einsum(weights, values, "variant batch query head pos, batch pos head e -> variant batch query head e")
     return mixed, log_sum
+
+
+# --- the operator ------------------------------------------------------------------------------------------------------------
+
+
+def _launch(
+    q: Tensor, own_k: Tensor, own_v: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, width: int, scale: float
+) -> Tensor:
+    q, own_k, own_v, keys, values = (x.contiguous() for x in (q, own_k, own_v, keys, values))
+    variants, batch, tokens, heads, _ = q.shape
+    _, length, kv_heads, d_value = values.shape
+    out = q.new_empty(*q.shape[:-1], d_value)
+    sizes = {"variants": variants, "batch": batch, "queries": tokens // width, "width": width, "kv_heads": kv_heads}
+    sizes["group"] = heads // kv_heads
+    launch = launches.prefix_attention(**sizes, head_width=q.shape[-1], value_width=d_value, dtype=q.dtype)
+    positions = None if positions is None else positions.contiguous()
+    nvrtc.run(launch, out, q, own_k, own_v, keys, values, positions, *sizes.values(), length, float(scale))
+    return out
+
+
+def _shapes(
+    q: Tensor, own_k: Tensor, own_v: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, width: int, scale: float
+) -> Tensor:
+    return q.new_empty(*q.shape[:-1], values.shape[-1])
+
+
+def _definition(
+    q: Tensor, own_k: Tensor, own_v: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, width: int, scale: float
+) -> Tensor:
+    """The operator on a CPU: one softmax over all keys that a token sees, in float32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    by_window = "variant batch (query offset) head e -> variant batch query offset head e"
+    own_q, own_k, own_v = (rearrange(for_every_head(q, x).to(wide), by_window, offset=width) for x in (q, own_k, own_v))
+    keys, values = (for_every_head(q, x).to(wide) for x in (keys, values))
+    prefix = einsum(own_q, keys, "variant batch query offset head e, batch pos head e -> variant batch query offset head pos")
+    own = einsum(
+        own_q, own_k, "variant batch query offset head e, variant batch query own head e -> variant batch query offset head own"
+    )
+    pos, offset = (torch.arange(size, device=q.device) for size in (keys.shape[1], width))
+    starts = pos[None, : q.shape[2] // width] if positions is None else positions
+    prefix = prefix.masked_fill((pos >= starts[..., None])[None, :, :, None, None], float("-inf"))
+    own = own.masked_fill((offset > offset[:, None])[:, None], float("-inf"))
+    weights = (torch.cat((prefix, own), dim=-1) * scale).softmax(-1)
+    before, within = weights.split((len(pos), width), dim=-1)
+    out = einsum(before, values, "variant batch query offset head pos, batch pos head e -> variant batch query offset head e")
+    out = out + einsum(
+        within, own_v, "variant batch query offset head own, variant batch query own head e -> variant batch query offset head e"
+    )
+    return out.flatten(2, 3).to(q.dtype).contiguous()
+
+
+_prefix_attention = operator(
+    "prefix_attention",
+    "(Tensor q, Tensor own_k, Tensor own_v, Tensor keys, Tensor values, Tensor? positions, int width, float scale) -> Tensor",
+    definition=_definition,
+    launch=_launch,
+    shapes=_shapes,
+)

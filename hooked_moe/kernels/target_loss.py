@@ -9,18 +9,30 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_BYTES = 2 << 20  # logits of one chunk: small enough for the cache
+from hooked_moe.kernels import launches, nvrtc
+from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.operators import operator
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Logits of one chunk: on a CPU small enough for its cache, on a GPU large enough to keep it busy."""
+    return (2 if device.type == "cpu" else 256) << 20
 
 
 def rows_at_once(weight: Float[Tensor, "d_vocab d_model"], dtype: torch.dtype) -> int:
     """How many rows of logits in `dtype` make a chunk."""
-    return max(64, CHUNK_BYTES // (len(weight) * dtype.itemsize))
+    return max(64, chunk_bytes(weight.device) // (len(weight) * dtype.itemsize))
 
 
 def target_loss(
     x: Float[Tensor, "n d_model"], weight: Float[Tensor, "d_vocab d_model"], targets: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """`-log softmax(weight @ x)[target]` in nats for every row, a chunk of rows at a time."""
+    """`-log softmax(weight @ x)[target]` in nats for every row, a chunk of rows at a time.
+
+    Where operators run, `weight` may be narrower than `x`, and a target of -1 has the loss nan.
+    """
+    if by_operator(weight):
+        return _target_loss(x, weight, targets)
     losses = torch.empty(len(x), dtype=x.dtype, device=x.device)
     rows = rows_at_once(weight, x.dtype)
     for start in range(0, len(x), rows):
@@ -42,3 +54,50 @@ def shifted_target_loss(
     """
     losses = [F.cross_entropy(logits + F.linear(one.to(weight.dtype), weight), targets, reduction="none") for one in shifts]
     return torch.stack(losses) if losses else logits.new_empty(0, len(targets))
+
+
+def as_sum(x: Float[Tensor, "n d_model"], dtype: torch.dtype, parts: int = 2) -> Float[Tensor, "part n d_model"]:
+    """Numbers of a narrower type whose sum is `x`, to its last bits: two bfloat16 hold 16 bits of a float32, two float16 22.
+
+    A product of two of the narrower type is exact in float32. So tensor cores that take only these multiply float32.
+    """
+    summands, rest = [], x
+    for _ in range(parts):
+        summands.append(rest.to(dtype))
+        rest = rest - summands[-1]
+    return torch.stack(summands)
+
+
+# --- the operator ------------------------------------------------------------------------------------------------------------
+
+
+def _definition(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """By the logits of all rows, in float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    losses = F.cross_entropy(F.linear(x.to(wide), weight.to(wide)), targets, reduction="none", ignore_index=-1)
+    return losses.masked_fill(targets == -1, float("nan"))
+
+
+def _launch(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    weight, targets = weight.contiguous(), targets.contiguous()
+    hidden = x[None].contiguous() if x.dtype == weight.dtype else as_sum(x, weight.dtype)
+    (parts, rows, depth), vocabulary = hidden.shape, len(weight)
+    span = launches.vocabulary_span(rows=rows, vocabulary=vocabulary, dtype=weight.dtype)
+    launch = launches.target_logprob(rows=rows, vocabulary=vocabulary, span=span, parts=parts, dtype=weight.dtype)
+    log_sums = x.new_empty(launch.grid[1], rows, dtype=torch.float32)
+    target_logits = x.new_full((rows,), float("nan"), dtype=torch.float32)
+    nvrtc.run(launch, log_sums, target_logits, hidden, weight, targets, rows, vocabulary, depth, span)
+    return log_sums.logsumexp(0) - target_logits
+
+
+def _shapes(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+_target_loss = operator(
+    "target_loss",
+    "(Tensor x, Tensor weight, Tensor targets) -> Tensor",
+    definition=_definition,
+    launch=_launch,
+    shapes=_shapes,
+)

@@ -1,0 +1,82 @@
+"""Around the experts' two grouped products: a copy of each token for each of its experts, and the activation between them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_moe.kernels import launches, nvrtc
+from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.operators import operator
+
+
+def gather_rows(
+    x: Float[Tensor, "token d_model"], order: Int[Tensor, " n"], place: Int[Tensor, "token slot"]
+) -> Float[Tensor, "n d_model"]:
+    """`out[r] = x[order[r] // slots]`: row r is of slot `order[r] % slots` of that token. `place` is the inverse of `order`."""
+    if by_operator(x):
+        return _gather_rows(x, order, place)
+    return _gather_rows_reference(x, order, place)
+
+
+def _gather_rows_reference(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    return x.index_select(0, order // place.shape[-1])
+
+
+def swiglu(gate_and_up: Float[Tensor, "n gate_and_up"]) -> Float[Tensor, "n d_expert"]:
+    """`silu(gate) * up`, of rows whose first half is the gate."""
+    if by_operator(gate_and_up):
+        return _swiglu(gate_and_up)
+    return _swiglu_reference(gate_and_up)
+
+
+def _swiglu_reference(gate_and_up: Tensor) -> Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# --- operators ---------------------------------------------------------------------------------------------------------------
+
+
+def _launch_gather_rows(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    x, place = x.contiguous(), place.contiguous()
+    (tokens, slots), width = place.shape, x.shape[1]
+    out = x.new_empty(len(order), width)
+    aligned = launches.rows_are_aligned(x, out)
+    launch = launches.gather_rows(tokens=tokens, width=width, dtype=x.dtype, aligned=aligned)
+    nvrtc.run(launch, out, x, place, tokens, slots, width, width)
+    return out
+
+
+def _gather_rows_shapes(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    return x.new_empty(order.shape[0], x.shape[1])
+
+
+def _launch_swiglu(gate_and_up: Tensor) -> Tensor:
+    both = gate_and_up.contiguous()
+    rows, width = len(both), both.shape[1] // 2
+    out = both.new_empty(rows, width)
+    aligned = launches.rows_are_aligned(both, out)
+    nvrtc.run(launches.swiglu(rows=rows, width=width, dtype=both.dtype, aligned=aligned), out, both, rows, width, 2 * width)
+    return out
+
+
+def _swiglu_shapes(gate_and_up: Tensor) -> Tensor:
+    return gate_and_up.new_empty(gate_and_up.shape[0], gate_and_up.shape[1] // 2)
+
+
+_gather_rows = operator(
+    "gather_rows",
+    "(Tensor x, Tensor order, Tensor place) -> Tensor",
+    definition=_gather_rows_reference,
+    launch=_launch_gather_rows,
+    shapes=_gather_rows_shapes,
+)
+_swiglu = operator(
+    "swiglu",
+    "(Tensor gate_and_up) -> Tensor",
+    definition=_swiglu_reference,
+    launch=_launch_swiglu,
+    shapes=_swiglu_shapes,
+)
