@@ -38,7 +38,8 @@ def bayes_table(rows: list[dict[str, Any]]) -> str:
     """Plackett-Luce and stacking, a row for each ranking, the best first within its family."""
     columns = ("ranking", "&beta;", "&plusmn; sd", "BF<sub>10</sub>", "gain", "stacking weight", "")
     note = (
-        "A Plackett-Luce model of the order in which removals hurt, per standard deviation of the ranking's ranks: "
+        "A Plackett-Luce model of the order in which removals hurt, read from both ends alike, per standard deviation of the "
+        "ranking's ranks: "
         "&beta; and its standard deviation, clustered by document; the Bayes factor against &beta; = 0 (Savage-Dickey); the gain "
         "in log score over chance for documents left out, in nats per order; and the weight in the stack of fixed criteria and "
         "chance that predicts such documents best. Scores of the very token and the oracle are not stacked."
@@ -46,11 +47,6 @@ def bayes_table(rows: list[dict[str, Any]]) -> str:
     used, available = (max(row[name] for row in rows) for name in ("n_positions_used", "n_positions_available"))
     if used < available:
         note += f" Fitted to {used:,} of {available:,} positions, evenly spread; the others were left out for time."
-    if any(row["pl_beta"] < 0 for row in rows):
-        note += (
-            " The model weighs the end of an order more than its beginning: &beta; &lt; 0 beside a positive rank correlation "
-            "says that experts of high score are last more often than chance has it, as well as first."
-        )
     lines = []
     for family in dict.fromkeys(row["family"] for row in rows):
         lines.append(group_row(FAMILY_TITLES.get(family, family), len(columns)))
