@@ -15,7 +15,7 @@ import torch
 
 from experiments import analysing, audit, compare_published, progressive_ablation, redistribution, routing_weight_control
 from experiments.releasing import released_positions
-from hooked_moe import ExpertMask, HookedMoE
+from hooked_moe import ExpertMask, HookedMoE, HookPoint
 from hooked_moe import statistics as stat
 from hooked_moe.corpus import Corpus, Document
 from hooked_moe.released import open_released, released_cells
@@ -90,6 +90,13 @@ def test_progressive_removal_takes_the_heaviest_experts_from_the_whole_text(mode
         mask = ExpertMask.ablate([(2, None, None, expert) for expert in heaviest])
         without = model(tokens, return_type="loss", loss_per_token=True, expert_mask=mask)[0, row["position"]].item()
         assert row["baseline_loss"] + row["delta_loss"] == pytest.approx(without, abs=1e-5)
+
+
+def test_texts_side_by_side_share_no_hooks(model, corpus, tmp_path, monkeypatch):
+    # Hooks belong to the model, and the model to all texts: what one text's hook keeps, another's could overwrite.
+    with open_released(model, corpus, [2], results=tmp_path, progress=False) as run:
+        monkeypatch.setattr(HookPoint, "add_hook", lambda *inputs, **options: pytest.fail("a hook was attached"))
+        run.progressive(4)
 
 
 def test_a_run_that_was_killed_goes_on_with_the_texts_that_it_lacks_to_the_same_bytes(model, corpus, tmp_path, monkeypatch):

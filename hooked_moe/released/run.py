@@ -30,6 +30,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from hooked_moe.corpus import Corpus
+from hooked_moe.counterfactuals import expert_observations
 from hooked_moe.measurement.fingerprint import config_values, versions, weights_sha256
 from hooked_moe.measurement.run_directory import claim, digest, read_json
 from hooked_moe.measurement.shards import in_parallel
@@ -300,16 +301,14 @@ class ReleasedRun:
 
     def _remove_progressively(self, texts: Mapping[int, list[int]], drawn: Draw, shards: Path) -> pa.Table:
         k = self.model.cfg.experts_per_token
-        names = {layer: f"blocks.{layer}.mlp.hook_expert_indices" for layer in self.layers}
 
         def measure(text: int) -> Float[np.ndarray, "kind number"]:
             tokens = torch.tensor(texts[text])
             (position,) = drawn[drawn[:, 0] == text, 1].tolist()
-            with torch.no_grad():
-                _, cache = self.model.run_with_cache(tokens[None], names_filter=list(names.values()))
+            routed = expert_observations(self.model, tokens[None], self.layers)  # no hooks, which texts side by side would share
             removals = []
-            for layer, name in names.items():
-                active = cache[name][0, position].tolist()  # by falling weight
+            for layer, indices in zip(routed.layers, routed.expert_index, strict=True):
+                active = indices[0, position].tolist()  # by falling weight
                 removals += [SequenceRemoval(layer, frozenset(active[:count]), position) for count in range(1, k)]
             losses = sequence_removals(self.model, tokens, removals)
             return np.stack([losses.baseline, losses.removed - losses.baseline])
