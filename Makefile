@@ -12,10 +12,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-ch
 SOURCES := $(wildcard hooked_moe weights_conversion experiments benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help audit paper test check format bench gpu clean
+.PHONY: help audit paper test check format bench calibrate gpu clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 audit: $(VENV)/.runtime ## remove every expert at every token of MODEL (tiny-olmoe) and report; ARGS="--help" lists options
 	@$(BIN)/python experiments/audit.py --model $(MODEL) $(ARGS)
@@ -24,7 +24,7 @@ paper: $(VENV)/.runtime ## every experiment of the paper, as defined and as rele
 	@$(BIN)/python -m experiments.paper $(ARGS)
 
 test: $(VENV)/.development ## run the tests; ARGS="-m slow", ARGS="-k masks"
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(VENV)/.development ## formatter, linter and type checker
 	@status=0; \
@@ -40,11 +40,14 @@ format: $(VENV)/.development ## format the sources and apply the linter's safe f
 bench: $(VENV)/.development ## measure speed and memory against named peers, into benchmarks/RESULTS.md; ARGS=--small is a trial
 	@$(BIN)/python benchmarks/all.py $(ARGS)
 
+calibrate: $(VENV)/.development ## how often every decision rule errs, into benchmarks/CALIBRATION.md; ARGS=--small is a trial
+	@$(BIN)/python benchmarks/calibration.py $(ARGS)
+
 gpu: $(VENV)/.development ## on an NVIDIA GPU: its tests, compute-sanitizer, and speed into benchmarks/GPU.md; ARGS=--small is a trial
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean: ## delete .venv and caches; results/ stays
-	@rm -rf $(VENV) *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf $(VENV) *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache build
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps are written last, so an installation that was interrupted is taken up again.

@@ -23,9 +23,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from number_text import number_reader, number_tokenizer, write_corpus
 
-from experiments import audit
-from hooked_moe import HookedMoE, figures, measurement, tables
+from experiments import analysing, audit
+from hooked_moe import HookedMoE, measurement, tables
 from hooked_moe.corpus import load_corpus
+from hooked_moe.figures.drawing import Drawing
 from hooked_moe.measurement import verification
 from hooked_moe.measurement.fingerprint import versions, weights_sha256
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
@@ -61,7 +62,7 @@ def workplace(home: Path, make_model: Make, monkeypatch: pytest.MonkeyPatch) -> 
         (home / "regular-file").write_text("")
     monkeypatch.chdir(home)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setattr(figures.Drawing, "render", lambda self, *kinds, **_: dict.fromkeys(kinds, b"<svg/>"))
+    monkeypatch.setattr(Drawing, "render", lambda self, *kinds, **_: dict.fromkeys(kinds, b"<svg/>"))
     return home
 
 
@@ -148,7 +149,7 @@ def test_the_manifest_says_what_was_measured(workplace: Path, tmp_path: Path) ->
 def test_a_sample_is_of_the_positions_that_an_exhaustive_run_analyses(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit, "SAMPLE_SIZE", 30)
+    monkeypatch.setattr(analysing, "SAMPLE_SIZE", 30)
     frozen = []
     for name, positions in (("all", "all"), ("sample", "30"), ("fewer", "10")):
         directory = run_audit(tmp_path / name, "--positions", positions)
