@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
-from hooked_moe.analysis.accumulators.expert_statistics import ExpertAccumulator, ExpertStatistics
-from hooked_moe.analysis.effect_grid import Source, effect_chunks
+from hooked_moe.accumulators.expert_statistics import ExpertAccumulator, ExpertStatistics
+from hooked_moe.effect_grid import Source, effect_chunks
 
 PerExpert = Float[np.ndarray, "layer expert"]
 Family = Literal["paper", "extended"]

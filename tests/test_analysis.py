@@ -16,8 +16,8 @@ from benchmarks import analysis_scale
 from hooked_moe import analysis, tables
 from hooked_moe.analysis import analyse_run, bayes, redistribution
 from hooked_moe.analysis.cells import Cell
-from hooked_moe.analysis.effect_grid import effect_chunks
 from hooked_moe.criteria import CRITERIA
+from hooked_moe.effect_grid import effect_chunks
 from tests.synthetic_effects import PARTS, PLANTED_LAYER, synthetic_effects, synthetic_run
 
 N_EXPERTS = 16

@@ -10,9 +10,9 @@ import scipy.stats
 from hooked_moe import statistics, tables
 from hooked_moe.analysis.cell_text import terminal_table
 from hooked_moe.analysis.cells import CONTROL, Cell, audit_cells, cells_from_table, cells_table, frozen_positions
-from hooked_moe.analysis.effect_grid import effect_chunks, read_effects
 from hooked_moe.analysis.rankings import TOKEN_LADDER
 from hooked_moe.criteria import CRITERIA, expert_criteria
+from hooked_moe.effect_grid import effect_chunks, read_effects
 from tests.synthetic_effects import PLANTED_LAYER, synthetic_effects, synthetic_expert_weights
 
 N_EXPERTS = 16

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hooked_moe.analysis.accumulators.expert_statistics import ExpertAccumulator
-from hooked_moe.analysis.effect_grid import EffectGrid, effect_chunks, read_effects
+from hooked_moe.accumulators.expert_statistics import ExpertAccumulator
 from hooked_moe.criteria import CRITERIA, EXTENDED_CRITERIA, PAPER_CRITERIA, criteria_table, expert_criteria
+from hooked_moe.effect_grid import EffectGrid, effect_chunks, read_effects
 from hooked_moe.tables import write_parquet_atomic
 from tests.synthetic_effects import synthetic_effects, synthetic_expert_weights, synthetic_routing
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from hooked_moe import tables
-from hooked_moe.analysis.effect_grid import EFFECT_VALUES, EffectGrid, effect_chunks, read_effects
+from hooked_moe.effect_grid import EFFECT_VALUES, EffectGrid, effect_chunks, read_effects
 from tests.synthetic_effects import synthetic_effects
 
 EFFECTS = synthetic_effects()

@@ -15,10 +15,10 @@ from number_text import number_corpus, number_reader, number_tokenizer, token_id
 from safetensors.torch import load_file
 
 from hooked_moe import ExpertMask, HookedMoE
-from hooked_moe.analysis.effect_grid import read_effects
 from hooked_moe.attribution import first_order_effects
 from hooked_moe.corpus import Corpus
 from hooked_moe.counterfactuals import Scope
+from hooked_moe.effect_grid import read_effects
 from hooked_moe.expert_mask import Removal
 from hooked_moe.measurement import ORDERS, document_tables, shards
 from hooked_moe.measurement.document_tables import TABLES, Part, Wanted

@@ -1,11 +1,13 @@
 """The report: what it says is what the tables say, it renders whatever was measured, and its bytes repeat."""
 
 import html.parser
+import io
 import json
 import re
 import shutil
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -15,7 +17,7 @@ from hooked_moe import tables
 from hooked_moe.analysis import analyse_run
 from hooked_moe.criteria import PAPER_CRITERIA
 from hooked_moe.figures.ceiling import pooled_shares
-from hooked_moe.figures.drawing import Drawing
+from hooked_moe.figures.drawing import DOTS_PER_INCH, WIDE, Drawing
 from hooked_moe.figures.effect_size import effect_size
 from hooked_moe.figures.experts import MINIMUM_REMOVALS, draw_experts, experts
 from hooked_moe.figures.names import PAPER_LINES, SCORE_LINES
@@ -131,6 +133,7 @@ def test_svg_and_csv_of_a_figure_are_the_same_bytes_each_time(measured):
     table = tables.read_csv(measured / "cells.csv")
     first, second = (effect_size(table, 6).render("svg", "png") for _ in range(2))
     assert first == second
+    assert matplotlib.image.imread(io.BytesIO(first["png"])).shape[1] == WIDE * DOTS_PER_INCH  # whatever was written before it
 
 
 @pytest.mark.usefixtures("unpainted")

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hooked_moe.accumulators.histogram import Histogram
 from hooked_moe.analysis import analyse_run
-from hooked_moe.analysis.accumulators.histogram import Histogram
-from hooked_moe.analysis.effect_grid import read_effects
 from hooked_moe.analysis.summaries import LAYER_COLUMNS, ExpertEffectSummary, ScopeSummary
+from hooked_moe.effect_grid import read_effects
 from tests.synthetic_effects import PARTS, synthetic_effects, synthetic_run
 
 N_EXPERTS = 16

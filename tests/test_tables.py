@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from hooked_moe import tables
-from hooked_moe.analysis.accumulators.expert_statistics import ExpertAccumulator
+from hooked_moe.accumulators.expert_statistics import ExpertAccumulator
 from hooked_moe.analysis.cells import cells_table
-from hooked_moe.analysis.effect_grid import read_effects
 from hooked_moe.criteria import criteria_table
+from hooked_moe.effect_grid import read_effects
 from tests.synthetic_effects import synthetic_effects
 
 

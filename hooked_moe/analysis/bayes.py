@@ -13,9 +13,9 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 
 from hooked_moe import statistics
-from hooked_moe.analysis.effect_grid import EffectGrid
 from hooked_moe.analysis.rankings import RANKINGS, Scores, family_of
 from hooked_moe.criteria import CRITERIA
+from hooked_moe.effect_grid import EffectGrid
 from hooked_moe.statistics import DegenerateSample
 
 MAXIMUM_ORDERS = 1 << 14

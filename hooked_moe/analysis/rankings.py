@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from hooked_moe.analysis.effect_grid import EffectGrid, Source
 from hooked_moe.criteria import CRITERIA
+from hooked_moe.effect_grid import EffectGrid, Source
 from hooked_moe.statistics import DegenerateSample, StaticCeiling
 
 Family = Literal["paper", "extended", "token", "oracle"]

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from hooked_moe.analysis.accumulators.documents import Documents, sums_from
-from hooked_moe.analysis.accumulators.histogram import Histogram
-from hooked_moe.analysis.accumulators.rows import row_batches
-from hooked_moe.analysis.effect_grid import EffectGrid
+from hooked_moe.accumulators.documents import Documents, sums_from
+from hooked_moe.accumulators.histogram import Histogram
+from hooked_moe.accumulators.rows import row_batches
+from hooked_moe.effect_grid import EffectGrid
 from hooked_moe.statistics import MINIMUM_PAIRS, DegenerateSample, cluster_bootstrap, clustered_dz_from_sums
 
 LAYER_COLUMNS = {

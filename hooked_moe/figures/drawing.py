@@ -26,6 +26,7 @@ from hooked_moe.tables import atomic_path, write_csv_atomic
 BLACK, BLUE, SKY, GREEN, VERMILLION, GREY = "#000000", "#0072B2", "#56B4E9", "#007a5a", "#D55E00", "#666666"
 SMALL = 8  # points; nothing in a figure is smaller
 WIDE, NARROW = 7.4, 3.9  # inches
+DOTS_PER_INCH = 200  # of the PNG
 
 LEGEND_BELOW: Any = {"loc": "outside lower center", "handlelength": 2.4, "columnspacing": 1.6}
 
@@ -62,7 +63,7 @@ class Drawing:
         files = {}
         with matplotlib.rc_context(STYLE):
             figure = self.draw(self.numbers, narrow)
-            figure.set_dpi(200)
+            figure.set_dpi(DOTS_PER_INCH)
             layout = figure.get_layout_engine()
             assert layout is not None
             layout.execute(figure)
@@ -72,6 +73,7 @@ class Drawing:
                 if kind == "svg":
                     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
                 else:
+                    figure.set_dpi(DOTS_PER_INCH)  # print_svg leaves 72
                     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
                 files[kind] = buffer.getvalue()
         return files

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from hooked_moe.analysis.accumulators.rows import row_batches
-from hooked_moe.analysis.effect_grid import EffectGrid, Source
+from hooked_moe.accumulators.rows import row_batches
+from hooked_moe.effect_grid import EffectGrid, Source
 
 
 @dataclass(frozen=True)

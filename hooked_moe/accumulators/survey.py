@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hooked_moe.analysis.accumulators.documents import Documents
-from hooked_moe.analysis.effect_grid import EffectGrid
+from hooked_moe.accumulators.documents import Documents
+from hooked_moe.effect_grid import EffectGrid
 from hooked_moe.statistics import StaticCeiling
 
 

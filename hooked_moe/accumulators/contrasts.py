@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from hooked_moe.analysis.accumulators.documents import Documents, sums_from
+from hooked_moe.accumulators.documents import Documents, sums_from
 from hooked_moe.statistics import spearman_of_ranks, within_position_ranks
 
 
