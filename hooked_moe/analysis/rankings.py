@@ -45,12 +45,6 @@ def corrected_together(ranking: str) -> tuple[str, ...]:
     return tuple(name for name in CRITERIA if CRITERIA[name].family == family) or (ranking,)
 
 
-def label_of(ranking: str) -> str:
-    if ranking in CRITERIA:
-        return CRITERIA[ranking].label
-    return TOKEN_LADDER.get(ranking, "held-out effect of the expert (oracle)")
-
-
 class Scores:
     """The score that each ranking gives each active expert, in the layers asked for."""
 

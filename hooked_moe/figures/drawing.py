@@ -103,6 +103,12 @@ def panel_row(
     return figure, list(axes.ravel())
 
 
+def with_relative_depth(table: pa.Table, n_layers: int) -> pa.Table:
+    """The table and a column "relative_depth" of its layers: 0 for the model's first, 1 for its last."""
+    depth = table.column("layer").to_numpy() / max(n_layers - 1, 1)
+    return table.append_column("relative_depth", pa.array(depth))
+
+
 def rows_where(table: pa.Table, **equal: object) -> dict[str, np.ndarray]:
     """Columns of the rows whose named columns equal the given values."""
     keep = np.ones(table.num_rows, bool)

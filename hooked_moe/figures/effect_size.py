@@ -18,6 +18,7 @@ from hooked_moe.figures.drawing import (
     marker_step,
     panel_row,
     rows_where,
+    with_relative_depth,
     zero_line,
 )
 from hooked_moe.figures.names import PAPER_LINES, label
@@ -35,7 +36,6 @@ def effect_size(cells: pa.Table, n_layers: int) -> Drawing:
         for row in cells.select(["scope", "family", "ranking"]).to_pylist()
     ]
     numbers = cells.filter(pa.array(shown)).select(_KEPT)
-    depth = numbers.column("layer").to_numpy() / max(n_layers - 1, 1)
     return Drawing(
         "effect_size",
         "Does the ranking point at the expert that matters?",
@@ -45,7 +45,7 @@ def effect_size(cells: pa.Table, n_layers: int) -> Drawing:
         "with its 95% interval (for the sample exact if positions were independent, for all positions by jackknife over "
         "documents). Dashed: the size that the sample detects with 80% power after correction. Dotted: the bound within which "
         "an effect counts as equivalent to none.",
-        numbers.append_column("relative_depth", pa.array(depth)),
+        with_relative_depth(numbers, n_layers),
         draw_effect_size,
     )
 

@@ -14,6 +14,7 @@ from hooked_moe.figures.drawing import (
     line_with_band,
     marker_step,
     panel_row,
+    with_relative_depth,
     zero_line,
 )
 
@@ -27,7 +28,6 @@ _LINES = {
 
 def redistribution(table: pa.Table, n_layers: int) -> Drawing:
     """Of all layers, on aligned rows; `n_layers` counts the model's layers."""
-    depth = table.column("layer").to_numpy() / max(n_layers - 1, 1)
     return Drawing(
         "redistribution",
         "How far a removal moves the block, and what makes up for it",
@@ -36,7 +36,7 @@ def redistribution(table: pa.Table, n_layers: int) -> Drawing:
         "correlation is in part an identity; that of the weight with the output norm is not. Relative compensation, ‖r‖ "
         "max(cos(r, c), 0) / ‖c‖, is what the rest r of the routed sum holds in the direction of the removed contribution c; "
         "it divides by the gap norm ‖c‖, which alone lowers their correlation, and the alignment cos(r, c) does not.",
-        table.append_column("relative_depth", pa.array(depth)),
+        with_relative_depth(table, n_layers),
         draw_redistribution,
     )
 
