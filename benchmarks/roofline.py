@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hooked_moe.components.moe
 import hooked_moe.engine.fan_out
+import hooked_moe.kernels.expert_mlp
 from benchmarks.tables import Table, count, parse, parser, show, threads
 from benchmarks.timing import seconds_of, summary, timed
 from hooked_moe import HookedMoE, HookedMoEConfig
@@ -37,7 +38,7 @@ from hooked_moe.components.experts import ExpertGroups, Experts
 from hooked_moe.components.gated_mlp import GatedMLP
 from hooked_moe.components.grouped_query_attention import GroupedQueryAttention
 from hooked_moe.components.moe import MoE
-from hooked_moe.components.norm import RMSNorm
+from hooked_moe.components.norm import HookedRMSNorm, RMSNorm
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.counterfactuals import expert_effects
 
@@ -57,13 +58,13 @@ WRAPPED: tuple[tuple[Any, str, str], ...] = (
     (hooked_moe.engine.fan_out, "window_attention", ATTENTION),
     (MoE, "route", ROUTING),
     (ExpertGroups, "__init__", ROUTING),
-    (ExpertGroups, "gather", ROUTING),
-    (Experts, "project_in", EXPERTS),
-    (Experts, "project_out", EXPERTS),
+    (Experts, "forward", EXPERTS),
     (GatedMLP, "forward", EXPERTS),
-    (MoE, "run_experts", ACTIVATION),  # what is left of it: silu(gate) * up
+    (MoE, "run_experts", ROUTING),
+    (hooked_moe.kernels.expert_mlp, "swiglu", ACTIVATION),
     (hooked_moe.components.moe, "masked_combine", COMBINE),
     (RMSNorm, "forward", NORMS),
+    (HookedRMSNorm, "forward", NORMS),
     (Rotation, "__call__", NORMS),
     (hooked_moe.counterfactuals, "observe", OBSERVE),
     (hooked_moe.engine.fan_out, "target_loss", UNEMBEDDING),

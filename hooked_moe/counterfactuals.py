@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.effects import PER_SLOT, ExpertEffects, VariantEffects
-from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, Steps, clean_blocks, loss_at
+from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, Steps, clean_blocks, loss_at, tokens_at_once
 from hooked_moe.engine.padding import Packed, Results
 from hooked_moe.engine.requests import Mask, Positions, Request, Work, complete, make_request
 from hooked_moe.engine.sequence_scope import measure_sequences
@@ -378,19 +378,33 @@ def _observer(model: HookedMoE, packed: Packed, layers: list[int], results: Resu
 def observe(clean: CleanExperts, most_experts: int) -> dict[str, Tensor]:
     """What the clean run says of every active expert, each [batch, pos, slot], and the router of all: [batch, pos, expert]."""
     indices, weights = clean.routing
-    weights, outputs = at_least_float32(weights), at_least_float32(clean.expert_outputs.in_slots())
+    rows, place = clean.expert_outputs
+    weights, tokens = at_least_float32(weights), max(1, tokens_at_once(rows.device) // 16)  # few enough for a CPU's cache
+    parts = [
+        _of_contributions(weight, at_least_float32(rows[its_rows]))
+        for weight, its_rows in zip(weights.flatten(0, 1).split(tokens), place.flatten(0, 1).split(tokens), strict=True)
+    ]
+    probabilities = clean.moe.router(clean.mlp_input).softmax(dim=-1)
+    return {
+        "expert_index": indices,
+        "routing_weight": weights,
+        "router_probability": F.pad(probabilities, (0, most_experts - clean.moe.num_experts)),
+    } | {name: torch.cat([part[name] for part in parts]).view(indices.shape) for name in parts[0]}
+
+
+def _of_contributions(
+    weights: Float[Tensor, "token slot"], outputs: Float[Tensor, "token slot d_model"]
+) -> dict[str, Float[Tensor, "token slot"]]:
+    """What the outputs of a token's active experts say of each of them."""
     contributions = weights.unsqueeze(-1) * outputs
     rest = contributions.sum(-2, keepdim=True) - contributions
     output_norm = outputs.norm(dim=-1)
     return {
-        "expert_index": indices,
-        "routing_weight": weights,
         "output_norm": output_norm,
         "gap_norm": weights.abs() * output_norm,
         "rest_cosine": torch.cosine_similarity(contributions, rest, dim=-1),
         "rest_norm": rest.norm(dim=-1),
         "max_activation": outputs.abs().amax(dim=-1),
-        "router_probability": F.pad(clean.moe.router(clean.mlp_input).softmax(dim=-1), (0, most_experts - clean.moe.num_experts)),
     }
 
 

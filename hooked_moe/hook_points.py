@@ -141,6 +141,15 @@ class HookPoint(nn.Module):
         return self.name
 
 
+def keep_unedited_bits(spelled_out: Tensor, fused: Tensor, same: Tensor) -> Tensor:
+    """The spelled-out result where a hook changed something, and elsewhere the fused one, to the bit.
+
+    A hook that changes nothing then changes no bit of the output. Gradients always flow through the spelled-out computation,
+    which holds the hooked activation: `spelled_out - spelled_out.detach()` is zero in value only.
+    """
+    return torch.where(same, fused.detach() + (spelled_out - spelled_out.detach()), spelled_out)
+
+
 @dataclass(frozen=True)
 class Where:
     """In which layers of which models a hook point is."""

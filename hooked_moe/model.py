@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_moe.components.block import Block
-from hooked_moe.components.norm import RMSNorm, at_least_float32
+from hooked_moe.components.norm import HookedRMSNorm, at_least_float32
 from hooked_moe.components.rotary import rotation
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.engine.spill import Spill
@@ -73,7 +73,7 @@ class HookedMoE(HookedModule):
             self.embed = Embed(cfg)
             self.hook_embed = HookPoint()
             self.blocks = cast(Sequence[Block], nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)]))
-            self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
+            self.ln_final = HookedRMSNorm(cfg.d_model, cfg.eps)
             self.unembed = Unembed(cfg)
         if cfg.tie_word_embeddings:
             self.unembed.W_U = self.embed.W_E

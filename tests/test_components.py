@@ -19,13 +19,14 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeRotaryEmbedding, apply_rotary_pos_emb
 
 from hooked_moe import ActivationCache, HookedMoE, HookedMoEConfig
-from hooked_moe.components.attention import QueriesKeysValues, keep_unedited_bits
+from hooked_moe.components.attention import QueriesKeysValues
 from hooked_moe.components.experts import ExpertGroups
 from hooked_moe.components.gated_mlp import GatedMLP
 from hooked_moe.components.norm import RMSNorm
 from hooked_moe.components.rotary import rotation
 from hooked_moe.components.router import Router
 from hooked_moe.config import YarnScaling
+from hooked_moe.hook_points import keep_unedited_bits
 from hooked_moe.kernels import grouped_matmul as kernel
 from hooked_moe.kernels.weighted_sum import weighted_sum, weighted_sum_reference
 from tests.conftest import EVERY_ARCHITECTURE, random_config, random_model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.hook_points import HookPoint
+from hooked_moe.hook_points import HookPoint, keep_unedited_bits
 from hooked_moe.key_value_cache import LayerCache
 
 
@@ -26,7 +26,8 @@ class QueriesKeysValues(NamedTuple):
 class Attention(nn.Module):
     """Subclasses say how queries, keys and values come about (`project`).
 
-    Weights keep the orientation of the checkpoint, [out, in], so that every einsum is one product over a view.
+    Weights keep the orientation of the checkpoint, [out, in]. Products with them are spelled as `F.linear` over views: of an
+    einsum torch makes a batch of one matrix, for which oneDNN copies a weight in half precision.
     """
 
     def __init__(self, cfg: HookedMoEConfig) -> None:
@@ -96,7 +97,7 @@ class Attention(nn.Module):
 
     def output(self, z: Float[Tensor, "batch pos head d_value"]) -> Float[Tensor, "batch pos d_model"]:
         """The heads' outputs, summed in the residual stream."""
-        out = einsum(z, self.W_O, "batch pos head d_value, d_model head d_value -> batch pos d_model")
+        out = F.linear(z.flatten(-2), self.W_O.flatten(-2))
         if self.hook_result.active:
             result = einsum(z, self.W_O, "batch pos head d_value, d_model head d_value -> batch pos head d_model")
             edited = self.hook_result(result)
@@ -107,19 +108,10 @@ class Attention(nn.Module):
 
 
 def project_heads(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Float[Tensor, "batch pos head width"]:
-    """`weight` is [head, width, d_in]."""
-    out = einsum(x, weight, "batch pos d_in, head width d_in -> batch pos head width")
-    return out if bias is None else out + bias
+    """`weight` is [head, width, d_in], `bias` [head, width]."""
+    out = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    return out.unflatten(-1, weight.shape[:2])
 
 
 def _softmax(scores: Tensor) -> Tensor:
     return at_least_float32(scores).softmax(dim=-1).to(scores.dtype)
-
-
-def keep_unedited_bits(spelled_out: Tensor, fused: Tensor, same: Tensor) -> Tensor:
-    """The spelled-out result where a hook changed something, and elsewhere the fused one, to the bit.
-
-    A hook that changes nothing then changes no bit of the output. Gradients always flow through the spelled-out computation,
-    which holds the hooked activation: `spelled_out - spelled_out.detach()` is zero in value only.
-    """
-    return torch.where(same, fused.detach() + (spelled_out - spelled_out.detach()), spelled_out)

@@ -7,7 +7,7 @@ from hooked_moe.components.gated_mlp import GatedMLP
 from hooked_moe.components.grouped_query_attention import GroupedQueryAttention
 from hooked_moe.components.latent_attention import LatentAttention
 from hooked_moe.components.moe import MoE
-from hooked_moe.components.norm import RMSNorm
+from hooked_moe.components.norm import HookedRMSNorm
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
@@ -20,9 +20,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg: HookedMoEConfig, layer: int) -> None:
         super().__init__()
-        self.ln1 = RMSNorm(cfg.d_model, cfg.eps)
+        self.ln1 = HookedRMSNorm(cfg.d_model, cfg.eps)
         self.attn = GroupedQueryAttention(cfg) if cfg.kv_lora_rank is None else LatentAttention(cfg)
-        self.ln2 = RMSNorm(cfg.d_model, cfg.eps)
+        self.ln2 = HookedRMSNorm(cfg.d_model, cfg.eps)
         self.mlp = (
             MoE(cfg, cfg.experts_in(layer)) if cfg.d_mlp is None or cfg.experts_in(layer) else GatedMLP(cfg.d_model, cfg.d_mlp)
         )

@@ -1,8 +1,9 @@
-"""The experts: many small SwiGLU networks, each run on the tokens routed to it, all in two grouped products."""
+"""The experts: many small SwiGLU networks, each run on the tokens routed to it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from einops import rearrange
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.hook_points import HookPoint
+from hooked_moe.kernels.expert_mlp import Blocks, blocks_of, expert_mlp, product_by_block, runs_by_block, swiglu_by_block
 from hooked_moe.kernels.grouped_matmul import grouped_matmul
 from hooked_moe.kernels.routing import group_by_expert
-from hooked_moe.kernels.swiglu import gather_rows
+from hooked_moe.kernels.swiglu import gather_rows, swiglu
 
 
 class ExpertGroups:
@@ -25,6 +27,14 @@ class ExpertGroups:
         self.place = place.view(self.shape)
         """The row of each slot."""
 
+    def blocks(self, dtype: torch.dtype) -> Blocks:
+        """For experts that run one after another."""
+        return blocks_of(self.ends_on_host, dtype)
+
+    @cached_property
+    def ends_on_host(self) -> list[int]:
+        return self.ends.tolist()
+
     def gather(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "n d_model"]:
         """A copy of each token for each expert it goes to."""
         return gather_rows(x.flatten(0, 1), self.order, self.place.flatten(0, 1))
@@ -35,9 +45,13 @@ class ExpertGroups:
     def to_sorted(self, x: Float[Tensor, "batch pos slot width"]) -> Float[Tensor, "n width"]:
         return x.flatten(0, 2).index_select(0, self.order)
 
+    def flat_tokens(self) -> Int[Tensor, " n"]:
+        """Which token every row is a copy of, batch row after batch row."""
+        return self.order // self.shape[-1]
+
     def tokens(self) -> Int[Tensor, "n 2"]:
-        """(batch, pos) of every row."""
-        token = self.order // self.shape[-1]
+        """The same, as (batch, pos)."""
+        token = self.flat_tokens()
         return torch.stack((token // self.shape[1], token % self.shape[1]), dim=-1)
 
 
@@ -69,20 +83,40 @@ class Experts(nn.Module):
             delattr(self, str(index))
         self.sites = self.sites[: len(kept)]
 
-    def project_in(self, x: Float[Tensor, "n d_model"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:
-        """Gate projections, then up projections, by one grouped product."""
-        weight = rearrange(self.W_in, "expert two d_expert d_model -> expert (two d_expert) d_model")
-        return grouped_matmul(x, weight, groups.ends)
+    @property
+    def _gate_and_up(self) -> Float[Tensor, "expert gate_and_up d_model"]:
+        return rearrange(self.W_in, "expert two d_expert d_model -> expert (two d_expert) d_model")
+
+    @property
+    def hooked(self) -> bool:
+        """Whether any hook is attached to a single expert."""
+        return any(site.hook_out.active for site in self.sites)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
+        """The stages below in one go, without hooks between them."""
+        if runs_by_block(x, self.W_in, self.W_out):
+            return expert_mlp(x.flatten(0, 1), groups.flat_tokens(), self._gate_and_up, self.W_out, groups.blocks(x.dtype))
+        return self.project_out(self.activate(self.project_in(x, groups), groups), groups)
+
+    def project_in(self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:
+        """Gate projections, then up projections, of a copy of each token for each of its experts."""
+        return self._product(groups.gather(x), self._gate_and_up, groups)
+
+    def activate(self, pre: Float[Tensor, "n gate_and_up"], groups: ExpertGroups) -> Float[Tensor, "n d_expert"]:
+        return swiglu_by_block(pre, groups.blocks(pre.dtype)) if runs_by_block(pre) else swiglu(pre)
 
     def project_out(self, post: Float[Tensor, "n d_expert"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
         """Down projection, then the hooks of the single experts."""
-        out = grouped_matmul(post, self.W_out, groups.ends)
-        if any(site.hook_out.active for site in self.sites):
-            out = self._hook_each_expert(out, groups)
-        return out
+        out = self._product(post, self.W_out, groups)
+        return self._hook_each_expert(out, groups) if self.hooked else out
+
+    def _product(self, x: Float[Tensor, "n d_in"], weight: Float[Tensor, "expert d_out d_in"], groups: ExpertGroups) -> Tensor:
+        if runs_by_block(x, weight):
+            return product_by_block(x, weight, groups.blocks(x.dtype))
+        return grouped_matmul(x, weight, groups.ends)
 
     def _hook_each_expert(self, out: Float[Tensor, "n d_model"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
-        ends = groups.ends.tolist()
+        ends = groups.ends_on_host
         tokens = groups.tokens()
         pieces = []
         for site, start, end in zip(self.sites, [0, *ends[:-1]], ends, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ class GatedMLP(nn.Module):
         self.hook_pre, self.hook_pre_linear, self.hook_post = HookPoint(), HookPoint(), HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        pre = self.hook_pre(einsum(x, self.W_gate, "batch pos d_model, d_mlp d_model -> batch pos d_mlp"))
-        pre_linear = self.hook_pre_linear(einsum(x, self.W_in, "batch pos d_model, d_mlp d_model -> batch pos d_mlp"))
+        pre = self.hook_pre(F.linear(x, self.W_gate))
+        pre_linear = self.hook_pre_linear(F.linear(x, self.W_in))
         post = self.hook_post(F.silu(pre) * pre_linear)
-        return einsum(post, self.W_out, "batch pos d_mlp, d_model d_mlp -> batch pos d_model")
+        return F.linear(post, self.W_out)

@@ -26,8 +26,8 @@ class GroupedQueryAttention(Attention):
         self.b_K = nn.Parameter(torch.zeros(kv, e)) if cfg.qkv_bias else None
         self.b_V = nn.Parameter(torch.zeros(kv, e)) if cfg.qkv_bias else None
         widths = {"full": (h * e, kv * e), "head": (e, e)}.get(cfg.qk_norm or "")
-        self.q_norm = RMSNorm(widths[0], cfg.eps, hooked=False) if widths else None
-        self.k_norm = RMSNorm(widths[1], cfg.eps, hooked=False) if widths else None
+        self.q_norm = RMSNorm(widths[0], cfg.eps) if widths else None
+        self.k_norm = RMSNorm(widths[1], cfg.eps) if widths else None
 
     def project(self, x: Float[Tensor, "batch pos d_model"], rotate: Rotation) -> QueriesKeysValues:
         """Projected, normalised, clipped, rotated."""

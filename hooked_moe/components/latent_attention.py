@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from einops import einsum
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -30,16 +30,16 @@ class LatentAttention(Attention):
         assert cfg.kv_lora_rank is not None
         h, d, self.d_content = cfg.n_heads, cfg.d_model, cfg.d_head - cfg.rotary_width
         self.W_DQ = nn.Parameter(torch.empty(cfg.q_lora_rank, d)) if cfg.q_lora_rank else None
-        self.q_norm = RMSNorm(cfg.q_lora_rank, LATENT_EPS, hooked=False) if cfg.q_lora_rank else None
+        self.q_norm = RMSNorm(cfg.q_lora_rank, LATENT_EPS) if cfg.q_lora_rank else None
         self.W_Q = nn.Parameter(torch.empty(h, cfg.d_head, cfg.q_lora_rank or d))
         self.W_DKV = nn.Parameter(torch.empty(cfg.kv_lora_rank + cfg.rotary_width, d))
-        self.kv_norm = RMSNorm(cfg.kv_lora_rank, LATENT_EPS, hooked=False)
+        self.kv_norm = RMSNorm(cfg.kv_lora_rank, LATENT_EPS)
         self.W_UKV = nn.Parameter(torch.empty(h, self.d_content + cfg.value_width, cfg.kv_lora_rank))
         self.hook_kv_latent = HookPoint()
 
     def project(self, x: Float[Tensor, "batch pos d_model"], rotate: Rotation) -> QueriesKeysValues:
         """Down to the latents, up to the heads, rotated."""
-        down = einsum(x, self.W_DKV, "batch pos d_model, latent d_model -> batch pos latent")
+        down = F.linear(x, self.W_DKV)
         latent, k_position = down.split([len(self.kv_norm.w), self.cfg.rotary_width], dim=-1)
         up = project_heads(self.hook_kv_latent(self.kv_norm(latent)), self.W_UKV)
         q = self.hook_q(project_heads(self._latent_query(x), self.W_Q))
@@ -51,7 +51,7 @@ class LatentAttention(Attention):
     def _latent_query(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_in"]:
         if self.W_DQ is None or self.q_norm is None:
             return x
-        return self.q_norm(einsum(x, self.W_DQ, "batch pos d_model, latent d_model -> batch pos latent"))
+        return self.q_norm(F.linear(x, self.W_DQ))
 
     def _rotated(self, x: Float[Tensor, "batch pos head d_head"], rotate: Rotation) -> Float[Tensor, "batch pos head d_head"]:
         content, position = x.split([self.d_content, self.cfg.rotary_width], dim=-1)

@@ -17,7 +17,6 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.hook_points import HookPoint
 from hooked_moe.kernels.dispatch import by_operator
-from hooked_moe.kernels.swiglu import swiglu
 from hooked_moe.kernels.weighted_sum import masked_combine, weighted_sum
 
 
@@ -89,9 +88,7 @@ class MoE(nn.Module):
     def run_experts(self, x: Float[Tensor, "batch pos d_model"], indices: Int[Tensor, "batch pos slot"]) -> ExpertOutputs:
         """Each active expert's output, before weighting."""
         groups = ExpertGroups(indices, self.num_experts)
-        pre = self._hook_pre(self.experts.project_in(groups.gather(x), groups), groups)
-        post = _in_slots(self.hook_expert_post, swiglu(pre), groups)
-        outputs = ExpertOutputs(self.experts.project_out(post, groups), groups.place)
+        outputs = ExpertOutputs(self._expert_rows(x, groups), groups.place)
         if not self.hook_expert_out.active:
             return outputs
         seen = self.hook_expert_out(outputs.in_slots())
@@ -118,6 +115,14 @@ class MoE(nn.Module):
             self.router.W = nn.Parameter(self.router.W[kept].clone(), self.router.W.requires_grad)
         self.experts.keep(kept)
         self.num_experts = len(kept)
+
+    def _expert_rows(self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
+        hooks = self.hook_expert_pre, self.hook_expert_pre_linear, self.hook_expert_post
+        if not (self.experts.hooked or any(hook.active for hook in hooks)):
+            return self.experts(x, groups)
+        pre = self._hook_pre(self.experts.project_in(x, groups), groups)
+        post = _in_slots(self.hook_expert_post, self.experts.activate(pre, groups), groups)
+        return self.experts.project_out(post, groups)
 
     def _hook_pre(self, both: Float[Tensor, "n gate_and_up"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:
         if not (self.hook_expert_pre.active or self.hook_expert_pre_linear.active):

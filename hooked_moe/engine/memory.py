@@ -53,7 +53,8 @@ def demand_of(cfg: HookedMoEConfig, length: int) -> Demand:
     experts = cfg.experts_per_token * (2 * cfg.d_model + 3 * cfg.d_expert) + 3 * ((cfg.d_shared or 0) + cfg.num_experts)
     token = size * (6 * cfg.d_model + attention + max(experts, 3 * (cfg.d_mlp or 0))) + 2 * wide * cfg.d_model
     chunk = max(64 * wide * cfg.d_vocab, chunk_bytes(cfg.device))  # logits of 64 tokens at least
-    logits = max(4 * chunk, 64 << 20)  # the clean run's, a change, their sum, its log-softmax
+    at_once = 2 if cfg.device.type == "cpu" else 4  # the clean run's, a change; of a whole chunk, too, their sum and log-softmax
+    logits = max(at_once * chunk, 64 << 20)
     widened = wide * cfg.d_vocab * cfg.d_model if size < wide else 0  # the unembedding, in float32 whatever the model is in
     return Demand(
         fixed=max(tokens_at_once(cfg.device), length) * token + logits + widened,

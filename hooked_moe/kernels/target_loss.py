@@ -13,15 +13,29 @@ from hooked_moe.kernels import launches, nvrtc
 from hooked_moe.kernels.dispatch import by_operator
 from hooked_moe.kernels.operators import operator
 
+IN_CACHE = 1 << 20
+"""Bytes of logits that a CPU takes through the softmax together."""
+
 
 def chunk_bytes(device: torch.device) -> int:
-    """Logits of one chunk: on a CPU small enough for its cache, on a GPU large enough to keep it busy."""
-    return (2 if device.type == "cpu" else 256) << 20
+    """Logits of one product: on a CPU fewer than the 32 MiB that glibc gives back to the system whenever they are free."""
+    return (24 if device.type == "cpu" else 256) << 20
 
 
 def rows_at_once(weight: Float[Tensor, "d_vocab d_model"], dtype: torch.dtype) -> int:
     """How many rows of logits in `dtype` make a chunk."""
     return max(64, chunk_bytes(weight.device) // (len(weight) * dtype.itemsize))
+
+
+def cross_entropy(
+    logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"], change: Float[Tensor, "n d_vocab"] | None = None
+) -> Float[Tensor, " n"]:
+    """Of each row of `logits`, or of `logits + change`, as few rows at a time as the cache of a CPU holds."""
+    rows = max(1, IN_CACHE // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else max(1, len(logits))
+    changes = [None] * -(-len(logits) // rows) if change is None else change.split(rows)
+    parts = zip(logits.split(rows), changes, targets.split(rows), strict=True)
+    losses = [F.cross_entropy(some if by is None else some + by, wanted, reduction="none") for some, by, wanted in parts]
+    return torch.cat(losses) if losses else logits.new_empty(0)
 
 
 def target_loss(
@@ -37,7 +51,7 @@ def target_loss(
     rows = rows_at_once(weight, x.dtype)
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
-        losses[part] = F.cross_entropy(F.linear(x[part], weight), targets[part], reduction="none")
+        losses[part] = cross_entropy(F.linear(x[part], weight), targets[part])
     return losses
 
 
@@ -52,7 +66,7 @@ def shifted_target_loss(
     The product is in the weights' dtype, the sum and the loss in that of `logits`: where weights are in half precision, only the
     shift is rounded, by one part in 2^9 of itself (bfloat16), never the logits that it is added to.
     """
-    losses = [F.cross_entropy(logits + F.linear(one.to(weight.dtype), weight), targets, reduction="none") for one in shifts]
+    losses = [cross_entropy(logits, targets, change=F.linear(one.to(weight.dtype), weight)) for one in shifts]
     return torch.stack(losses) if losses else logits.new_empty(0, len(targets))
 
 
