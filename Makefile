@@ -9,6 +9,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# Torch's own switch: large pages (Linux) for tensors from 2 MB on, which spares most page faults of large products.
+export THP_MEM_ALLOC_ENABLE ?= 1
 SOURCES := $(wildcard hooked_moe weights_conversion experiments benchmarks tests)
 
 .DEFAULT_GOAL := help

@@ -23,14 +23,15 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-SUITE: dict[str, list[str]] = {
-    "removals": ["--contexts", "256", "512", "1024", "2048", "--batches", "1", "4", "--repeats", "3"],
-    "forward": ["--repeats", "5"],
-    "roofline": ["--repeats", "3"],
-    "scaling": ["--repeats", "2"],
-    "streaming": ["--documents", "4", "--tokens", "64"],
+OLMOE = ["--d-model", "2048", "--d-expert", "1024", "--vocabulary", "50304", "--layers", "2"]
+SUITE: dict[str, list[list[str]]] = {
+    "removals": [["--contexts", "256", "512", "1024", "2048", "--batches", "1", "4", "--repeats", "3"]],
+    "forward": [["--repeats", "5"]],
+    "roofline": [["--repeats", "5"], ["--repeats", "3", *OLMOE]],
+    "scaling": [["--repeats", "2"]],
+    "streaming": [["--documents", "4", "--tokens", "64"]],
 }
-"""What each is given."""
+"""What each is given, run by run."""
 PACKAGES = ("torch", "transformers", "transformer-lens", "nnsight")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 """Of the CPU: those that matter to matrix products."""
@@ -42,9 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, code = time.perf_counter(), 0
     sections = []
     for name in args.only:
-        found, text = section(name, ["--small"] if args.small else SUITE[name], args.threads)
-        code = code or found
-        sections.append(text)
+        sections.append(f"## {title(HERE / f'{name}.py')}\n")
+        for given in [["--small"]] if args.small else SUITE[name]:
+            found, text = run(name, given, args.threads)
+            code = code or found
+            sections.append(text)
     page = "\n".join([*heading(time.perf_counter() - started), *sections])
     if out is None:
         print(page)
@@ -63,13 +66,13 @@ def options() -> argparse.ArgumentParser:
     return result
 
 
-def section(name: str, given: Sequence[str], threads: int) -> tuple[int, str]:
-    """A benchmark's exit code, and what it printed under a heading."""
+def run(name: str, given: Sequence[str], threads: int) -> tuple[int, str]:
+    """A benchmark's exit code, and what it printed under its command."""
     command = [f"benchmarks/{name}.py", *given, "--threads", str(threads)]
     print(f"{shlex.join(command)} ...", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, *command], cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
     printed = done.stdout if done.returncode == 0 else f"It failed with code {done.returncode}.\n"
-    return done.returncode, f"## {title(HERE / f'{name}.py')}\n\n`python {shlex.join(command)}`\n\n{printed}"
+    return done.returncode, f"`python {shlex.join(command)}`\n\n{printed}"
 
 
 def title(script: Path) -> str:
@@ -97,6 +100,7 @@ def machine() -> dict[str, str]:
         "CPU": f"{fields.get('model name') or platform.machine()}, {os.cpu_count()} cores",
         "extensions": ", ".join(flag for flag in FLAGS if flag in fields.get("flags", "").split()) or "unknown",
         "memory": f"{memory / 2**30:.0f} GiB",
+        "large pages": f"THP_MEM_ALLOC_ENABLE={os.environ.get('THP_MEM_ALLOC_ENABLE', '')}",
     }
 
 

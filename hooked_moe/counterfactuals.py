@@ -379,7 +379,7 @@ def observe(clean: CleanExperts, most_experts: int) -> dict[str, Tensor]:
     """What the clean run says of every active expert, each [batch, pos, slot], and the router of all: [batch, pos, expert]."""
     indices, weights = clean.routing
     rows, place = clean.expert_outputs
-    weights, tokens = at_least_float32(weights), max(1, tokens_at_once(rows.device) // 16)  # few enough for a CPU's cache
+    weights, tokens = at_least_float32(weights), max(1, tokens_at_once(rows.device) // 64)  # few enough for a CPU's cache
     parts = [
         _of_contributions(weight, at_least_float32(rows[its_rows]))
         for weight, its_rows in zip(weights.flatten(0, 1).split(tokens), place.flatten(0, 1).split(tokens), strict=True)

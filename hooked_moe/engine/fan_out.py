@@ -29,8 +29,9 @@ from hooked_moe.kernels.prefix_attention import window_attention
 from hooked_moe.kernels.target_loss import rows_at_once, shifted_target_loss, target_loss
 from hooked_moe.model import HookedMoE
 
-TOKENS_AT_ONCE = 1024
-"""Variant tokens that go through a block together: enough for large products, few enough for the cache of a CPU."""
+TOKENS_AT_ONCE = 4096
+"""Variant tokens that go through a block together on a CPU: some hundred for each expert, whose weights are packed anew for every
+product."""
 TOKENS_AT_ONCE_ON_GPU = 32 * 1024
 """The same on a GPU: some thousand tokens for each of 64 experts."""
 

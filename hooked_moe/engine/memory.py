@@ -48,12 +48,14 @@ def variant_bytes(cfg: HookedMoEConfig) -> int:
 
 def demand_of(cfg: HookedMoEConfig, length: int) -> Demand:
     """An upper estimate, from the largest activations of a block."""
-    size, wide = cfg.dtype.itemsize, 4
+    size, wide, on_cpu = cfg.dtype.itemsize, 4, cfg.device.type == "cpu"
     attention = cfg.n_heads * (2 * cfg.d_head + 2 * cfg.value_width) + cfg.n_key_value_heads * (cfg.d_head + cfg.value_width)
-    experts = cfg.experts_per_token * (2 * cfg.d_model + 3 * cfg.d_expert) + 3 * ((cfg.d_shared or 0) + cfg.num_experts)
+    mlp = cfg.d_model + 4 * cfg.d_expert  # of a token in one expert, beside its output; on a CPU, of one expert at a time
+    experts = cfg.experts_per_token * cfg.d_model + (1 if on_cpu else cfg.experts_per_token) * mlp
+    experts += 3 * ((cfg.d_shared or 0) + cfg.num_experts)
     token = size * (6 * cfg.d_model + attention + max(experts, 3 * (cfg.d_mlp or 0))) + 2 * wide * cfg.d_model
     chunk = max(64 * wide * cfg.d_vocab, chunk_bytes(cfg.device))  # logits of 64 tokens at least
-    at_once = 2 if cfg.device.type == "cpu" else 4  # the clean run's, a change; of a whole chunk, too, their sum and log-softmax
+    at_once = 2 if on_cpu else 4  # the clean run's, a change; of a whole chunk, too, their sum and log-softmax
     logits = max(at_once * chunk, 64 << 20)
     widened = wide * cfg.d_vocab * cfg.d_model if size < wide else 0  # the unembedding, in float32 whatever the model is in
     return Demand(
