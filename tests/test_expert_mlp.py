@@ -1,6 +1,7 @@
 """The experts' MLPs one after another: against their definition in float64, and in one go against stage by stage, to the bit."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -71,6 +72,28 @@ def test_stage_by_stage_gives_the_same_bits(dtype: torch.dtype, threads: int, co
     finally:
         torch.set_num_threads(before)
     assert torch.equal(whole, staged)
+
+
+def test_scratch_is_used_again_and_grows() -> None:
+    scratch = kernel.Scratch()
+    first = scratch.matrix(3, 4, like=torch.empty(0))
+    again = scratch.matrix(2, 5, like=torch.empty(0))
+    assert again.data_ptr() == first.data_ptr()
+    assert again.shape == (2, 5)
+    assert scratch.matrix(4, 4, like=torch.empty(0, dtype=HALF)).dtype == HALF
+    assert scratch.matrix(40, 40, like=torch.empty(0)).shape == (40, 40)
+    with torch.inference_mode():
+        inside = kernel.Scratch().matrix(1, 1, like=torch.empty(0))
+    inside.zero_()
+
+
+def test_a_thread_has_its_own_scratch() -> None:
+    scratch = kernel.Scratch()
+    mine = scratch.matrix(2, 2, like=torch.empty(0)).fill_(1.0)
+    with ThreadPoolExecutor() as pool:
+        theirs = pool.submit(lambda: scratch.matrix(2, 2, like=torch.empty(0)).fill_(2.0)).result()
+    assert mine.data_ptr() != theirs.data_ptr()
+    assert mine.eq(1).all()
 
 
 @settings(max_examples=100, deadline=None)

@@ -15,6 +15,7 @@ from hooked_moe.hook_points import HookPoint
 from hooked_moe.kernels.expert_mlp import Blocks, blocks_of, expert_mlp, product_by_block, runs_by_block, swiglu_by_block
 from hooked_moe.kernels.grouped_matmul import grouped_matmul
 from hooked_moe.kernels.routing import group_by_expert
+from hooked_moe.kernels.scratch import Scratch
 from hooked_moe.kernels.swiglu import gather_rows, swiglu
 
 
@@ -92,10 +93,13 @@ class Experts(nn.Module):
         """Whether any hook is attached to a single expert."""
         return any(site.hook_out.active for site in self.sites)
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
-        """The stages below in one go, without hooks between them."""
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups, scratch: Scratch | None = None
+    ) -> Float[Tensor, "n d_model"]:
+        """The stages below in one go, without hooks between them; on a CPU in `scratch`, where it is given."""
         if runs_by_block(x, self.W_in, self.W_out):
-            return expert_mlp(x.flatten(0, 1), groups.flat_tokens(), self._gate_and_up, self.W_out, groups.blocks(x.dtype))
+            blocks = groups.blocks(x.dtype)
+            return expert_mlp(x.flatten(0, 1), groups.flat_tokens(), self._gate_and_up, self.W_out, blocks, scratch)
         return self.project_out(self.activate(self.project_in(x, groups), groups), groups)
 
     def project_in(self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:

@@ -17,6 +17,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.hook_points import HookPoint
 from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.scratch import Scratch
 from hooked_moe.kernels.weighted_sum import masked_combine, weighted_sum
 
 
@@ -85,10 +86,15 @@ class MoE(nn.Module):
             weights = mask.after_selection(weights, indices)
         return Routing(indices, self.hook_expert_weights(weights.to(x.dtype)))
 
-    def run_experts(self, x: Float[Tensor, "batch pos d_model"], indices: Int[Tensor, "batch pos slot"]) -> ExpertOutputs:
-        """Each active expert's output, before weighting."""
+    def run_experts(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        indices: Int[Tensor, "batch pos slot"],
+        scratch: Scratch | None = None,
+    ) -> ExpertOutputs:
+        """Each active expert's output, before weighting. It may lie in `scratch`, until that is used again."""
         groups = ExpertGroups(indices, self.num_experts)
-        outputs = ExpertOutputs(self._expert_rows(x, groups), groups.place)
+        outputs = ExpertOutputs(self._expert_rows(x, groups, scratch), groups.place)
         if not self.hook_expert_out.active:
             return outputs
         seen = self.hook_expert_out(outputs.in_slots())
@@ -116,10 +122,12 @@ class MoE(nn.Module):
         self.experts.keep(kept)
         self.num_experts = len(kept)
 
-    def _expert_rows(self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
+    def _expert_rows(
+        self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups, scratch: Scratch | None
+    ) -> Float[Tensor, "n d_model"]:
         hooks = self.hook_expert_pre, self.hook_expert_pre_linear, self.hook_expert_post
         if not (self.experts.hooked or any(hook.active for hook in hooks)):
-            return self.experts(x, groups)
+            return self.experts(x, groups, scratch)
         pre = self._hook_pre(self.experts.project_in(x, groups), groups)
         post = _in_slots(self.hook_expert_post, self.experts.activate(pre, groups), groups)
         return self.experts.project_out(post, groups)

@@ -26,6 +26,7 @@ from hooked_moe.components.rotary import Rotation, rotation
 from hooked_moe.engine.spill import Waiting
 from hooked_moe.kernels.dispatch import by_operator
 from hooked_moe.kernels.prefix_attention import window_attention
+from hooked_moe.kernels.scratch import Scratch
 from hooked_moe.kernels.target_loss import rows_at_once, shifted_target_loss, target_loss
 from hooked_moe.model import HookedMoE
 
@@ -34,6 +35,10 @@ TOKENS_AT_ONCE = 4096
 product."""
 TOKENS_AT_ONCE_ON_GPU = 32 * 1024
 """The same on a GPU: some thousand tokens for each of 64 experts."""
+
+
+EXPERT_OUTPUTS = Scratch()
+"""Of the variants that are in a block."""
 
 
 def tokens_at_once(device: torch.device) -> int:
@@ -231,6 +236,7 @@ def fan_out(
             variants = None
         yield
     assert variants is not None
+    EXPERT_OUTPUTS.release()
     final = Final(model, variants, take(resid, places), windows.targets(targets), windows.width)
     split = (len(layers), n_variants)
     at_start = final.targets[:, :: windows.width]
@@ -314,7 +320,7 @@ def _after_mlp(block: Block, resid: Float[Tensor, "row token d_model"]) -> Float
     if not isinstance(block.mlp, MoE):
         return resid + block.mlp(x)
     routing = block.mlp.route(x)
-    outputs = block.mlp.run_experts(x, routing.indices)
+    outputs = block.mlp.run_experts(x, routing.indices, EXPERT_OUTPUTS)
     return combine_onto(resid, outputs, routing.weights[None], block.mlp.run_shared(x))[0]
 
 

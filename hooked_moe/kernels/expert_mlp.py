@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.kernels.dispatch import by_definition
+from hooked_moe.kernels.scratch import Scratch
 
 ROOM = 32
 """Half-precision products of more than half as many rows have a multiple of it: oneDNN compiles one for every number of rows
@@ -55,9 +56,10 @@ def expert_mlp(
     W_in: Float[Tensor, "expert gate_and_up d_model"],
     W_out: Float[Tensor, "expert d_model d_expert"],
     blocks: Blocks,
+    scratch: Scratch | None = None,
 ) -> Float[Tensor, "n d_model"]:
-    """`out[r] = W_out[e] @ swiglu(W_in[e] @ x[token[r]])` for the rows r of every expert e."""
-    out = x.new_empty(len(token) + ROOM, W_out.shape[1])
+    """`out[r] = W_out[e] @ swiglu(W_in[e] @ x[token[r]])` for the rows r of every expert e; in `scratch`, where it is given."""
+    out = (scratch or Scratch()).matrix(len(token) + ROOM, W_out.shape[1], like=x)
     token = F.pad(token, (0, ROOM))
     for expert, rows in blocks:
         post = swiglu(x.index_select(0, token[rows]) @ W_in[expert].T)
