@@ -1,5 +1,6 @@
 """The experts' MLPs one after another: against their definition in float64, and in one go against stage by stage, to the bit."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -114,8 +115,12 @@ def test_half_precision_meets_few_numbers_of_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("worth", [0.0, math.inf], ids=["by block", "grouped"])
 @torch.no_grad()
-def test_looking_into_the_experts_changes_no_bit(dtype: torch.dtype, make_model: Callable[..., HookedMoE]) -> None:
+def test_looking_into_the_experts_changes_no_bit(
+    dtype: torch.dtype, worth: float, make_model: Callable[..., HookedMoE], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "WORTH_A_BLOCK", worth)
     options: dict[str, Any] = {"d_model": 64, "d_expert": 48, "n_ctx": 300, "dtype": dtype}
     model = make_model(**options)
     tokens = torch.randint(model.cfg.d_vocab, (2, 300))

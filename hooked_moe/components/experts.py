@@ -97,7 +97,7 @@ class Experts(nn.Module):
         self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups, scratch: Scratch | None = None
     ) -> Float[Tensor, "n d_model"]:
         """The stages below in one go, without hooks between them; on a CPU in `scratch`, where it is given."""
-        if runs_by_block(x, self.W_in, self.W_out):
+        if self._by_block(groups, x):
             blocks = groups.blocks(x.dtype)
             return expert_mlp(x.flatten(0, 1), groups.flat_tokens(), self._gate_and_up, self.W_out, blocks, scratch)
         return self.project_out(self.activate(self.project_in(x, groups), groups), groups)
@@ -107,15 +107,18 @@ class Experts(nn.Module):
         return self._product(groups.gather(x), self._gate_and_up, groups)
 
     def activate(self, pre: Float[Tensor, "n gate_and_up"], groups: ExpertGroups) -> Float[Tensor, "n d_expert"]:
-        return swiglu_by_block(pre, groups.blocks(pre.dtype)) if runs_by_block(pre) else swiglu(pre)
+        return swiglu_by_block(pre, groups.blocks(pre.dtype)) if self._by_block(groups, pre) else swiglu(pre)
 
     def project_out(self, post: Float[Tensor, "n d_expert"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
         """Down projection, then the hooks of the single experts."""
         out = self._product(post, self.W_out, groups)
         return self._hook_each_expert(out, groups) if self.hooked else out
 
+    def _by_block(self, groups: ExpertGroups, x: Tensor) -> bool:
+        return runs_by_block(len(groups.order), self.W_out, self.W_in, x)
+
     def _product(self, x: Float[Tensor, "n d_in"], weight: Float[Tensor, "expert d_out d_in"], groups: ExpertGroups) -> Tensor:
-        if runs_by_block(x, weight):
+        if self._by_block(groups, x):
             return product_by_block(x, weight, groups.blocks(x.dtype))
         return grouped_matmul(x, weight, groups.ends)
 

@@ -25,10 +25,15 @@ Blocks = list[tuple[int, slice]]
 must be computed in order, into a tensor with `ROOM` rows more."""
 
 
-def runs_by_block(*tensors: Tensor) -> bool:
-    """Whether experts run one after another: on a CPU, where no gradient is wanted."""
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return tensors[0].device.type == "cpu" and not needs_gradient and not by_definition()
+WORTH_A_BLOCK = 25e6
+"""Floating-point operations of an average expert from which on the calls for each cost less than they spare."""
+
+
+def runs_by_block(rows: int, W_out: Float[Tensor, "expert d_model d_expert"], *others: Tensor) -> bool:
+    """Whether experts run one after another: on a CPU, with enough to do, where no gradient is wanted."""
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (W_out, *others))
+    enough = 6 * rows * W_out.numel() >= WORTH_A_BLOCK * len(W_out) ** 2
+    return enough and W_out.device.type == "cpu" and not needs_gradient and not by_definition()
 
 
 def blocks_of(ends: Sequence[int], dtype: torch.dtype) -> Blocks:
@@ -61,9 +66,10 @@ def expert_mlp(
     """`out[r] = W_out[e] @ swiglu(W_in[e] @ x[token[r]])` for the rows r of every expert e; in `scratch`, where it is given."""
     out = (scratch or Scratch()).matrix(len(token) + ROOM, W_out.shape[1], like=x)
     token = F.pad(token, (0, ROOM))
+    to_hidden, to_out = W_in.mT.unbind(0), W_out.mT.unbind(0)
     for expert, rows in blocks:
-        post = swiglu(x.index_select(0, token[rows]) @ W_in[expert].T)
-        torch.mm(post, W_out[expert].T, out=out[rows])
+        post = swiglu(x.index_select(0, token[rows]) @ to_hidden[expert])
+        torch.mm(post, to_out[expert], out=out[rows])
     return out[: len(out) - ROOM]
 
 
@@ -71,17 +77,21 @@ def product_by_block(
     x: Float[Tensor, "n d_in"], weight: Float[Tensor, "expert d_out d_in"], blocks: Blocks
 ) -> Float[Tensor, "n d_out"]:
     """`out[r] = weight[e] @ x[r]` for the rows r of every expert e."""
-    out = x.new_empty(len(x) + ROOM, weight.shape[1])
-    x = F.pad(x, (0, 0, 0, ROOM))
+    out, factors = x.new_empty(len(x) + ROOM, weight.shape[1]), weight.mT.unbind(0)
     for expert, rows in blocks:
-        torch.mm(x[rows], weight[expert].T, out=out[rows])
-    return out[: len(out) - ROOM]
+        torch.mm(_rows_of(x, rows), factors[expert], out=out[rows])
+    return out[: len(x)]
 
 
 def swiglu_by_block(gate_and_up: Float[Tensor, "n gate_and_up"], blocks: Blocks) -> Float[Tensor, "n d_expert"]:
     """`swiglu` of every row. Torch's silu has a last bit that depends on how many rows there are."""
     out = gate_and_up.new_empty(len(gate_and_up) + ROOM, gate_and_up.shape[1] // 2)
-    gate_and_up = F.pad(gate_and_up, (0, 0, 0, ROOM))
     for _, rows in blocks:
-        out[rows] = swiglu(gate_and_up[rows])
-    return out[: len(out) - ROOM]
+        out[rows] = swiglu(_rows_of(gate_and_up, rows))
+    return out[: len(gate_and_up)]
+
+
+def _rows_of(x: Float[Tensor, "n width"], rows: slice) -> Float[Tensor, "block width"]:
+    """With rows of zeros where `x` has no more."""
+    missing = rows.stop - len(x)
+    return x[rows] if missing <= 0 else F.pad(x[rows], (0, 0, 0, missing))
