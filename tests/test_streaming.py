@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import hooked_moe.measurement.shards as shards
 from hooked_moe import HookedMoE
 from hooked_moe.corpus import Corpus, Document
 from hooked_moe.counterfactuals import expert_effects
+from hooked_moe.engine import fan_out
+from hooked_moe.engine.memory import demand_of
 from hooked_moe.engine.spill import Spill, Waiting
 from hooked_moe.loading.streaming import StreamedBlocks
 from hooked_moe.measurement.document_tables import TABLES, Wanted
@@ -67,6 +70,12 @@ def in_memory(model: HookedMoE) -> set[int]:
     return {int(name.split(".")[1]) for name, p in model.named_parameters() if "blocks" in name and p.device.type != "meta"}
 
 
+def least_budget(model: HookedMoE, length: int, queries: int = 1) -> int:
+    """For some positions of one layer at a time, each with a variant per slot."""
+    demand = demand_of(model.cfg, length)
+    return demand.fixed + demand.row + queries * model.cfg.experts_per_token * demand.variant_token
+
+
 def test_everything_but_the_memory_is_the_same(whole: HookedMoE, streamed: HookedMoE, tokens: Tensor) -> None:
     with torch.no_grad():
         assert torch.equal(streamed(tokens), whole(tokens))
@@ -106,11 +115,8 @@ def test_effects_are_equal_to_the_bit_and_a_sweep_reads_each_weight_once(
 
 
 def test_a_small_budget_still_takes_one_sweep(whole: HookedMoE, streamed: HookedMoE) -> None:
-    from hooked_moe.engine.memory import demand_of
-
     tokens = torch.randint(0, 61, (3, 9), generator=torch.Generator().manual_seed(4))
-    demand = demand_of(whole.cfg, 9)
-    budget = demand.fixed + demand.row + 3 * 9 * demand.variant_token  # one layer of one row at a time
+    budget = least_budget(whole, 9, queries=9)
     blocks = blocks_of(streamed)
     before = blocks.blocks_read
     found = expert_effects(streamed, tokens, memory_budget=budget)
@@ -133,6 +139,24 @@ def test_experts_removed_from_whole_sequences_take_one_sweep_too(
     assert blocks.spill.allowance == allowance
     expected = expert_effects(whole, tokens, scope="sequence")
     assert torch.equal(found.delta_loss.nan_to_num(7.0), expected.delta_loss.nan_to_num(7.0))
+
+
+def test_variants_that_wait_in_files_are_in_memory_one_work_at_a_time(
+    streamed: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks_of(streamed).spill = Spill(0, tmp_path)
+    tokens = torch.randint(0, 61, (6, 9), generator=torch.Generator().manual_seed(4))
+    budget = least_budget(streamed, 9, queries=9)
+    held, original = [], fan_out.advance
+
+    def counted(variants: Tensor, *rest: Any) -> None:
+        alive = {id(x) for x in gc.get_objects() if type(x) is Tensor and x.shape == (3, 1, 9, 32)}
+        held.append(len(alive))
+        original(variants, *rest)
+
+    monkeypatch.setattr(fan_out, "advance", counted)
+    expert_effects(streamed, tokens, [1], memory_budget=budget)
+    assert max(held) <= 2  # the work's own, and at most what its branch made
 
 
 # Measuring a corpus
