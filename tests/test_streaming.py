@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,19 @@ def test_experts_removed_from_whole_sequences_take_one_sweep_too(
     assert blocks.spill.allowance == allowance
     expected = expert_effects(whole, tokens, scope="sequence")
     assert torch.equal(found.delta_loss.nan_to_num(7.0), expected.delta_loss.nan_to_num(7.0))
+
+
+def test_all_that_waits_takes_one_file(streamed: HookedMoE, tmp_path: Path) -> None:
+    blocks_of(streamed).spill = Spill(0, tmp_path)
+    tokens = torch.randint(0, 61, (8, 9), generator=torch.Generator().manual_seed(4))
+    budget = least_budget(streamed, 9)
+    open_files, hard = len(os.listdir("/dev/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 20, hard[1]))
+    try:
+        expert_effects(streamed, tokens, [1], memory_budget=budget)  # in 72 parts
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, hard)
+    assert len(os.listdir("/dev/fd")) <= open_files + 1
 
 
 def test_variants_that_wait_in_files_are_in_memory_one_work_at_a_time(
@@ -286,12 +301,19 @@ def test_a_wrong_checkpoint_is_refused_before_anything_is_run(directory: Path, t
 
 
 def test_what_waits_in_a_file_comes_back_to_the_bit(tmp_path: Path) -> None:
+    spill = Spill(0, tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
-        waiting, x = Waiting(tmp_path), torch.randn(3, 4, 5).to(dtype)
-        waiting.put(x[:2])
-        waiting.put(x)
-        out = torch.empty_like(x)
-        waiting.get(out)
-        assert torch.equal(out, x)
-        waiting.put(x[:1])
-        waiting.close()
+        xs = [torch.randn(3, 4, 5).to(dtype) for _ in range(3)]
+        places = [spill.claim(x.nbytes) for x in xs]
+        for x, waiting in zip(xs, places, strict=True):
+            assert waiting is not None
+            waiting.put(x[:2])
+            waiting.put(x)
+        for x, waiting in zip(xs, places, strict=True):
+            assert waiting is not None
+            out = torch.empty_like(x)
+            waiting.get(out)
+            assert torch.equal(out, x)
+            waiting.put(x[:1])
+            waiting.close()
+    assert not list(tmp_path.iterdir())
