@@ -23,6 +23,7 @@ from hooked_moe.counterfactuals import expert_effects
 from hooked_moe.engine import fan_out
 from hooked_moe.engine.memory import demand_of
 from hooked_moe.engine.spill import Spill, Waiting
+from hooked_moe.loading import streaming
 from hooked_moe.loading.streaming import StreamedBlocks
 from hooked_moe.measurement.document_tables import TABLES, Wanted
 from hooked_moe.measurement.fingerprint import weights_sha256
@@ -260,6 +261,28 @@ def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
     for name in TABLES["position"]:
         files = (tmp_path / run / f"{name}.parquet" for run in ("straight", "cut"))
         assert len({file.read_bytes() for file in files}) == 1, name
+
+
+def test_a_block_that_an_interrupt_left_with_some_weights_is_read_again(
+    whole: HookedMoE, streamed: HookedMoE, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, left = streaming._set_parameter, iter(())
+
+    def faulty(*inputs: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        original(*inputs)
+
+    for start in (0, 1):  # while a block is unloaded, and while one is loaded
+        streamed.blocks[0]
+        with monkeypatch.context() as patch:
+            left = iter(range(2 + start * len(list(streamed.blocks[0].parameters()))))
+            patch.setattr(streaming, "_set_parameter", faulty)
+            with pytest.raises(KeyboardInterrupt):
+                streamed.blocks[1]
+        with torch.no_grad():
+            assert torch.equal(streamed(tokens), whole(tokens))
+    assert len(in_memory(streamed)) == 1
 
 
 # What streaming cannot do, and what it says
