@@ -196,7 +196,7 @@ def corpus_of(model: HookedMoE) -> TokenizedCorpus:
 
 
 def measure(model: HookedMoE, directory: Path) -> Path:
-    wanted = Wanted("position", tuple(model.cfg.moe_layers))
+    wanted = Wanted("position", tuple(model.cfg.moe_layers), first_order=model.spill is None)
     measure_part(model, corpus_of(model), wanted, directory / "shards", directory, {"plan": "p"}, progress=False)
     return directory
 
