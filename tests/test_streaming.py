@@ -19,9 +19,9 @@ from torch import Tensor
 import hooked_moe.measurement.shards as shards
 from hooked_moe import HookedMoE
 from hooked_moe.corpus import Corpus, Document
-from hooked_moe.counterfactuals import expert_effects
+from hooked_moe.counterfactuals import Scope, expert_effects
 from hooked_moe.engine import fan_out
-from hooked_moe.engine.memory import demand_of
+from hooked_moe.engine.memory import demand_of, variant_bytes
 from hooked_moe.engine.spill import Spill, Waiting
 from hooked_moe.loading import streaming
 from hooked_moe.loading.streaming import StreamedBlocks
@@ -173,6 +173,29 @@ def test_variants_that_wait_in_files_are_in_memory_one_work_at_a_time(
     monkeypatch.setattr(fan_out, "advance", counted)
     expert_effects(streamed, tokens, [1], memory_budget=budget)
     assert max(held) <= 2  # the work's own, and at most what its branch made
+
+
+@pytest.mark.parametrize("scope", ["position", "sequence"])
+def test_under_a_memory_budget_nothing_waits_in_memory(
+    scope: Scope, streamed: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spill = blocks_of(streamed).spill = Spill(1 << 30, tmp_path)
+    tokens = torch.randint(0, 61, (6, 9), generator=torch.Generator().manual_seed(4))
+    allowed, original = [], Spill.claim
+
+    def recorded(spill: Spill, *inputs: Any, **options: Any) -> Waiting | None:
+        waiting = original(spill, *inputs, **options)
+        allowed.append(spill.allowance)
+        return waiting
+
+    monkeypatch.setattr(Spill, "claim", recorded)
+    within = expert_effects(streamed, tokens, scope=scope, memory_budget=least_budget(streamed, 9, queries=9))
+    assert set(allowed) == {1 << 30}
+    written = spill.written
+    assert written >= 6 * 9 * 2 * 3 * variant_bytes(streamed.cfg)
+    without = expert_effects(streamed, tokens, scope=scope)
+    assert spill.written == written
+    torch.testing.assert_close(within.delta_loss, without.delta_loss, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
 # Measuring a corpus

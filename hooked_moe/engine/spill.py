@@ -17,7 +17,7 @@ class SharedFile:
         self._users = 0
 
     def enter(self, nbytes: int) -> int:
-        """Where in the file so many bytes have a place from now on. The first to come opens it. Raises `OSError` if that fails."""
+        """Where in the file so many bytes have a place from now on. The first to come opens it, or raises `OSError`."""
         if not self._users:
             self.file = tempfile.TemporaryFile(prefix="hooked_moe_", suffix=".spill", dir=self._directory)  # noqa: SIM115
             self._end = 0
@@ -66,7 +66,10 @@ class Waiting:
 
 
 class Spill:
-    """Decides what may wait in memory: the first tensors whose bytes fit into `allowance` together."""
+    """Decides what may wait in memory: the first tensors whose bytes fit into `allowance` together.
+
+    Of what has a memory budget, nothing: in its turn each work may fill that alone, whatever waits beside it.
+    """
 
     def __init__(self, allowance: int, directory: Path | None = None) -> None:
         self.allowance = allowance
@@ -75,9 +78,9 @@ class Spill:
         """Bytes for which there was a place in a file, in all."""
         self._shared = SharedFile(directory)
 
-    def claim(self, nbytes: int) -> Waiting | None:
-        """None: wait in memory, and give the bytes back with `release`. Or a place in a file."""
-        if nbytes <= self.allowance:
+    def claim(self, nbytes: int, in_file: bool = False) -> Waiting | None:
+        """None: wait in memory, and give the bytes back with `release`. Or a place in a file, as `in_file` demands."""
+        if nbytes <= self.allowance and not in_file:
             self.allowance -= nbytes
             return None
         self.written += nbytes
