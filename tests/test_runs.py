@@ -183,7 +183,7 @@ def test_streamed_and_in_memory_measurements_are_not_mixed(
     assert [wanted.first_order for wanted in measured] == [True, False, True]
     with opened(stream=True) as run:
         run.require("position", SOME)  # all there
-        with pytest.raises(ValueError, match="has first-order effects, .* open the model without stream=True, or give another"):
+        with pytest.raises(ValueError, match=r"has first-order effects, .* open the model without stream=True, or give another"):
             run.require("position", OTHERS)
         run.require("sequence", SOME)
     assert first_order_there(run) == 1
