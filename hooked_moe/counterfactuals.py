@@ -358,7 +358,7 @@ def _sequence_scope(request: Request, removal: AnyRemoval, means: ExpertMeans | 
 
     def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
         observe_into = _observer(request.model, packed, some, results)
-        return measure_sequences(request.model, packed, some, results, removal, means, observe_into)
+        return measure_sequences(request, packed, some, results, removal, means, observe_into)
 
     return work
 

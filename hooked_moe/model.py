@@ -267,8 +267,8 @@ class HookedMoE(HookedModule):
         their own variant only, in the shapes of `tokens`. The pass starts at the first layer that any edit touches, from the
         clean residual stream. Returns logits [variant, batch, pos, d_vocab], or losses [variant] (`loss_per_token=True`:
         [variant, batch, pos-1]), or both; without gradients. Options: `loss_per_token`, `attention_mask`, `memory_budget`
-        ("4GB"): edits go in as many groups as that takes. Equal to serial runs up to rounding. Raises `ValueError` while other
-        hooks are attached.
+        ("4GB"): edits go in as many groups as that takes. Equal to serial runs up to rounding. Raises `ValueError` for a budget
+        too small for one variant, and while other hooks are attached.
         """
         from hooked_moe import variants
 

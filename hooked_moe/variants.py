@@ -39,10 +39,10 @@ def run_variants(
     if not edits:
         raise ValueError("no edits: give one or more, each a (name, function) pair or a list of them")
     tokens, mask = model.as_tokens(tokens, attention_mask)
+    at_once = _rows_at_once(model, tokens, None if memory_budget is None else parse_bytes(memory_budget))
     variants = [_resolve(model, number, edit) for number, edit in enumerate(edits)]
     starts = sorted({variant.start for variant in variants})
     before = _residuals_before(model, tokens, mask, starts)
-    at_once = _rows_at_once(model, tokens, None if memory_budget is None else parse_bytes(memory_budget))
     logits: list[Tensor | None] = [None] * len(edits)
     losses: list[Tensor | None] = [None] * len(edits)
     ordered = sorted(variants, key=lambda variant: variant.start)  # those that start together run together
@@ -138,12 +138,18 @@ class _OnOwnRows:
 
 
 def _rows_at_once(model: HookedMoE, tokens: Tensor, budget: int | None) -> int:
-    """Variants of a group: as many as the budget holds, logits included; at least one."""
+    """Variants of a group: as many as the budget holds, logits included. Raises `ValueError` if not even one fits."""
     batch, pos = tokens.shape
     demand = demand_of(model.cfg, pos)
     per_variant = batch * (demand.row + pos * (model.cfg.d_vocab * 8 + demand.variant_token))
-    room = WAITING_BYTES if budget is None else budget - demand.fixed
-    return max(1, room // per_variant)
+    if budget is None:
+        return max(1, WAITING_BYTES // per_variant)
+    needed = demand.fixed + per_variant
+    if budget < needed:
+        raise ValueError(
+            f"memory_budget is {budget:,} bytes, and one variant of {batch} rows of {pos} tokens takes {needed:,} at least"
+        )
+    return (budget - demand.fixed) // per_variant
 
 
 def _stacked(parts: list[Tensor | None]) -> Tensor:

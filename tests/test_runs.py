@@ -151,6 +151,45 @@ def test_scopes_are_verified_before_they_are_measured_and_only_once(run: Run, mo
     assert len(set(names)) == len(names)
 
 
+def first_order_there(run: Run) -> float:
+    """Of the rows with an effect, how many have a first-order effect."""
+    rows = table(run, "effects").dropna(subset="delta_loss")
+    return float(rows["first_order"].notna().mean())
+
+
+def test_streamed_and_in_memory_measurements_are_not_mixed(
+    make_model: Callable[..., HookedMoE], measured: list[Wanted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(n_layers=2, model_type="olmoe").save_pretrained(tmp_path / "model")
+    corpus = number_corpus(tmp_path, LENGTHS)
+
+    def opened(stream: bool) -> Run:
+        model = number_reader(lambda: HookedMoE.from_pretrained(tmp_path / "model", stream=stream))
+        return open_measurement(model, TokenizedCorpus(model, corpus, 8), results=tmp_path / "results", name="run")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, opened(stream=False) as run:
+        patch.setattr(measurement.shards, "_merge", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.require("position", SOME)
+    with opened(stream=True) as run:  # takes up no shard of the other kind
+        run.require("position", SOME)
+        assert first_order_there(run) == 0
+    with opened(stream=False) as run:
+        run.require("position", SOME)
+        assert first_order_there(run) == 1
+    assert [wanted.first_order for wanted in measured] == [True, False, True]
+    with opened(stream=True) as run:
+        run.require("position", SOME)  # all there
+        with pytest.raises(ValueError, match=r"has first-order effects, .* open the model without stream=True, or give another"):
+            run.require("position", OTHERS)
+        run.require("sequence", SOME)
+    assert first_order_there(run) == 1
+    assert [wanted.part for wanted in measured[3:]] == ["sequence"]
+
+
 @pytest.mark.parametrize(
     ("part", "options", "message"),
     [

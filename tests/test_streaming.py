@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,11 @@ from torch import Tensor
 import hooked_moe.measurement.shards as shards
 from hooked_moe import HookedMoE
 from hooked_moe.corpus import Corpus, Document
-from hooked_moe.counterfactuals import expert_effects
+from hooked_moe.counterfactuals import Scope, expert_effects
+from hooked_moe.engine import fan_out
+from hooked_moe.engine.memory import demand_of, variant_bytes
 from hooked_moe.engine.spill import Spill, Waiting
+from hooked_moe.loading import streaming
 from hooked_moe.loading.streaming import StreamedBlocks
 from hooked_moe.measurement.document_tables import TABLES, Wanted
 from hooked_moe.measurement.fingerprint import weights_sha256
@@ -67,6 +73,12 @@ def in_memory(model: HookedMoE) -> set[int]:
     return {int(name.split(".")[1]) for name, p in model.named_parameters() if "blocks" in name and p.device.type != "meta"}
 
 
+def least_budget(model: HookedMoE, length: int, queries: int = 1) -> int:
+    """For some positions of one layer at a time, each with a variant per slot."""
+    demand = demand_of(model.cfg, length)
+    return demand.fixed + demand.row + queries * model.cfg.experts_per_token * demand.variant_token
+
+
 def test_everything_but_the_memory_is_the_same(whole: HookedMoE, streamed: HookedMoE, tokens: Tensor) -> None:
     with torch.no_grad():
         assert torch.equal(streamed(tokens), whole(tokens))
@@ -106,11 +118,8 @@ def test_effects_are_equal_to_the_bit_and_a_sweep_reads_each_weight_once(
 
 
 def test_a_small_budget_still_takes_one_sweep(whole: HookedMoE, streamed: HookedMoE) -> None:
-    from hooked_moe.engine.memory import demand_of
-
     tokens = torch.randint(0, 61, (3, 9), generator=torch.Generator().manual_seed(4))
-    demand = demand_of(whole.cfg, 9)
-    budget = demand.fixed + demand.row + 3 * 9 * demand.variant_token  # one layer of one row at a time
+    budget = least_budget(whole, 9, queries=9)
     blocks = blocks_of(streamed)
     before = blocks.blocks_read
     found = expert_effects(streamed, tokens, memory_budget=budget)
@@ -135,6 +144,60 @@ def test_experts_removed_from_whole_sequences_take_one_sweep_too(
     assert torch.equal(found.delta_loss.nan_to_num(7.0), expected.delta_loss.nan_to_num(7.0))
 
 
+def test_all_that_waits_takes_one_file(streamed: HookedMoE, tmp_path: Path) -> None:
+    blocks_of(streamed).spill = Spill(0, tmp_path)
+    tokens = torch.randint(0, 61, (8, 9), generator=torch.Generator().manual_seed(4))
+    budget = least_budget(streamed, 9)
+    open_files, hard = len(os.listdir("/dev/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 20, hard[1]))
+    try:
+        expert_effects(streamed, tokens, [1], memory_budget=budget)  # in 72 parts
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, hard)
+    assert len(os.listdir("/dev/fd")) <= open_files + 1
+
+
+def test_variants_that_wait_in_files_are_in_memory_one_work_at_a_time(
+    streamed: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks_of(streamed).spill = Spill(0, tmp_path)
+    tokens = torch.randint(0, 61, (6, 9), generator=torch.Generator().manual_seed(4))
+    budget = least_budget(streamed, 9, queries=9)
+    held, original = [], fan_out.advance
+
+    def counted(variants: Tensor, *rest: Any) -> None:
+        alive = {id(x) for x in gc.get_objects() if type(x) is Tensor and x.shape == (3, 1, 9, 32)}
+        held.append(len(alive))
+        original(variants, *rest)
+
+    monkeypatch.setattr(fan_out, "advance", counted)
+    expert_effects(streamed, tokens, [1], memory_budget=budget)
+    assert max(held) <= 2  # the work's own, and at most what its branch made
+
+
+@pytest.mark.parametrize("scope", ["position", "sequence"])
+def test_under_a_memory_budget_nothing_waits_in_memory(
+    scope: Scope, streamed: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spill = blocks_of(streamed).spill = Spill(1 << 30, tmp_path)
+    tokens = torch.randint(0, 61, (6, 9), generator=torch.Generator().manual_seed(4))
+    allowed, original = [], Spill.claim
+
+    def recorded(spill: Spill, *inputs: Any, **options: Any) -> Waiting | None:
+        waiting = original(spill, *inputs, **options)
+        allowed.append(spill.allowance)
+        return waiting
+
+    monkeypatch.setattr(Spill, "claim", recorded)
+    within = expert_effects(streamed, tokens, scope=scope, memory_budget=least_budget(streamed, 9, queries=9))
+    assert set(allowed) == {1 << 30}
+    written = spill.written
+    assert written >= 6 * 9 * 2 * 3 * variant_bytes(streamed.cfg)
+    without = expert_effects(streamed, tokens, scope=scope)
+    assert spill.written == written
+    torch.testing.assert_close(within.delta_loss, without.delta_loss, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
 # Measuring a corpus
 
 
@@ -156,7 +219,7 @@ def corpus_of(model: HookedMoE) -> TokenizedCorpus:
 
 
 def measure(model: HookedMoE, directory: Path) -> Path:
-    wanted = Wanted("position", tuple(model.cfg.moe_layers))
+    wanted = Wanted("position", tuple(model.cfg.moe_layers), first_order=model.spill is None)
     measure_part(model, corpus_of(model), wanted, directory / "shards", directory, {"plan": "p"}, progress=False)
     return directory
 
@@ -223,6 +286,28 @@ def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
         assert len({file.read_bytes() for file in files}) == 1, name
 
 
+def test_a_block_that_an_interrupt_left_with_some_weights_is_read_again(
+    whole: HookedMoE, streamed: HookedMoE, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, left = streaming._set_parameter, iter(())
+
+    def faulty(*inputs: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        original(*inputs)
+
+    for start in (0, 1):  # while a block is unloaded, and while one is loaded
+        streamed.blocks[0]
+        with monkeypatch.context() as patch:
+            left = iter(range(2 + start * len(list(streamed.blocks[0].parameters()))))
+            patch.setattr(streaming, "_set_parameter", faulty)
+            with pytest.raises(KeyboardInterrupt):
+                streamed.blocks[1]
+        with torch.no_grad():
+            assert torch.equal(streamed(tokens), whole(tokens))
+    assert len(in_memory(streamed)) == 1
+
+
 # What streaming cannot do, and what it says
 
 
@@ -262,12 +347,19 @@ def test_a_wrong_checkpoint_is_refused_before_anything_is_run(directory: Path, t
 
 
 def test_what_waits_in_a_file_comes_back_to_the_bit(tmp_path: Path) -> None:
+    spill = Spill(0, tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
-        waiting, x = Waiting(tmp_path), torch.randn(3, 4, 5).to(dtype)
-        waiting.put(x[:2])
-        waiting.put(x)
-        out = torch.empty_like(x)
-        waiting.get(out)
-        assert torch.equal(out, x)
-        waiting.put(x[:1])
-        waiting.close()
+        xs = [torch.randn(3, 4, 5).to(dtype) for _ in range(3)]
+        places = [spill.claim(x.nbytes) for x in xs]
+        for x, waiting in zip(xs, places, strict=True):
+            assert waiting is not None
+            waiting.put(x[:2])
+            waiting.put(x)
+        for x, waiting in zip(xs, places, strict=True):
+            assert waiting is not None
+            out = torch.empty_like(x)
+            waiting.get(out)
+            assert torch.equal(out, x)
+            waiting.put(x[:1])
+            waiting.close()
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import hooked_moe.variants as variants
 from hooked_moe import HookedMoE, HookPoint
 from hooked_moe.engine.memory import demand_of
 from tests.conftest import random_model
@@ -53,11 +52,16 @@ def serial(model: HookedMoE, tokens: Tensor, edit: Any, **options: Any) -> Any:
         return model.run_with_hooks(tokens, fwd_hooks=edit if isinstance(edit, list) else [edit], **options)
 
 
+def least_budget(model: HookedMoE, n_variants: int = 1) -> int:
+    """For so many variants of the two rows of 11 tokens at once."""
+    demand = demand_of(model.cfg, 11)
+    return demand.fixed + n_variants * 2 * (demand.row + 11 * (61 * 8 + demand.variant_token))
+
+
 @pytest.mark.parametrize("mask", [None, MASK], ids=["plain", "padded"])
 @pytest.mark.parametrize("small", [False, True], ids=["one group", "groups"])
 def test_batched_equals_serial(mask: Tensor | None, small: bool, model: HookedMoE, tokens: Tensor) -> None:
-    demand = demand_of(model.cfg, 11)
-    budget = demand.fixed + 3 * 2 * (demand.row + 11 * (61 * 8 + demand.variant_token)) if small else "1GB"
+    budget = least_budget(model, n_variants=3) if small else "1GB"
     options = {"attention_mask": mask, "return_type": "both"}
     batched = model.run_variants(tokens, list(EDITS.values()), loss_per_token=True, memory_budget=budget, **options)
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
@@ -124,4 +128,7 @@ def test_what_cannot_be_run_is_refused_by_name(model: HookedMoE, tokens: Tensor)
         model.run_variants(tokens, [EDITS["late"]], None)
     with model.hooks([EDITS["late"]]), pytest.raises(ValueError, match="has hooks"):
         model.run_variants(tokens, [EDITS["late"]])
-    assert variants._rows_at_once(model, tokens, 1) == 1
+    for budget in (1, least_budget(model) - 1):
+        with pytest.raises(ValueError, match=f"memory_budget is {budget:,} bytes, and one variant of 2 rows of 11 tokens takes"):
+            model.run_variants(tokens, [EDITS["late"]], memory_budget=budget)
+    model.run_variants(tokens, [EDITS["late"]], memory_budget=least_budget(model))

@@ -161,7 +161,7 @@ class FanOut(NamedTuple):
 
 Done = TypeVar("Done")
 Steps = Generator[None, None, Done]
-"""Work that pauses after every layer, so that several can go through the layers side by side."""
+"""Work that pauses between layers, so that several can go through the layers side by side."""
 
 
 def finish(steps: Steps[Done]) -> Done:
@@ -231,7 +231,9 @@ def fan_out(
             variants[entered : entered + n_variants] = branch(clean.at(places))
             entered += n_variants
         del clean  # while this work waits for others, it holds no more than it needs
-        if waiting is not None and layer + 1 < cfg.n_layers:
+        if layer + 1 == cfg.n_layers:
+            break  # at once to the end: what waits here would wait in memory
+        if waiting is not None:
             waiting.put(variants[:entered])
             variants = None
         yield
@@ -285,7 +287,8 @@ def clean_blocks(
         resid = clean.resid_post
         visit(clean)
         del clean
-        yield
+        if layer + 1 < model.cfg.n_layers:
+            yield
     return resid
 
 

@@ -66,7 +66,7 @@ class Request:
         """Fan out, and put losses and readouts into the results as `delta_loss`, `baseline_loss` and `readouts/<name>`."""
         windows = Windows(packed.positions, self.width)
         nbytes = n_variants * len(layers) * packed.queries * self.width * len(packed.tokens) * variant_bytes(self.model.cfg)
-        with waiting_room(self.model, nbytes) as waiting:
+        with self.waiting_room(nbytes) as waiting:
             out = yield from fan_out(
                 self.model,
                 packed.tokens,
@@ -85,27 +85,27 @@ class Request:
         for name, values in out.readouts.items():
             results.put(f"readouts/{name}", values.movedim(1, 3), packed, layers)
 
+    @contextmanager
+    def waiting_room(self, nbytes: int) -> Iterator[Waiting | None]:
+        """Where variants wait between layers: a file, or None for memory."""
+        spill = self.model.spill
+        if spill is None:
+            yield None
+            return
+        waiting = spill.claim(nbytes, in_file=self.budget is not None)
+        try:
+            yield waiting
+        finally:
+            if waiting is None:
+                spill.release(nbytes)
+            else:
+                waiting.close()
+
 
 def complete(steps: Steps[Done]) -> Done:
     """Run a measurement to its end, without gradients."""
     with torch.inference_mode():
         return finish(steps)
-
-
-@contextmanager
-def waiting_room(model: HookedMoE, nbytes: int) -> Iterator[Waiting | None]:
-    """Where variants wait between layers: a file, or None for memory."""
-    if model.spill is None:
-        yield None
-        return
-    waiting = model.spill.claim(nbytes)
-    try:
-        yield waiting
-    finally:
-        if waiting is None:
-            model.spill.release(nbytes)
-        else:
-            waiting.close()
 
 
 def make_request(

@@ -20,14 +20,14 @@ from hooked_moe.engine.fan_out import (
     tokens_at_once,
 )
 from hooked_moe.engine.padding import Packed, Results
-from hooked_moe.engine.requests import waiting_room
+from hooked_moe.engine.requests import Request
 from hooked_moe.engine.spill import Waiting
 from hooked_moe.model import HookedMoE
 from hooked_moe.removals import AnyRemoval, ExpertMeans, with_experts, without
 
 
 def measure_sequences(
-    model: HookedMoE,
+    request: Request,
     packed: Packed,
     layers: list[int],
     results: Results,
@@ -40,12 +40,13 @@ def measure_sequences(
     Where weights are in memory, each removal goes through the later layers at once. Where they are streamed, all removals of all
     layers go along with the clean run and wait between blocks, so that each block is read once.
     """
+    model = request.model
     batch, length = packed.tokens.shape
     most = len(layers) * batch * max(model.cfg.experts_in(layer) for layer in layers)
     under_way: list[Steps[None]] = []
     measured: list[tuple[Tensor, Tensor]] = []
     wide = torch.promote_types(model.cfg.dtype, torch.float32)
-    with waiting_room(model, most * length * model.cfg.d_model * model.cfg.dtype.itemsize) as waiting:
+    with request.waiting_room(most * length * model.cfg.d_model * model.cfg.dtype.itemsize) as waiting:
 
         def visit(clean: CleanBlock) -> None:
             observe(clean)

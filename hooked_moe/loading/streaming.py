@@ -55,9 +55,9 @@ class StreamedBlocks(nn.ModuleList):
             raise IndexError(f"layer {layer} is out of range: the model has layers 0 to {len(self) - 1}")
         if self._loaded is not None:
             block = cast(Block, self._modules[str(self._loaded)])
+            self._loaded = None  # before it loses the first weight: an interrupt may leave it with some of them
             for name, parameter in list(block.named_parameters()):
                 _set_parameter(block, name, torch.empty_like(parameter, device="meta"))
-            self._loaded = None
         tensors = self._ahead[1].result() if self._ahead is not None and self._ahead[0] == layer else self._read(layer)
         block = cast(Block, self._modules[str(layer)])
         for name, value in tensors.items():

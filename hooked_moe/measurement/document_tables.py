@@ -63,6 +63,8 @@ class Wanted:
     """Of part "progressive"."""
     seed: int = 0
     """Of the random order."""
+    first_order: bool = True
+    """Of part "position": whether its column of that name is measured. It takes a backward pass, so all weights in memory."""
 
 
 def measure_document(
@@ -101,7 +103,7 @@ def _effects(model: HookedMoE, batch: Batch, wanted: Wanted, scope: Scope, budge
 
 def _position_rows(model: HookedMoE, batch: Batch, wanted: Wanted, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
     effects = yield from _effects(model, batch, wanted, "position", budget)
-    first_order = _first_order(model, batch, effects, budget)
+    first_order = _first_order(model, batch, effects, budget) if wanted.first_order else None
     rows = range(len(batch.numbers))
     return {
         "effects": [effect_rows(batch, row, effects, EFFECTS, first_order) for row in rows],
@@ -138,10 +140,10 @@ def _progressive_rows(model: HookedMoE, batch: Batch, wanted: Wanted, budget: in
 def _first_order(
     model: HookedMoE, batch: Batch, effects: ExpertEffects, budget: int | None
 ) -> Float[Tensor, "layer batch pos slot"]:
-    """Where effects were measured; nan elsewhere, and everywhere if weights are streamed: no backward pass goes through those."""
+    """Where effects were measured; nan elsewhere."""
     missing = torch.full_like(effects.delta_loss, float("nan"))
     measured = effects.delta_loss.isfinite()
-    if model.spill is not None or not measured.any():
+    if not measured.any():
         return missing
     found = first_order_effects(model, batch.tokens(), effects.layers, memory_budget=budget)
     # By expert, not by slot: two runs in batches of other sizes may order experts of nearly equal weight differently.

@@ -128,13 +128,20 @@ class Run:
         is asked is measured anew, for all that was ever asked of it.
 
         Raises `ValueError` for positions without a next token, for another seed than before, and if verification fails: then
-        nothing is measured. `memory_budget` bounds the memory beside the model's weights.
+        nothing is measured. First-order effects are a column of "position" where weights are in memory, and nan where they are
+        streamed; a part without them is measured anew by a model in memory, and more of a part with them takes one: else
+        `ValueError`. `memory_budget` bounds the memory beside the model's weights.
         """
         wanted = self._wanted(part, positions, layers, orders, seed)
         if self._measured(wanted):
             self._remove_shards(part)
             return
         wanted = self._with_measured(wanted)
+        if wanted.first_order and self.model.spill is not None:
+            raise ValueError(
+                f"part {part!r} of {self.directory} has first-order effects, and to measure more of them takes all weights in "
+                "memory: open the model without stream=True, or give another name to the run"
+            )
         self._verify(_SCOPES[part])
         identity = {"plan": digest(self.plan), "part": digest(_as_json(wanted))}
         write_parquet_atomic(self.tokenized.table(), self.directory / "documents.parquet")
@@ -176,7 +183,8 @@ class Run:
                 )
             chosen = None if len(chosen) == len(valid) else chosen
         if part != "progressive":
-            return Wanted(part, self.layers, self.removal, chosen)
+            first_order = part == "position" and self.model.spill is None
+            return Wanted(part, self.layers, self.removal, chosen, first_order=first_order)
         unknown = sorted(set(orders) - set(ORDERS))
         if unknown or not orders:
             raise ValueError(f"orders must be some of {ORDERS}, not {tuple(orders)}")
@@ -184,7 +192,7 @@ class Run:
         outside = [layer for layer in some if layer not in self.layers]
         if outside or not some:
             raise ValueError(f"layers {outside} are not of this run, which measures {list(self.layers)}")
-        return Wanted(part, some, self.removal, chosen, tuple(order for order in ORDERS if order in orders), seed)
+        return Wanted(part, some, self.removal, chosen, tuple(order for order in ORDERS if order in orders), seed, False)
 
     def _measured(self, wanted: Wanted) -> bool:
         """Whether all of it is there."""
@@ -211,6 +219,7 @@ class Run:
             positions=positions,
             layers=tuple(sorted({*wanted.layers, *found["layers"]})),
             orders=tuple(order for order in ORDERS if order in (*wanted.orders, *found.get("orders", ()))),
+            first_order=wanted.first_order or found.get("first_order", wanted.part == "position"),
         )
 
     def _verify(self, scope: Scope) -> None:
@@ -301,6 +310,8 @@ def _as_json(wanted: Wanted) -> dict[str, Any]:
     record: dict[str, Any] = {"layers": list(wanted.layers), "positions": positions}
     if wanted.positions is not None:
         record["positions_sha256"] = hashlib.sha256(json.dumps(sorted(wanted.positions)).encode()).hexdigest()
+    if wanted.part == "position" and not wanted.first_order:
+        record["first_order"] = False
     if wanted.orders:
         record |= {"orders": list(wanted.orders), "seed": wanted.seed}
     return record
