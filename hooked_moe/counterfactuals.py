@@ -12,6 +12,7 @@ Sets of experts and float masks are `mask_effects`; any other change of the resi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -284,7 +285,8 @@ def token_effects(
     `edit(clean, where)` is called for each layer of `layers` (default: all, dense ones too) and returns `n_variants` residual
     streams after that block, [variant, batch, query, d_model], for all queried positions at once. `clean` holds what the clean
     run computed there: `clean.resid_mid`, `.mlp_input`, `.resid_post` [batch, query, d_model], and in layers with experts
-    `.routing`, `.expert_outputs`, `.shared_out` and the module `.moe`. In each variant that one token alone is changed.
+    `.routing`, `.expert_outputs`, `.shared_out` and the module `.moe`. In each variant that one token alone is changed. All of
+    these may be written to in place, the model's parameters not: the clean run goes on from memory of its own.
 
         def steer(clean, where):
             return clean.resid_post + strengths[:, None, None, None] * direction     # one variant per strength
@@ -295,10 +297,11 @@ def token_effects(
 
     def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
         places = packed.where()
-        where = Where(packed.rows[:, None].expand_as(places), places)
 
         def branch(clean: CleanBlock) -> Variants:
-            edited = edit(clean.first_of(request.width), where)
+            # Of what an edit is given, the clean run and the results still need these; the rest it may write to as it is.
+            given = replace(clean.first_of(request.width), resid_post=clean.resid_post[:, :: request.width].clone())
+            edited = edit(given, Where(packed.rows[:, None].expand_as(places).clone(), places.clone()))
             expected = (n_variants, *places.shape, model.cfg.d_model)
             if edited.shape != expected:
                 raise ValueError(

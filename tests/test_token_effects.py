@@ -201,6 +201,26 @@ def test_any_edit_of_the_residual_stream_equals_the_hook_that_makes_it(padding: 
         assert_equal(effects, (layer, variant, batch, pos), forward, clean, (batch, pos), real)
 
 
+@pytest.mark.parametrize("readouts", [(), (LossAfter(2),)], ids=["tokens", "windows"])
+@pytest.mark.parametrize("positions", [None, [2, 3]])
+def test_an_edit_may_write_to_what_it_is_given(positions: Any, readouts: Any, own: HookedMoE, tokens: Tensor) -> None:
+    def edit(clean: CleanBlock, where: Where) -> Tensor:
+        return 0.5 * clean.resid_post[None]
+
+    def scribble(clean: CleanBlock, where: Where) -> Tensor:
+        edited = edit(clean, where)
+        tensors = [clean.resid_mid, clean.mlp_input, clean.resid_post, *where]
+        if isinstance(clean, CleanExperts):
+            tensors += [*clean.routing, *clean.expert_outputs, *([] if clean.shared_out is None else [clean.shared_out])]
+        for tensor in tensors:
+            tensor.fill_(7)
+        return edited
+
+    expected, found = (token_effects(own, tokens, each, positions=positions, readouts=readouts) for each in (edit, scribble))
+    assert torch.equal(found.delta_loss.nan_to_num(9.0), expected.delta_loss.nan_to_num(9.0))
+    assert torch.equal(found.baseline_loss.nan_to_num(9.0), expected.baseline_loss.nan_to_num(9.0))
+
+
 def test_swapping_experts_is_such_an_edit(own: HookedMoE, tokens: Tensor) -> None:
     """Every token's top expert gives way to expert 4, at the top expert's weight."""
 
