@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, Steps, clean_blo
 from hooked_moe.engine.padding import Packed, Results
 from hooked_moe.engine.requests import Mask, Positions, Request, Work, complete, make_request
 from hooked_moe.engine.sequence_scope import measure_sequences
+from hooked_moe.expert_mask import check_mask
 from hooked_moe.model import HookedMoE
 from hooked_moe.readouts import NamedReadout
 from hooked_moe.removals import (
@@ -228,6 +229,7 @@ def mask_effects(
     counts = sorted({len(mask) for mask in full.values()})
     if len(counts) > 1:
         raise ValueError(f"every layer must have as many masks as the others; got {counts}")
+    check_n_variants(counts[0])
 
     def variants(clean: CleanExperts, packed: Packed) -> Variants:
         keep = full[clean.layer][:, packed.rows[:, None], packed.places().clamp(min=0)]
@@ -244,10 +246,7 @@ def mask_effects(
 def _full_mask(
     model: HookedMoE, layer: int, mask: Tensor, shape: tuple[int, int], removal: AnyRemoval
 ) -> Shaped[Tensor, "variant batch pos expert"]:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"the masks of layer {layer} must be bool or float, not {mask.dtype}")
-    if mask.dtype != torch.bool and removal == "reroute":
-        raise ValueError(f"removal='reroute' takes bool masks: an expert is routed to or not; layer {layer} has floats")
+    check_mask(layer, mask, removal)
     expected = (mask.shape[0] if mask.dim() == 4 else 1, *shape, model.cfg.experts_in(layer))
     try:
         return mask.to(model.cfg.device).expand(expected)
@@ -256,6 +255,12 @@ def _full_mask(
             f"the masks of layer {layer} have shape {list(mask.shape)}; they must broadcast to "
             f"[variant, batch, pos, expert] = [any, {', '.join(map(str, expected[1:]))}]"
         ) from error
+
+
+def check_n_variants(n_variants: Any) -> None:
+    """Raise `ValueError` unless it is a number of variants to measure."""
+    if isinstance(n_variants, bool) or not isinstance(n_variants, int) or n_variants < 1:
+        raise ValueError(f"the number of variants must be a whole number from 1, not {n_variants!r}")
 
 
 class Where(NamedTuple):
@@ -293,6 +298,7 @@ def token_effects(
 
     Exact, as `expert_effects` is, and as fast. `where.pos` is the position in `tokens`, so that padded rows need no care.
     """
+    check_n_variants(n_variants)
     request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget, dense=True)
 
     def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
@@ -302,11 +308,7 @@ def token_effects(
             # Of what an edit is given, the clean run and the results still need these; the rest it may write to as it is.
             given = replace(clean.first_of(request.width), resid_post=clean.resid_post[:, :: request.width].clone())
             edited = edit(given, Where(packed.rows[:, None].expand_as(places).clone(), places.clone()))
-            expected = (n_variants, *places.shape, model.cfg.d_model)
-            if edited.shape != expected:
-                raise ValueError(
-                    f"edit returned shape {list(edited.shape)}; expected [variant, batch, query, d_model] = {list(expected)}"
-                )
+            check_edited(edited, (n_variants, *places.shape, model.cfg.d_model))
             windows = clean.resid_post.expand(n_variants, -1, -1, -1).clone()
             windows[:, :, :: request.width] = edited
             return windows
@@ -314,6 +316,17 @@ def token_effects(
         return request.fan_out(packed, some, results, n_variants, branch)
 
     return _as_variant_effects(complete(request.run(work, n_variants)))
+
+
+def check_edited(edited: Any, expected: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless an edit returned residual streams of the expected shape."""
+    if not isinstance(edited, Tensor) or not edited.is_floating_point():
+        got = edited.dtype if isinstance(edited, Tensor) else type(edited).__name__
+    elif edited.shape != expected:
+        got = f"shape {list(edited.shape)}"
+    else:
+        return
+    raise ValueError(f"edit returned {got}; expected a float tensor [variant, batch, query, d_model] = {list(expected)}")
 
 
 def expert_observations(

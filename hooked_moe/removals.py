@@ -78,7 +78,7 @@ def without(
     if removal == "reroute":
         experts = torch.ones(len(keep), *indices.shape[:2], clean.moe.num_experts, dtype=torch.bool, device=indices.device)
         return rerouted(clean, experts.scatter(-1, indices.expand(len(keep), *indices.shape), keep.expand(-1, *indices.shape)))
-    kept = keep_weights(weights, keep, "zero" if removal == "mean" else removal)
+    kept = keep_weights(weights, keep, "zero" if removal == "mean" else removal).to(weights.dtype)
     if removal != "mean":
         return combine_onto(clean.resid_mid, clean.expert_outputs, kept, clean.shared_out)
     assert means is not None

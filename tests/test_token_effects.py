@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,6 +126,27 @@ def test_sets_and_shares_of_experts_equal_masked_forwards(
         keep[batch, pos] = masks[layer][variant, batch, pos]
         forward = Forward(own, tokens, mask, expert_mask=ExpertMask({layer: keep}, removal))
         assert_equal(effects, (effects.layers.index(layer), variant, batch, pos), forward, clean, (batch, pos), real)
+
+
+@pytest.mark.parametrize("removal", ["zero", "renormalize"])
+@pytest.mark.parametrize(
+    ("model_dtype", "mask_dtype"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_shares_may_have_another_dtype_than_the_model(
+    model_dtype: torch.dtype, mask_dtype: torch.dtype, removal: Any, tokens: Tensor
+) -> None:
+    own = random_model(dtype=model_dtype)
+    shares = torch.tensor([0.0, 0.25, 0.5, 1.0, 1.5, 2.0]).expand(1, 1, 1, 6)  # exact in every type
+    found, same = (mask_effects(own, tokens, {1: shares.to(dtype)}, removal) for dtype in (mask_dtype, model_dtype))
+    tolerance = NATS if model_dtype == torch.float32 else 0.1  # where a weight is rounded once or twice, losses differ
+    torch.testing.assert_close(found.delta_loss, same.delta_loss, atol=tolerance, rtol=0, equal_nan=True)
 
 
 def test_masks_broadcast_and_single_experts_are_single_removals(own: HookedMoE, tokens: Tensor) -> None:
@@ -328,6 +350,11 @@ def test_a_small_budget_changes_nothing_but_rounding(own: HookedMoE, tokens: Ten
 
 # What is refused
 
+
+def post(clean: CleanBlock, where: Where) -> Tensor:
+    return clean.resid_post[None]
+
+
 Refused = Callable[[HookedMoE, Tensor], Any]
 REFUSALS: dict[str, tuple[Refused, str]] = {
     "mean without means": (
@@ -352,6 +379,22 @@ REFUSALS: dict[str, tuple[Refused, str]] = {
     "too little memory": (lambda m, t: expert_effects(m, t, memory_budget="1KB"), r"memory_budget is 1,000 bytes, and rows of 8"),
     "mask of another shape": (lambda m, t: mask_effects(m, t, {2: torch.ones(2, 2, 8, 5) > 0}), r"\[any, 2, 8, 6\]"),
     "mask of whole numbers": (lambda m, t: mask_effects(m, t, {2: torch.ones(1, 1, 1, 6).long()}), "bool or float"),
+    "mask that is an array": (
+        lambda m, t: mask_effects(m, t, {2: np.ones((1, 1, 1, 6), bool)}),
+        "bool or float tensor, not ndarray",
+    ),
+    "mask that is a list": (lambda m, t: mask_effects(m, t, {2: [True] * 6}), "bool or float tensor, not list"),
+    "negative shares": (
+        lambda m, t: mask_effects(m, t, {2: -torch.ones(1, 1, 1, 6)}, "renormalize"),
+        "no rest could be rescaled",
+    ),
+    "no masks": (lambda m, t: mask_effects(m, t, {2: torch.zeros(0, 1, 1, 6) > 0}), "must be a whole number from 1, not 0"),
+    "no edits": (lambda m, t: token_effects(m, t, post, 0), "must be a whole number from 1, not 0"),
+    "fewer than no edits": (lambda m, t: token_effects(m, t, post, -1), "must be a whole number from 1, not -1"),
+    "a fraction of edits": (lambda m, t: token_effects(m, t, post, 1.0), r"must be a whole number from 1, not 1\.0"),
+    "edit of nothing": (lambda m, t: token_effects(m, t, lambda clean, where: None), "edit returned NoneType"),
+    "edit of a tuple": (lambda m, t: token_effects(m, t, lambda *given: (post(*given),)), "edit returned tuple"),
+    "edit of whole numbers": (lambda m, t: token_effects(m, t, lambda *given: post(*given).long()), "edit returned torch.int64"),
     "rerouted floats": (lambda m, t: mask_effects(m, t, {2: torch.ones(1, 1, 1, 6)}, "reroute"), "takes bool masks"),
     "unequal numbers": (
         lambda m, t: mask_effects(m, t, {1: torch.ones(2, 1, 1, 6), 2: torch.ones(3, 1, 1, 6)}),
