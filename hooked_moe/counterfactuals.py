@@ -40,6 +40,7 @@ from hooked_moe.removals import (
     with_experts,
     without,
 )
+from hooked_moe.whole_numbers import as_whole
 
 Scope = Literal["position", "sequence", "from_position"]
 Order = Literal["descending", "ascending", "random"]
@@ -224,6 +225,7 @@ def mask_effects(
     """
     request = make_request(model, tokens, list(masks), positions, attention_mask, readouts, memory_budget)
     check_any_removal(removal, means, request.layers)
+    masks = {int(layer): mask for layer, mask in masks.items()}
     shape = (len(request.packed.rows), request.packed.width)
     full = {layer: _full_mask(model, layer, masks[layer], shape, removal) for layer in request.layers}
     counts = sorted({len(mask) for mask in full.values()})
@@ -259,7 +261,7 @@ def _full_mask(
 
 def check_n_variants(n_variants: Any) -> None:
     """Raise `ValueError` unless it is a number of variants to measure."""
-    if isinstance(n_variants, bool) or not isinstance(n_variants, int) or n_variants < 1:
+    if (as_whole(n_variants) or 0) < 1:
         raise ValueError(f"the number of variants must be a whole number from 1, not {n_variants!r}")
 
 

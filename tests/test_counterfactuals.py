@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -336,7 +337,14 @@ def test_a_lookup_by_expert_refuses_experts_that_are_not_routed(model: HookedMoE
         ({"positions": torch.tensor([[3], [5]])}, "positions must be a list of positions"),
         ({"positions": [0.5]}, "positions must be a list of positions"),
         ({"positions": slice(2)}, "not a slice"),
-        ({"layers": 1}, "layers must be a list"),
+        ({"layers": 1}, r"layers must be a list of layers, as in \[1\]"),
+        ({"layers": np.int64(1)}, r"layers must be a list of layers, as in \[1\]"),
+        ({"layers": [1, 1.5]}, r"layers must be whole numbers, as in \[0, 1, 2\], not 1\.5"),
+        ({"layers": [1.0]}, r"layers must be whole numbers, .* not 1\.0"),
+        ({"layers": [True]}, "layers must be whole numbers, .* not True"),
+        ({"layers": "12"}, "layers must be whole numbers, .* not '1'"),
+        ({"layers": 1.5}, r"layers must be a list of whole numbers, .* not 1\.5"),
+        ({"positions": "12"}, "positions must be a list of positions, .* not '12'"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask has shape"),
         ({"attention_mask": torch.tensor([[0] * 11, [1] * 11])}, "batch row 0 has no real tokens"),
     ],
@@ -345,6 +353,21 @@ def test_a_lookup_by_expert_refuses_experts_that_are_not_routed(model: HookedMoE
 def test_bad_requests_say_what_is_wrong(model: HookedMoE, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         expert_effects(model, some_tokens(), **arguments)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("layers", [torch.tensor([1, 1]), np.array([1]), [np.int64(1), 1], {1}, range(1, 2), iter([1])])
+def test_layers_may_be_any_whole_numbers(layers: Any, model: HookedMoE) -> None:
+    expected, found = (expert_effects(model, some_tokens(), some) for some in ([1], layers))
+    assert [(layer, type(layer)) for layer in found.layers] == [(1, int)]
+    torch.testing.assert_close(found.delta_loss, expected.delta_loss, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("positions", [{3, 5}, iter([3, 5]), np.array([3, 5]), range(3, 6, 2)], ids=lambda p: type(p).__name__)
+def test_positions_may_be_any_whole_numbers(positions: Any, model: HookedMoE) -> None:
+    effects = expert_effects(model, some_tokens(), positions=positions)
+    assert effects.delta_loss[0, 0, :, 0].isfinite().nonzero().flatten().tolist() == [3, 5]
 
 
 @pytest.mark.parametrize("architecture", ["deepseek"])

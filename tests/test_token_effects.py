@@ -149,6 +149,12 @@ def test_shares_may_have_another_dtype_than_the_model(
     torch.testing.assert_close(found.delta_loss, same.delta_loss, atol=tolerance, rtol=0, equal_nan=True)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("layer", [np.int64(2), torch.tensor(2)])
+def test_masks_find_their_layer_by_any_whole_number(layer: Any, own: HookedMoE, tokens: Tensor) -> None:
+    assert mask_effects(own, tokens, {layer: torch.ones(1, 1, 1, 6) > 0}).layers == [2]
+
+
 def test_masks_broadcast_and_single_experts_are_single_removals(own: HookedMoE, tokens: Tensor) -> None:
     layer = own.cfg.moe_layers[-1]
     single = ~torch.eye(6, dtype=torch.bool)[:, None, None]  # variant e removes expert e everywhere it is active
@@ -298,7 +304,15 @@ def test_windows_of_any_width_equal_full_forwards(width: int, length: int, laten
 
 @pytest.mark.usefixtures("unchecked")
 def test_budgets_are_numbers_or_texts() -> None:
-    assert [parse_bytes(x) for x in (5, "7", "2KB", "1.5 MiB", "4GB", "1 gib")] == [5, 7, 2000, 1572864, 4 * 10**9, 2**30]
+    assert [parse_bytes(x) for x in (5, np.int64(5), "7", "2KB", "1.5 MiB", "4GB", "1 gib")] == [
+        5,
+        5,
+        7,
+        2000,
+        1572864,
+        4 * 10**9,
+        2**30,
+    ]
     for wrong in ("4 apples", "", "-1GB", 0, -3, True, 1.5):
         with pytest.raises(ValueError, match="memory budget is a number of bytes"):
             parse_bytes(wrong)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -162,7 +162,10 @@ def _as_mask(positions: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
     wanted = "a list of positions, valid in every row, or a bool mask [batch, pos]"
     if isinstance(positions, slice):
         raise ValueError(f"positions must be {wanted}, not a slice")
-    asked = torch.as_tensor(positions, device=tokens.device)
+    try:
+        asked = torch.as_tensor(list(positions) if isinstance(positions, Set | Iterator) else positions, device=tokens.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"positions must be {wanted}, not {positions!r}") from error
     if asked.dtype == torch.bool:
         if asked.shape != tokens.shape:
             raise ValueError(f"positions has shape {list(asked.shape)}; a bool mask must be {list(tokens.shape)}")

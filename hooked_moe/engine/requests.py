@@ -16,6 +16,7 @@ from hooked_moe.engine.padding import Packed, Results, pack
 from hooked_moe.engine.spill import Waiting
 from hooked_moe.model import HookedMoE
 from hooked_moe.readouts import NamedReadout
+from hooked_moe.whole_numbers import as_whole
 
 WAITING_BYTES = 1 << 30
 """Where no budget is given: of variants in flight, beside what one row of the clean run takes anyway."""
@@ -140,11 +141,18 @@ def require_unhooked(model: HookedMoE) -> None:
 
 def _checked_layers(model: HookedMoE, layers: Sequence[int] | None, dense: bool) -> list[int]:
     cfg = model.cfg
-    if isinstance(layers, int):
-        raise ValueError(f"layers must be a list of layers, as in [{layers}], not the number {layers}")
     if layers is None:
         return list(range(cfg.n_layers)) if dense else cfg.moe_layers
-    chosen = sorted(set(layers))
+    if as_whole(layers) is not None:
+        raise ValueError(f"layers must be a list of layers, as in [{layers}], not the number {layers}")
+    try:
+        numbers = [(layer, as_whole(layer)) for layer in layers]
+    except TypeError as error:
+        raise ValueError(f"layers must be a list of whole numbers, as in {cfg.moe_layers}, not {layers!r}") from error
+    wrong = [layer for layer, number in numbers if number is None]
+    if wrong:
+        raise ValueError(f"layers must be whole numbers, as in {cfg.moe_layers}, not {wrong[0]!r}")
+    chosen = sorted({number for _, number in numbers if number is not None})
     for layer in chosen:
         if not 0 <= layer < cfg.n_layers:
             raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {cfg.n_layers - 1}")
