@@ -21,6 +21,7 @@ from hooked_moe.engine.padding import pack
 from hooked_moe.readouts import KL, Displacement, LogitDifference, LossAfter
 from hooked_moe.removals import expert_means
 from tests.conftest import random_model
+from tests.number_text import number_reader
 
 NATS = 1e-5
 MODELS = {architecture: random_model(architecture) for architecture in ("olmoe", "deepseek")}
@@ -198,6 +199,16 @@ def test_a_mean_takes_the_place_of_the_output(own: HookedMoE, tokens: Tensor) ->
         assert_equal(effects, where, Forward(own, tokens, None, hooks=hooks), clean, (batch, pos), real)
 
 
+def test_means_over_texts_count_no_padding() -> None:
+    own, texts = number_reader(random_model), ["11 12 13 14 15 16 17", "21 22 23"]
+    expected = expert_means(own, [own.to_tokens(text) for text in texts])
+    for reference in (texts, [texts], iter(texts)):
+        for layer, means in expert_means(own, reference).items():
+            torch.testing.assert_close(means, expected[layer], atol=1e-5, rtol=1e-4, equal_nan=True)
+    of_one, of_tokens = (expert_means(own, each)[1] for each in (texts[0], own.to_tokens(texts[0])))
+    assert torch.equal(of_one.nan_to_num(9.0), of_tokens.nan_to_num(9.0))
+
+
 @pytest.mark.parametrize("padding", MASKS)
 def test_any_edit_of_the_residual_stream_equals_the_hook_that_makes_it(padding: str, own: HookedMoE, tokens: Tensor) -> None:
     mask = MASKS[padding]
@@ -340,6 +351,14 @@ def test_work_is_divided_by_rows_then_layers_then_queries(positions: list[int] |
         list(divide(packed, [0, 1, 2], demand, 3, 152))
 
 
+def test_readouts_that_the_model_lacks_are_refused_before_anything_is_measured(
+    own: HookedMoE, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "fan_out", None)
+    with pytest.raises(ValueError, match="token id 999 is out of range: the model has ids 0 to 60"):
+        expert_effects(own, tokens, readouts=[LogitDifference(0, 999)])
+
+
 def test_a_small_budget_changes_nothing_but_rounding(own: HookedMoE, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = expert_effects(own, tokens, readouts=ALL_READOUTS)
     demand = demand_of(own.cfg, 8)
@@ -369,6 +388,11 @@ def post(clean: CleanBlock, where: Where) -> Tensor:
     return clean.resid_post[None]
 
 
+def hooked(model: HookedMoE, run: Callable[[], Any]) -> Any:
+    with model.hooks([("blocks.1.attn.hook_z", lambda x, hook: 0 * x)]):
+        return run()
+
+
 Refused = Callable[[HookedMoE, Tensor], Any]
 REFUSALS: dict[str, tuple[Refused, str]] = {
     "mean without means": (
@@ -385,10 +409,19 @@ REFUSALS: dict[str, tuple[Refused, str]] = {
         lambda m, t: expert_effects(m, t, [2], removal="mean", means={2: torch.full((6, 32), float("nan"))}),
         "no reference token went to them",
     ),
+    "means of nothing": (lambda m, t: expert_means(m, []), "no reference to take means over"),
+    "means of a hooked model": (lambda m, t: hooked(m, lambda: expert_means(m, t)), "hook_z has hooks"),
     "unknown removal": (lambda m, t: expert_effects(m, t, removal="drop"), "removal must be one of"),
     "unknown scope": (lambda m, t: expert_effects(m, t, scope="all"), "scope must be"),
     "readouts of a sequence": (lambda m, t: expert_effects(m, t, scope="sequence", readouts=[KL()]), "single tokens"),
     "one name twice": (lambda m, t: expert_effects(m, t, readouts=[LossAfter(1), LossAfter(2)]), "different names"),
+    "no list of readouts": (
+        lambda m, t: expert_effects(m, t, readouts=KL()),
+        r"a list of readouts, as in \[KL\(\)\], not KL\(\)",
+    ),
+    "names of readouts": (lambda m, t: expert_effects(m, t, readouts=["kl"]), "a list of readouts, .* 'kl' is none"),
+    "readouts not made": (lambda m, t: expert_effects(m, t, readouts=[KL]), "a list of readouts, .* is none"),
+    "half a token": (lambda m, t: expert_effects(m, t, readouts=[LogitDifference(3, 1.5)]), r"takes token ids .* not 1\.5"),
     "token that is not there": (lambda m, t: expert_effects(m, t, readouts=[LogitDifference(3, 99)]), "99 is out of range"),
     "too little memory": (lambda m, t: expert_effects(m, t, memory_budget="1KB"), r"memory_budget is 1,000 bytes, and rows of 8"),
     "mask of another shape": (lambda m, t: mask_effects(m, t, {2: torch.ones(2, 2, 8, 5) > 0}), r"\[any, 2, 8, 6\]"),

@@ -15,7 +15,7 @@ from hooked_moe.engine.memory import demand_of, divide, parse_bytes, variant_byt
 from hooked_moe.engine.padding import Packed, Results, pack
 from hooked_moe.engine.spill import Waiting
 from hooked_moe.model import HookedMoE
-from hooked_moe.readouts import NamedReadout
+from hooked_moe.readouts import NamedReadout, by_name
 from hooked_moe.whole_numbers import as_whole
 
 WAITING_BYTES = 1 << 30
@@ -122,9 +122,7 @@ def make_request(
     """Check what is asked for. `dense` allows layers without experts. Raises `ValueError` for what cannot be measured."""
     tokens, attention_mask = model.as_tokens(tokens, attention_mask)
     require_unhooked(model)
-    named = {readout.name: readout for readout in readouts}
-    if len(named) < len(readouts):
-        raise ValueError(f"readouts need different names; got {[readout.name for readout in readouts]}")
+    named = by_name(readouts, model)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     return Request(model, _checked_layers(model, layers, dense), pack(tokens, attention_mask, positions), named, budget)
 
