@@ -23,7 +23,7 @@ from torch import Tensor
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.effects import PER_SLOT, ExpertEffects, VariantEffects
 from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, Steps, clean_blocks, loss_at, tokens_at_once
-from hooked_moe.engine.padding import Packed, Results
+from hooked_moe.engine.padding import Packed, Results, empty_table
 from hooked_moe.engine.requests import Mask, Positions, Request, Work, complete, make_request
 from hooked_moe.engine.sequence_scope import measure_sequences
 from hooked_moe.expert_mask import check_mask
@@ -352,7 +352,7 @@ def expert_observations_steps(
         results.put_baseline(loss_at(model, resid[None], packed.targets)[0], packed)
 
     results = yield from request.run(work, model.cfg.experts_per_token)
-    results.tables["delta_loss"] = torch.full_like(results.tables["gap_norm"], float("nan"))
+    results.tables["delta_loss"] = empty_table(results.tables["gap_norm"], results.tables["gap_norm"].shape)
     return _as_expert_effects(results)
 
 

@@ -114,6 +114,7 @@ def _known(means: ExpertMeans, clean: CleanExperts) -> Float[Tensor, "expert d_m
 Reference = Int[Tensor, "batch pos"] | str | list[str]
 
 
+@torch.inference_mode(False)
 def expert_means(model: HookedMoE, reference: Reference | Iterable[Reference]) -> dict[int, Float[Tensor, "expert d_model"]]:
     """Mean output of every expert over the reference tokens routed to it, before weighting: {layer: [expert, d_model]}.
 

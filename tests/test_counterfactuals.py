@@ -16,10 +16,13 @@ from torch import Tensor
 
 import hooked_moe.engine.fan_out as fan_out
 from hooked_moe import ExpertMask, HookedMoE
-from hooked_moe.counterfactuals import expert_effects, expert_observations, progressive_effects
+from hooked_moe.attribution import first_order_effects
+from hooked_moe.counterfactuals import expert_effects, expert_observations, mask_effects, progressive_effects
 from hooked_moe.effects import ExpertEffects
 from hooked_moe.engine.memory import demand_of
 from hooked_moe.kernels import prefix_attention
+from hooked_moe.readouts import KL
+from hooked_moe.removals import expert_means
 from tests.conftest import ARCHITECTURES, EVERY_ARCHITECTURE, random_model
 from tests.hf_models import OPTIONS, random_tokens, save, tiny
 
@@ -375,6 +378,31 @@ def test_positions_may_be_any_whole_numbers(positions: Any, model: HookedMoE) ->
 def test_a_dense_layer_has_nothing_to_measure(measure: Any, model: HookedMoE) -> None:
     with pytest.raises(ValueError, match=r"layer 0 is dense: it has no experts; layers \[1, 2\] have"):
         measure(model, some_tokens(), layers=[0, 1])
+
+
+RESULTS: dict[str, Callable[[HookedMoE, Tensor], Any]] = {
+    "expert": lambda m, t: expert_effects(m, t, readouts=[KL()]),
+    "sequence": lambda m, t: expert_effects(m, t, scope="sequence"),
+    "progressive": progressive_effects,
+    "observations": expert_observations,
+    "masks": lambda m, t: mask_effects(m, t, {1: torch.ones(2, 1, 1, 6)}, readouts=[KL()]),
+    "means": expert_means,
+    "first order": first_order_effects,
+}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside inference mode"])
+@pytest.mark.parametrize("measured", RESULTS)
+def test_results_may_be_written_to_and_enter_gradients(measured: str, inside: bool, model: HookedMoE) -> None:
+    with torch.inference_mode(inside):
+        found = RESULTS[measured](model, some_tokens())
+    columns = dict(found if isinstance(found, dict) else vars(found))
+    tensors = [x for x in (*columns.values(), *columns.pop("readouts", {}).values()) if isinstance(x, Tensor)]
+    assert tensors
+    for tensor in tensors:
+        weight = torch.ones((), requires_grad=True)
+        (weight * tensor).sum().backward()
+        tensor.clamp_(min=0)
 
 
 def test_hooks_and_counterfactuals_do_not_mix(model: HookedMoE) -> None:
