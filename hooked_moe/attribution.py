@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.components.attention import Attention, QueriesKeysValues
-from hooked_moe.components.norm import at_least_float32
+from hooked_moe.components.norm import at_least_float32, without_autocast
 from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
 from hooked_moe.engine.memory import demand_of
 from hooked_moe.engine.padding import Packed, Results
@@ -49,6 +49,7 @@ class FirstOrderEffects:
 
 
 @torch.inference_mode(False)
+@without_autocast()
 def first_order_effects(
     model: HookedMoE,
     tokens: Int[Tensor, "batch pos"],

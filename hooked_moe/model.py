@@ -3,7 +3,7 @@
 Architecture: token embedding; pre-norm blocks of causal attention (rotary positions; grouped key/value heads, or latent
 attention) and a mixture of experts (softmax router, top-k SwiGLU experts, in some families shared ones) or one dense MLP; a
 final RMSNorm and an unembedding. Router, final norm, unembedding and loss are computed in float32 whatever the dtype of the
-weights.
+weights, under `torch.autocast` too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_moe.components.block import Block
-from hooked_moe.components.norm import HookedRMSNorm, at_least_float32
+from hooked_moe.components.norm import HookedRMSNorm, at_least_float32, without_autocast
 from hooked_moe.components.rotary import rotation
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.engine.spill import Spill
@@ -167,6 +167,7 @@ class HookedMoE(HookedModule):
         loss = loss_of(logits, tokens, None if attention_mask is None else attention_mask[:, before:], loss_per_token)
         return LogitsAndLoss(logits, loss) if return_type == "both" else loss
 
+    @without_autocast()
     def logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Final norm and unembedding of a residual stream, in float32 or wider."""
         return self.unembed(self.ln_final(at_least_float32(resid)))

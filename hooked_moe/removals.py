@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from hooked_moe.components.moe import combine_onto, plus
-from hooked_moe.components.norm import at_least_float32
+from hooked_moe.components.norm import at_least_float32, without_autocast
 from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, clean_blocks, finish
 from hooked_moe.engine.padding import pack
 from hooked_moe.engine.requests import require_unhooked
@@ -115,6 +115,7 @@ Reference = Int[Tensor, "batch pos"] | str | list[str]
 
 
 @torch.inference_mode(False)
+@without_autocast()
 def expert_means(model: HookedMoE, reference: Reference | Iterable[Reference]) -> dict[int, Float[Tensor, "expert d_model"]]:
     """Mean output of every expert over the reference tokens routed to it, before weighting: {layer: [expert, d_model]}.
 

@@ -405,6 +405,17 @@ def test_results_may_be_written_to_and_enter_gradients(measured: str, inside: bo
         tensor.clamp_(min=0)
 
 
+@pytest.mark.parametrize("measured", RESULTS)
+def test_what_is_measured_does_not_depend_on_autocast(measured: str, model: HookedMoE) -> None:
+    expected = RESULTS[measured](model, some_tokens())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = RESULTS[measured](model, some_tokens())
+    for name, column in (expected if isinstance(expected, dict) else vars(expected)).items():
+        if isinstance(column, Tensor):
+            same = found[name] if isinstance(found, dict) else getattr(found, name)
+            assert torch.equal(same.nan_to_num(9.0), column.nan_to_num(9.0)), name
+
+
 def test_hooks_and_counterfactuals_do_not_mix(model: HookedMoE) -> None:
     with model.hooks([("hook_embed", lambda activation, hook: None)]), pytest.raises(ValueError, match="hook_embed has hooks"):
         expert_effects(model, some_tokens())

@@ -26,9 +26,10 @@ must be computed in order, into a tensor with `ROOM` rows more."""
 
 
 def runs_by_block(*tensors: Tensor) -> bool:
-    """Whether experts run one after another: on a CPU, where no gradient is wanted."""
+    """Whether experts run one after another: on a CPU, where no gradient is wanted, and products are in the tensors' dtype."""
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return tensors[0].device.type == "cpu" and not needs_gradient and not by_definition()
+    plain = tensors[0].device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return plain and not needs_gradient and not by_definition()
 
 
 def blocks_of(ends: Sequence[int], dtype: torch.dtype) -> Blocks:
