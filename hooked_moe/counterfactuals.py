@@ -24,7 +24,7 @@ from hooked_moe.components.norm import at_least_float32
 from hooked_moe.effects import PER_SLOT, ExpertEffects, VariantEffects
 from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, Steps, clean_blocks, loss_at, tokens_at_once
 from hooked_moe.engine.padding import Packed, Results, empty_table
-from hooked_moe.engine.requests import Mask, Positions, Request, Work, complete, make_request
+from hooked_moe.engine.requests import Mask, Positions, Request, Tokens, Work, complete, make_request
 from hooked_moe.engine.sequence_scope import measure_sequences
 from hooked_moe.expert_mask import check_mask
 from hooked_moe.model import HookedMoE
@@ -50,7 +50,7 @@ Variants = Float[Tensor, "variant batch token d_model"]
 
 def expert_effects(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     layers: Sequence[int] | None = None,
     scope: Scope = "position",
     removal: AnyRemoval = "zero",
@@ -94,7 +94,7 @@ def expert_effects(
 
 def expert_effects_steps(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     layers: Sequence[int] | None,
     scope: Scope,
     removal: AnyRemoval,
@@ -127,7 +127,7 @@ def expert_effects_steps(
 
 def progressive_effects(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     layers: Sequence[int] | None = None,
     order: Order = "descending",
     removal: AnyRemoval = "zero",
@@ -163,7 +163,7 @@ def progressive_effects(
 
 def progressive_effects_steps(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     layers: Sequence[int] | None,
     order: Order,
     removal: AnyRemoval,
@@ -207,7 +207,7 @@ def _random_ranks(packed: Packed, layer: int, slots: int, seed: int) -> Int[Tens
 
 def mask_effects(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     masks: Mapping[int, Tensor],
     removal: AnyRemoval = "zero",
     positions: Positions | None = None,
@@ -277,7 +277,7 @@ Edit = Callable[[CleanBlock, Where], Float[Tensor, "variant batch query d_model"
 
 def token_effects(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     edit: Edit,
     n_variants: int = 1,
     layers: Sequence[int] | None = None,
@@ -333,7 +333,7 @@ def check_edited(edited: Any, expected: tuple[int, ...]) -> None:
 
 def expert_observations(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     layers: Sequence[int] | None = None,
     attention_mask: Mask | None = None,
 ) -> ExpertEffects:
@@ -342,7 +342,7 @@ def expert_observations(
 
 
 def expert_observations_steps(
-    model: HookedMoE, tokens: Int[Tensor, "batch pos"], layers: Sequence[int] | None, attention_mask: Mask | None = None
+    model: HookedMoE, tokens: Tokens, layers: Sequence[int] | None, attention_mask: Mask | None = None
 ) -> Steps[ExpertEffects]:
     """`expert_observations` that pauses after every layer."""
     request = make_request(model, tokens, layers, None, attention_mask, (), None)

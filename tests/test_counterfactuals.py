@@ -25,6 +25,7 @@ from hooked_moe.readouts import KL
 from hooked_moe.removals import expert_means
 from tests.conftest import ARCHITECTURES, EVERY_ARCHITECTURE, random_model
 from tests.hf_models import OPTIONS, random_tokens, save, tiny
+from tests.number_text import number_reader
 
 NATS = 1e-5
 
@@ -320,10 +321,26 @@ def test_a_lookup_by_expert_refuses_experts_that_are_not_routed(model: HookedMoE
     other = next(e for e in range(6) if e not in effects.expert_index[0, 1, 4].tolist())
     with pytest.raises(ValueError, match=rf"expert {other} is not routed at layer 1, batch 1, pos 4: the router chose"):
         effects.at(1, 1, 4, other)
+    with pytest.raises(ValueError, match="expert 6 is out of range: layers have experts 0 to 5"):
+        effects.at(1, 1, 4, 6)
     with pytest.raises(ValueError, match="layer 0 was not measured"):
         effects.at(0, 1, 4, expert)
     with pytest.raises(ValueError, match="out of range"):
         effects.at(1, 1, 11, expert)
+
+
+@pytest.mark.parametrize("expert", [-1, 3])
+def test_a_lookup_refuses_padding_and_what_was_not_asked_for(expert: int, model: HookedMoE) -> None:
+    mask = torch.tensor([[1] * 11, [0] * 2 + [1] * 9])
+    effects = expert_effects(model, some_tokens(), positions=[1, 4, 10], attention_mask=mask)
+    with pytest.raises(ValueError, match=r"no token at batch 1, pos 1: it is padding|expert -1 is out of range"):
+        effects.at(1, 1, 1, expert)
+    routed = int(effects.expert_index[1, 1, 5, 0])
+    for pos in (5, 10):
+        with pytest.raises(ValueError, match=rf"not measured at layer 1, batch 1, pos {pos}: .*, or has no next token"):
+            effects.at(1, 1, pos, int(effects.expert_index[1, 1, pos, 0]))
+    with pytest.raises(ValueError, match="not measured"):
+        expert_observations(model, some_tokens(), attention_mask=mask).at(1, 1, 5, routed)
 
 
 @pytest.mark.parametrize(
@@ -391,18 +408,28 @@ RESULTS: dict[str, Callable[[HookedMoE, Tensor], Any]] = {
 }
 
 
+def columns_of(found: Any) -> dict[Any, Tensor]:
+    everything = dict(found if isinstance(found, dict) else vars(found))
+    return {name: x for name, x in (everything | everything.pop("readouts", {})).items() if isinstance(x, Tensor)}
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside inference mode"])
 @pytest.mark.parametrize("measured", RESULTS)
 def test_results_may_be_written_to_and_enter_gradients(measured: str, inside: bool, model: HookedMoE) -> None:
     with torch.inference_mode(inside):
         found = RESULTS[measured](model, some_tokens())
-    columns = dict(found if isinstance(found, dict) else vars(found))
-    tensors = [x for x in (*columns.values(), *columns.pop("readouts", {}).values()) if isinstance(x, Tensor)]
-    assert tensors
-    for tensor in tensors:
+    for tensor in columns_of(found).values():
         weight = torch.ones((), requires_grad=True)
         (weight * tensor).sum().backward()
         tensor.clamp_(min=0)
+
+
+@pytest.mark.parametrize("measured", RESULTS)
+def test_a_text_stands_for_its_tokens(measured: str) -> None:
+    own = number_reader(random_model)
+    of_tokens, of_text = (RESULTS[measured](own, of) for of in (torch.tensor([[7, 8, 9, 10]]), "7 8 9 10"))
+    for name, column in columns_of(of_tokens).items():
+        assert torch.equal(columns_of(of_text)[name].nan_to_num(9.0), column.nan_to_num(9.0)), name
 
 
 @pytest.mark.parametrize("measured", RESULTS)
@@ -410,10 +437,8 @@ def test_what_is_measured_does_not_depend_on_autocast(measured: str, model: Hook
     expected = RESULTS[measured](model, some_tokens())
     with torch.autocast("cpu", torch.bfloat16):
         found = RESULTS[measured](model, some_tokens())
-    for name, column in (expected if isinstance(expected, dict) else vars(expected)).items():
-        if isinstance(column, Tensor):
-            same = found[name] if isinstance(found, dict) else getattr(found, name)
-            assert torch.equal(same.nan_to_num(9.0), column.nan_to_num(9.0)), name
+    for name, column in columns_of(expected).items():
+        assert torch.equal(columns_of(found)[name].nan_to_num(9.0), column.nan_to_num(9.0)), name
 
 
 def test_hooks_and_counterfactuals_do_not_mix(model: HookedMoE) -> None:

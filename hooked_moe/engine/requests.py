@@ -22,6 +22,7 @@ from hooked_moe.whole_numbers import as_whole
 WAITING_BYTES = 1 << 30
 """Where no budget is given: of variants in flight, beside what one row of the clean run takes anyway."""
 
+Tokens = Int[Tensor, "batch pos"] | str | list[str]
 Mask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]
 Positions = Sequence[int] | Bool[Tensor, "batch pos"]
 Work = Callable[[Packed, list[int], Results], Steps[None]]
@@ -113,7 +114,7 @@ def waiting_room(model: HookedMoE, nbytes: int) -> Iterator[Waiting | None]:
 
 def make_request(
     model: HookedMoE,
-    tokens: Tensor,
+    tokens: Tokens,
     layers: Sequence[int] | None,
     positions: Positions | None,
     attention_mask: Mask | None,
