@@ -376,7 +376,9 @@ def test_bad_requests_say_what_is_wrong(model: HookedMoE, arguments: dict[str, A
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("layers", [torch.tensor([1, 1]), np.array([1]), [np.int64(1), 1], {1}, range(1, 2), iter([1])])
+@pytest.mark.parametrize(
+    "layers", [torch.tensor([1, 1]), torch.tensor([1]), np.array([1]), [np.int64(1), 1], {1}, range(1, 2), iter([1])]
+)
 def test_layers_may_be_any_whole_numbers(layers: Any, model: HookedMoE) -> None:
     expected, found = (expert_effects(model, some_tokens(), some) for some in ([1], layers))
     assert [(layer, type(layer)) for layer in found.layers] == [(1, int)]
