@@ -14,11 +14,12 @@ class ActivationCache(Mapping[str, Tensor]):
     """Activations by the name of their hook point, in the order they were computed.
 
     `cache["blocks.3.attn.hook_pattern"]`, or in short `cache["pattern", 3]`; where a short name stands in several places of
-    a block, the part is named too: `cache["scale", 3, "ln2"]`.
+    a block, the part is named too: `cache["scale", 3, "ln2"]`. Layer -1 is the last of the model's `n_layers`, kept or not.
     """
 
-    def __init__(self, activations: dict[str, Tensor]) -> None:
+    def __init__(self, activations: dict[str, Tensor], n_layers: int | None = None) -> None:
         self._activations = activations
+        self._n_layers = n_layers
 
     def __getitem__(self, name: str | tuple[str | int, ...]) -> Tensor:
         if isinstance(name, tuple):
@@ -33,6 +34,10 @@ class ActivationCache(Mapping[str, Tensor]):
             raise KeyError(f"{short}: give a name and a layer, as in cache['pattern', 3]")
         activation, layer, *part = short
         activation = str(activation).removeprefix("hook_")
+        if isinstance(layer, int) and layer < 0:
+            if self._n_layers is None:
+                raise KeyError(f"{short}: this cache does not know how many layers there are; count them from 0")
+            layer += self._n_layers
         matches = [
             name
             for name in self._activations
@@ -51,7 +56,7 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str) -> ActivationCache:
         """The same activations on another device."""
-        return ActivationCache({name: tensor.to(device) for name, tensor in self._activations.items()})
+        return ActivationCache({name: tensor.to(device) for name, tensor in self._activations.items()}, self._n_layers)
 
     def __repr__(self) -> str:
         size = sum(tensor.numel() * tensor.element_size() for tensor in self._activations.values())

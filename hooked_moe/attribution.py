@@ -22,11 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.components.attention import Attention, QueriesKeysValues
-from hooked_moe.components.norm import at_least_float32
+from hooked_moe.components.norm import at_least_float32, without_autocast
 from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
 from hooked_moe.engine.memory import demand_of
 from hooked_moe.engine.padding import Packed, Results
-from hooked_moe.engine.requests import WAITING_BYTES, Mask, make_request
+from hooked_moe.engine.requests import WAITING_BYTES, Mask, Tokens, make_request
 from hooked_moe.kernels.prefix_attention import for_every_head, own_share
 from hooked_moe.kernels.target_loss import target_loss
 from hooked_moe.model import HookedMoE
@@ -49,9 +49,10 @@ class FirstOrderEffects:
 
 
 @torch.inference_mode(False)
+@without_autocast()
 def first_order_effects(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     layers: Sequence[int] | None = None,
     attention_mask: Mask | None = None,
     *,
@@ -65,7 +66,7 @@ def first_order_effects(
     a model whose weights are streamed, since a backward pass takes its layers in the other order.
     """
     model.require_weights("a gradient")
-    request = make_request(model, tokens.clone(), layers, None, attention_mask, (), memory_budget)
+    request = make_request(model, tokens, layers, None, attention_mask, (), memory_budget)
     results = Results(request.layers, (len(request.packed.tokens), request.packed.width))
     rows, keep = _rows_at_once(model, request.packed, request.budget)
     for packed in request.packed.split(rows):

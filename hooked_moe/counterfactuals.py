@@ -12,7 +12,8 @@ Sets of experts and float masks are `mask_effects`; any other change of the resi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,10 @@ from torch import Tensor
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.effects import PER_SLOT, ExpertEffects, VariantEffects
 from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, Steps, clean_blocks, loss_at, tokens_at_once
-from hooked_moe.engine.padding import Packed, Results
-from hooked_moe.engine.requests import Mask, Positions, Request, Work, complete, make_request
+from hooked_moe.engine.padding import Packed, Results, empty_table
+from hooked_moe.engine.requests import Mask, Positions, Request, Tokens, Work, complete, make_request
 from hooked_moe.engine.sequence_scope import measure_sequences
+from hooked_moe.expert_mask import check_mask
 from hooked_moe.model import HookedMoE
 from hooked_moe.readouts import NamedReadout
 from hooked_moe.removals import (
@@ -38,6 +40,7 @@ from hooked_moe.removals import (
     with_experts,
     without,
 )
+from hooked_moe.whole_numbers import as_whole
 
 Scope = Literal["position", "sequence", "from_position"]
 Order = Literal["descending", "ascending", "random"]
@@ -47,7 +50,7 @@ Variants = Float[Tensor, "variant batch token d_model"]
 
 def expert_effects(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     layers: Sequence[int] | None = None,
     scope: Scope = "position",
     removal: AnyRemoval = "zero",
@@ -91,7 +94,7 @@ def expert_effects(
 
 def expert_effects_steps(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     layers: Sequence[int] | None,
     scope: Scope,
     removal: AnyRemoval,
@@ -124,7 +127,7 @@ def expert_effects_steps(
 
 def progressive_effects(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     layers: Sequence[int] | None = None,
     order: Order = "descending",
     removal: AnyRemoval = "zero",
@@ -160,7 +163,7 @@ def progressive_effects(
 
 def progressive_effects_steps(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     layers: Sequence[int] | None,
     order: Order,
     removal: AnyRemoval,
@@ -204,7 +207,7 @@ def _random_ranks(packed: Packed, layer: int, slots: int, seed: int) -> Int[Tens
 
 def mask_effects(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     masks: Mapping[int, Tensor],
     removal: AnyRemoval = "zero",
     positions: Positions | None = None,
@@ -222,11 +225,13 @@ def mask_effects(
     """
     request = make_request(model, tokens, list(masks), positions, attention_mask, readouts, memory_budget)
     check_any_removal(removal, means, request.layers)
+    masks = {int(layer): mask for layer, mask in masks.items()}
     shape = (len(request.packed.rows), request.packed.width)
     full = {layer: _full_mask(model, layer, masks[layer], shape, removal) for layer in request.layers}
     counts = sorted({len(mask) for mask in full.values()})
     if len(counts) > 1:
         raise ValueError(f"every layer must have as many masks as the others; got {counts}")
+    check_n_variants(counts[0])
 
     def variants(clean: CleanExperts, packed: Packed) -> Variants:
         keep = full[clean.layer][:, packed.rows[:, None], packed.places().clamp(min=0)]
@@ -243,10 +248,7 @@ def mask_effects(
 def _full_mask(
     model: HookedMoE, layer: int, mask: Tensor, shape: tuple[int, int], removal: AnyRemoval
 ) -> Shaped[Tensor, "variant batch pos expert"]:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"the masks of layer {layer} must be bool or float, not {mask.dtype}")
-    if mask.dtype != torch.bool and removal == "reroute":
-        raise ValueError(f"removal='reroute' takes bool masks: an expert is routed to or not; layer {layer} has floats")
+    check_mask(layer, mask, removal)
     expected = (mask.shape[0] if mask.dim() == 4 else 1, *shape, model.cfg.experts_in(layer))
     try:
         return mask.to(model.cfg.device).expand(expected)
@@ -255,6 +257,12 @@ def _full_mask(
             f"the masks of layer {layer} have shape {list(mask.shape)}; they must broadcast to "
             f"[variant, batch, pos, expert] = [any, {', '.join(map(str, expected[1:]))}]"
         ) from error
+
+
+def check_n_variants(n_variants: Any) -> None:
+    """Raise `ValueError` unless it is a number of variants to measure."""
+    if (as_whole(n_variants) or 0) < 1:
+        raise ValueError(f"the number of variants must be a whole number from 1, not {n_variants!r}")
 
 
 class Where(NamedTuple):
@@ -269,7 +277,7 @@ Edit = Callable[[CleanBlock, Where], Float[Tensor, "variant batch query d_model"
 
 def token_effects(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     edit: Edit,
     n_variants: int = 1,
     layers: Sequence[int] | None = None,
@@ -284,26 +292,25 @@ def token_effects(
     `edit(clean, where)` is called for each layer of `layers` (default: all, dense ones too) and returns `n_variants` residual
     streams after that block, [variant, batch, query, d_model], for all queried positions at once. `clean` holds what the clean
     run computed there: `clean.resid_mid`, `.mlp_input`, `.resid_post` [batch, query, d_model], and in layers with experts
-    `.routing`, `.expert_outputs`, `.shared_out` and the module `.moe`. In each variant that one token alone is changed.
+    `.routing`, `.expert_outputs`, `.shared_out` and the module `.moe`. In each variant that one token alone is changed. All of
+    these may be written to in place, the model's parameters not: the clean run goes on from memory of its own.
 
         def steer(clean, where):
             return clean.resid_post + strengths[:, None, None, None] * direction     # one variant per strength
 
     Exact, as `expert_effects` is, and as fast. `where.pos` is the position in `tokens`, so that padded rows need no care.
     """
+    check_n_variants(n_variants)
     request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget, dense=True)
 
     def work(packed: Packed, some: list[int], results: Results) -> Steps[None]:
         places = packed.where()
-        where = Where(packed.rows[:, None].expand_as(places), places)
 
         def branch(clean: CleanBlock) -> Variants:
-            edited = edit(clean.first_of(request.width), where)
-            expected = (n_variants, *places.shape, model.cfg.d_model)
-            if edited.shape != expected:
-                raise ValueError(
-                    f"edit returned shape {list(edited.shape)}; expected [variant, batch, query, d_model] = {list(expected)}"
-                )
+            # Of what an edit is given, the clean run and the results still need these; the rest it may write to as it is.
+            given = replace(clean.first_of(request.width), resid_post=clean.resid_post[:, :: request.width].clone())
+            edited = edit(given, Where(packed.rows[:, None].expand_as(places).clone(), places.clone()))
+            check_edited(edited, (n_variants, *places.shape, model.cfg.d_model))
             windows = clean.resid_post.expand(n_variants, -1, -1, -1).clone()
             windows[:, :, :: request.width] = edited
             return windows
@@ -313,9 +320,20 @@ def token_effects(
     return _as_variant_effects(complete(request.run(work, n_variants)))
 
 
+def check_edited(edited: Any, expected: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless an edit returned residual streams of the expected shape."""
+    if not isinstance(edited, Tensor) or not edited.is_floating_point():
+        got = edited.dtype if isinstance(edited, Tensor) else type(edited).__name__
+    elif edited.shape != expected:
+        got = f"shape {list(edited.shape)}"
+    else:
+        return
+    raise ValueError(f"edit returned {got}; expected a float tensor [variant, batch, query, d_model] = {list(expected)}")
+
+
 def expert_observations(
     model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     layers: Sequence[int] | None = None,
     attention_mask: Mask | None = None,
 ) -> ExpertEffects:
@@ -324,7 +342,7 @@ def expert_observations(
 
 
 def expert_observations_steps(
-    model: HookedMoE, tokens: Int[Tensor, "batch pos"], layers: Sequence[int] | None, attention_mask: Mask | None = None
+    model: HookedMoE, tokens: Tokens, layers: Sequence[int] | None, attention_mask: Mask | None = None
 ) -> Steps[ExpertEffects]:
     """`expert_observations` that pauses after every layer."""
     request = make_request(model, tokens, layers, None, attention_mask, (), None)
@@ -334,7 +352,7 @@ def expert_observations_steps(
         results.put_baseline(loss_at(model, resid[None], packed.targets)[0], packed)
 
     results = yield from request.run(work, model.cfg.experts_per_token)
-    results.tables["delta_loss"] = torch.full_like(results.tables["gap_norm"], float("nan"))
+    results.tables["delta_loss"] = empty_table(results.tables["gap_norm"], results.tables["gap_norm"].shape)
     return _as_expert_effects(results)
 
 

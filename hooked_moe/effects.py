@@ -48,7 +48,17 @@ class ExpertEffects:
         if not (0 <= batch < batches and 0 <= pos < length):
             raise ValueError(f"(batch, pos) = ({batch}, {pos}) is out of range: this table has {batches} x {length} tokens")
         where = (self.layers.index(layer), batch, pos)
+        n_experts = self.router_probability.shape[-1]
+        if not 0 <= expert < n_experts:
+            raise ValueError(f"expert {expert} is out of range: layers have experts 0 to {n_experts - 1}")
         routed = self.expert_index[where].tolist()
+        if -1 in routed:
+            raise ValueError(f"there is no token at batch {batch}, pos {pos}: it is padding")
+        if bool(self.delta_loss[where].isnan().all()):
+            raise ValueError(
+                f"effects were not measured at layer {layer}, batch {batch}, pos {pos}: the position was not asked for, "
+                "or has no next token"
+            )
         if expert not in routed:
             raise ValueError(
                 f"expert {expert} is not routed at layer {layer}, batch {batch}, pos {pos}: the router chose {routed}; "

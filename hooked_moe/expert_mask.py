@@ -21,6 +21,21 @@ Entry = tuple[int, int | None, int | None, int]
 AnyEntry = tuple[SupportsIndex, SupportsIndex | None, SupportsIndex | None, SupportsIndex]
 
 
+class MaskTypeError(TypeError, ValueError):
+    """A mask of the wrong type, which an expert mask and a request for effects refuse alike."""
+
+
+def check_mask(layer: int, mask: Any, removal: str) -> None:
+    """Raise `MaskTypeError` unless it is a bool or float tensor that the removal can use, and `ValueError` for its values."""
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise MaskTypeError(f"the mask of layer {layer} must be a bool or float tensor, not {kind}")
+    if removal == "reroute" and mask.dtype != torch.bool:
+        raise MaskTypeError(f"removal='reroute' takes bool masks: an expert is routed to or not; layer {layer} has floats")
+    if removal == "renormalize" and mask.dtype != torch.bool and bool((mask < 0).any()):
+        raise ValueError(f"removal='renormalize' takes masks from 0: no rest could be rescaled; layer {layer} has negatives")
+
+
 def check_removal(removal: str) -> None:
     if removal not in get_args(Removal):
         raise ValueError(f"removal must be one of {', '.join(map(repr, get_args(Removal)))}, not {removal!r}")
@@ -86,15 +101,7 @@ class ExpertMask:
         for layer, tensor in keep.items():
             if not isinstance(layer, int):
                 raise TypeError(f"layers are whole numbers, not {layer!r}")
-            if not isinstance(tensor, Tensor) or not (tensor.dtype == torch.bool or tensor.is_floating_point()):
-                kind = getattr(tensor, "dtype", type(tensor).__name__)
-                raise TypeError(f"the mask of layer {layer} must be a bool or float tensor, not {kind}")
-            if removal == "reroute" and tensor.dtype != torch.bool:
-                raise TypeError(f"removal='reroute' takes bool masks: an expert is routed to or not; layer {layer} has floats")
-            if removal == "renormalize" and tensor.dtype != torch.bool and bool((tensor < 0).any()):
-                raise ValueError(
-                    f"removal='renormalize' takes masks from 0: no rest could be rescaled; layer {layer} has negatives"
-                )
+            check_mask(layer, tensor, removal)
         self.removal: Removal = removal
         self._keep = dict(keep)
         self._entries: dict[int, list[Entry]] = {}

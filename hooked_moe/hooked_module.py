@@ -98,4 +98,5 @@ class HookedModule(nn.Module):
 
         with self._attached([(point, keep, "fwd") for point in self.hook_points(names_filter)], reads_only=True):
             output = self(*args, **kwargs)
-        return output, ActivationCache(activations)
+        n_layers = len({point.layer() for name, point in self.hook_dict.items() if name.startswith("blocks.")})
+        return output, ActivationCache(activations, n_layers)

@@ -3,7 +3,7 @@
 Architecture: token embedding; pre-norm blocks of causal attention (rotary positions; grouped key/value heads, or latent
 attention) and a mixture of experts (softmax router, top-k SwiGLU experts, in some families shared ones) or one dense MLP; a
 final RMSNorm and an unembedding. Router, final norm, unembedding and loss are computed in float32 whatever the dtype of the
-weights.
+weights, under `torch.autocast` too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_moe.components.block import Block
-from hooked_moe.components.norm import HookedRMSNorm, at_least_float32
+from hooked_moe.components.norm import HookedRMSNorm, at_least_float32, without_autocast
 from hooked_moe.components.rotary import rotation
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.engine.spill import Spill
@@ -26,7 +26,7 @@ from hooked_moe.expert_mask import ExpertMask
 from hooked_moe.hook_points import HookPoint
 from hooked_moe.hooked_module import HookedModule
 from hooked_moe.key_value_cache import KeyValueCache
-from hooked_moe.losses import next_token_loss
+from hooked_moe.losses import loss_of
 from hooked_moe.tokenizer import Tokenizer
 
 ReturnType = Literal["logits", "loss", "both"]
@@ -162,17 +162,12 @@ class HookedMoE(HookedModule):
         logits = self.logits(resid)
         if return_type == "logits" or return_type is None:
             return logits if return_type else None
-        if pos < 2:
-            raise ValueError("a next-token loss needs at least two tokens a row, not one")
         if tokens is None:
             raise ValueError("a loss from a residual stream needs the tokens too: pass tokens=[batch, pos]")
-        loss = next_token_loss(logits, tokens, None if attention_mask is None else attention_mask[:, before:])
-        if not loss_per_token:
-            loss = loss.nanmean()
-            if attention_mask is not None and bool(loss.isnan()):
-                raise ValueError("there is no loss: attention_mask leaves no two neighbouring tokens in any row")
+        loss = loss_of(logits, tokens, None if attention_mask is None else attention_mask[:, before:], loss_per_token)
         return LogitsAndLoss(logits, loss) if return_type == "both" else loss
 
+    @without_autocast()
     def logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Final norm and unembedding of a residual stream, in float32 or wider."""
         return self.unembed(self.ln_final(at_least_float32(resid)))

@@ -7,9 +7,9 @@ Each gives the difference that the change made, for every variant and position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from torch import Tensor
 from hooked_moe.components.norm import at_least_float32
 from hooked_moe.engine.fan_out import Final, loss_at
 from hooked_moe.model import HookedMoE
+from hooked_moe.whole_numbers import as_whole
 
 CHUNK_BYTES = 16 << 20
 """Logits of so many bytes at a time, of variants and of the clean run alike."""
@@ -34,6 +35,31 @@ class NamedReadout(Protocol):
     def width(self) -> int: ...
 
     def __call__(self, final: Final) -> Float[Tensor, "variant batch query *rest"]: ...
+
+
+@runtime_checkable
+class ChecksModel(Protocol):
+    """A readout that not every model has."""
+
+    def check(self, model: HookedMoE) -> None:
+        """Raise `ValueError` if this model does not have it: before anything is measured."""
+        ...
+
+
+def by_name(readouts: Any, model: HookedMoE) -> dict[str, NamedReadout]:
+    """Readouts by their names. Raises `ValueError` for what is none, for names that occur twice, and for what the model lacks."""
+    if not isinstance(readouts, Iterable) or isinstance(readouts, str):
+        raise ValueError(f"readouts must be a list of readouts, as in [KL()], not {readouts!r}")
+    named: dict[str, NamedReadout] = {}
+    for readout in readouts:
+        if isinstance(readout, type) or not isinstance(readout, NamedReadout):
+            raise ValueError(f"readouts must be a list of readouts, as in [KL()]; {readout!r} is none")
+        if readout.name in named:
+            raise ValueError(f"readouts need different names; {readout.name!r} occurs twice")
+        if isinstance(readout, ChecksModel):
+            readout.check(model)
+        named[readout.name] = readout
+    return named
 
 
 @dataclass(frozen=True)
@@ -63,12 +89,24 @@ class LogitDifference:
     name: str = "logit_difference"
     width: ClassVar[int] = 1
 
+    def check(self, model: HookedMoE) -> None:
+        """Raise `ValueError` unless both are tokens of the model."""
+        self._ids(model)
+
+    def _ids(self, model: HookedMoE) -> list[int]:
+        ids = []
+        for token in (self.first, self.second):
+            number = model.to_single_token(token) if isinstance(token, str) else as_whole(token)
+            if number is None:
+                raise ValueError(f"LogitDifference takes token ids or one-token texts, not {token!r}")
+            if not 0 <= number < model.cfg.d_vocab:
+                raise ValueError(f"token id {number} is out of range: the model has ids 0 to {model.cfg.d_vocab - 1}")
+            ids.append(number)
+        return ids
+
     def __call__(self, final: Final) -> Float[Tensor, "variant batch query"]:
         model = final.model
-        first, second = (model.to_single_token(token) if isinstance(token, str) else token for token in (self.first, self.second))
-        for token in (first, second):
-            if not 0 <= token < model.cfg.d_vocab:
-                raise ValueError(f"token id {token} is out of range: the model has ids 0 to {model.cfg.d_vocab - 1}")
+        first, second = self._ids(model)
         direction = at_least_float32(model.unembed.W_U[first]) - at_least_float32(model.unembed.W_U[second])
         clean = model.ln_final(at_least_float32(final.first(final.clean))) @ direction
         changed = [model.ln_final(at_least_float32(variant)) @ direction for variant in final.first(final.variants)]

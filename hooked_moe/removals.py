@@ -7,6 +7,7 @@ resid = without(clean, keep, "zero")         # [variant, batch, pos, d_model]
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -14,8 +15,10 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from hooked_moe.components.moe import combine_onto, plus
-from hooked_moe.components.norm import at_least_float32
+from hooked_moe.components.norm import at_least_float32, without_autocast
 from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, clean_blocks, finish
+from hooked_moe.engine.padding import pack
+from hooked_moe.engine.requests import require_unhooked
 from hooked_moe.expert_mask import LayerMask, keep_weights
 from hooked_moe.kernels.weighted_sum import masked_combine
 from hooked_moe.model import HookedMoE
@@ -78,7 +81,7 @@ def without(
     if removal == "reroute":
         experts = torch.ones(len(keep), *indices.shape[:2], clean.moe.num_experts, dtype=torch.bool, device=indices.device)
         return rerouted(clean, experts.scatter(-1, indices.expand(len(keep), *indices.shape), keep.expand(-1, *indices.shape)))
-    kept = keep_weights(weights, keep, "zero" if removal == "mean" else removal)
+    kept = keep_weights(weights, keep, "zero" if removal == "mean" else removal).to(weights.dtype)
     if removal != "mean":
         return combine_onto(clean.resid_mid, clean.expert_outputs, kept, clean.shared_out)
     assert means is not None
@@ -108,26 +111,38 @@ def _known(means: ExpertMeans, clean: CleanExperts) -> Float[Tensor, "expert d_m
     return mean.nan_to_num().to(clean.resid_mid)
 
 
-def expert_means(model: HookedMoE, reference: Tensor | Iterable[Int[Tensor, "batch pos"]]) -> dict[int, Tensor]:
+Reference = Int[Tensor, "batch pos"] | str | list[str]
+
+
+@torch.inference_mode(False)
+@without_autocast()
+def expert_means(model: HookedMoE, reference: Reference | Iterable[Reference]) -> dict[int, Float[Tensor, "expert d_model"]]:
     """Mean output of every expert over the reference tokens routed to it, before weighting: {layer: [expert, d_model]}.
 
-    `reference` is token ids [batch, pos] without padding, or several such batches (streamed). Means are in float32; nan for
-    experts that no token went to.
+    `reference` is token ids [batch, pos] without padding, a text, or several such batches (streamed), where a list of texts is
+    padded and its padding not counted. Means are in float32 or wider; nan for experts that no token went to. Raises
+    `ValueError` for no reference at all, and while hooks are attached.
     """
-    batches = [reference] if isinstance(reference, Tensor) else reference
+    require_unhooked(model)
+    batches = [reference] if isinstance(reference, Tensor | str) else reference
     cfg = model.cfg
     wide = torch.promote_types(cfg.dtype, torch.float32)
     sums = {layer: torch.zeros(cfg.experts_in(layer), cfg.d_model, dtype=wide, device=cfg.device) for layer in cfg.moe_layers}
     counts = {layer: torch.zeros(cfg.experts_in(layer), device=cfg.device) for layer in cfg.moe_layers}
 
-    def add(clean: CleanBlock) -> None:
+    def add(clean: CleanBlock, real: Bool[Tensor, "batch pos"]) -> None:
         if isinstance(clean, CleanExperts):
-            experts = clean.routing.indices.flatten()
-            outputs = clean.expert_outputs.in_slots().flatten(0, 2)
+            experts = clean.routing.indices[real].flatten()
+            outputs = clean.expert_outputs.in_slots()[real].flatten(0, 1)
             sums[clean.layer].index_add_(0, experts, at_least_float32(outputs))
             counts[clean.layer] += torch.bincount(experts, minlength=len(counts[clean.layer]))
 
+    measured = False
     with torch.inference_mode():
-        for tokens in batches:
-            finish(clean_blocks(model, model.as_tokens(tokens)[0], add))
-        return {layer: sums[layer] / counts[layer].where(counts[layer] > 0, float("nan"))[:, None] for layer in sums}
+        for batch in batches:
+            packed = pack(*model.as_tokens(batch))
+            finish(clean_blocks(model, packed.tokens, partial(add, real=packed.source >= 0)))
+            measured = True
+    if not measured:
+        raise ValueError("no reference to take means over: it has no batches")
+    return {layer: sums[layer] / counts[layer].where(counts[layer] > 0, float("nan"))[:, None] for layer in sums}

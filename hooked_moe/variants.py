@@ -14,7 +14,7 @@ from hooked_moe.engine.memory import demand_of, parse_bytes
 from hooked_moe.engine.requests import WAITING_BYTES, require_unhooked
 from hooked_moe.hook_points import HookPoint
 from hooked_moe.hooked_module import Hook
-from hooked_moe.losses import next_token_loss
+from hooked_moe.losses import loss_of
 from hooked_moe.model import HookedMoE, LogitsAndLoss, ReturnType
 
 Edit = Hook | Sequence[Hook]
@@ -51,8 +51,7 @@ def run_variants(
         out = _run_group(model, group, before[group[0].start], mask)
         for variant, row in zip(group, out.unflatten(0, (len(group), -1)), strict=True):
             if return_type != "logits":
-                loss = next_token_loss(row, tokens, mask)
-                losses[variant.number] = loss if loss_per_token else loss.nanmean()
+                losses[variant.number] = loss_of(row, tokens, mask, loss_per_token)
             if return_type != "loss":
                 logits[variant.number] = row
     if return_type == "logits":
@@ -70,14 +69,20 @@ class Variant:
 
 
 def _resolve(model: HookedMoE, number: int, edit: Edit) -> Variant:
-    try:
-        pairs: Sequence[Any] = [edit] if len(edit) == 2 and callable(edit[1]) else edit
-        hooks = [(point, fn) for which, fn in pairs for point in model.hook_points(which)]
-    except TypeError as error:
-        raise ValueError(f"edit {number} must be a (name, function) pair or a list of them, not {edit!r}") from error
+    pairs: Any = [edit] if _is_hook(edit) else edit
+    if not isinstance(pairs, list | tuple) or not all(map(_is_hook, pairs)):
+        raise ValueError(
+            f"edit {number} must be a (name, function) pair or a list of them, not {edit!r}; "
+            "edits are a list, as in [(name, function)]"
+        )
+    hooks = [(point, fn) for which, fn in pairs for point in model.hook_points(which)]
     if not hooks:
         raise ValueError(f"edit {number} has no hooks")
     return Variant(number, hooks, min(_layer_of(model, point) for point, _ in hooks))
+
+
+def _is_hook(pair: Any) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and callable(pair[1])
 
 
 def _layer_of(model: HookedMoE, point: HookPoint) -> int:

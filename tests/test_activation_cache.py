@@ -25,6 +25,8 @@ def cache(model: HookedMoE, tokens: Tensor) -> ActivationCache:
         (("resid_post", 2), "blocks.2.hook_resid_post"),
         (("expert_out", 0), "blocks.0.mlp.hook_expert_out"),
         (("router_logits", 2, "mlp"), "blocks.2.mlp.hook_router_logits"),
+        (("pattern", -1), "blocks.2.attn.hook_pattern"),
+        (("scale", -3, "ln2"), "blocks.0.ln2.hook_scale"),
     ],
 )
 def test_short_names_find_the_activation(short: tuple[str | int, ...], full: str, cache: ActivationCache) -> None:
@@ -64,6 +66,18 @@ def test_an_ambiguous_short_name_asks_for_the_part(cache: ActivationCache) -> No
 def test_an_unknown_name_suggests_the_nearest(name: str | tuple[str | int, ...], cache: ActivationCache) -> None:
     with pytest.raises(KeyError, match=r"unknown activation .*'blocks.1.attn.hook_pattern'"):
         cache[name]
+
+
+def test_the_last_layer_is_that_of_the_model_whatever_is_kept(model: HookedMoE, tokens: Tensor) -> None:
+    _, some = model.run_with_cache(tokens, names_filter=lambda name: not name.startswith("blocks.2."))
+    assert some.to("cpu")["pattern", -2] is some["pattern", 1]
+    for cache, short, message in (
+        (some, ("pattern", -1), r"unknown activation 'blocks\.2\."),
+        (some, ("pattern", -4), r"unknown activation 'blocks\.-1\."),
+        (ActivationCache(dict(some)), ("pattern", -1), "does not know how many layers"),
+    ):
+        with pytest.raises(KeyError, match=message):
+            cache[short]
 
 
 def test_a_layer_is_matched_whole(cache: ActivationCache) -> None:

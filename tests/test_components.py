@@ -456,6 +456,17 @@ def test_unembedding_half_precision_weights_in_pieces_is_the_whole_product(make_
         torch.testing.assert_close(model.unembed(x), x @ model.unembed.W_U.float().T)
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+@EVERY_ARCHITECTURE
+def test_router_and_logits_are_in_float32_under_autocast_too(gradients: bool, model: HookedMoE, tokens: Tensor) -> None:
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
+        logits, cache = model.run_with_cache(tokens)
+        alone = model(tokens)
+    assert {x.dtype for x in (logits, alone, cache["router_logits", 2])} == {torch.float32}
+    assert torch.equal(logits, model.logits(cache["resid_post", 2])), "from the last residual stream on as without autocast"
+    torch.testing.assert_close(alone, logits, atol=0.1, rtol=0.1)
+
+
 def test_the_config_says_where_the_model_is_and_in_what_dtype(make_model: Callable[..., HookedMoE]) -> None:
     model = make_model()
     assert model.double().cfg.dtype == torch.float64

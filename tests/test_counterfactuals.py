@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,12 +16,16 @@ from torch import Tensor
 
 import hooked_moe.engine.fan_out as fan_out
 from hooked_moe import ExpertMask, HookedMoE
-from hooked_moe.counterfactuals import expert_effects, expert_observations, progressive_effects
+from hooked_moe.attribution import first_order_effects
+from hooked_moe.counterfactuals import expert_effects, expert_observations, mask_effects, progressive_effects
 from hooked_moe.effects import ExpertEffects
 from hooked_moe.engine.memory import demand_of
 from hooked_moe.kernels import prefix_attention
+from hooked_moe.readouts import KL
+from hooked_moe.removals import expert_means
 from tests.conftest import ARCHITECTURES, EVERY_ARCHITECTURE, random_model
 from tests.hf_models import OPTIONS, random_tokens, save, tiny
+from tests.number_text import number_reader
 
 NATS = 1e-5
 
@@ -316,10 +321,26 @@ def test_a_lookup_by_expert_refuses_experts_that_are_not_routed(model: HookedMoE
     other = next(e for e in range(6) if e not in effects.expert_index[0, 1, 4].tolist())
     with pytest.raises(ValueError, match=rf"expert {other} is not routed at layer 1, batch 1, pos 4: the router chose"):
         effects.at(1, 1, 4, other)
+    with pytest.raises(ValueError, match="expert 6 is out of range: layers have experts 0 to 5"):
+        effects.at(1, 1, 4, 6)
     with pytest.raises(ValueError, match="layer 0 was not measured"):
         effects.at(0, 1, 4, expert)
     with pytest.raises(ValueError, match="out of range"):
         effects.at(1, 1, 11, expert)
+
+
+@pytest.mark.parametrize("expert", [-1, 3])
+def test_a_lookup_refuses_padding_and_what_was_not_asked_for(expert: int, model: HookedMoE) -> None:
+    mask = torch.tensor([[1] * 11, [0] * 2 + [1] * 9])
+    effects = expert_effects(model, some_tokens(), positions=[1, 4, 10], attention_mask=mask)
+    with pytest.raises(ValueError, match=r"no token at batch 1, pos 1: it is padding|expert -1 is out of range"):
+        effects.at(1, 1, 1, expert)
+    routed = int(effects.expert_index[1, 1, 5, 0])
+    for pos in (5, 10):
+        with pytest.raises(ValueError, match=rf"not measured at layer 1, batch 1, pos {pos}: .*, or has no next token"):
+            effects.at(1, 1, pos, int(effects.expert_index[1, 1, pos, 0]))
+    with pytest.raises(ValueError, match="not measured"):
+        expert_observations(model, some_tokens(), attention_mask=mask).at(1, 1, 5, routed)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +357,14 @@ def test_a_lookup_by_expert_refuses_experts_that_are_not_routed(model: HookedMoE
         ({"positions": torch.tensor([[3], [5]])}, "positions must be a list of positions"),
         ({"positions": [0.5]}, "positions must be a list of positions"),
         ({"positions": slice(2)}, "not a slice"),
-        ({"layers": 1}, "layers must be a list"),
+        ({"layers": 1}, r"layers must be a list of layers, as in \[1\]"),
+        ({"layers": np.int64(1)}, r"layers must be a list of layers, as in \[1\]"),
+        ({"layers": [1, 1.5]}, r"layers must be whole numbers, as in \[0, 1, 2\], not 1\.5"),
+        ({"layers": [1.0]}, r"layers must be whole numbers, .* not 1\.0"),
+        ({"layers": [True]}, "layers must be whole numbers, .* not True"),
+        ({"layers": "12"}, "layers must be whole numbers, .* not '1'"),
+        ({"layers": 1.5}, r"layers must be a list of whole numbers, .* not 1\.5"),
+        ({"positions": "12"}, "positions must be a list of positions, .* not '12'"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask has shape"),
         ({"attention_mask": torch.tensor([[0] * 11, [1] * 11])}, "batch row 0 has no real tokens"),
     ],
@@ -347,11 +375,72 @@ def test_bad_requests_say_what_is_wrong(model: HookedMoE, arguments: dict[str, A
         expert_effects(model, some_tokens(), **arguments)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "layers", [torch.tensor([1, 1]), torch.tensor([1]), np.array([1]), [np.int64(1), 1], {1}, range(1, 2), iter([1])]
+)
+def test_layers_may_be_any_whole_numbers(layers: Any, model: HookedMoE) -> None:
+    expected, found = (expert_effects(model, some_tokens(), some) for some in ([1], layers))
+    assert [(layer, type(layer)) for layer in found.layers] == [(1, int)]
+    torch.testing.assert_close(found.delta_loss, expected.delta_loss, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("positions", [{3, 5}, iter([3, 5]), np.array([3, 5]), range(3, 6, 2)], ids=lambda p: type(p).__name__)
+def test_positions_may_be_any_whole_numbers(positions: Any, model: HookedMoE) -> None:
+    effects = expert_effects(model, some_tokens(), positions=positions)
+    assert effects.delta_loss[0, 0, :, 0].isfinite().nonzero().flatten().tolist() == [3, 5]
+
+
 @pytest.mark.parametrize("architecture", ["deepseek"])
 @pytest.mark.parametrize("measure", [expert_effects, progressive_effects, expert_observations])
 def test_a_dense_layer_has_nothing_to_measure(measure: Any, model: HookedMoE) -> None:
     with pytest.raises(ValueError, match=r"layer 0 is dense: it has no experts; layers \[1, 2\] have"):
         measure(model, some_tokens(), layers=[0, 1])
+
+
+RESULTS: dict[str, Callable[[HookedMoE, Tensor], Any]] = {
+    "expert": lambda m, t: expert_effects(m, t, readouts=[KL()]),
+    "sequence": lambda m, t: expert_effects(m, t, scope="sequence"),
+    "progressive": progressive_effects,
+    "observations": expert_observations,
+    "masks": lambda m, t: mask_effects(m, t, {1: torch.ones(2, 1, 1, 6)}, readouts=[KL()]),
+    "means": expert_means,
+    "first order": first_order_effects,
+}
+
+
+def columns_of(found: Any) -> dict[Any, Tensor]:
+    everything = dict(found if isinstance(found, dict) else vars(found))
+    return {name: x for name, x in (everything | everything.pop("readouts", {})).items() if isinstance(x, Tensor)}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside inference mode"])
+@pytest.mark.parametrize("measured", RESULTS)
+def test_results_may_be_written_to_and_enter_gradients(measured: str, inside: bool, model: HookedMoE) -> None:
+    with torch.inference_mode(inside):
+        found = RESULTS[measured](model, some_tokens())
+    for tensor in columns_of(found).values():
+        weight = torch.ones((), requires_grad=True)
+        (weight * tensor).sum().backward()
+        tensor.clamp_(min=0)
+
+
+@pytest.mark.parametrize("measured", RESULTS)
+def test_a_text_stands_for_its_tokens(measured: str) -> None:
+    own = number_reader(random_model)
+    of_tokens, of_text = (RESULTS[measured](own, of) for of in (torch.tensor([[7, 8, 9, 10]]), "7 8 9 10"))
+    for name, column in columns_of(of_tokens).items():
+        assert torch.equal(columns_of(of_text)[name].nan_to_num(9.0), column.nan_to_num(9.0)), name
+
+
+@pytest.mark.parametrize("measured", RESULTS)
+def test_what_is_measured_does_not_depend_on_autocast(measured: str, model: HookedMoE) -> None:
+    expected = RESULTS[measured](model, some_tokens())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = RESULTS[measured](model, some_tokens())
+    for name, column in columns_of(expected).items():
+        assert torch.equal(columns_of(found)[name].nan_to_num(9.0), column.nan_to_num(9.0)), name
 
 
 def test_hooks_and_counterfactuals_do_not_mix(model: HookedMoE) -> None:

@@ -361,6 +361,7 @@ REFUSALS: dict[str, tuple[Build, type[Exception], str]] = {
         TypeError,
         r"mask of layer 1 must be a bool or float tensor, not torch.int64",
     ),
+    "arrays": (lambda: ExpertMask({1: np.ones(10, bool)}), TypeError, r"must be a bool or float tensor, not ndarray"),
     "lists": (lambda: ExpertMask({1: [True] * 10}), TypeError, r"mask of layer 1 must be .*, not list"),
     "floats and reroute": (
         lambda: ExpertMask({1: torch.ones(10)}, removal="reroute"),

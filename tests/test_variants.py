@@ -112,6 +112,29 @@ def test_it_works_in_latent_attention_with_shared_experts(tokens: Tensor) -> Non
         torch.testing.assert_close(batched[row], serial(own, tokens, edit), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "mask"),
+    [(torch.tensor([[3], [5]]), None), (torch.tensor([[3, 4, 5]]), torch.tensor([[1, 0, 1]]))],
+    ids=["one token", "no neighbours"],
+)
+def test_where_a_serial_run_has_no_loss_there_is_none(tokens: Tensor, mask: Tensor | None, model: HookedMoE) -> None:
+    with pytest.raises(ValueError, match="loss") as expected:
+        serial(model, tokens, EDITS["late"], return_type="loss", attention_mask=mask)
+    with pytest.raises(ValueError, match=str(expected.value)):
+        model.run_variants(tokens, [EDITS["late"]], "loss", attention_mask=mask)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "edits",
+    [EDITS["late"], ["hook_embed"], [(*EDITS["late"], "fwd")], [[EDITS["late"], "hook_embed"]], [("hook_embed", None)]],
+    ids=["a pair", "a name", "a triple", "a name among pairs", "no function"],
+)
+def test_what_is_no_edit_is_told_what_one_is(edits: Any, model: HookedMoE, tokens: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"edit 0 must be a \(name, function\) pair or a list of them"):
+        model.run_variants(tokens, edits)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_run_is_refused_by_name(model: HookedMoE, tokens: Tensor) -> None:
     with pytest.raises(ValueError, match="no edits"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import hooked_moe.model
+import hooked_moe.losses
 from hooked_moe import ExpertMask, HookedMoE, removals
 from hooked_moe.components.moe import combine_onto
 from hooked_moe.engine import fan_out
@@ -86,7 +86,7 @@ def test_one_sequence_of_eight_tokens_or_more_is_needed(model: HookedMoE, shape:
 def test_a_loss_that_is_no_cross_entropy_fails_the_first_check_alone(
     model: HookedMoE, sequence: Tensor, monkeypatch: Patch
 ) -> None:
-    for module, name in ((fan_out, "target_loss"), (hooked_moe.model, "next_token_loss")):
+    for module, name in ((fan_out, "target_loss"), (hooked_moe.losses, "next_token_loss")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *inputs, original=original: original(*inputs) / math.log(2))
     assert failed(verify(model, sequence)) == ["loss"]
@@ -97,8 +97,8 @@ def test_losses_of_the_token_before_fail_the_first_check(model: HookedMoE, seque
     with monkeypatch.context() as patch:
         patch.setattr(fan_out, "loss_at", lambda model, resid, targets: original(model, resid, targets.roll(1, -1)))
         assert "loss" in failed(verify(model, sequence))
-    loss = hooked_moe.model.next_token_loss
-    monkeypatch.setattr(hooked_moe.model, "next_token_loss", lambda logits, *rest: loss(logits.roll(1, 1), *rest))
+    loss = hooked_moe.losses.next_token_loss
+    monkeypatch.setattr(hooked_moe.losses, "next_token_loss", lambda logits, *rest: loss(logits.roll(1, 1), *rest))
     assert "loss" in failed(verify(model, sequence))
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -11,6 +14,16 @@ from hooked_moe.hook_points import HookPoint, keep_unedited_bits
 def at_least_float32(x: Tensor) -> Tensor:
     """Half-precision values in float32; wider ones as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Products in the dtypes that they are written in, also where the caller has torch choose narrower ones."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class RMSNorm(nn.Module):

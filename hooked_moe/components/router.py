@@ -7,7 +7,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooked_moe.components.norm import at_least_float32
+from hooked_moe.components.norm import at_least_float32, without_autocast
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.kernels.routing import Rule, route
 
@@ -20,6 +20,7 @@ class Router(nn.Module):
         self.cfg = cfg
         self.W = nn.Parameter(torch.empty(num_experts, cfg.d_model))
 
+    @without_autocast()
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert"]:
         """Router logits."""
         weight = at_least_float32(self.W)

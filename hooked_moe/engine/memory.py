@@ -14,6 +14,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.engine.fan_out import tokens_at_once
 from hooked_moe.engine.padding import Packed
 from hooked_moe.kernels.target_loss import chunk_bytes
+from hooked_moe.whole_numbers import as_whole
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -24,9 +25,10 @@ def parse_bytes(amount: int | str) -> int:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", amount)
         if match and match[2].upper() in _UNITS:
             amount = int(float(match[1]) * _UNITS[match[2].upper()])
-    if not isinstance(amount, int) or isinstance(amount, bool) or amount < 1:
+    nbytes = as_whole(amount)
+    if nbytes is None or nbytes < 1:
         raise ValueError(f"a memory budget is a number of bytes, or text such as '4GB' or '512MiB', not {amount!r}")
-    return amount
+    return nbytes
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -107,7 +107,7 @@ class Results:
     ) -> None:
         """Fill in a part: at its measured positions, or at all positions of its rows."""
         if name not in self.tables:
-            self.tables[name] = _nothing(values, (len(self.layers), *self.shape, *values.shape[3:]))
+            self.tables[name] = empty_table(values, (len(self.layers), *self.shape, *values.shape[3:]))
         where = packed.source if everywhere else packed.where()
         row, query = packed.filled if everywhere else packed.measured
         for layer, of_layer in zip(layers, values, strict=True):
@@ -116,13 +116,15 @@ class Results:
     def put_baseline(self, values: Float[Tensor, "batch packed"], packed: Packed) -> None:
         """Fill in the clean run's losses of a part."""
         if not hasattr(self, "baseline"):
-            self.baseline = _nothing(values, self.shape)
+            self.baseline = empty_table(values, self.shape)
         row, place = packed.filled
         self.baseline[packed.rows[row], packed.source[row, place]] = values[row, place]
 
 
-def _nothing(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return like.new_full(shape, float("nan") if like.is_floating_point() else -1)
+def empty_table(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Nowhere filled. Ordinary tensors even in inference mode: to be written to, and multiplied with what takes gradients."""
+    with torch.inference_mode(False):
+        return torch.full(shape, float("nan") if like.is_floating_point() else -1, dtype=like.dtype, device=like.device)
 
 
 def pack(
@@ -162,7 +164,10 @@ def _as_mask(positions: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
     wanted = "a list of positions, valid in every row, or a bool mask [batch, pos]"
     if isinstance(positions, slice):
         raise ValueError(f"positions must be {wanted}, not a slice")
-    asked = torch.as_tensor(positions, device=tokens.device)
+    try:
+        asked = torch.as_tensor(list(positions) if isinstance(positions, Set | Iterator) else positions, device=tokens.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"positions must be {wanted}, not {positions!r}") from error
     if asked.dtype == torch.bool:
         if asked.shape != tokens.shape:
             raise ValueError(f"positions has shape {list(asked.shape)}; a bool mask must be {list(tokens.shape)}")

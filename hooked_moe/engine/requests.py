@@ -10,16 +10,19 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_moe.components.norm import without_autocast
 from hooked_moe.engine.fan_out import Branch, CleanBlock, Done, Steps, Windows, fan_out, finish, side_by_side
 from hooked_moe.engine.memory import demand_of, divide, parse_bytes, variant_bytes
 from hooked_moe.engine.padding import Packed, Results, pack
 from hooked_moe.engine.spill import Waiting
 from hooked_moe.model import HookedMoE
-from hooked_moe.readouts import NamedReadout
+from hooked_moe.readouts import NamedReadout, by_name
+from hooked_moe.whole_numbers import as_whole
 
 WAITING_BYTES = 1 << 30
 """Where no budget is given: of variants in flight, beside what one row of the clean run takes anyway."""
 
+Tokens = Int[Tensor, "batch pos"] | str | list[str]
 Mask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]
 Positions = Sequence[int] | Bool[Tensor, "batch pos"]
 Work = Callable[[Packed, list[int], Results], Steps[None]]
@@ -102,15 +105,16 @@ class Request:
                 waiting.close()
 
 
+@without_autocast()
 def complete(steps: Steps[Done]) -> Done:
-    """Run a measurement to its end, without gradients."""
+    """Run a measurement to its end, without gradients. Inference mode takes a sixth less time than `no_grad` for small models."""
     with torch.inference_mode():
         return finish(steps)
 
 
 def make_request(
     model: HookedMoE,
-    tokens: Tensor,
+    tokens: Tokens,
     layers: Sequence[int] | None,
     positions: Positions | None,
     attention_mask: Mask | None,
@@ -121,9 +125,7 @@ def make_request(
     """Check what is asked for. `dense` allows layers without experts. Raises `ValueError` for what cannot be measured."""
     tokens, attention_mask = model.as_tokens(tokens, attention_mask)
     require_unhooked(model)
-    named = {readout.name: readout for readout in readouts}
-    if len(named) < len(readouts):
-        raise ValueError(f"readouts need different names; got {[readout.name for readout in readouts]}")
+    named = by_name(readouts, model)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     return Request(model, _checked_layers(model, layers, dense), pack(tokens, attention_mask, positions), named, budget)
 
@@ -140,11 +142,18 @@ def require_unhooked(model: HookedMoE) -> None:
 
 def _checked_layers(model: HookedMoE, layers: Sequence[int] | None, dense: bool) -> list[int]:
     cfg = model.cfg
-    if isinstance(layers, int):
-        raise ValueError(f"layers must be a list of layers, as in [{layers}], not the number {layers}")
     if layers is None:
         return list(range(cfg.n_layers)) if dense else cfg.moe_layers
-    chosen = sorted(set(layers))
+    if as_whole(layers) is not None:
+        raise ValueError(f"layers must be a list of layers, as in [{layers}], not the number {layers}")
+    try:
+        numbers = [(layer, as_whole(layer)) for layer in layers]
+    except TypeError as error:
+        raise ValueError(f"layers must be a list of whole numbers, as in {cfg.moe_layers}, not {layers!r}") from error
+    wrong = [layer for layer, number in numbers if number is None]
+    if wrong:
+        raise ValueError(f"layers must be whole numbers, as in {cfg.moe_layers}, not {wrong[0]!r}")
+    chosen = sorted({number for _, number in numbers if number is not None})
     for layer in chosen:
         if not 0 <= layer < cfg.n_layers:
             raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {cfg.n_layers - 1}")

@@ -30,10 +30,12 @@ WORTH_A_BLOCK = 25e6
 
 
 def runs_by_block(rows: int, W_out: Float[Tensor, "expert d_model d_expert"], *others: Tensor) -> bool:
-    """Whether experts run one after another: on a CPU, with enough to do, where no gradient is wanted."""
+    """Whether experts run one after another: on a CPU, with enough to do, where no gradient is wanted and products are in the
+    tensors' dtype."""
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (W_out, *others))
     enough = 6 * rows * W_out.numel() >= WORTH_A_BLOCK * len(W_out) ** 2
-    return enough and W_out.device.type == "cpu" and not needs_gradient and not by_definition()
+    plain = W_out.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return enough and plain and not needs_gradient and not by_definition()
 
 
 def blocks_of(ends: Sequence[int], dtype: torch.dtype) -> Blocks:
