@@ -255,9 +255,9 @@ FULL_DISK = OSError(28, "No space left on device")
     ("owner", "name", "calls", "fault"),
     [
         (shards, "write_parquet_atomic", 4, FULL_DISK),
-        (Waiting, "put", 3, FULL_DISK),
-        (Waiting, "put", 3, KeyboardInterrupt()),
-        (Waiting, "get", 3, KeyboardInterrupt()),
+        (Waiting, "put", 5, FULL_DISK),
+        (Waiting, "put", 6, KeyboardInterrupt()),
+        (Waiting, "get", 5, KeyboardInterrupt()),
     ],
     ids=["shards on a full disk", "waiting on a full disk", "interrupted", "interrupted early"],
 )
@@ -269,10 +269,10 @@ def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
     monkeypatch.setattr(shards, "_groups", lambda model, lengths, wanted, pending: [[index] for index in pending])
     original, left = getattr(owner, name), iter(range(calls))
 
-    def faulty(*inputs: Any) -> Any:
+    def faulty(*inputs: Any, **options: Any) -> Any:
         if next(left, None) is None:
             raise fault
-        return original(*inputs)
+        return original(*inputs, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, faulty)

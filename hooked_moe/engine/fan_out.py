@@ -218,6 +218,8 @@ def fan_out(
     variants: Tensor | None = None
     entered, resid = 0, model.embed(tokens)
     for layer in range(cfg.n_layers):
+        if waiting is not None and layer:
+            waiting.get(resid := torch.empty(batch, length, cfg.d_model, dtype=cfg.dtype, device=cfg.device))
         clean = clean_block(model.blocks[layer], layer, resid, rotate)
         resid = clean.resid_post
         if visit is not None:
@@ -225,7 +227,7 @@ def fan_out(
         if variants is None:
             variants = torch.empty(shape, dtype=cfg.dtype, device=cfg.device)
             if waiting is not None and entered:
-                waiting.get(variants[:entered])
+                waiting.get(variants[:entered], place=resid.nbytes)
         advance(variants[:entered], clean, rotate, windows, places)
         if layer in layers:
             variants[entered : entered + n_variants] = branch(clean.at(places))
@@ -234,7 +236,9 @@ def fan_out(
         if layer + 1 == cfg.n_layers:
             break  # at once to the end: what waits here would wait in memory
         if waiting is not None:
-            waiting.put(variants[:entered])
+            waiting.put(resid)
+            waiting.put(variants[:entered], place=resid.nbytes)
+            del resid
             variants = None
         yield
     assert variants is not None

@@ -68,7 +68,8 @@ class Request:
     ) -> Steps[None]:
         """Fan out, and put losses and readouts into the results as `delta_loss`, `baseline_loss` and `readouts/<name>`."""
         windows = Windows(packed.positions, self.width)
-        nbytes = n_variants * len(layers) * packed.queries * self.width * len(packed.tokens) * variant_bytes(self.model.cfg)
+        streams = n_variants * len(layers) * packed.queries * self.width + packed.tokens.shape[1]  # of a row, the clean run's too
+        nbytes = streams * len(packed.tokens) * variant_bytes(self.model.cfg)
         with self.waiting_room(nbytes) as waiting:
             out = yield from fan_out(
                 self.model,
@@ -90,7 +91,7 @@ class Request:
 
     @contextmanager
     def waiting_room(self, nbytes: int) -> Iterator[Waiting | None]:
-        """Where variants wait between layers: a file, or None for memory."""
+        """Where residual streams wait between layers: a file, or None for memory."""
         spill = self.model.spill
         if spill is None:
             yield None

@@ -58,7 +58,8 @@ class StreamedBlocks(nn.ModuleList):
             self._loaded = None  # before it loses the first weight: an interrupt may leave it with some of them
             for name, parameter in list(block.named_parameters()):
                 _set_parameter(block, name, torch.empty_like(parameter, device="meta"))
-        tensors = self._ahead[1].result() if self._ahead is not None and self._ahead[0] == layer else self._read(layer)
+        ahead, self._ahead = self._ahead, None  # if reading failed, the next to ask tries again
+        tensors = ahead[1].result() if ahead is not None and ahead[0] == layer else self._read(layer)
         block = cast(Block, self._modules[str(layer)])
         for name, value in tensors.items():
             _set_parameter(block, name, value)
