@@ -151,7 +151,7 @@ def attend_by_own_stream(attn: Attention, qkv: QueriesKeysValues) -> Float[Tenso
 def _rows_at_once(model: HookedMoE, packed: Packed, budget: int | None) -> tuple[int, bool]:
     """How many batch rows go back together, and whether the activations of all their blocks are kept: as the budget allows."""
     length, n_layers = packed.tokens.shape[1], model.cfg.n_layers
-    demand = demand_of(model.cfg, length)
+    demand = demand_of(model.cfg, length, at_once=length)
     block = BACKWARD_ACTIVATIONS * demand.row
     residuals = (n_layers + 2) * length * demand.variant_token
     left = demand.row + WAITING_BYTES if budget is None else budget - demand.fixed

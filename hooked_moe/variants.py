@@ -145,7 +145,7 @@ class _OnOwnRows:
 def _rows_at_once(model: HookedMoE, tokens: Tensor, budget: int | None) -> int:
     """Variants of a group: as many as the budget holds, logits included. Raises `ValueError` if not even one fits."""
     batch, pos = tokens.shape
-    demand = demand_of(model.cfg, pos)
+    demand = demand_of(model.cfg, pos, at_once=pos)
     per_variant = batch * (demand.row + pos * (model.cfg.d_vocab * 8 + demand.variant_token))
     if budget is None:
         return max(1, WAITING_BYTES // per_variant)

@@ -68,3 +68,18 @@ def test_a_budget_is_what_keeps_memory_from_growing_with_the_batch() -> None:
     tokens = torch.randint(2000, (24, LENGTH))
     assert peak_bytes(lambda: expert_effects(model, tokens, memory_budget=budget)) <= budget - UNUSED
     assert peak_bytes(lambda: expert_effects(model, tokens)) > budget - UNUSED
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_small_budget_lets_fewer_variants_through_a_block_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = HookedMoE(random_config("deepseek", **WIDE))
+    fewest = demand_of(model.cfg, LENGTH, at_once=LENGTH)
+    budget = fewest.fixed + fewest.row + 4 * LENGTH * fewest.variant_token
+    assert budget - UNUSED < (demand_of(model.cfg, LENGTH).fixed - UNUSED) / 4
+    tokens = torch.randint(2000, (2, LENGTH))
+    within: list[Any] = []
+    assert peak_bytes(lambda: within.append(expert_effects(model, tokens, memory_budget=budget))) <= budget - UNUSED
+    torch.testing.assert_close(within[0].delta_loss, expert_effects(model, tokens).delta_loss, atol=1e-5, rtol=0, equal_nan=True)
+    with pytest.raises(ValueError, match=r"take [\d,]+ at least"):
+        expert_effects(model, tokens, memory_budget=fewest.fixed)

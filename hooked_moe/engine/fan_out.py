@@ -201,12 +201,13 @@ def fan_out(
     readouts: Mapping[str, Readout] | None = None,
     waiting: Waiting | None = None,
     visit: Callable[[CleanBlock], Any] | None = None,
+    at_once: int | None = None,
 ) -> Steps[FanOut]:
     """Run `n_variants` changes per layer of `layers` (in order) and query, each read at its own position.
 
     `targets` is the token that each position should predict, -1 where there is none. Tokens must be padded on the right only:
     what follows a position does not matter to it. Between layers the variants stay in memory, or in the file `waiting`; `visit`
-    is shown every block of the clean run, at all positions.
+    is shown every block of the clean run, at all positions. `at_once` is how many tokens of variants go through a block together.
     """
     batch, length = tokens.shape
     cfg = model.cfg
@@ -228,7 +229,7 @@ def fan_out(
             variants = torch.empty(shape, dtype=cfg.dtype, device=cfg.device)
             if waiting is not None and entered:
                 waiting.get(variants[:entered], place=resid.nbytes)
-        advance(variants[:entered], clean, rotate, windows, places)
+        advance(variants[:entered], clean, rotate, windows, places, at_once)
         if layer in layers:
             variants[entered : entered + n_variants] = branch(clean.at(places))
             entered += n_variants
@@ -302,14 +303,15 @@ def advance(
     rotate: Rotation,
     windows: Windows,
     places: Int[Tensor, "batch token"] | None,
+    at_once: int | None = None,
 ) -> None:
     """Take every variant through a block, in place, over the clean run's keys and values."""
     if not len(variants):
         return
     block = clean.block
     _, batch, tokens, _ = variants.shape
-    at_once = max(1, tokens_at_once(variants.device) // (batch * tokens))
-    for some in variants.split(at_once):
+    at_once = tokens_at_once(variants.device) if at_once is None else at_once
+    for some in variants.split(max(1, at_once // (batch * tokens))):
         count = len(some)
         here = rotate if places is None else rotate.at(places, count)
         x = some.flatten(0, 1)

@@ -48,8 +48,9 @@ def variant_bytes(cfg: HookedMoEConfig) -> int:
     return cfg.d_model * cfg.dtype.itemsize
 
 
-def demand_of(cfg: HookedMoEConfig, length: int) -> Demand:
-    """An upper estimate, from the largest activations of a block."""
+def demand_of(cfg: HookedMoEConfig, length: int, at_once: int | None = None) -> Demand:
+    """An upper estimate, from the largest activations of a block. `at_once` tokens of variants go through it together."""
+    at_once = tokens_at_once(cfg.device) if at_once is None else at_once
     size, wide, on_cpu = cfg.dtype.itemsize, 4, cfg.device.type == "cpu"
     attention = cfg.n_heads * (2 * cfg.d_head + 2 * cfg.value_width) + cfg.n_key_value_heads * (cfg.d_head + cfg.value_width)
     mlp = cfg.d_model + 4 * cfg.d_expert  # of a token in one expert, beside its output; on a CPU, of one expert at a time
@@ -57,14 +58,25 @@ def demand_of(cfg: HookedMoEConfig, length: int) -> Demand:
     experts += 3 * ((cfg.d_shared or 0) + cfg.num_experts)
     token = size * (6 * cfg.d_model + attention + max(experts, 3 * (cfg.d_mlp or 0))) + 2 * wide * cfg.d_model
     chunk = max(64 * wide * cfg.d_vocab, chunk_bytes(cfg.device))  # logits of 64 tokens at least
-    at_once = 2 if on_cpu else 4  # the clean run's, a change; of a whole chunk, too, their sum and log-softmax
-    logits = max(at_once * chunk, 64 << 20)
+    kinds = 2 if on_cpu else 4  # the clean run's, a change; of a whole chunk, too, their sum and log-softmax
+    logits = max(kinds * chunk, 64 << 20)
     widened = wide * cfg.d_vocab * cfg.d_model if size < wide else 0  # the unembedding, in float32 whatever the model is in
     return Demand(
-        fixed=max(tokens_at_once(cfg.device), length) * token + logits + widened,
+        fixed=max(at_once, length) * token + logits + widened,
         row=length * token,
         variant_token=variant_bytes(cfg),
     )
+
+
+def demand_within(cfg: HookedMoEConfig, length: int, tokens_per_query: int, budget: int) -> tuple[Demand, int]:
+    """The demand, and how many tokens of variants go through a block together: fewer than go fastest, where a budget has no room
+    for one query beside those."""
+    at_once = tokens_at_once(cfg.device)
+    demand = demand_of(cfg, length, at_once)
+    while at_once > length and budget < demand.fixed + demand.row + tokens_per_query * demand.variant_token:
+        at_once //= 2
+        demand = demand_of(cfg, length, at_once)
+    return demand, at_once
 
 
 def divide(

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_moe.components.norm import without_autocast
-from hooked_moe.engine.fan_out import Branch, CleanBlock, Done, Steps, Windows, fan_out, finish, side_by_side
-from hooked_moe.engine.memory import demand_of, divide, parse_bytes, variant_bytes
+from hooked_moe.engine.fan_out import Branch, CleanBlock, Done, Steps, Windows, fan_out, finish, side_by_side, tokens_at_once
+from hooked_moe.engine.memory import Demand, demand_of, demand_within, divide, parse_bytes, variant_bytes
 from hooked_moe.engine.padding import Packed, Results, pack
 from hooked_moe.engine.spill import Waiting
 from hooked_moe.model import HookedMoE
@@ -46,7 +46,7 @@ class Request:
     def run(self, work: Work, n_variants: int) -> Steps[Results]:
         """All parts one after another; or, where weights are streamed, side by side through the layers."""
         results = Results(self.layers, (len(self.packed.tokens), self.packed.width))
-        demand = demand_of(self.model.cfg, self.packed.tokens.shape[1])
+        demand, _ = self.demand(n_variants)
         budget = demand.fixed + demand.row + WAITING_BYTES if self.budget is None else self.budget
         parts = divide(self.packed, self.layers, demand, n_variants * self.width, budget)
         works = (work(packed, layers, results) for packed, layers in parts)
@@ -56,6 +56,13 @@ class Request:
             for one in works:
                 yield from one
         return results
+
+    def demand(self, n_variants: int) -> tuple[Demand, int]:
+        """What it takes, and how many tokens of variants go through a block together."""
+        cfg, length = self.model.cfg, self.packed.tokens.shape[1]
+        if self.budget is None:
+            return demand_of(cfg, length), tokens_at_once(cfg.device)
+        return demand_within(cfg, length, n_variants * self.width, self.budget)
 
     def fan_out(
         self,
@@ -82,6 +89,7 @@ class Request:
                 self.readouts,
                 waiting,
                 visit,
+                self.demand(n_variants)[1],
             )
         baseline = out.baseline if packed.positions is None else out.baseline.gather(1, packed.positions)
         results.put("delta_loss", (out.losses - baseline).movedim(1, 3), packed, layers)

@@ -17,7 +17,6 @@ from hooked_moe.engine.fan_out import (
     goes_on,
     loss_at,
     take,
-    tokens_at_once,
 )
 from hooked_moe.engine.padding import Packed, Results
 from hooked_moe.engine.requests import Request
@@ -41,6 +40,7 @@ def measure_sequences(
     layers go along with the clean run and wait between blocks, so that each block is read once.
     """
     model = request.model
+    _, at_once = request.demand(model.cfg.experts_per_token)
     batch, length = packed.tokens.shape
     most = len(layers) * batch * max(model.cfg.experts_in(layer) for layer in layers)
     under_way: list[Steps[None]] = []
@@ -56,7 +56,7 @@ def measure_sequences(
             experts = with_experts(clean)
             losses = torch.full((batch, experts.moe.num_experts, length), float("nan"), dtype=wide, device=model.cfg.device)
             measured.append((experts.routing.indices, losses))
-            for removals in _removals(model, packed, experts, removal, means, losses, waiting):
+            for removals in _removals(model, packed, experts, removal, means, losses, waiting, at_once):
                 if model.spill is None:
                     finish(removals)
                 elif goes_on(removals):
@@ -77,11 +77,12 @@ def _removals(
     means: ExpertMeans | None,
     losses: Float[Tensor, "batch expert pos"],
     waiting: Waiting | None,
+    at_once: int,
 ) -> Iterator[Steps[None]]:
     """Every (sequence, expert that it uses) of a layer, a few at a time. They fill in their losses at the end."""
     indices = clean.routing.indices
     used = torch.zeros(losses.shape[:2], dtype=torch.bool, device=indices.device).scatter_(1, indices.flatten(1), True)
-    for pairs in used.nonzero().split(max(1, tokens_at_once(indices.device) // packed.tokens.shape[1])):
+    for pairs in used.nonzero().split(max(1, at_once // packed.tokens.shape[1])):
         row, expert = pairs.unbind(-1)
         keep = indices[row] != expert[:, None, None]
         resid = without(clean.rows(row), keep[None], removal, means)[0]
