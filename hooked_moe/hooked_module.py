@@ -98,5 +98,5 @@ class HookedModule(nn.Module):
 
         with self._attached([(point, keep, "fwd") for point in self.hook_points(names_filter)], reads_only=True):
             output = self(*args, **kwargs)
-        n_layers = len({point.layer() for name, point in self.hook_dict.items() if name.startswith("blocks.")})
+        n_layers = sum(name.endswith(".hook_resid_pre") for name in self.hook_dict)
         return output, ActivationCache(activations, n_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -78,13 +79,15 @@ class Attention(nn.Module):
 
     def _attend_by_pattern(self, fused: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         if visible is None:
-            visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        hidden = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, float("-inf"))
-        hidden = hidden.expand(*q.shape[:3], k.shape[2])
+            hidden = _later_keys(q.shape[2], k.shape[2], q.dtype, q.device)
+        else:
+            hidden = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, float("-inf"))
+            hidden = hidden.expand(*q.shape[:3], k.shape[2]).flatten(0, 1)
         product = torch.baddbmm(  # scale * q k + hidden, in one pass over the scores
-            hidden.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=self.cfg.attention_scale
+            hidden, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=self.cfg.attention_scale
         )
         scores = product.unflatten(0, q.shape[:2])
         pattern = _softmax(scores)
@@ -105,6 +108,13 @@ class Attention(nn.Module):
                 same = (edited == result).all(dim=-1).all(dim=-1, keepdim=True)
                 out = keep_unedited_bits(edited.sum(dim=2), out, same)
         return out if self.b_O is None else out + self.b_O
+
+
+@lru_cache(maxsize=1)  # all layers ask for the same one
+def _later_keys(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "query key"]:
+    """Minus infinity for every key after its query, zero for the others; queries and keys both begin at position 0."""
+    with torch.inference_mode(False):  # so that any mode can use what another made
+        return torch.full((queries, keys), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
 def project_heads(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Float[Tensor, "batch pos head width"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -71,18 +72,19 @@ class Experts(nn.Module):
         super().__init__()
         self.W_in = nn.Parameter(torch.empty(num_experts, 2, cfg.d_expert, cfg.d_model))
         self.W_out = nn.Parameter(torch.empty(num_experts, cfg.d_model, cfg.d_expert))
-        self.sites = [ExpertSite() for _ in range(num_experts)]
-        for index, site in enumerate(self.sites):
+        sites = [ExpertSite() for _ in range(num_experts)]
+        for index, site in enumerate(sites):
             self.add_module(str(index), site)
+        self.hook_points = [site.hook_out for site in sites]
 
     def keep(self, kept: Sequence[int]) -> None:
         """Forget all experts but these; the i-th kept one is expert i from now on."""
         with torch.no_grad():
             self.W_in = nn.Parameter(self.W_in[kept].clone(), self.W_in.requires_grad)
             self.W_out = nn.Parameter(self.W_out[kept].clone(), self.W_out.requires_grad)
-        for index in range(len(kept), len(self.sites)):
+        for index in range(len(kept), len(self.hook_points)):
             delattr(self, str(index))
-        self.sites = self.sites[: len(kept)]
+        self.hook_points = self.hook_points[: len(kept)]
 
     @property
     def _gate_and_up(self) -> Float[Tensor, "expert gate_and_up d_model"]:
@@ -91,7 +93,7 @@ class Experts(nn.Module):
     @property
     def hooked(self) -> bool:
         """Whether any hook is attached to a single expert."""
-        return any(site.hook_out.active for site in self.sites)
+        return any(point.active for point in self.hook_points)
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups, scratch: Scratch | None = None
@@ -123,10 +125,9 @@ class Experts(nn.Module):
         return grouped_matmul(x, weight, groups.ends)
 
     def _hook_each_expert(self, out: Float[Tensor, "n d_model"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
-        ends = groups.ends_on_host
-        tokens = groups.tokens()
+        counts = [end - start for start, end in pairwise([0, *groups.ends_on_host])]
         pieces = []
-        for site, start, end in zip(self.sites, [0, *ends[:-1]], ends, strict=True):
-            site.hook_out.ctx["tokens"] = tokens[start:end]
-            pieces.append(site.hook_out(out[start:end]))
-        return torch.cat(pieces) if any(site.hook_out.may_edit for site in self.sites) else out
+        for point, tokens, rows in zip(self.hook_points, groups.tokens().split(counts), out.split(counts), strict=True):
+            point.ctx["tokens"] = tokens
+            pieces.append(point(rows))
+        return torch.cat(pieces) if any(point.may_edit for point in self.hook_points) else out
