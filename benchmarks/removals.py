@@ -20,6 +20,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -85,10 +86,11 @@ def rows(args: argparse.Namespace, context: int) -> Iterator[list[str]]:
     yield [f"{context:,}", "hooked_moe", f"{removals:,}", summary(each), "1", ""]
     for name, other in others.items():
         difference = largest_difference(other, effects, tokens, best[name])
-        for size in sorted({1, best[name]}):
-            theirs = [s / size for s in seconds[f"{name} {size}"]]
-            in_words = f"{size} (best)" if size == best[name] else f"{size}"
-            yield [f"{context:,}", name, in_words, summary(theirs), ratio(theirs, each), f"{difference:.1e}"]
+        theirs = {size: [s / size for s in seconds[f"{name} {size}"]] for size in sorted({1, best[name]})}
+        fastest = min(theirs, key=lambda size: median(theirs[size]))
+        for size, one in theirs.items():
+            in_words = f"{size} (best)" if size == fastest else f"{size}"
+            yield [f"{context:,}", name, in_words, summary(one), ratio(one, each), f"{difference:.1e}"]
     for name, reason in missing.items():
         yield [f"{context:,}", name, "", reason, "", ""]
 
