@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hooked_moe.components.attention import Attention, QueriesKeysValues
 from hooked_moe.components.norm import at_least_float32, without_autocast
+from hooked_moe.config import HookedMoEConfig
 from hooked_moe.engine.fan_out import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
 from hooked_moe.engine.memory import demand_of
 from hooked_moe.engine.padding import Packed, Results
@@ -148,6 +149,12 @@ def attend_by_own_stream(attn: Attention, qkv: QueriesKeysValues) -> Float[Tenso
     return z + share * (own_v - own_v.detach() + moved)
 
 
+def least_budget(cfg: HookedMoEConfig, length: int) -> int:
+    """Bytes beside the model's weights that the gradient of one row takes, the activations of one block at a time in memory."""
+    demand = demand_of(cfg, length, at_once=length)
+    return demand.fixed + (cfg.n_layers + 2) * length * demand.variant_token + BACKWARD_ACTIVATIONS * demand.row
+
+
 def _rows_at_once(model: HookedMoE, packed: Packed, budget: int | None) -> tuple[int, bool]:
     """How many batch rows go back together, and whether the activations of all their blocks are kept: as the budget allows."""
     length, n_layers = packed.tokens.shape[1], model.cfg.n_layers
@@ -157,9 +164,9 @@ def _rows_at_once(model: HookedMoE, packed: Packed, budget: int | None) -> tuple
     left = demand.row + WAITING_BYTES if budget is None else budget - demand.fixed
     if left >= residuals + n_layers * block:
         return left // (residuals + n_layers * block), True
-    if budget is not None and left < residuals + block:
+    if budget is not None and budget < least_budget(model.cfg, length):
         raise ValueError(
             f"memory_budget is {budget:,} bytes, and the gradient of a row of {length} tokens takes "
-            f"{demand.fixed + residuals + block:,}"
+            f"{least_budget(model.cfg, length):,}"
         )
     return max(1, left // (residuals + block)), False

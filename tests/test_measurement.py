@@ -230,6 +230,29 @@ def test_a_measurement_goes_on_with_the_documents_that_lack_a_shard(
     remove_shards(kept)  # nothing left to do
 
 
+def test_a_small_budget_has_fewer_documents_measured_side_by_side(
+    reader: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenized = TokenizedCorpus(reader, number_corpus(tmp_path, (20, 3, 10, 20)), N_CTX)
+    wanted = Wanted("position", (0, 1, 2))
+    least = shards._least_budget(reader, tokenized, wanted)
+    monkeypatch.setattr(shards.torch, "get_num_threads", lambda: 3)
+    workers: list[int] = []
+    original = shards.ThreadPoolExecutor
+    monkeypatch.setattr(shards, "ThreadPoolExecutor", lambda n, **options: workers.append(n) or original(n, **options))
+    for times in (1, 2, 9):
+        target = tmp_path / str(times)
+        target.mkdir()
+        measure_part(
+            reader, tokenized, wanted, target / "shards", target, {"plan": "p"}, progress=False, memory_budget=times * least
+        )
+    assert workers == [1, 2, 3]
+    with pytest.raises(ValueError, match="memory_budget"):
+        measure_part(
+            reader, tokenized, wanted, tmp_path / "no", tmp_path, {"plan": "p"}, progress=False, memory_budget=least // 2
+        )
+
+
 def test_shards_of_another_measurement_are_refused(reader: HookedMoE, tmp_path: Path) -> None:
     run(reader, number_corpus(tmp_path, (12, 9)), tmp_path)
     kept = tmp_path / "shards" / "position"

@@ -42,6 +42,10 @@ class Demand:
     variant_token: int
     """For each token of each variant: its residual stream."""
 
+    def of_one_query(self, tokens: int) -> int:
+        """For the least that can be asked: one query of so many variant tokens, in one layer and row."""
+        return self.fixed + self.row + tokens * self.variant_token
+
 
 def variant_bytes(cfg: HookedMoEConfig) -> int:
     """Of one token of one variant."""
@@ -73,7 +77,7 @@ def demand_within(cfg: HookedMoEConfig, length: int, tokens_per_query: int, budg
     for one query beside those."""
     at_once = tokens_at_once(cfg.device)
     demand = demand_of(cfg, length, at_once)
-    while at_once > length and budget < demand.fixed + demand.row + tokens_per_query * demand.variant_token:
+    while at_once > length and budget < demand.of_one_query(tokens_per_query):
         at_once //= 2
         demand = demand_of(cfg, length, at_once)
     return demand, at_once
@@ -90,7 +94,7 @@ def divide(
     left = budget - demand.fixed - demand.row
     query = tokens_per_query * demand.variant_token
     if left < query:
-        needed = demand.fixed + demand.row + query
+        needed = demand.of_one_query(tokens_per_query)
         raise ValueError(
             f"memory_budget is {budget:,} bytes, and rows of {packed.tokens.shape[1]} tokens take {needed:,} at least"
         )

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
+from hooked_moe.attribution import least_budget as least_of_gradient
 from hooked_moe.engine.fan_out import Steps, side_by_side
-from hooked_moe.engine.memory import parse_bytes, variant_bytes
+from hooked_moe.engine.memory import demand_of, parse_bytes, variant_bytes
 from hooked_moe.engine.requests import complete
 from hooked_moe.measurement.document_tables import TABLES, Wanted, measure_document
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
@@ -46,10 +47,14 @@ def measure_part(
     """Measure every document into `shards`, and join these to `target`/<table>.parquet for each table of the part.
 
     Shards that are there already are kept. `identity` goes into the metadata of every file; a shard with another raises
-    `ValueError`. `memory_budget` bounds the memory beside the model's weights, of all documents measured at once together.
+    `ValueError`. `memory_budget` bounds the memory beside the model's weights, of all documents measured at once together: of
+    fewer, where it is small.
     """
-    workers = _workers(model, len(corpus.documents))
-    budget = None if memory_budget is None else parse_bytes(memory_budget) // workers
+    workers, budget = _workers(model, len(corpus.documents)), None
+    if memory_budget is not None:
+        whole = parse_bytes(memory_budget)
+        workers = max(1, min(workers, whole // _least_budget(model, corpus, wanted)))
+        budget = whole // workers
     shards.mkdir(parents=True, exist_ok=True)
     names = list(TABLES[wanted.part])
     lengths = corpus.lengths()
@@ -67,7 +72,7 @@ def measure_part(
     description = f"measuring, {wanted.part}"
     with tqdm(total=sum(lengths), unit="tok", desc=description, disable=not progress, smoothing=0.1) as bar:
         bar.update(sum(lengths) - sum(lengths[index] for index in pending))
-        for indices in in_parallel(measure_documents, _groups(model, lengths, wanted, pending), model):
+        for indices in in_parallel(measure_documents, _groups(model, lengths, wanted, pending), model, workers):
             bar.update(sum(lengths[index] for index in indices))
             rate = bar.format_dict["rate"]
             if rate and wanted.positions is None:
@@ -130,14 +135,16 @@ def _together(works: list[Steps[Result]]) -> list[Result]:
     return cast(list[Result], results)
 
 
-def in_parallel(work: Callable[[list[int]], list[int]], groups: list[list[int]], model: HookedMoE) -> Iterator[list[int]]:
+def in_parallel(
+    work: Callable[[list[int]], list[int]], groups: list[list[int]], model: HookedMoE, most: int = MAX_WORKERS
+) -> Iterator[list[int]]:
     """Run `work` on each group and yield what it returns as it is done. An exception in one stops the others.
 
     On a CPU, documents side by side use the cores better than one document on all of them, whose operations are small and
     would wait for each other's threads; the cores are shared out among a few workers.
     """
     cores = torch.get_num_threads()
-    workers = _workers(model, len(groups))
+    workers = min(most, _workers(model, len(groups)))
     per_worker = max(1, cores // workers)
     executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(per_worker,))
     try:
@@ -152,6 +159,13 @@ def _workers(model: HookedMoE, groups: int) -> int:
     """How many groups are measured at once. Streamed weights are of one layer at a time, so all go through it together."""
     alone = model.cfg.device.type != "cpu" or model.spill is not None
     return 1 if alone else max(1, min(torch.get_num_threads(), groups, MAX_WORKERS))
+
+
+def _least_budget(model: HookedMoE, corpus: TokenizedCorpus, wanted: Wanted) -> int:
+    """Bytes that one document takes at least."""
+    length = min(corpus.n_ctx, max(corpus.lengths()) + 1)  # a BOS token is no document's own
+    least = demand_of(model.cfg, length, at_once=length).of_one_query(model.cfg.experts_per_token)
+    return max(least, least_of_gradient(model.cfg, length)) if wanted.first_order else least
 
 
 def _merge(shards: list[Path], target: Path) -> None:
