@@ -111,7 +111,7 @@ def _known(means: ExpertMeans, clean: CleanExperts) -> Float[Tensor, "expert d_m
     return mean.nan_to_num().to(clean.resid_mid)
 
 
-Reference = Int[Tensor, "batch pos"] | str | list[str]
+Reference = Int[Tensor, "_batch _pos"] | str | list[str]  # axes unbound: batches may differ in shape
 
 
 @torch.inference_mode(False)
