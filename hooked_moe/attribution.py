@@ -164,9 +164,7 @@ def _rows_at_once(model: HookedMoE, packed: Packed, budget: int | None) -> tuple
     left = demand.row + WAITING_BYTES if budget is None else budget - demand.fixed
     if left >= residuals + n_layers * block:
         return left // (residuals + n_layers * block), True
-    if budget is not None and budget < least_budget(model.cfg, length):
-        raise ValueError(
-            f"memory_budget is {budget:,} bytes, and the gradient of a row of {length} tokens takes "
-            f"{least_budget(model.cfg, length):,}"
-        )
+    least = least_budget(model.cfg, length)
+    if budget is not None and budget < least:
+        raise ValueError(f"memory_budget is {budget:,} bytes, and the gradient of a row of {length} tokens takes {least:,}")
     return max(1, left // (residuals + block)), False

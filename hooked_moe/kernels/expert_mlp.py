@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hooked_moe.kernels.dispatch import by_definition
 from hooked_moe.kernels.scratch import Scratch
+from hooked_moe.kernels.swiglu import swiglu
 
 ROOM = 32
 """Half-precision products of more than half as many rows have a multiple of it: oneDNN compiles one for every number of rows
@@ -49,12 +50,6 @@ def blocks_of(ends: Sequence[int], dtype: torch.dtype) -> Blocks:
             blocks.append((expert, slice(start, start + rows)))
             start = end
     return blocks
-
-
-def swiglu(gate_and_up: Float[Tensor, "n gate_and_up"]) -> Float[Tensor, "n d_expert"]:
-    """`silu(gate) * up`, the product in place."""
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
 
 
 def expert_mlp(
