@@ -25,8 +25,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.tables import Table, count, parse, parser, show
 from hooked_moe.tables import DOCUMENTS, EFFECTS, EFFECTS_SEQUENCE, EXPERT_WEIGHTS, ROUTING
 

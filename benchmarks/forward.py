@@ -13,15 +13,11 @@ from __future__ import annotations
 import argparse
 import copy
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import peers
 from benchmarks.tables import Table, count, parse, parser, show, threads

@@ -24,8 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.all import versions
 from benchmarks.roofline import flops
 from benchmarks.tables import Table, parse, parser, show

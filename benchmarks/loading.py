@@ -34,8 +34,6 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.config import YarnScaling
 from hooked_moe.loading.checkpoint import INDEX_FILE
@@ -235,9 +233,9 @@ def read_files(directory: Path) -> None:
 
 
 def hooked_moe_loader() -> Load:
-    from hooked_moe import loading
+    from hooked_moe import HookedMoE
 
-    return lambda directory, dtype: loading.from_pretrained(directory, dtype=DTYPES[dtype]).parameters()
+    return lambda directory, dtype: HookedMoE.from_pretrained(directory, dtype=DTYPES[dtype]).parameters()
 
 
 def transformers_loader() -> Load:

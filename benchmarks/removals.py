@@ -17,22 +17,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import peers
 from benchmarks.peers import LossesWithout, Removals
 from benchmarks.tables import Table, count, parse, parser, show, threads
 from benchmarks.timing import ratio, seconds_of, summary, timed
 from hooked_moe.counterfactuals import expert_effects
-from hooked_moe.effects import ExpertEffects
+from hooked_moe.counterfactuals.results import ExpertEffects
 
 TOLERANCE = 1e-5
 """Nats."""

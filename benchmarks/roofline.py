@@ -16,7 +16,6 @@ Target: at least 40% of the bfloat16 rate, end to end.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +23,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import hooked_moe.components.moe
-import hooked_moe.engine.fan_out
-import hooked_moe.kernels.expert_mlp
+import hooked_moe.counterfactuals.engine.fan_out
+import hooked_moe.kernels.cpu.expert_mlp
 from benchmarks.tables import Table, count, parse, parser, show, threads
 from benchmarks.timing import seconds_of, summary, timed
 from hooked_moe import HookedMoE, HookedMoEConfig
@@ -61,20 +57,20 @@ WRAPPED: tuple[tuple[Any, str, str], ...] = (
     (GroupedQueryAttention, "project", PROJECTIONS),
     (Attention, "output", PROJECTIONS),
     (Attention, "attend", ATTENTION),
-    (hooked_moe.engine.fan_out, "window_attention", ATTENTION),
+    (hooked_moe.counterfactuals.engine.fan_out, "window_attention", ATTENTION),
     (MoE, "route", ROUTING),
     (ExpertGroups, "__init__", ROUTING),
     (Experts, "forward", EXPERTS),
     (GatedMLP, "forward", EXPERTS),
     (MoE, "run_experts", ROUTING),
-    (hooked_moe.kernels.expert_mlp, "swiglu", ACTIVATION),
+    (hooked_moe.kernels.cpu.expert_mlp, "swiglu", ACTIVATION),
     (hooked_moe.components.moe, "masked_combine", COMBINE),
     (RMSNorm, "forward", NORMS),
     (HookedRMSNorm, "forward", NORMS),
     (Rotation, "__call__", NORMS),
     (hooked_moe.counterfactuals, "observe", OBSERVE),
-    (hooked_moe.engine.fan_out, "target_loss", UNEMBEDDING),
-    (hooked_moe.engine.fan_out, "variant_losses", UNEMBEDDING),
+    (hooked_moe.counterfactuals.engine.fan_out, "target_loss", UNEMBEDDING),
+    (hooked_moe.counterfactuals.engine.fan_out, "variant_losses", UNEMBEDDING),
 )
 """Which function is which phase. Time inside a wrapped function counts for the innermost one."""
 

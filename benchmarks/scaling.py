@@ -11,17 +11,13 @@ through the logarithms of the medians, with its standard error; beside it, that 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 from scipy.stats import linregress
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.roofline import flops
 from benchmarks.tables import Table, count, parse, parser, show, threads

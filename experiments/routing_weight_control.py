@@ -1,100 +1,11 @@
 """The control: rank the active experts by a score of the very token, and ask whether that one tells which matters.
 
-    python -m experiments.routing_weight_control
-    python -m experiments.routing_weight_control --model olmoe --corpus wikitext-2 --layers 0,4,7,11,15 --positions 200
-    python -m experiments.routing_weight_control --model olmoe --corpus wikitext-2 --protocol as_released
-
-Beside the paper's routing weight stands a ladder of scores that know more: the gap norm g ||E||, and the first-order estimate of
-the loss change. Uses the measurement of experiments.audit, or makes it. Writes control.csv. Tables 4-6.
+The same as `hooked-moe control`; `--help` lists its options.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
 
-import pyarrow as pa
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it also runs as a script
-
-from experiments.analysing import analyse
-from experiments.console import parser_of, run_command
-from experiments.measuring import add_measurement_arguments, open_run, parse_sample
-from experiments.releasing import (
-    add_protocol_argument,
-    open_released_run,
-    print_cells,
-    released_positions,
-    write_released_cells,
-)
-from hooked_moe.analysis.cell_text import VERDICTS
-from hooked_moe.analysis.cells import Cell, cells_from_table, cells_table
-from hooked_moe.analysis.control import weight_ratio_correlations
-from hooked_moe.analysis.rankings import CONTROL, TOKEN_LADDER
-from hooked_moe.number_text import p_value
-from hooked_moe.tables import read_csv, write_csv_atomic
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = parser_of("experiments.routing_weight_control", __doc__)
-    add_protocol_argument(parser)
-    add_measurement_arguments(parser)
-    parser.add_argument("--positions", default="all", help="all (default; as_released: 200), or how many to sample")
-    args = parser.parse_args(arguments)
-    return run_command(released_control if args.protocol == "as_released" else control, args)
-
-
-def control(args: argparse.Namespace) -> Path:
-    """The token's own scores in every layer; returns the run's directory."""
-    with open_run(args) as run:
-        run.require("position", parse_sample(args.positions, run.tokenized.valid_positions()), memory_budget=args.memory)
-        analyse(run)
-    cells = cells_from_table(read_csv(run.directory / "cells.csv", cells_table([]).schema))
-    positions = read_csv(run.directory / "positions.csv")
-    sample = list(zip(positions["document"].to_pylist(), positions["position"].to_pylist(), strict=True))
-    effects = run.directory / "effects.parquet"
-    rho = {"sample": weight_ratio_correlations(effects, sample), "all": weight_ratio_correlations(effects)}
-    table = control_table(cells, rho)
-    write_csv_atomic(table, run.directory / "control.csv")
-    print_control(table)
-    return run.directory
-
-
-def control_table(cells: list[Cell], rho: dict[str, dict[int, tuple[float, int]]]) -> pa.Table:
-    """A row per score, population and layer of scope position; `rho` is of the routing weight only."""
-    names = ("ranking", "population", "layer", "n", "d_position", "d_position_low", "d_position_high", "p_t", "p_wilcoxon")
-    rows = []
-    for cell in cells:
-        if cell.scope == "position" and cell.ranking in TOKEN_LADDER:
-            row = {name: getattr(cell, name) for name in (*names, "outcome", "verdict")}
-            found = rho[cell.population].get(cell.layer) if cell.ranking == CONTROL else None
-            rows.append(row | {"rho_weight_ratio": float("nan") if found is None else found[0]})
-    return pa.Table.from_pylist(rows)
-
-
-def print_control(table: pa.Table) -> None:
-    print("\nRemoving the active expert that the token's own score puts highest against lowest (scope position)")
-    print("  population layer      d 95% interval         p_t     p_W    rho")
-    ranking = None
-    for row in table.to_pylist():
-        if row["ranking"] != ranking:
-            ranking = row["ranking"]
-            print(TOKEN_LADDER[ranking])
-        interval = f"[{row['d_position_low']:+.3f},{row['d_position_high']:+.3f}]"
-        rho = f"{row['rho_weight_ratio']:+.3f}" if row["ranking"] == CONTROL else "      "
-        mark = VERDICTS[row["verdict"]][0]
-        numbers = f"{row['d_position']:+.3f} {interval:<16} {p_value(row['p_t']):>7} {p_value(row['p_wilcoxon']):>7} {rho}"
-        print(f"  {row['population']:<10} {row['layer']:>5} {numbers} {mark}")
-
-
-def released_control(args: argparse.Namespace) -> Path:
-    """The control by the paper's code; returns the run's directory."""
-    n = released_positions(args.positions)
-    with open_released_run(args) as run:
-        print_cells(write_released_cells(run, n, run.control(n)))
-    return run.directory
-
+from hooked_moe.cli.control import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from hooked_moe import HookedMoE, HookedMoEConfig, HookPoint
 from hooked_moe.components.moe import MoE
 from hooked_moe.config import YarnScaling
-from hooked_moe.hooked_module import Hook
+from hooked_moe.hooks.hooked_module import Hook
 from hooked_moe.tokenizer import Tokenizer
 
 _COMMON: dict[str, Any] = {

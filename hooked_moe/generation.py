@@ -10,16 +10,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from hooked_moe.components.key_value_cache import KeyValueCache
 from hooked_moe.expert_mask import ExpertMask
-from hooked_moe.key_value_cache import KeyValueCache
-from hooked_moe.model import HookedMoE
+from hooked_moe.transformer import Transformer
 
 Returned = Literal["input", "str", "tokens"]
 
 
 @torch.no_grad()
 def generate(
-    model: HookedMoE,
+    model: Transformer,
     input: Int[Tensor, "batch pos"] | str | list[str],
     max_new_tokens: int = 10,
     *,
@@ -75,7 +75,7 @@ def generate(
 
 
 def _prompt(
-    model: HookedMoE, input: Any, attention_mask: Tensor | None, prepend_bos: bool | None
+    model: Transformer, input: Any, attention_mask: Tensor | None, prepend_bos: bool | None
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """Token ids that end together, and which are real."""
     if isinstance(input, Tensor):
@@ -90,7 +90,7 @@ def _prompt(
     return model.require_tokenizer().pad(texts, model.cfg.device, prepend_bos, side="left")
 
 
-def _end_tokens(model: HookedMoE, eos_token_id: int | Sequence[int] | None) -> list[int]:
+def _end_tokens(model: Transformer, eos_token_id: int | Sequence[int] | None) -> list[int]:
     given = model.cfg.eos_token_id if eos_token_id is None else eos_token_id
     if given is None:
         raise ValueError("this model names no end-of-text token: pass eos_token_id, or stop_at_eos=False")

@@ -1,253 +1,28 @@
-"""A mixture-of-experts transformer with a hook point at every step.
+"""The model that users hold: a transformer, and what is done with it as a whole.
 
-Architecture: token embedding; pre-norm blocks of causal attention (rotary positions; grouped key/value heads, or latent
-attention) and a mixture of experts (softmax router, top-k SwiGLU experts, in some families shared ones) or one dense MLP; a
-final RMSNorm and an unembedding. Router, final norm, unembedding and loss are computed in float32 whatever the dtype of the
-weights, under `torch.autocast` too.
+What runs is in `hooked_moe/transformer.py`. Nothing in the package imports this module but the commands in `hooked_moe/cli/`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, TypeVar
 
 import torch
-from einops import einsum
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 
-from hooked_moe.components.block import Block
-from hooked_moe.components.norm import HookedRMSNorm, at_least_float32, without_autocast
-from hooked_moe.components.rotary import rotation
-from hooked_moe.config import HookedMoEConfig
-from hooked_moe.engine.spill import Spill
-from hooked_moe.expert_mask import ExpertMask
-from hooked_moe.hook_points import HookPoint
-from hooked_moe.hooked_module import HookedModule
-from hooked_moe.key_value_cache import KeyValueCache
-from hooked_moe.losses import loss_of
-from hooked_moe.tokenizer import Tokenizer
+from hooked_moe import generation, loading
+from hooked_moe.counterfactuals import hooked_variants
+from hooked_moe.surgery import pruning
+from hooked_moe.transformer import ReturnType, Transformer
 
-ReturnType = Literal["logits", "loss", "both"]
-_RETURN_TYPES = ("logits", "loss", "both", None)
+Model = TypeVar("Model", bound="HookedMoE")
 
 
-class LogitsAndLoss(NamedTuple):
-    logits: Float[Tensor, "batch pos d_vocab"]
-    loss: Float[Tensor, ""] | Float[Tensor, "batch pos-1"]
-
-
-class Embed(nn.Module):
-    def __init__(self, cfg: HookedMoEConfig) -> None:
-        super().__init__()
-        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
-
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        return nn.functional.embedding(tokens, self.W_E)
-
-
-class Unembed(nn.Module):
-    """`W_U` is [d_vocab, d_model], as checkpoints store it."""
-
-    def __init__(self, cfg: HookedMoEConfig) -> None:
-        super().__init__()
-        self.W_U = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
-
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        if self.W_U.dtype == x.dtype:
-            return einsum(x, self.W_U, "batch pos d_model, d_vocab d_model -> batch pos d_vocab")
-        rows = self.W_U.split(8192)  # widen half-precision weights a piece at a time, never the whole matrix
-        logits = [einsum(x, w.to(x.dtype), "batch pos d, vocab d -> batch pos vocab") for w in rows]
-        return torch.cat(logits, dim=-1) if len(logits) > 1 else logits[0]
-
-
-class HookedMoE(HookedModule):
+class HookedMoE(Transformer):
     """The model. `HookedMoE(cfg)` has random weights and trains; `HookedMoE.from_pretrained(name)` has trained ones."""
-
-    def __init__(self, cfg: HookedMoEConfig, tokenizer: Tokenizer | None = None) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.tokenizer = tokenizer
-        with torch.device(cfg.device):
-            self.embed = Embed(cfg)
-            self.hook_embed = HookPoint()
-            self.blocks = cast(Sequence[Block], nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)]))
-            self.ln_final = HookedRMSNorm(cfg.d_model, cfg.eps)
-            self.unembed = Unembed(cfg)
-        if cfg.tie_word_embeddings:
-            self.unembed.W_U = self.embed.W_E
-        self.to(cfg.dtype)
-        self.name_hook_points()
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Normal matrices of standard deviation `initializer_range`, norms at one, biases at zero, as transformers has them."""
-        for name, parameter in self.named_parameters():
-            leaf = name.rsplit(".", 1)[-1]
-            if leaf == "w":
-                parameter.fill_(1.0)
-            elif leaf.startswith("b_"):
-                parameter.zero_()
-            elif parameter.device.type != "meta":
-                parameter.normal_(0.0, self.cfg.initializer_range)
-
-    def forward(
-        self,
-        input: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"] | str | list[str],
-        return_type: ReturnType | None = "logits",
-        *,
-        loss_per_token: bool = False,
-        attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
-        expert_mask: ExpertMask | None = None,
-        start_at_layer: int | None = None,
-        stop_at_layer: int | None = None,
-        tokens: Int[Tensor, "batch pos"] | None = None,
-        past_kv_cache: KeyValueCache | None = None,
-    ) -> Any:
-        """Logits [batch, pos, d_vocab], the next-token loss, both, or None.
-
-        `attention_mask` is 1 at real tokens and 0 at padding, on either side. `start_at_layer=l` takes the residual stream
-        before block l instead of tokens (then a loss needs `tokens` too); `stop_at_layer=l` returns the residual stream before
-        block l. The loss is the mean over all real next tokens, or [batch, pos-1] with `loss_per_token` (nan at padding).
-        With a `past_kv_cache`, the tokens continue those it has seen, and are added to it: `pos` counts the new ones only, in
-        hooks too.
-        Raises `ValueError` for what cannot be run: token ids outside the vocabulary, layers that do not exist, wrong shapes.
-        """
-        if return_type not in _RETURN_TYPES:
-            raise ValueError(f"return_type must be one of {_RETURN_TYPES}, not {return_type!r}")
-        start = self._layer_bound("start_at_layer", start_at_layer, default=0)
-        stop = self._layer_bound("stop_at_layer", stop_at_layer, default=self.cfg.n_layers)
-        if start > stop:
-            raise ValueError(f"start_at_layer={start_at_layer} is after stop_at_layer={stop_at_layer}: there is no block to run")
-        if start_at_layer is None:
-            if tokens is not None:
-                raise ValueError("tokens= goes with start_at_layer, where the input is a residual stream")
-            tokens, attention_mask = self.as_tokens(input, attention_mask)
-            resid = self.hook_embed(self.embed(tokens))
-        else:
-            resid = self._as_residual(input)
-            if tokens is not None:
-                tokens, _ = self.as_tokens(tokens)
-                if tokens.shape != resid.shape[:2]:
-                    raise ValueError(f"tokens has shape {list(tokens.shape)}; the residual stream is of {list(resid.shape[:2])}")
-            attention_mask = self._as_mask(attention_mask, *resid.shape[:2])
-        batch, pos = resid.shape[:2]
-        before = 0 if past_kv_cache is None else past_kv_cache.length
-        if past_kv_cache is not None:
-            new = torch.ones(batch, pos, dtype=torch.bool, device=resid.device) if attention_mask is None else attention_mask
-            attention_mask = past_kv_cache.extend_mask(new)
-        positions, visible = self._positions(batch, pos, before, attention_mask)
-        rotate = rotation(positions, self.cfg)
-        if expert_mask is not None:
-            if not isinstance(expert_mask, ExpertMask):
-                raise TypeError(
-                    f"expert_mask must be an ExpertMask, as ExpertMask({{layer: keep}}), not {type(expert_mask).__name__}"
-                )
-            expert_mask.check_layers(self.cfg)
-        width = (past_kv_cache and past_kv_cache.width) or before + pos
-
-        for layer in range(start, stop):
-            mask = None
-            if expert_mask is not None:
-                mask = expert_mask.for_layer(layer, (batch, width, self.cfg.experts_in(layer)), resid.device)
-            if mask is not None and width > pos:
-                mask = mask.part(slice(before, before + pos))
-            past = None if past_kv_cache is None else past_kv_cache.layers[layer]
-            resid = self.blocks[layer](resid, rotate, visible, mask, past)
-
-        if stop_at_layer is not None:
-            return resid
-        logits = self.logits(resid)
-        if return_type == "logits" or return_type is None:
-            return logits if return_type else None
-        if tokens is None:
-            raise ValueError("a loss from a residual stream needs the tokens too: pass tokens=[batch, pos]")
-        loss = loss_of(logits, tokens, None if attention_mask is None else attention_mask[:, before:], loss_per_token)
-        return LogitsAndLoss(logits, loss) if return_type == "both" else loss
-
-    @without_autocast()
-    def logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """Final norm and unembedding of a residual stream, in float32 or wider."""
-        return self.unembed(self.ln_final(at_least_float32(resid)))
-
-    def _positions(
-        self, batch: int, pos: int, before: int, attention_mask: Tensor | None
-    ) -> tuple[Int[Tensor, "#batch pos"], Bool[Tensor, "batch 1 query key"] | None]:
-        """The position of every token, counted from the first real one, and the keys that every query may see.
-
-        `attention_mask` is of all tokens: `before` earlier ones and `pos` new ones. None for the keys means all up to its own.
-        """
-        everything = attention_mask is None or bool(attention_mask.all())
-        if everything and not before:
-            return torch.arange(pos, device=self.cfg.device)[None], None
-        length = before + pos
-        keys = torch.arange(length, device=self.cfg.device)
-        queries = keys[before:, None]
-        if everything or attention_mask is None:
-            return queries.T, (keys <= queries).expand(batch, 1, pos, length)
-        own = keys == queries  # padding sees itself, so that no row is empty
-        visible = ((keys <= queries) & attention_mask[:, None, None, :]) | own
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, before:], visible
-
-    def _as_mask(self, attention_mask: Any, batch: int, pos: int) -> Bool[Tensor, "batch pos"] | None:
-        if attention_mask is None:
-            return None
-        mask = torch.as_tensor(attention_mask, device=self.cfg.device)
-        if mask.shape != (batch, pos):
-            raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected {[batch, pos]}")
-        return mask.bool()
-
-    def _layer_bound(self, name: str, layer: int | None, default: int) -> int:
-        if layer is None:
-            return default
-        bound = layer + self.cfg.n_layers if layer < 0 else layer
-        if not 0 <= bound <= self.cfg.n_layers:
-            raise ValueError(f"{name}={layer} is out of range: the model has layers 0 to {self.cfg.n_layers - 1}")
-        return bound
-
-    def as_tokens(self, input: Any, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Token ids and attention mask of what `forward` accepts; `ValueError` says what is wrong with anything else."""
-        if isinstance(input, str) or (isinstance(input, list) and all(isinstance(text, str) for text in input)):
-            if attention_mask is not None:
-                raise ValueError("attention_mask goes with tokens; texts are padded and masked by the model itself")
-            return self.require_tokenizer().pad([input] if isinstance(input, str) else input, self.cfg.device)
-        if not isinstance(input, Tensor) or input.dim() != 2 or input.is_floating_point() or input.dtype == torch.bool:
-            got = f"{input.dtype} {list(input.shape)}" if isinstance(input, Tensor) else type(input).__name__
-            raise ValueError(f"expected token ids as an integer tensor [batch, pos], or text, not {got}")
-        if input.shape[1] == 0 or input.shape[0] == 0:
-            raise ValueError(f"no tokens: the input has shape {list(input.shape)}")
-        low, high = int(input.min()), int(input.max())
-        if low < 0 or high >= self.cfg.d_vocab:
-            raise ValueError(
-                f"token id {low if low < 0 else high} is out of range: {self.cfg.model_name} has ids 0 to {self.cfg.d_vocab - 1}"
-            )
-        return input.to(self.cfg.device, torch.long), self._as_mask(attention_mask, *input.shape)
-
-    def _as_residual(self, input: Any) -> Tensor:
-        if not isinstance(input, Tensor) or input.dim() != 3 or input.shape[-1] != self.cfg.d_model:
-            got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
-            raise ValueError(f"start_at_layer takes a residual stream [batch, pos, d_model={self.cfg.d_model}], not {got}")
-        return input.to(self.cfg.device, self.cfg.dtype)
-
-    @property
-    def spill(self) -> Spill | None:
-        """Of a streamed model: where residual streams wait between layers. None for a model that is wholly in memory."""
-        return getattr(self.blocks, "spill", None)
-
-    def require_weights(self, purpose: str) -> None:
-        """Raise `ValueError` if weights are streamed: then only one block's are in memory."""
-        if self.spill is not None:
-            raise ValueError(f"{purpose} needs all weights in memory, and this model streams them: load it without stream=True")
-
-    def _apply(self, fn: Any, recurse: bool = True) -> HookedMoE:
-        self.require_weights("changing dtype or device")
-        super()._apply(fn, recurse)
-        weight = self.embed.W_E
-        if (weight.device, weight.dtype) != (self.cfg.device, self.cfg.dtype):
-            self.cfg = self.cfg.replace(device=weight.device, dtype=weight.dtype)
-        return self
 
     def run_variants(
         self,
@@ -265,15 +40,13 @@ class HookedMoE(HookedModule):
         ("4GB"): edits go in as many groups as that takes. Equal to serial runs up to rounding. Raises `ValueError` for a budget
         too small for one variant, and while other hooks are attached.
         """
-        from hooked_moe import variants
-
-        return variants.run_variants(self, tokens, edits, return_type, **options)
+        return hooked_variants.run_variants(self, tokens, edits, return_type, **options)
 
     # Loading and saving
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         name: str | PathLike[str],
         *,
         dtype: torch.dtype = torch.float32,
@@ -282,14 +55,13 @@ class HookedMoE(HookedModule):
         cache_dir: str | PathLike[str] | None = None,
         local_files_only: bool = False,
         stream: bool = False,
-    ) -> HookedMoE:
+    ) -> Model:
         """A trained model by short name ("olmoe", "tiny-olmoe"), hub id, or local directory in HuggingFace layout.
 
         See `hooked_moe.loading.from_pretrained` for what is read, and the errors raised.
         """
-        from hooked_moe import loading
-
         return loading.from_pretrained(
+            cls,
             name,
             dtype=dtype,
             device=device,
@@ -301,17 +73,13 @@ class HookedMoE(HookedModule):
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
         """Write config, weights and tokenizer in HuggingFace layout: transformers loads them, and so does `from_pretrained`."""
-        from hooked_moe import loading
-
         loading.save_pretrained(self, path)
 
     def remove_experts(self, experts: Mapping[int, Iterable[int]]) -> dict[int, list[int]]:
         """Remove routed experts, {layer: [expert, ...]}, and their router rows for good: for saving a pruned model.
 
-        See `hooked_moe.pruning.remove_experts`. To remove experts for one forward pass, use an `ExpertMask`.
+        See `hooked_moe.surgery.pruning.remove_experts`. To remove experts for one forward pass, use an `ExpertMask`.
         """
-        from hooked_moe import pruning
-
         return pruning.remove_experts(self, experts)
 
     # Text
@@ -330,15 +98,7 @@ class HookedMoE(HookedModule):
         Hooks are active. With the cache, they see the prompt at once and then each new token alone (pos = 1); without it, all
         tokens so far at every step. Raises `ValueError` for options out of range and rows that end in padding.
         """
-        from hooked_moe import generation
-
         return generation.generate(self, input, max_new_tokens, **options)
-
-    def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer; `ValueError` if there is none."""
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: pass token ids, or set model.tokenizer = Tokenizer.from_file(...)")
-        return self.tokenizer
 
     def to_tokens(self, text: str | list[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
         """Token ids; several texts are padded on the right. `prepend_bos=None` does as the model's family does.

@@ -20,7 +20,7 @@ from transformers import OlmoeForCausalLM
 from hooked_moe import ActivationCache, ExpertMask, HookedMoE, HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
 from tests.conftest import EVERY_ARCHITECTURE, swiglu
-from tests.hf_models import random_tokens, save, tiny_olmoe
+from tests.support.hf_models import random_tokens, save, tiny_olmoe
 
 N_EXPERTS, K, POS = 10, 3, 12
 EVERY_REMOVAL = pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])

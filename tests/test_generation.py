@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hooked_moe import ExpertMask, HookedMoE
+from hooked_moe.components.key_value_cache import KeyValueCache
 from hooked_moe.generation import _choose
-from hooked_moe.key_value_cache import KeyValueCache
 from tests.conftest import random_model
-from tests.hf_models import random_tokens, save, tiny_olmoe
+from tests.support.hf_models import random_tokens, save, tiny_olmoe
 
 GREEDY: dict[str, Any] = {"do_sample": False, "stop_at_eos": False, "verbose": False}
 

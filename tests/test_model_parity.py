@@ -26,8 +26,8 @@ from hooked_moe.components.moe import MoE
 from hooked_moe.components.norm import RMSNorm
 from hooked_moe.components.router import Router
 from hooked_moe.config import YarnScaling
-from hooked_moe.hook_points import declared_names
-from tests.hf_models import CASES, FAMILIES, Pair, hf_activations, pair_of, random_tokens, reference, routing_of
+from hooked_moe.hooks.hook_table import declared_names
+from tests.support.hf_models import CASES, FAMILIES, Pair, hf_activations, pair_of, random_tokens, reference, routing_of
 from weights_conversion import CONVERSIONS
 from weights_conversion.weight_map import slots_by_parameter
 

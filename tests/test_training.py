@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments import train_tiny
-from experiments.model_card import DISCOUNT, NGramModel
+from experiments.support.model_card import DISCOUNT, NGramModel
 from experiments.train_tiny import ARCHITECTURES, Recipe, RouterLosses, batches, new_model, train
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.corpus import load_corpus

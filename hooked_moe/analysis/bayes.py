@@ -13,10 +13,10 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 
 from hooked_moe import statistics
+from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.analysis.rankings import RANKINGS, Scores, family_of
-from hooked_moe.criteria import CRITERIA
-from hooked_moe.effect_grid import EffectGrid
 from hooked_moe.statistics import DegenerateSample
+from hooked_moe.tables.effect_grid import EffectGrid
 
 MAXIMUM_ORDERS = 1 << 14
 """Orders (positions x layers) that the models are fitted to; of a longer corpus every n-th position is taken."""

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
-from hooked_moe.accumulators.survey import Survey
+from hooked_moe.analysis.accumulators.survey import Survey
+from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.analysis.rankings import ORACLE, criterion_values, family_of, is_measured
-from hooked_moe.criteria import CRITERIA
-from hooked_moe.effect_grid import Source
 from hooked_moe.statistics import DegenerateSample, StaticShare
+from hooked_moe.tables.effect_grid import Source
 
 
 def ceiling_table(survey: Survey, criteria: Source) -> pa.Table:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from hooked_moe import statistics
-from hooked_moe.accumulators.contrasts import ContrastSums, Picked
+from hooked_moe.analysis.accumulators.contrasts import ContrastSums, Picked
 from hooked_moe.analysis.cell import Cell
 from hooked_moe.analysis.rankings import corrected_together
 

@@ -23,12 +23,12 @@ import pyarrow as pa
 from jaxtyping import Int
 
 from hooked_moe import statistics
-from hooked_moe.accumulators.contrasts import ContrastAccumulator
-from hooked_moe.accumulators.survey import Survey
+from hooked_moe.analysis.accumulators.contrasts import ContrastAccumulator
+from hooked_moe.analysis.accumulators.survey import Survey
 from hooked_moe.analysis.cell import EQUIVALENCE_BOUND, Cell, cells_from_table, cells_table, refused_cell
 from hooked_moe.analysis.cell_tests import document_cell, sample_cell, with_corrections, with_sign_flips, with_spearman
 from hooked_moe.analysis.rankings import CONTROL, RANKINGS, TOKEN_LADDER, Scores, corrected_together, criterion_values
-from hooked_moe.effect_grid import EFFECT_VALUES, EffectGrid, Source, effect_chunks
+from hooked_moe.tables.effect_grid import EFFECT_VALUES, EffectGrid, Source, effect_chunks
 
 __all__ = [
     "AUDIT_COLUMNS",

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
-from hooked_moe.effect_grid import effect_chunks
+from hooked_moe.tables.effect_grid import effect_chunks
 
 
 def weight_ratio_correlations(

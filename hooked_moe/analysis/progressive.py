@@ -8,8 +8,8 @@ import pyarrow as pa
 import scipy.special
 from jaxtyping import Float, Int
 
-from hooked_moe.accumulators.histogram import Histogram
-from hooked_moe.accumulators.rows import row_batches
+from hooked_moe.analysis.accumulators.histogram import Histogram
+from hooked_moe.analysis.accumulators.rows import row_batches
 from hooked_moe.analysis.summaries import mean_intervals
 from hooked_moe.statistics import MINIMUM_PAIRS
 

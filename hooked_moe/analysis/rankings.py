@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from hooked_moe.criteria import CRITERIA
-from hooked_moe.effect_grid import EffectGrid, Source
+from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.statistics import DegenerateSample, StaticCeiling
+from hooked_moe.tables.effect_grid import EffectGrid, Source
 
 Family = Literal["paper", "extended", "token", "oracle"]
 FAMILIES: tuple[Family, ...] = get_args(Family)

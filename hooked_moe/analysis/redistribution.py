@@ -11,7 +11,7 @@ import pyarrow as pa
 import scipy.stats
 from jaxtyping import Float, Int
 
-from hooked_moe.effect_grid import EffectGrid
+from hooked_moe.tables.effect_grid import EffectGrid
 
 TOKENS_PER_EXPERT = 4096
 """Correlated at most, of an expert in a layer: of more, every n-th is taken. The error of a correlation is then 0.016."""

@@ -23,18 +23,18 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from hooked_moe.accumulators.expert_statistics import ExpertAccumulator, ExpertStatistics
-from hooked_moe.accumulators.survey import Survey
+from hooked_moe.analysis.accumulators.expert_statistics import ExpertAccumulator, ExpertStatistics
+from hooked_moe.analysis.accumulators.survey import Survey
 from hooked_moe.analysis.bayes import ChoiceData
 from hooked_moe.analysis.ceilings import ceiling_table
 from hooked_moe.analysis.cells import AUDIT_COLUMNS, Cell, CellAudit, cells_table, chosen_layers
+from hooked_moe.analysis.criteria import criteria_table
 from hooked_moe.analysis.progressive import progressive_table
 from hooked_moe.analysis.rankings import Scores
 from hooked_moe.analysis.redistribution import Redistribution, layer_redistribution
 from hooked_moe.analysis.summaries import DomainSummary, ExpertEffectSummary, LayerSummary, ScopeSummary, SlotSummary
-from hooked_moe.criteria import criteria_table
-from hooked_moe.effect_grid import EffectGrid, effect_chunks
 from hooked_moe.tables import required_file, write_csv_atomic, write_json_atomic, write_parquet_atomic
+from hooked_moe.tables.effect_grid import EffectGrid, effect_chunks
 
 _COLUMNS = (*AUDIT_COLUMNS, "rest_cosine", "rest_norm")
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from hooked_moe.accumulators.documents import Documents, sums_from
-from hooked_moe.accumulators.histogram import Histogram
-from hooked_moe.accumulators.rows import row_batches
-from hooked_moe.effect_grid import EffectGrid
+from hooked_moe.analysis.accumulators.documents import Documents, sums_from
+from hooked_moe.analysis.accumulators.histogram import Histogram
+from hooked_moe.analysis.accumulators.rows import row_batches
 from hooked_moe.statistics import MINIMUM_PAIRS, DegenerateSample, cluster_bootstrap, clustered_dz_from_sums
+from hooked_moe.tables.effect_grid import EffectGrid
 
 LAYER_COLUMNS = {
     "layer": ("index", "transformer block, counted from 0"),

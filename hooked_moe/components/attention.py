@@ -11,11 +11,11 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hooked_moe.components.norm import at_least_float32
+from hooked_moe.components.key_value_cache import LayerCache
+from hooked_moe.components.precision import at_least_float32
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.hook_points import HookPoint, keep_unedited_bits
-from hooked_moe.key_value_cache import LayerCache
+from hooked_moe.hooks.hook_point import HookPoint, keep_unedited_bits
 
 
 class QueriesKeysValues(NamedTuple):

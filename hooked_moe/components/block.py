@@ -5,14 +5,14 @@ from torch import Tensor, nn
 
 from hooked_moe.components.gated_mlp import GatedMLP
 from hooked_moe.components.grouped_query_attention import GroupedQueryAttention
+from hooked_moe.components.key_value_cache import LayerCache
 from hooked_moe.components.latent_attention import LatentAttention
 from hooked_moe.components.moe import MoE
 from hooked_moe.components.norm import HookedRMSNorm
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
-from hooked_moe.hook_points import HookPoint
-from hooked_moe.key_value_cache import LayerCache
+from hooked_moe.hooks.hook_point import HookPoint
 
 
 class Block(nn.Module):

@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.hook_points import HookPoint
-from hooked_moe.kernels.expert_mlp import Blocks, blocks_of, expert_mlp, product_by_block, runs_by_block, swiglu_by_block
-from hooked_moe.kernels.grouped_matmul import grouped_matmul
+from hooked_moe.hooks.hook_point import HookPoint
+from hooked_moe.kernels.cpu.expert_mlp import Blocks, blocks_of, expert_mlp, product_by_block, runs_by_block, swiglu_by_block
+from hooked_moe.kernels.cpu.grouped_matmul import grouped_matmul
+from hooked_moe.kernels.cpu.scratch import Scratch
 from hooked_moe.kernels.routing import group_by_expert
-from hooked_moe.kernels.scratch import Scratch
 from hooked_moe.kernels.swiglu import gather_rows, swiglu
 
 

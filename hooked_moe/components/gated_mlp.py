@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_moe.hook_points import HookPoint
+from hooked_moe.hooks.hook_point import HookPoint
 
 
 class GatedMLP(nn.Module):

@@ -10,7 +10,7 @@ from hooked_moe.components.attention import Attention, QueriesKeysValues, projec
 from hooked_moe.components.norm import RMSNorm
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.hook_points import HookPoint
+from hooked_moe.hooks.hook_point import HookPoint
 
 
 class GroupedQueryAttention(Attention):

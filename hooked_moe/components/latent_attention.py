@@ -11,7 +11,7 @@ from hooked_moe.components.attention import Attention, QueriesKeysValues, projec
 from hooked_moe.components.norm import RMSNorm
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.hook_points import HookPoint
+from hooked_moe.hooks.hook_point import HookPoint
 
 LATENT_EPS = 1e-6
 """Of the norms of latents, whatever that of the other norms (transformers' DeepseekV2RMSNorm default)."""

@@ -15,9 +15,9 @@ from hooked_moe.components.gated_mlp import GatedMLP
 from hooked_moe.components.router import Router
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
-from hooked_moe.hook_points import HookPoint
+from hooked_moe.hooks.hook_point import HookPoint
+from hooked_moe.kernels.cpu.scratch import Scratch
 from hooked_moe.kernels.dispatch import by_operator
-from hooked_moe.kernels.scratch import Scratch
 from hooked_moe.kernels.weighted_sum import masked_combine, weighted_sum
 
 

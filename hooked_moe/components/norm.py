@@ -1,29 +1,14 @@
-from __future__ import annotations
+"""RMS norms."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_moe.hook_points import HookPoint, keep_unedited_bits
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half-precision values in float32; wider ones as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Products in the dtypes that they are written in, also where the caller has torch choose narrower ones."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+from hooked_moe.components.precision import at_least_float32
+from hooked_moe.hooks.hook_point import HookPoint, keep_unedited_bits
 
 
 class RMSNorm(nn.Module):

@@ -7,7 +7,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooked_moe.components.norm import at_least_float32, without_autocast
+from hooked_moe.components.precision import at_least_float32, without_autocast
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.kernels.routing import Rule, route
 

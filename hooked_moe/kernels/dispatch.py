@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hooked_moe.kernels import nvrtc
+from hooked_moe.kernels.cuda import nvrtc
 
 Choice = Literal["auto", "cuda", "off", "reference"]
 VARIABLE = "HOOKED_MOE_KERNELS"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_moe.kernels.cuda.launches import Unsupported
 from hooked_moe.kernels.dispatch import by_definition, warn_once
-from hooked_moe.kernels.launches import Unsupported
 
 NAMESPACE = "hooked_moe"
 

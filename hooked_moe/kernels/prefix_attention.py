@@ -12,7 +12,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.kernels import launches, nvrtc
+from hooked_moe.kernels.cuda import launches, nvrtc
 from hooked_moe.kernels.dispatch import by_operator
 from hooked_moe.kernels.operators import operator
 

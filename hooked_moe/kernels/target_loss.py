@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.kernels import launches, nvrtc
+from hooked_moe.kernels.cuda import launches, nvrtc
 from hooked_moe.kernels.dispatch import by_operator
 from hooked_moe.kernels.operators import operator
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,16 @@ from hooked_moe.loading.checkpoint import DTYPES, Checkpoint, all_finite, read_j
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.registry import locate
 from hooked_moe.loading.streaming import StreamedBlocks
-from hooked_moe.model import HookedMoE
 from hooked_moe.tokenizer import Tokenizer
+from hooked_moe.transformer import Transformer
 from weights_conversion import CheckpointError, Conversion, HFConfig, abbreviated, conversion_for
 from weights_conversion.weight_map import Slot, slots_by_parameter
 
+Model = TypeVar("Model", bound=Transformer)
+
 
 def from_pretrained(
+    model_class: type[Model],
     name: str | PathLike[str],
     *,
     dtype: torch.dtype = torch.float32,
@@ -33,8 +36,10 @@ def from_pretrained(
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
     stream: bool = False,
-) -> HookedMoE:
+) -> Model:
     """A trained model by short name, name of a shipped model, local directory, or hub id: the first that `name` is.
+
+    `HookedMoE.from_pretrained(name)` is this with the class that it is called on.
 
     Weights are converted to `dtype` and put on `device` (None: the CPU) one tensor at a time: memory peaks at the model plus one
     tensor. `revision` (branch, tag or commit), `cache_dir` and `local_files_only` are for the hub; `model.cfg.revision` is the
@@ -60,7 +65,7 @@ def from_pretrained(
 
     conversion, cfg = read_config(directory / "config.json")
     cfg = cfg.replace(model_name=location.model_name, revision=commit, dtype=dtype)
-    model = HookedMoE(cfg.replace(device=torch.device("meta")), read_tokenizer(directory, cfg))
+    model = model_class(cfg.replace(device=torch.device("meta")), read_tokenizer(directory, cfg))
     checkpoint = Checkpoint(directory)
     plan = plan_copies(model, conversion, checkpoint)
     target = torch.device(device) if device is not None else torch.device("cpu")
@@ -106,7 +111,7 @@ class CopyPlan:
     repeated: dict[str, Slot]
 
 
-def plan_copies(model: HookedMoE, conversion: Conversion, checkpoint: Checkpoint) -> CopyPlan:
+def plan_copies(model: Transformer, conversion: Conversion, checkpoint: Checkpoint) -> CopyPlan:
     """Match a checkpoint with a model, from names and shapes alone; a `CheckpointError` lists all that does not fit."""
     own = dict(model.named_parameters())
     every = dict(model.named_parameters(remove_duplicate=False))
@@ -141,7 +146,7 @@ def plan_copies(model: HookedMoE, conversion: Conversion, checkpoint: Checkpoint
     return CopyPlan(copied, repeated)
 
 
-def allocate(model: HookedMoE, device: torch.device) -> None:
+def allocate(model: Transformer, device: torch.device) -> None:
     """Give a model on the meta device memory of its own, not yet filled."""
     # `model.to_empty` would do, but for the half second and 40 MB of its detour through torch's symbolic shapes.
     model._apply(lambda parameter: torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
@@ -150,7 +155,7 @@ def allocate(model: HookedMoE, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def copy_weights(model: HookedMoE, checkpoint: Checkpoint, plan: CopyPlan) -> None:
+def copy_weights(model: Transformer, checkpoint: Checkpoint, plan: CopyPlan) -> None:
     """Fill the parameters. Raises `CheckpointError` if a repeated copy of a tied weight differs from the first."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     places = {name: slot.of(parameters[slot.parameter].detach()) for name, slot in plan.copied.items()}

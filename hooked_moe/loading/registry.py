@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from hooked_moe.hook_points import unknown_name
+from hooked_moe.checks import unknown_name
 
 SHIPPED = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe")
 """Models that come with the package, under `hooked_moe/pretrained/<name>/`."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.loading.checkpoint import INDEX_FILE, SINGLE_FILE
-from hooked_moe.model import HookedMoE
 from hooked_moe.tokenizer import Tokenizer
+from hooked_moe.transformer import Transformer
 from weights_conversion import conversion_for
 from weights_conversion.weight_map import slots_by_parameter
 
@@ -27,7 +27,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 _TEMPORARY = ".tmp"
 
 
-def save_pretrained(model: HookedMoE, path: str | PathLike[str]) -> None:
+def save_pretrained(model: Transformer, path: str | PathLike[str]) -> None:
     """Write config.json, the weights as safetensors in the model's dtype, and the tokenizer if there is one.
 
     transformers loads the directory, and `from_pretrained` restores the same bits. Every file is written under a temporary name

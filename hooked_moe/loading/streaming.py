@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hooked_moe.components.block import Block
-from hooked_moe.engine.spill import Spill
 from hooked_moe.loading.checkpoint import Checkpoint, all_finite
+from hooked_moe.loading.spill import Spill
 from weights_conversion.weight_map import Slot
 
 WAITING_BYTES = 1 << 30

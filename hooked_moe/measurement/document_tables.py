@@ -15,17 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_moe.attribution import first_order_effects
 from hooked_moe.corpus import Window
-from hooked_moe.counterfactuals import (
+from hooked_moe.counterfactuals.engine.fan_out import Steps
+from hooked_moe.counterfactuals.first_order import first_order_effects
+from hooked_moe.counterfactuals.questions import (
     Order,
     Scope,
     expert_effects_steps,
     expert_observations_steps,
     progressive_effects_steps,
 )
-from hooked_moe.effects import ExpertEffects
-from hooked_moe.engine.fan_out import Steps
+from hooked_moe.counterfactuals.results import ExpertEffects
 from hooked_moe.expert_mask import Removal
 from hooked_moe.measurement.window_rows import (
     Batch,
@@ -36,8 +36,8 @@ from hooked_moe.measurement.window_rows import (
     routing_rows,
     token_rows,
 )
-from hooked_moe.model import HookedMoE
 from hooked_moe.tables import EFFECTS, EFFECTS_SEQUENCE, PROGRESSIVE, ROUTING, TOKENS
+from hooked_moe.transformer import Transformer
 
 WINDOWS_AT_ONCE = 4
 
@@ -68,7 +68,7 @@ class Wanted:
 
 
 def measure_document(
-    model: HookedMoE, windows: list[Window], first: int, wanted: Wanted, budget: int | None
+    model: Transformer, windows: list[Window], first: int, wanted: Wanted, budget: int | None
 ) -> Steps[dict[str, pa.Table]]:
     """Every table of one document, in the order of its positions. `first` is where a window's own tokens begin."""
     rows_of = {"position": _position_rows, "sequence": _sequence_rows, "progressive": _progressive_rows}[wanted.part]
@@ -92,7 +92,7 @@ def _equal_lengths(windows: list[Window]) -> Iterator[list[int]]:
             yield numbers[start : start + WINDOWS_AT_ONCE]
 
 
-def _effects(model: HookedMoE, batch: Batch, wanted: Wanted, scope: Scope, budget: int | None) -> Steps[ExpertEffects]:
+def _effects(model: Transformer, batch: Batch, wanted: Wanted, scope: Scope, budget: int | None) -> Steps[ExpertEffects]:
     asked = batch.asked(wanted.positions)
     if asked is not None and not asked.any():
         return (yield from expert_observations_steps(model, batch.tokens(), wanted.layers))
@@ -101,7 +101,7 @@ def _effects(model: HookedMoE, batch: Batch, wanted: Wanted, scope: Scope, budge
     )
 
 
-def _position_rows(model: HookedMoE, batch: Batch, wanted: Wanted, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
+def _position_rows(model: Transformer, batch: Batch, wanted: Wanted, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
     effects = yield from _effects(model, batch, wanted, "position", budget)
     first_order = _first_order(model, batch, effects, budget) if wanted.first_order else None
     rows = range(len(batch.numbers))
@@ -112,12 +112,12 @@ def _position_rows(model: HookedMoE, batch: Batch, wanted: Wanted, budget: int |
     }
 
 
-def _sequence_rows(model: HookedMoE, batch: Batch, wanted: Wanted, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
+def _sequence_rows(model: Transformer, batch: Batch, wanted: Wanted, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
     effects = yield from _effects(model, batch, wanted, "sequence", budget)
     return {"effects_sequence": [effect_rows(batch, row, effects, EFFECTS_SEQUENCE) for row in range(len(batch.numbers))]}
 
 
-def _progressive_rows(model: HookedMoE, batch: Batch, wanted: Wanted, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
+def _progressive_rows(model: Transformer, batch: Batch, wanted: Wanted, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
     asked = batch.asked(wanted.positions)
     if asked is not None and not asked.any():
         return {"progressive": [PROGRESSIVE.empty_table() for _ in batch.numbers]}
@@ -138,7 +138,7 @@ def _progressive_rows(model: HookedMoE, batch: Batch, wanted: Wanted, budget: in
 
 
 def _first_order(
-    model: HookedMoE, batch: Batch, effects: ExpertEffects, budget: int | None
+    model: Transformer, batch: Batch, effects: ExpertEffects, budget: int | None
 ) -> Float[Tensor, "layer batch pos slot"]:
     """Where effects were measured; nan elsewhere."""
     missing = torch.full_like(effects.delta_loss, float("nan"))

@@ -9,12 +9,12 @@ import pyarrow as pa
 import torch
 
 from hooked_moe.components.moe import MoE
-from hooked_moe.model import HookedMoE
 from hooked_moe.tables import EXPERT_WEIGHTS
+from hooked_moe.transformer import Transformer
 
 
 @torch.inference_mode()
-def expert_weights(model: HookedMoE, layers: Sequence[int]) -> pa.Table:
+def expert_weights(model: Transformer, layers: Sequence[int]) -> pa.Table:
     """Norms of every routed expert's router row and matrices, as in `tables.EXPERT_WEIGHTS`, in float64.
 
     An expert's three matrices (gate, up and down projection) count as one vector of weights.

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-import hooked_moe
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.model import HookedMoE
+from hooked_moe.transformer import Transformer
+from hooked_moe.version import __version__
 
 _PACKAGES = ("torch", "numpy", "scipy", "pyarrow", "tokenizers", "safetensors")
 
 
-def weights_sha256(model: HookedMoE) -> str:
+def weights_sha256(model: Transformer) -> str:
     """SHA-256 over every parameter's name, dtype, shape and bytes, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(name for name, _ in model.named_parameters()):
@@ -32,7 +32,7 @@ def weights_sha256(model: HookedMoE) -> str:
 def versions() -> dict[str, str]:
     """Of this package, of Python and of what computes the numbers."""
     found = {package: metadata.version(package) for package in _PACKAGES}
-    return {"hooked_moe": hooked_moe.__version__, "python": platform.python_version(), **found}
+    return {"hooked_moe": __version__, "python": platform.python_version(), **found}
 
 
 def config_values(cfg: HookedMoEConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from hooked_moe.counterfactuals import Order, Scope
+from hooked_moe.counterfactuals.questions import Order, Scope
 from hooked_moe.expert_mask import Removal, check_removal
 from hooked_moe.measurement.document_tables import TABLES, Part, Wanted
 from hooked_moe.measurement.expert_weights import expert_weights
@@ -35,15 +35,15 @@ from hooked_moe.measurement.shards import measure_part, remove_shards
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.measurement.verification import EXACTNESS, MINIMUM_TOKENS, noise_floor, verify
 from hooked_moe.measurement.window_rows import Positions
-from hooked_moe.model import HookedMoE
 from hooked_moe.tables import write_json_atomic, write_parquet_atomic
+from hooked_moe.transformer import Transformer
 
 ORDERS: tuple[Order, ...] = ("descending", "ascending", "random")
 _SCOPES: dict[Part, Scope] = {"position": "position", "sequence": "sequence", "progressive": "position"}
 
 
 def open_measurement(
-    model: HookedMoE,
+    model: Transformer,
     tokenized: TokenizedCorpus,
     layers: Sequence[int] | None = None,
     removal: Removal = "zero",
@@ -78,7 +78,7 @@ class Run:
     def __init__(
         self,
         directory: Path,
-        model: HookedMoE,
+        model: Transformer,
         tokenized: TokenizedCorpus,
         layers: tuple[int, ...],
         removal: Removal,
@@ -137,7 +137,7 @@ class Run:
             self._remove_shards(part)
             return
         wanted = self._with_measured(wanted)
-        if wanted.first_order and self.model.spill is not None:
+        if wanted.first_order and self.model.streams:
             raise ValueError(
                 f"part {part!r} of {self.directory} has first-order effects, and to measure more of them takes all weights in "
                 "memory: open the model without stream=True, or give another name to the run"
@@ -183,7 +183,7 @@ class Run:
                 )
             chosen = None if len(chosen) == len(valid) else chosen
         if part != "progressive":
-            first_order = part == "position" and self.model.spill is None
+            first_order = part == "position" and not self.model.streams
             return Wanted(part, self.layers, self.removal, chosen, first_order=first_order)
         unknown = sorted(set(orders) - set(ORDERS))
         if unknown or not orders:
@@ -274,7 +274,7 @@ def measured_positions(effects: Path) -> Positions:
     return frozenset(found)
 
 
-def _describe(model: HookedMoE, tokenized: TokenizedCorpus, layers: tuple[int, ...], removal: Removal) -> dict[str, Any]:
+def _describe(model: Transformer, tokenized: TokenizedCorpus, layers: tuple[int, ...], removal: Removal) -> dict[str, Any]:
     """What identifies a measurement: two with the same description give the same tables."""
     corpus = tokenized.corpus
     description = {

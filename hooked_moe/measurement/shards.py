@@ -18,14 +18,15 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from hooked_moe.attribution import least_budget as least_of_gradient
-from hooked_moe.engine.fan_out import Steps, side_by_side
-from hooked_moe.engine.memory import demand_of, parse_bytes, variant_bytes
-from hooked_moe.engine.requests import complete
+from hooked_moe.counterfactuals.engine.fan_out import Steps, side_by_side
+from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
+from hooked_moe.counterfactuals.engine.requests import complete
+from hooked_moe.counterfactuals.first_order import least_budget as least_of_gradient
+from hooked_moe.loading.spill import spill_of
 from hooked_moe.measurement.document_tables import TABLES, Wanted, measure_document
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
-from hooked_moe.model import HookedMoE
 from hooked_moe.tables import atomic_path, write_parquet_atomic
+from hooked_moe.transformer import Transformer
 
 MAX_WORKERS = 4
 """Documents measured side by side, at most: where no budget is given, each has `requests.WAITING_BYTES` of its own."""
@@ -34,7 +35,7 @@ Result = TypeVar("Result")
 
 
 def measure_part(
-    model: HookedMoE,
+    model: Transformer,
     corpus: TokenizedCorpus,
     wanted: Wanted,
     shards: Path,
@@ -103,15 +104,16 @@ def _is_there(shard: Path, identity: dict[str, str]) -> bool:
     return True
 
 
-def _groups(model: HookedMoE, lengths: list[int], wanted: Wanted, pending: list[int]) -> list[list[int]]:
+def _groups(model: Transformer, lengths: list[int], wanted: Wanted, pending: list[int]) -> list[list[int]]:
     """Documents to measure together: one, where weights are in memory. Where they are streamed, as many as fit on half of the
     free disk while they wait between layers, so that each weight is read once for all of them.
     """
-    if model.spill is None:
+    spill = spill_of(model)
+    if spill is None:
         return [[index] for index in pending]
     each = model.cfg.experts_per_token if wanted.part != "sequence" else max(map(model.cfg.experts_in, wanted.layers))
     per_token = len(wanted.layers) * each * variant_bytes(model.cfg)
-    room = shutil.disk_usage(model.spill.directory or tempfile.gettempdir()).free // 2
+    room = shutil.disk_usage(spill.directory or tempfile.gettempdir()).free // 2
     groups: list[list[int]] = []
     used = room
     for index in pending:
@@ -136,7 +138,7 @@ def _together(works: list[Steps[Result]]) -> list[Result]:
 
 
 def in_parallel(
-    work: Callable[[list[int]], list[int]], groups: list[list[int]], model: HookedMoE, most: int = MAX_WORKERS
+    work: Callable[[list[int]], list[int]], groups: list[list[int]], model: Transformer, most: int = MAX_WORKERS
 ) -> Iterator[list[int]]:
     """Run `work` on each group and yield what it returns as it is done. An exception in one stops the others.
 
@@ -155,13 +157,13 @@ def in_parallel(
         torch.set_num_threads(cores)
 
 
-def _workers(model: HookedMoE, groups: int) -> int:
+def _workers(model: Transformer, groups: int) -> int:
     """How many groups are measured at once. Streamed weights are of one layer at a time, so all go through it together."""
-    alone = model.cfg.device.type != "cpu" or model.spill is not None
+    alone = model.cfg.device.type != "cpu" or model.streams
     return 1 if alone else max(1, min(torch.get_num_threads(), groups, MAX_WORKERS))
 
 
-def _least_budget(model: HookedMoE, corpus: TokenizedCorpus, wanted: Wanted) -> int:
+def _least_budget(model: Transformer, corpus: TokenizedCorpus, wanted: Wanted) -> int:
     """Bytes that one document takes at least."""
     length = min(corpus.n_ctx, max(corpus.lengths()) + 1)  # a BOS token is no document's own
     least = demand_of(model.cfg, length, at_once=length).of_one_query(model.cfg.experts_per_token)

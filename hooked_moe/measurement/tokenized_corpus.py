@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from hooked_moe.corpus import Corpus, Window, tokenize_documents
-from hooked_moe.model import HookedMoE
 from hooked_moe.tables import DOCUMENTS
 from hooked_moe.tokenizer import Tokenizer
+from hooked_moe.transformer import Transformer
 
 
 class TokenizedCorpus:
@@ -22,7 +22,7 @@ class TokenizedCorpus:
     """
 
     def __init__(
-        self, model: HookedMoE, corpus: Corpus, n_ctx: int, limit: int | None = None, prepend_bos: bool | None = None
+        self, model: Transformer, corpus: Corpus, n_ctx: int, limit: int | None = None, prepend_bos: bool | None = None
     ) -> None:
         """`limit` keeps the first so many tokens of each document, a BOS token counted. `prepend_bos` None does as the
         checkpoint's own tokenizer does.

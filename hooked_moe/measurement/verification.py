@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.counterfactuals import Scope, expert_effects
-from hooked_moe.engine.fan_out import CleanBlock, FanOut, fan_out, finish
-from hooked_moe.engine.padding import Packed, pack
+from hooked_moe.counterfactuals.engine.fan_out import CleanBlock, FanOut, fan_out, finish
+from hooked_moe.counterfactuals.engine.padding import Packed, pack
+from hooked_moe.counterfactuals.questions import Scope, expert_effects
+from hooked_moe.counterfactuals.removals import with_experts, without
 from hooked_moe.expert_mask import ExpertMask, Removal
-from hooked_moe.model import HookedMoE
-from hooked_moe.removals import with_experts, without
+from hooked_moe.transformer import Transformer
 
 MINIMUM_TOKENS = 8
 SEQUENCE_TOKENS = 64
@@ -45,7 +45,7 @@ class Check:
 
 
 def verify(
-    model: HookedMoE,
+    model: Transformer,
     tokens: Int[Tensor, "1 pos"],
     removal: Removal = "zero",
     scopes: Sequence[Scope] = ("position",),
@@ -69,7 +69,7 @@ def verify(
         ]
 
 
-def noise_floor(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> float:
+def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> float:
     """Largest "effect", in nats, of removing nothing: through the counterfactuals of every layer, in a batch, against the
     baseline of each sequence alone.
 
@@ -90,11 +90,11 @@ def noise_floor(model: HookedMoE, tokens: Int[Tensor, "batch pos"]) -> float:
     return float((together - alone)[..., :-1].abs().max())
 
 
-def _losses(model: HookedMoE, tokens: Tensor, mask: ExpertMask | None = None) -> Tensor:
+def _losses(model: Transformer, tokens: Tensor, mask: ExpertMask | None = None) -> Tensor:
     return model(tokens, return_type="loss", loss_per_token=True, expert_mask=mask)
 
 
-def _loss_matches_logits(model: HookedMoE, tokens: Tensor) -> Check:
+def _loss_matches_logits(model: Transformer, tokens: Tensor) -> Check:
     """1. The loss in use is the cross-entropy of the logits at the right token: recomputed in float64, by its definition."""
     log_probabilities = model(tokens)[0, :-1].double().log_softmax(-1)
     by_definition = -log_probabilities[torch.arange(tokens.shape[1] - 1), tokens[0, 1:]]
@@ -107,7 +107,7 @@ def _loss_matches_logits(model: HookedMoE, tokens: Tensor) -> Check:
     )
 
 
-def _no_stale_state(model: HookedMoE, tokens: Tensor) -> Check:
+def _no_stale_state(model: Transformer, tokens: Tensor) -> Check:
     """2. A removal leaves nothing behind: the loss before and after it is the same to the bit."""
     before = _losses(model, tokens)
     everything = ExpertMask({layer: torch.zeros(1, 1, 1, dtype=torch.bool) for layer in model.cfg.moe_layers})
@@ -121,14 +121,14 @@ def _no_stale_state(model: HookedMoE, tokens: Tensor) -> Check:
     )
 
 
-def _losses_differ(model: HookedMoE, tokens: Tensor) -> Check:
+def _losses_differ(model: Transformer, tokens: Tensor) -> Check:
     """3. Different positions have different losses: a loss read at the wrong place would repeat."""
     losses = _losses(model, tokens)[0]
     share = len(losses[~losses.isnan()].unique()) / len(losses)
     return Check("losses differ", share > 0.5, share, 0.5, "share of positions whose loss no other position has")
 
 
-def _inactive_expert_has_no_effect(model: HookedMoE, tokens: Tensor, generator: torch.Generator) -> Check:
+def _inactive_expert_has_no_effect(model: Transformer, tokens: Tensor, generator: torch.Generator) -> Check:
     """4. Removing an expert where it is not active changes no loss, to the bit; where it is, none before that position.
 
     Before that position, up to rounding: later tokens may be routed otherwise, and products over groups of other sizes round
@@ -153,7 +153,7 @@ def _inactive_expert_has_no_effect(model: HookedMoE, tokens: Tensor, generator: 
 
 
 def _effects_equal_full_forwards(
-    model: HookedMoE, tokens: Tensor, generator: torch.Generator, removal: Removal, scope: Scope, samples: int = 12
+    model: Transformer, tokens: Tensor, generator: torch.Generator, removal: Removal, scope: Scope, samples: int = 12
 ) -> Check:
     """5. The fast counterfactuals equal one full forward pass per removal."""
     layers = None
@@ -184,6 +184,6 @@ def _largest(values: Sequence[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).max())
 
 
-def _somewhere(model: HookedMoE, tokens: Tensor, generator: torch.Generator) -> tuple[int, int]:
+def _somewhere(model: Transformer, tokens: Tensor, generator: torch.Generator) -> tuple[int, int]:
     layer = model.cfg.moe_layers[int(torch.randint(len(model.cfg.moe_layers), (1,), generator=generator))]
     return layer, int(torch.randint(tokens.shape[1] - 1, (1,), generator=generator))

@@ -13,10 +13,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_moe.corpus import Window
-from hooked_moe.counterfactuals import Order
-from hooked_moe.effects import ExpertEffects
-from hooked_moe.model import HookedMoE
+from hooked_moe.counterfactuals.questions import Order
+from hooked_moe.counterfactuals.results import ExpertEffects
 from hooked_moe.tables import PROGRESSIVE, ROUTING, TOKENS
+from hooked_moe.transformer import Transformer
 
 Positions = frozenset[tuple[int, int]]
 """(document, position) pairs."""
@@ -120,7 +120,7 @@ def removal_rows(batch: Batch, row: int, orders: Sequence[Order], by_order: Sequ
     return _as_table({name: np.broadcast_to(value, shape).ravel() for name, value in values.items()}, PROGRESSIVE)
 
 
-def routing_rows(batch: Batch, row: int, model: HookedMoE, effects: ExpertEffects) -> pa.Table:
+def routing_rows(batch: Batch, row: int, model: Transformer, effects: ExpertEffects) -> pa.Table:
     """Rows (layer, expert) of the tokens that one window reports."""
     own = batch.own(row)
     tables = []

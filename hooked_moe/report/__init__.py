@@ -8,17 +8,17 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hooked_moe.figures.ceiling import static_ceiling
-from hooked_moe.figures.drawing import Drawing
-from hooked_moe.figures.effect_size import effect_size
-from hooked_moe.figures.experts import experts
-from hooked_moe.figures.progressive import progressive
-from hooked_moe.figures.rank_correlation import rank_correlation
-from hooked_moe.figures.redistribution import redistribution
-from hooked_moe.figures.removal_effect import removal_effect, slot_distribution, slots
-from hooked_moe.figures.scopes import scopes
 from hooked_moe.report import sections
 from hooked_moe.report.definitions import definitions
+from hooked_moe.report.figures.ceiling import static_ceiling
+from hooked_moe.report.figures.drawing import Drawing
+from hooked_moe.report.figures.effect_size import effect_size
+from hooked_moe.report.figures.experts import experts
+from hooked_moe.report.figures.progressive import progressive
+from hooked_moe.report.figures.rank_correlation import rank_correlation
+from hooked_moe.report.figures.redistribution import redistribution
+from hooked_moe.report.figures.removal_effect import removal_effect, slot_distribution, slots
+from hooked_moe.report.figures.scopes import scopes
 from hooked_moe.report.inputs import Inputs, read_inputs
 from hooked_moe.report.page import Section, html_page
 from hooked_moe.report.summary import lead

@@ -2,9 +2,9 @@
 
 import math
 
-from hooked_moe.figures.names import label
-from hooked_moe.number_text import share, signed
+from hooked_moe.report.figures.names import label
 from hooked_moe.report.inputs import Inputs
+from hooked_moe.report.number_text import share, signed
 from hooked_moe.report.readings import FIXED, best_fixed, ceiling_reading, known_mean, verdict_cells
 
 

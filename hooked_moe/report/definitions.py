@@ -4,8 +4,8 @@ import html
 
 from hooked_moe import tables
 from hooked_moe.analysis.cells import cells_table
+from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.analysis.summaries import LAYER_COLUMNS
-from hooked_moe.criteria import CRITERIA
 from hooked_moe.report.page import folded, html_row, html_table
 
 

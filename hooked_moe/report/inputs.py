@@ -29,7 +29,7 @@ def _interval(*names: str) -> tuple[str, ...]:
     return tuple(f"{name}{end}" for name in names for end in ("", "_low", "_high"))
 
 
-_AUDIT = "-m experiments.audit --model {model}"
+_AUDIT = "-m hooked_moe.cli.audit --model {model}"
 
 SOURCES = {
     "cells.csv": Source(
@@ -78,7 +78,7 @@ SOURCES = {
     "progressive.csv": Source(
         "what removing several experts at one token does",
         ("layer", "order", "removed", "n_positions", *_interval("mean", "median", "p95")),
-        "-m experiments.progressive_ablation --model {model}",
+        "-m hooked_moe.cli.progressive --model {model}",
     ),
     "redistribution.csv": Source(
         "whether the remaining experts make up for the removed one",
@@ -86,7 +86,7 @@ SOURCES = {
             *("layer", "n_experts", "mean_gap_norm", "mean_compensation"),
             *_interval("rho_weight_gap", "rho_weight_norm", "rho_gap_compensation", "rho_gap_alignment"),
         ),
-        "-m experiments.redistribution --model {model}",
+        "-m hooked_moe.cli.redistribution --model {model}",
     ),
 }
 

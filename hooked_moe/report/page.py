@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hooked_moe.number_text import DASH
+from hooked_moe.report.number_text import DASH
 
 
 @dataclass(frozen=True)

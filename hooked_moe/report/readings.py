@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hooked_moe.figures.ceiling import pooled_shares
+from hooked_moe.report.figures.ceiling import pooled_shares
 from hooked_moe.report.inputs import Inputs
 
 Row = dict[str, Any]

@@ -5,10 +5,10 @@ import html
 import math
 from typing import Any
 
-from hooked_moe.figures.drawing import Drawing
-from hooked_moe.figures.names import FAMILY_TITLES, label
-from hooked_moe.number_text import DASH, log_bayes_factor, share, signed
+from hooked_moe.report.figures.drawing import Drawing
+from hooked_moe.report.figures.names import FAMILY_TITLES, label
 from hooked_moe.report.inputs import SOURCES, Inputs
+from hooked_moe.report.number_text import DASH, log_bayes_factor, share, signed
 from hooked_moe.report.page import Section, group_row, html_pairs, html_row, html_table, html_value
 
 

@@ -4,10 +4,10 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-from hooked_moe.figures.names import label
-from hooked_moe.number_text import enumeration, layer_list, share, signed
 from hooked_moe.report.conclusions import conclude
+from hooked_moe.report.figures.names import label
 from hooked_moe.report.inputs import Inputs
+from hooked_moe.report.number_text import enumeration, layer_list, share, signed
 from hooked_moe.report.readings import FIXED, Row, best_fixed, ceiling_reading, known_mean, position_cells, verdict_cells
 
 _NAMED = 5  # rankings named in a sentence; the others are counted

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from hooked_moe.analysis.cell_text import VERDICTS
-from hooked_moe.figures.names import FAMILY_TITLES, label
-from hooked_moe.number_text import bayes_factor, interval, p_value, signed
+from hooked_moe.report.cell_text import VERDICTS
+from hooked_moe.report.figures.names import FAMILY_TITLES, label
+from hooked_moe.report.number_text import bayes_factor, interval, p_value, signed
 from hooked_moe.report.page import Section, folded, group_row, html_row, html_table
 
 Row = dict[str, Any]  # of cells.csv

@@ -1,0 +1,5 @@
+"""The text that an audit reads."""
+
+from hooked_moe.corpus.corpora import CORPUS_NAMES, Corpus, Document, Window, load_corpus, tokenize_documents
+
+__all__ = ["CORPUS_NAMES", "Corpus", "Document", "Window", "load_corpus", "tokenize_documents"]

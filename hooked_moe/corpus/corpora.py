@@ -1,0 +1,275 @@
+"""The text an audit reads: corpora of documents, and their tokens in windows that fit a model's context.
+
+A corpus is named or is a file:
+
+    "held-out"     72 public-domain documents in six domains, shipped with the package (`data/README.md`)
+    "wikitext-2"   the test split of WikiText-2 (raw), from the Hugging Face hub
+    a .jsonl file  one JSON object per line with "text", and optionally "id", "domain" and "title"
+    a .txt file    documents separated by lines that hold only U+001E; without such a line, one document
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+CORPUS_NAMES = ("held-out", "wikitext-2")
+RECORD_SEPARATOR = "\x1e"
+_WIKITEXT_REPO = "Salesforce/wikitext"
+_WIKITEXT_FILE = "wikitext-2-raw-v1/test-00000-of-00001.parquet"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text that is read on its own: no context crosses from one document to the next."""
+
+    id: str
+    domain: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order. `sha256` is of their texts, joined by lines with U+001E, in UTF-8."""
+
+    name: str
+    documents: list[Document]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens to run in one forward pass.
+
+    `tokens` (int64, [token]) are the tokens `start`, `start + 1`, ... of document number `document`; where a
+    beginning-of-sequence token was asked for, it stands before them, at index 0 of `tokens`.
+    """
+
+    document: int
+    start: int
+    tokens: np.ndarray
+
+
+def load_corpus(
+    name_or_path: str = "held-out",
+    *,
+    unit: str = "article",
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> Corpus:
+    """Read a corpus by name or from a file.
+
+    `unit`, "article", "paragraph" or "row", is what counts as one document of WikiText-2: rows are the file's own lines,
+    headings and surrounding spaces included, as released code of arXiv 2606.10703 reads them. The other arguments say where
+    that corpus comes from on the hub.
+
+    Raises ValueError for an unknown name or malformed contents, FileNotFoundError and IsADirectoryError for a path that
+    is no file, ConnectionError where the hub cannot be reached.
+    """
+    if unit not in ("article", "paragraph", "row"):
+        raise ValueError(f"unit is {unit!r}; expected 'article', 'paragraph' or 'row'.")
+    if name_or_path == "wikitext-2":
+        path = _hub_file(_WIKITEXT_REPO, _WIKITEXT_FILE, revision, cache_dir, local_files_only)
+        rows = _parquet_rows(path)
+        return _corpus("wikitext-2", _wikitext_rows(rows) if unit == "row" else _wikitext_documents(rows, unit))
+    if unit != "article" or revision is not None:
+        given = f"unit={unit!r}" if unit != "article" else f"revision={revision!r}"
+        raise ValueError(f"{given} is for 'wikitext-2'; {name_or_path!r} has only one form. Leave the argument out.")
+    if name_or_path == "held-out":
+        data = resources.files("hooked_moe.corpus").joinpath("data", "held_out.jsonl").read_bytes()
+        return _corpus("held-out", _jsonl_documents(_decode(data, "the shipped corpus"), "held-out", "the shipped corpus"))
+    return _file_corpus(name_or_path)
+
+
+def tokenize_documents(
+    documents: Sequence[Document], encode: Callable[[str], Sequence[int]], n_ctx: int, bos: int | None = None
+) -> list[Window]:
+    """Cut each document's tokens into windows of at most `n_ctx` tokens.
+
+    Successive windows of a document share exactly one token: the last one of a window, which has no target there, is
+    the first one of the next. So each token of a document except the first is predicted exactly once from tokens before
+    it.
+
+    A `bos` token is put before each window and counts towards `n_ctx`. What it predicts comes on top: leave its
+    position out of sums over a document, or token `start` of each later window counts twice.
+
+    Raises ValueError if `n_ctx` leaves no room for a prediction, or if a document has fewer than two tokens.
+    """
+    prefix = [] if bos is None else [bos]
+    room = n_ctx - len(prefix)
+    if room < 2:
+        kind = "two tokens" if bos is None else "a bos and two tokens"
+        raise ValueError(f"n_ctx is {n_ctx}; a window has to hold {kind} to predict anything. Give a larger n_ctx.")
+    encoded = [np.asarray(encode(document.text), dtype=np.int64) for document in documents]
+    short = [f"{d.id!r} ({len(ids)})" for d, ids in zip(documents, encoded, strict=True) if len(ids) < 2]
+    if short:
+        raise ValueError(f"Documents of fewer than two tokens have nothing to predict: {_some(short)}. Leave them out.")
+    return [
+        Window(number, start, np.concatenate([np.asarray(prefix, dtype=np.int64), ids[start : start + room]]))
+        for number, ids in enumerate(encoded)
+        for start in range(0, len(ids) - 1, room - 1)
+    ]
+
+
+def _corpus(name: str, documents: Iterable[Document]) -> Corpus:
+    """A corpus with its checksum, after the checks that hold for every source."""
+    documents = list(documents)
+    if not documents:
+        raise ValueError(f"Corpus {name!r} is empty: it has no text. Expected at least one document.")
+    repeated = [repr(key) for key, count in Counter(d.id for d in documents).items() if count > 1]
+    if repeated:
+        raise ValueError(f"Corpus {name!r} gives the same id to several documents: {_some(repeated)}. Make ids unique.")
+    text = f"\n{RECORD_SEPARATOR}\n".join(document.text for document in documents)
+    return Corpus(name, documents, hashlib.sha256(text.encode("utf-8")).hexdigest())
+
+
+def _some(items: list[str], limit: int = 5) -> str:
+    more = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _file_corpus(name: str) -> Corpus:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{name} is a directory; expected a .jsonl or .txt file. Name one of the files in it.")
+    if not path.is_file():
+        if len(path.parts) > 1 or path.suffix:
+            raise FileNotFoundError(f"There is no corpus file {name} (looked for {path.absolute()}). Check the path.")
+        near = difflib.get_close_matches(name.lower(), CORPUS_NAMES, n=2, cutoff=0.4)
+        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give one of those, or a path."
+        known = ", ".join(map(repr, CORPUS_NAMES))
+        raise ValueError(f"There is no corpus {name!r}; expected {known} or a .jsonl or .txt file. {hint}")
+    if path.suffix not in (".jsonl", ".txt"):
+        raise ValueError(f"{name} ends in {path.suffix!r}; expected .jsonl (one JSON object per line) or .txt (plain text).")
+    text = _decode(path.read_bytes(), name)
+    if path.suffix == ".jsonl":
+        return _corpus(name, _jsonl_documents(text, path.stem, name))
+    return _corpus(name, _text_documents(text, path.stem))
+
+
+def _decode(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} on line {line} (offset {error.start}). Convert it, "
+            "for example with `iconv -f latin1 -t utf-8`."
+        ) from error
+
+
+def _jsonl_documents(text: str, stem: str, source: str) -> Iterator[Document]:
+    """One document per line; a missing id, domain or title is filled in from the file's name."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{source}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}. Expected an object.") from error
+        if not isinstance(record, dict) or "text" not in record:
+            found = f"has the fields {list(record)}" if isinstance(record, dict) else f"holds {line.strip()[:40]!r}"
+            raise ValueError(f"{where} {found}; expected an object with the document in a field 'text'.")
+        if not isinstance(record["text"], str) or not record["text"].strip():
+            raise ValueError(f"{where}: 'text' is {record['text']!r}; expected text that is not empty. Remove the line.")
+        key = str(record.get("id", f"{stem}-{number}"))
+        yield Document(key, str(record.get("domain", stem)), str(record.get("title", key)), record["text"])
+
+
+def _text_documents(text: str, stem: str) -> Iterator[Document]:
+    pieces = [piece.strip("\n") for piece in re.split(rf"(?m)^{RECORD_SEPARATOR}$", text)]
+    for number, piece in enumerate((piece for piece in pieces if piece.strip()), 1):
+        yield Document(f"{stem}-{number}", stem, f"{stem}, document {number}", piece)
+
+
+# --- WikiText-2 -------------------------------------------------------------------------------------------------------
+
+
+def _hub_file(repo: str, file: str, revision: str | None, cache_dir: str | None, local_files_only: bool) -> Path:
+    """The local path of a file in a data set on the hub, downloaded if need be."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"{file} of the data set {repo}" + (f" at revision {revision}" if revision else "")
+    try:
+        return Path(
+            hf_hub_download(
+                repo_id=repo,
+                filename=file,
+                repo_type="dataset",
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        if local_files_only:
+            raise FileNotFoundError(
+                f"{where} is not in the local cache, and local_files_only=True forbids a download. Load it once with a "
+                "network, give the cache_dir that holds it, or use the shipped corpus 'held-out'."
+            ) from error
+        raise ConnectionError(
+            f"{where} could not be downloaded from the Hugging Face hub, and it is not in the local cache. Check the "
+            "network (and the variable HF_HUB_OFFLINE), or use the shipped corpus 'held-out'."
+        ) from error
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise FileNotFoundError(f"The Hugging Face hub does not have {where}. Check the revision.") from error
+    except OSError as error:  # every other failure of the connection
+        raise ConnectionError(f"{where} could not be downloaded from the Hugging Face hub: {error}") from error
+
+
+def _parquet_rows(path: Path) -> list[str]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError("WikiText-2 is a parquet file, which takes pyarrow to read: pip install pyarrow") from error
+    return [row or "" for row in parquet.read_table(path, columns=["text"]).column("text").to_pylist()]
+
+
+def _wikitext_rows(rows: list[str]) -> Iterator[Document]:
+    for number, row in enumerate(rows):
+        if row.strip():
+            yield Document(f"wikitext-2-row-{number:04d}", "wikipedia", "", row)
+
+
+def _wikitext_documents(rows: list[str], unit: str) -> Iterator[Document]:
+    """Articles, or the paragraphs in them, from WikiText's rows: a line each, " = Title = " at the head of an article.
+
+    A line between single equals signs is also found inside articles; a heading stands between empty rows.
+    """
+
+    def is_empty(index: int) -> bool:
+        return not 0 <= index < len(rows) or not rows[index].strip()
+
+    heading = re.compile(r" = [^=\s].*[^=\s] = \s*|  ?= [^=\s] = \s*")
+    heads = [i for i, row in enumerate(rows) if heading.fullmatch(row) and is_empty(i - 1) and is_empty(i + 1)]
+    if not heads:
+        raise ValueError("The WikiText file has no article headings (' = Title = '). Expected the raw test split.")
+    for number, (head, end) in enumerate(zip(heads, [*heads[1:], len(rows)], strict=True), 1):
+        key, title = f"wikitext-2-{number:03d}", rows[head].strip(" =\n")
+        if unit == "article":
+            yield Document(key, "wikipedia", title, "".join(rows[head:end]).strip())
+            continue
+        paragraphs = [row.strip() for row in rows[head:end] if row.strip() and not re.fullmatch(r"\s*=.*=\s*", row)]
+        for place, paragraph in enumerate(paragraphs, 1):
+            yield Document(f"{key}-{place:03d}", "wikipedia", title, paragraph)

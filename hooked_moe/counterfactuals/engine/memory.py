@@ -1,0 +1,109 @@
+"""How much memory counterfactuals take, and how to stay within a budget.
+
+Counted are tensors. A CPU with matrix units for half precision keeps the kernels that oneDNN compiles for it beside them, at most
+1,024 of them: about 0.6 GB in bfloat16, however much is measured. ONEDNN_PRIMITIVE_CACHE_CAPACITY=256 keeps fewer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hooked_moe.checks import as_whole
+from hooked_moe.config import HookedMoEConfig
+from hooked_moe.counterfactuals.engine.fan_out import tokens_at_once
+from hooked_moe.counterfactuals.engine.padding import Packed
+from hooked_moe.kernels.target_loss import chunk_bytes
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(amount: int | str) -> int:
+    """A number of bytes, or text such as "4GB" (10^9) or "512MiB" (2^20). Raises `ValueError` for anything else."""
+    if isinstance(amount, str):
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", amount)
+        if match and match[2].upper() in _UNITS:
+            amount = int(float(match[1]) * _UNITS[match[2].upper()])
+    nbytes = as_whole(amount)
+    if nbytes is None or nbytes < 1:
+        raise ValueError(f"a memory budget is a number of bytes, or text such as '4GB' or '512MiB', not {amount!r}")
+    return nbytes
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes that a fan-out needs beside the model's weights and its results, by what they grow with."""
+
+    fixed: int
+    """Whatever is asked: the variants in one block at a time, and logits."""
+    row: int
+    """For each batch row: one block of the clean run."""
+    variant_token: int
+    """For each token of each variant: its residual stream."""
+
+    def of_one_query(self, tokens: int) -> int:
+        """For the least that can be asked: one query of so many variant tokens, in one layer and row."""
+        return self.fixed + self.row + tokens * self.variant_token
+
+
+def variant_bytes(cfg: HookedMoEConfig) -> int:
+    """Of one token of one variant."""
+    return cfg.d_model * cfg.dtype.itemsize
+
+
+def demand_of(cfg: HookedMoEConfig, length: int, at_once: int | None = None) -> Demand:
+    """An upper estimate, from the largest activations of a block. `at_once` tokens of variants go through it together."""
+    at_once = tokens_at_once(cfg.device) if at_once is None else at_once
+    size, wide, on_cpu = cfg.dtype.itemsize, 4, cfg.device.type == "cpu"
+    attention = cfg.n_heads * (2 * cfg.d_head + 2 * cfg.value_width) + cfg.n_key_value_heads * (cfg.d_head + cfg.value_width)
+    mlp = cfg.d_model + 4 * cfg.d_expert  # of a token in one expert, beside its output; on a CPU, of one expert at a time
+    experts = cfg.experts_per_token * cfg.d_model + (1 if on_cpu else cfg.experts_per_token) * mlp
+    experts += 3 * ((cfg.d_shared or 0) + cfg.num_experts)
+    token = size * (6 * cfg.d_model + attention + max(experts, 3 * (cfg.d_mlp or 0))) + 2 * wide * cfg.d_model
+    chunk = max(64 * wide * cfg.d_vocab, chunk_bytes(cfg.device))  # logits of 64 tokens at least
+    kinds = 2 if on_cpu else 4  # the clean run's, a change; of a whole chunk, too, their sum and log-softmax
+    logits = max(kinds * chunk, 64 << 20)
+    widened = wide * cfg.d_vocab * cfg.d_model if size < wide else 0  # the unembedding, in float32 whatever the model is in
+    return Demand(
+        fixed=max(at_once, length) * token + logits + widened,
+        row=length * token,
+        variant_token=variant_bytes(cfg),
+    )
+
+
+def demand_within(cfg: HookedMoEConfig, length: int, tokens_per_query: int, budget: int) -> tuple[Demand, int]:
+    """The demand, and how many tokens of variants go through a block together: fewer than go fastest, where a budget has no room
+    for one query beside those."""
+    at_once = tokens_at_once(cfg.device)
+    demand = demand_of(cfg, length, at_once)
+    while at_once > length and budget < demand.of_one_query(tokens_per_query):
+        at_once //= 2
+        demand = demand_of(cfg, length, at_once)
+    return demand, at_once
+
+
+def divide(
+    packed: Packed, layers: Sequence[int], demand: Demand, tokens_per_query: int, budget: int
+) -> Iterator[tuple[Packed, list[int]]]:
+    """Parts of the work that fit into the budget, each of some batch rows, layers and queries: as few as possible.
+
+    `tokens_per_query` counts the tokens of all variants of one layer and query. Raises `ValueError` if not even one query of one
+    layer fits.
+    """
+    left = budget - demand.fixed - demand.row
+    query = tokens_per_query * demand.variant_token
+    if left < query:
+        needed = demand.of_one_query(tokens_per_query)
+        raise ValueError(
+            f"memory_budget is {budget:,} bytes, and rows of {packed.tokens.shape[1]} tokens take {needed:,} at least"
+        )
+    queries = min(packed.queries, left // query)
+    layers_at_once = min(len(layers), left // (query * queries)) if queries == packed.queries else 1
+    rows = 1
+    if layers_at_once == len(layers):
+        rows += (left - len(layers) * query * queries) // (demand.row + len(layers) * query * queries)
+    for some in packed.split(rows):
+        for block in some.split_queries(queries):
+            for start in range(0, len(layers), layers_at_once):
+                yield block, list(layers[start : start + layers_at_once])

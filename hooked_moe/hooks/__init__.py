@@ -1,0 +1,1 @@
+"""Hook points, the table that declares them, and running a module with hooks on them."""

@@ -1,0 +1,129 @@
+"""A hook point: a named place in the forward pass where an activation can be read, replaced or differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class HookFunction(Protocol):
+    """Called with the activation and its `HookPoint`; returns a replacement of the same shape and dtype, or None."""
+
+    def __call__(self, activation: Tensor, /, *, hook: HookPoint) -> Tensor | None: ...
+
+
+@dataclass(eq=False)
+class _Registered:
+    fn: Callable[..., Any]
+    permanent: bool = False
+    reads_only: bool = False
+
+
+class HookPoint(nn.Module):
+    """An identity that calls its hooks on what passes through it; without hooks it costs one attribute test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = ""
+        self.ctx: dict[str, Any] = {}
+        """Facts about the activation that its tensor does not hold, and a place for hooks to keep what they like."""
+        self.fwd_hooks: list[_Registered] = []
+        self.bwd_hooks: list[_Registered] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether any hook is attached. Layouts that only a hook would need are built only then."""
+        return bool(self.fwd_hooks or self.bwd_hooks)
+
+    @property
+    def may_edit(self) -> bool:
+        """Whether a hook may change the activation or its gradient. What is only looked at need not be computed from."""
+        return bool(self.bwd_hooks) or not all(registered.reads_only for registered in self.fwd_hooks)
+
+    def add_hook(
+        self, fn: Callable[..., Any], dir: str = "fwd", is_permanent: bool = False, reads_only: bool = False
+    ) -> _Registered:
+        """Attach `fn(activation, hook=self)` (dir "fwd") or `fn(gradient, hook=self)` (dir "bwd"); later hooks see earlier edits.
+
+        `reads_only` promises that `fn` neither writes to the activation nor returns another: it is not copied for it then, and
+        the forward pass goes on by its fused way around the activation.
+        """
+        if dir not in ("fwd", "bwd"):
+            raise ValueError(f"dir must be 'fwd' or 'bwd', not {dir!r}")
+        registered = _Registered(fn, is_permanent, reads_only)
+        (self.fwd_hooks if dir == "fwd" else self.bwd_hooks).append(registered)
+        return registered
+
+    def remove(self, registered: _Registered) -> None:
+        self.fwd_hooks = [r for r in self.fwd_hooks if r is not registered]
+        self.bwd_hooks = [r for r in self.bwd_hooks if r is not registered]
+
+    def reset(self, including_permanent: bool = False) -> None:
+        self.fwd_hooks = [r for r in self.fwd_hooks if r.permanent and not including_permanent]
+        self.bwd_hooks = [r for r in self.bwd_hooks if r.permanent and not including_permanent]
+        self.ctx.clear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.fwd_hooks or self.bwd_hooks):
+            return x
+        if not all(registered.reads_only for registered in self.fwd_hooks):
+            x = x.clone()  # hooks may write in place, and hook points share memory with each other and with the caller
+        for registered in self.fwd_hooks:
+            edited = registered.fn(x, hook=self)
+            if edited is not None:
+                x = self.checked(edited, x)
+        if self.bwd_hooks:
+            x = self._watch_gradient(x)
+        return x
+
+    def checked(self, edited: Any, original: Tensor) -> Tensor:
+        """What a hook returned, if it can stand in for the activation."""
+        if not isinstance(edited, Tensor):
+            raise TypeError(f"the hook on {self.name} returned a {type(edited).__name__}; return a tensor or None")
+        if edited.shape != original.shape:
+            raise ValueError(f"the hook on {self.name} returned shape {list(edited.shape)}; expected {list(original.shape)}")
+        if edited.dtype != original.dtype:
+            raise TypeError(
+                f"the hook on {self.name} returned {edited.dtype}; expected {original.dtype}: convert with .to(activation)"
+            )
+        return edited
+
+    def _watch_gradient(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            raise RuntimeError(
+                f"a backward hook on {self.name} cannot fire: no gradient flows here. Run with gradients enabled on a model "
+                "whose parameters (or whose edited activations) require them."
+            )
+        x = x.view_as(x)  # a tensor of its own, so that the gradient seen is that of this place alone
+
+        for registered in self.bwd_hooks:
+
+            def on_gradient(gradient: Tensor, fn: Callable[..., Any] = registered.fn) -> Tensor | None:
+                edited = fn(gradient, hook=self)
+                return None if edited is None else self.checked(edited, gradient)
+
+            x.register_hook(on_gradient)
+        return x
+
+    def layer(self) -> int:
+        """The block this hook point is in; `ValueError` outside the blocks."""
+        parts = self.name.split(".")
+        if parts[0] != "blocks":
+            raise ValueError(f"{self.name} is not in a block")
+        return int(parts[1])
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+def keep_unedited_bits(spelled_out: Tensor, fused: Tensor, same: Tensor) -> Tensor:
+    """The spelled-out result where a hook changed something, and elsewhere the fused one, to the bit.
+
+    A hook that changes nothing then changes no bit of the output. Gradients always flow through the spelled-out computation,
+    which holds the hooked activation: `spelled_out - spelled_out.detach()` is zero in value only.
+    """
+    return torch.where(same, fused.detach() + (spelled_out - spelled_out.detach()), spelled_out)

@@ -1,0 +1,1 @@
+"""What only a CPU does: experts one after another in its cache, and memory that is used again."""

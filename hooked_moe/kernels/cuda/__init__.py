@@ -1,0 +1,1 @@
+"""CUDA sources, and the way from tensor shapes to a launch."""

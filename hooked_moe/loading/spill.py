@@ -1,0 +1,97 @@
+"""Residual streams that wait: in memory up to an allowance, past it in a file."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hooked_moe.transformer import Transformer
+
+
+class SharedFile:
+    """A temporary file for all that waits at a time: there are limits to how many files may be open, not to who waits."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._users = 0
+
+    def enter(self, nbytes: int) -> int:
+        """Where in the file so many bytes have a place from now on. The first to come opens it, or raises `OSError`."""
+        if not self._users:
+            self.file = tempfile.TemporaryFile(prefix="hooked_moe_", suffix=".spill", dir=self._directory)  # noqa: SIM115
+            self._end = 0
+        self._users += 1
+        self._end += nbytes
+        return self._end - nbytes
+
+    def leave(self) -> None:
+        """The last to go closes the file, and it is gone."""
+        self._users -= 1
+        if not self._users:
+            self.file.close()
+
+
+class Waiting:
+    """Tensors that wait in a range of a file until `close`: one at its beginning, or several, each at its place."""
+
+    def __init__(self, shared: SharedFile, nbytes: int) -> None:
+        self._shared = shared
+        self._start = shared.enter(nbytes)
+        self._nbytes = nbytes
+        self._free = 0
+
+    def place_for(self, x: Tensor) -> int:
+        """Where in the range a tensor of this size may wait from now on."""
+        place = self._free
+        self._free += x.nbytes
+        return place
+
+    def put(self, x: Tensor, place: int = 0) -> None:
+        """Write the tensor out. Raises `OSError` where the disk is full."""
+        assert place + x.nbytes <= self._nbytes, "what waits is larger than what was claimed for it"
+        self._shared.file.seek(self._start + place)
+        self._shared.file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def get(self, out: Tensor, place: int = 0) -> None:
+        """Read back as much as fills `out`."""
+        self._shared.file.seek(self._start + place)
+        bytes_ = torch.empty(out.numel() * out.element_size(), dtype=torch.uint8)
+        if self._shared.file.readinto(bytes_.numpy().data) != len(bytes_):
+            raise OSError("a file of waiting residual streams is shorter than what was written to it")
+        out.copy_(bytes_.view(out.dtype).view(out.shape))
+
+    def close(self) -> None:
+        self._shared.leave()
+
+
+class Spill:
+    """Decides what may wait in memory: the first tensors whose bytes fit into `allowance` together.
+
+    Of what has a memory budget, nothing: in its turn each work may fill that alone, whatever waits beside it.
+    """
+
+    def __init__(self, allowance: int, directory: Path | None = None) -> None:
+        self.allowance = allowance
+        self.directory = directory
+        self.written = 0
+        """Bytes for which there was a place in a file, in all."""
+        self._shared = SharedFile(directory)
+
+    def claim(self, nbytes: int, in_file: bool = False) -> Waiting | None:
+        """None: wait in memory, and give the bytes back with `release`. Or a place in a file, as `in_file` demands."""
+        if nbytes <= self.allowance and not in_file:
+            self.allowance -= nbytes
+            return None
+        self.written += nbytes
+        return Waiting(self._shared, nbytes)
+
+    def release(self, nbytes: int) -> None:
+        self.allowance += nbytes
+
+
+def spill_of(model: Transformer) -> Spill | None:
+    """Where a streamed model's residual streams wait between layers; None for a model that is wholly in memory."""
+    return getattr(model.blocks, "spill", None)

@@ -1,0 +1,166 @@
+"""A model's runs beside the published tables: ours, published, difference.
+
+Reads what the experiments leave in their directories; nothing is measured here. Where the model is the published one, layers are
+the published layers; any other model of the family is put beside them by relative depth, which compares shapes, not numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+
+from hooked_moe.paper.published import CONTROL, PublishedModel, PublishedValue, published_model, published_values
+
+Key = tuple[str, int, int, str]
+"""(ranking, removed, layer, statistic), as in `PublishedValue`."""
+EXPERIMENTS = {
+    "Table 1": "audit",
+    "Table 2": "audit",
+    "Table 3": "audit",
+    "Table 4": "routing_weight_control",
+    "Table 5": "routing_weight_control",
+    "Table 6": "routing_weight_control",
+    "Table 7": "redistribution",
+    "Table 8": "progressive_ablation",
+    "Table 9": "progressive_ablation",
+    "Figure 2": "redistribution",
+}
+
+
+@dataclass(frozen=True)
+class RunValues:
+    """The numbers of one run that have a published counterpart."""
+
+    protocol: str
+    """defined or as_released."""
+    directory: Path
+    model_type: str
+    n_layers: int
+    values: dict[Key, float]
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({layer for _, _, layer, _ in self.values})
+
+
+@dataclass(frozen=True)
+class ComparedValue:
+    """A published number and ours; NaN where none of the runs has it."""
+
+    published: PublishedValue
+    layer: int | None
+    """Our layer; None where no layer was measured."""
+    ours: float
+
+    @property
+    def difference(self) -> float:
+        return self.ours - self.published.value
+
+
+def read_run(directory: Path) -> RunValues:
+    """The comparable numbers of a run's derived tables. Raises `ValueError` for a directory that is not a run's."""
+    path = directory / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is not the directory of a run: it has no manifest.json")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    config = manifest["model"]["config"]
+    released = manifest.get("protocol", {}).get("name") == "as_released"
+    values = dict((_released_values if released else _defined_values)(directory))
+    protocol = "as_released" if released else "defined"
+    return RunValues(protocol, directory, config["model_type"], config["n_layers"], values)
+
+
+def compare(run: RunValues) -> list[ComparedValue]:
+    """Every published number of the family's model beside the run's. Empty for a family that the paper did not audit."""
+    published = published_model(run.model_type)
+    if published is None:
+        return []
+    found = []
+    for value in published_values():
+        if value.model != published.name:
+            continue
+        wanted = (value.ranking, value.removed, value.statistic)
+        layers = sorted({layer for ranking, removed, layer, statistic in run.values if (ranking, removed, statistic) == wanted})
+        layer = counterpart(value.layer, published, layers, run.n_layers)
+        ours = float("nan") if layer is None else run.values[value.ranking, value.removed, layer, value.statistic]
+        found.append(ComparedValue(value, layer, ours))
+    return found
+
+
+def counterpart(layer: int, published: PublishedModel, measured: list[int], n_layers: int) -> int | None:
+    """Which measured layer stands beside a published one: itself in the published model, else the nearest in relative depth."""
+    if n_layers == published.n_layers:
+        return layer if layer in measured else None
+    if not measured:
+        return None
+    depth = layer / (published.n_layers - 1)
+    return min(measured, key=lambda own: (abs(own / (n_layers - 1) - depth), own))
+
+
+def comparison_table(run: RunValues, compared: list[ComparedValue]) -> pa.Table:
+    """One row per published number."""
+    rows = [
+        {
+            "table": one.published.table,
+            "experiment": EXPERIMENTS[one.published.table],
+            "protocol": run.protocol,
+            "ranking": one.published.ranking,
+            "removed": one.published.removed,
+            "published_layer": one.published.layer,
+            "layer": one.layer,
+            "statistic": one.published.statistic,
+            "ours": one.ours,
+            "published": one.published.value,
+            "difference": one.difference,
+        }
+        for one in compared
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+# --- what runs leave behind --------------------------------------------------------------------------------------------
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Of a csv file; none where it was not written, for that experiment has not been run."""
+    return pyarrow.csv.read_csv(path).to_pylist() if path.is_file() else []
+
+
+def _defined_values(directory: Path) -> Iterator[tuple[Key, float]]:
+    """The sample is the paper's kind of population: as many positions, each a pair."""
+    for row in _rows(directory / "cells.csv"):
+        if (row["scope"], row["population"]) == ("position", "sample"):
+            for statistic, column in (("d", "d_z"), ("p_t", "p_t"), ("p_wilcoxon", "p_wilcoxon")):
+                yield (row["ranking"], 1, row["layer"], statistic), _number(row[column])
+    for row in _rows(directory / "control.csv"):
+        if (row["ranking"], row["population"]) == (CONTROL, "sample"):
+            yield (CONTROL, 1, row["layer"], "rho"), _number(row["rho_weight_ratio"])
+    yield from _shared_values(directory)
+
+
+def _released_values(directory: Path) -> Iterator[tuple[Key, float]]:
+    for row in _rows(directory / "cells.csv"):
+        for statistic in ("d", "p_t", "p_wilcoxon", "rho"):
+            yield (row["ranking"], 1, row["layer"], statistic), _number(row[statistic])
+    yield from _shared_values(directory)
+
+
+def _shared_values(directory: Path) -> Iterator[tuple[Key, float]]:
+    for row in _rows(directory / "redistribution.csv"):
+        if row.get("pairing", "as_released") == "as_released":
+            for statistic in ("mean_gap_norm", "rho_weight_gap", "rho_gap_compensation"):
+                yield ("", 0, row["layer"], statistic), _number(row[statistic])
+    for row in _rows(directory / "progressive.csv"):
+        for statistic in ("mean", "median", "p95"):
+            yield (row["order"], row["removed"], row["layer"], statistic), _number(row[statistic])
+
+
+def _number(value: Any) -> float:
+    return float(np.nan if value is None or value == "" else value)

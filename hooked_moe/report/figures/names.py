@@ -1,0 +1,33 @@
+"""How rankings of experts are named and drawn, alike in every figure and table."""
+
+from hooked_moe.analysis.criteria import CRITERIA
+from hooked_moe.report.figures.drawing import BLACK, BLUE, GREEN, VERMILLION
+
+FAMILY_TITLES = {
+    "paper": "criteria of the paper",
+    "extended": "further criteria",
+    "token": "scores of the very token",
+    "oracle": "oracle",
+    "chance": "no ranking",
+}
+
+# Colour and marker of what is no fixed criterion, and the greys of the paper's four.
+SCORE_LINES = {
+    "routing_weight": (VERMILLION, "o"),
+    "gap_norm": (BLUE, "s"),
+    "first_order": (GREEN, "^"),
+    "oracle": (BLACK, "D"),
+}
+PAPER_LINES = (("#303030", "o"), ("#606060", "s"), ("#808080", "^"), ("#9a9a9a", "D"))
+
+_LABELS = {
+    "routing_weight": "routing weight",
+    "gap_norm": "gap norm",
+    "first_order": "first-order estimate",
+    "oracle": "oracle",
+}
+
+
+def label(ranking: str) -> str:
+    """A ranking's name for people, short enough for an axis."""
+    return CRITERIA[ranking].label if ranking in CRITERIA else _LABELS.get(ranking, ranking.replace("_", " "))

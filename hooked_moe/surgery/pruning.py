@@ -1,0 +1,55 @@
+"""Removing routed experts for good, so that a pruned model can be saved and used elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from hooked_moe.components.moe import MoE
+from hooked_moe.transformer import Transformer
+
+
+def remove_experts(model: Transformer, experts: Mapping[int, Iterable[int]]) -> dict[int, list[int]]:
+    """Remove routed experts and their router rows, in place; `experts` maps a layer to the experts to remove.
+
+    The router's softmax then runs over the remaining experts: the same as a router logit of minus infinity for the removed ones.
+    Remaining experts are numbered anew. Returns, for every layer given, the old numbers of those that remain, in their new order.
+
+    All is checked before anything is changed. Raises `ValueError` for layers without experts and experts that do not exist, where
+    fewer would remain than a token goes to, for experts in groups, and while hooks are attached, since names of hook points go.
+    Parameters are replaced: an optimiser made before holds the old ones.
+    """
+    model.require_weights("removing experts")
+    cfg = model.cfg
+    hooked = [name for name, point in model.hook_dict.items() if point.active]
+    if hooked:
+        raise ValueError(f"{hooked[0]} has hooks: call model.reset_hooks(including_permanent=True) before experts are removed")
+    if cfg.n_expert_groups > 1:
+        raise ValueError(f"this model's experts stand in {cfg.n_expert_groups} groups of equal size: mask them instead")
+    kept = {layer: _remaining(model, layer, list(removed)) for layer, removed in experts.items()}
+    counts = [len(kept[layer]) if layer in kept else cfg.experts_in(layer) for layer in range(cfg.n_layers)]
+    unequal = len({counts[layer] for layer in cfg.moe_layers}) > 1
+    changed = cfg.replace(num_experts=max(counts), experts_by_layer=tuple(counts) if unequal else None)
+    for layer, remaining in kept.items():
+        moe = model.blocks[layer].mlp
+        assert isinstance(moe, MoE)
+        moe.keep_experts(remaining)
+    model.cfg = changed
+    model.name_hook_points()
+    return kept
+
+
+def _remaining(model: Transformer, layer: int, removed: list[int]) -> list[int]:
+    """The experts of a layer that are not removed."""
+    cfg = model.cfg
+    if layer not in cfg.moe_layers:
+        raise ValueError(f"layer {layer} has no experts to remove: layers {cfg.moe_layers} have")
+    count = cfg.experts_in(layer)
+    for expert in removed:
+        if not 0 <= expert < count:
+            raise ValueError(f"expert {expert} cannot be removed: layer {layer} has experts 0 to {count - 1}")
+    remaining = [expert for expert in range(count) if expert not in set(removed)]
+    if len(remaining) < cfg.experts_per_token:
+        raise ValueError(
+            f"a token goes to {cfg.experts_per_token} experts of layer {layer}, and only {len(remaining)} of {count} would remain"
+        )
+    return remaining

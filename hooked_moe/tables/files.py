@@ -1,0 +1,114 @@
+"""How the files of a run are written and read.
+
+Files appear under their final name complete or not at all. Each write goes to a temporary file in the same directory,
+is flushed to the disk, and is renamed over the target (`os.replace` is atomic within one file system). Contents depend
+on the data alone, so a rerun produces the same bytes.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`; what is written there takes the name `path` when the block ends well.
+
+    An exception inside the block removes the temporary file and leaves any earlier `path` as it was. A killed process
+    can leave a file `.NAME.PID.tmp`; `remove_temporaries` sweeps those.
+
+    Raises OSError (with the original errno) that names the target where the directory is missing, is not writable, or
+    the disk is full.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            temporary.touch()
+            yield temporary
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, target)
+            _sync_directory(target.parent)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise OSError(error.errno, f"cannot write {target}: {_reason(error, target)}") from error
+    finally:
+        if target.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+
+
+def _reason(error: OSError, target: Path) -> str:
+    text = os.strerror(error.errno or 0)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{text}; free some space or choose another directory, then run again"
+    if error.errno == errno.ENOENT and not target.parent.exists():
+        return f"the directory {target.parent} does not exist"
+    if error.errno == errno.ENOTDIR:
+        return f"{target.parent} is not a directory"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{text}; the directory {target.parent} must be writable"
+    return text
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the rename itself durable, where the platform lets a directory be opened."""
+    if os.name != "posix":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_temporaries(directory: str | os.PathLike[str]) -> int:
+    """Delete what killed writers left in `directory`; call it while nothing else writes there. Returns the count."""
+    leftovers = sorted(Path(directory).glob(".*.tmp"))
+    for path in leftovers:
+        path.unlink()
+    return len(leftovers)
+
+
+def write_parquet_atomic(table: pa.Table, path: str | os.PathLike[str], *, row_group_size: int = 1 << 17) -> None:
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=row_group_size)
+
+
+def write_csv_atomic(table: pa.Table, path: str | os.PathLike[str]) -> None:
+    """Numbers in their shortest exact decimal form; missing values as empty fields, NaN as `nan`."""
+    with atomic_path(path) as temporary:
+        pyarrow.csv.write_csv(table, temporary, pyarrow.csv.WriteOptions(quoting_style="needed"))
+
+
+def required_file(run: Path, name: str, origin: str) -> Path:
+    """The path of a run's file; FileNotFoundError that says what it comes from where it is missing."""
+    if not (run / name).is_file():
+        raise FileNotFoundError(f"{run / name} does not exist; {origin}")
+    return run / name
+
+
+def read_csv(path: str | os.PathLike[str], schema: pa.Schema | None = None) -> pa.Table:
+    """The inverse of `write_csv_atomic`, exact for the types in `schema` (those it does not name are inferred)."""
+    kinds = {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
+    options = pyarrow.csv.ConvertOptions(column_types=kinds, null_values=[""], strings_can_be_null=False)
+    return pyarrow.csv.read_csv(path, pyarrow.csv.ReadOptions(use_threads=False), convert_options=options)
+
+
+def write_json_atomic(value: Any, path: str | os.PathLike[str]) -> None:
+    """Keys sorted. Raises ValueError for NaN and infinity, which JSON has no word for."""
+    write_text_atomic(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n", path)
+
+
+def write_text_atomic(text: str, path: str | os.PathLike[str]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,156 @@
+"""What the columns of a run's tables mean.
+
+A schema is documentation that travels with the data: every field carries its meaning and unit in its metadata, so
+`pyarrow.parquet.read_schema(path).field("gap_norm").metadata` answers without this repository at hand.
+"""
+
+import pyarrow as pa
+
+
+def _schema(*columns: tuple[str, pa.DataType, str, str]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, metadata={"meaning": meaning, "unit": unit}) for name, kind, unit, meaning in columns])
+
+
+_DOCUMENT = ("document", pa.int32(), "index", "document of the corpus, counted from 0")
+_POSITION = ("position", pa.int32(), "index", "token position inside the document, counted from 0")
+_LAYER = ("layer", pa.int16(), "index", "transformer block, counted from 0")
+_SLOT = ("slot", pa.int8(), "index", "rank of the expert among the active ones; 0 has the highest routing weight")
+_EXPERT = ("expert", pa.int16(), "index", "routed expert that was removed")
+_BASELINE = ("baseline_loss", pa.float32(), "nats", "-log p(next token) of the intact model; NaN at a document's end")
+
+EFFECTS = _schema(
+    _DOCUMENT,
+    _POSITION,
+    _LAYER,
+    _SLOT,
+    _EXPERT,
+    ("routing_weight", pa.float32(), "1", "weight g of the expert as applied, after renormalisation and scaling"),
+    (
+        "output_norm",
+        pa.float32(),
+        "residual stream",
+        "||E(x)||, Euclidean norm of the expert's output before weighting",
+    ),
+    ("gap_norm", pa.float32(), "residual stream", "g ||E(x)||, how far the removal moves the block's output"),
+    ("rest_cosine", pa.float32(), "1", "cosine between the removed contribution and the rest of the routed sum"),
+    ("rest_norm", pa.float32(), "residual stream", "Euclidean norm of the rest of the routed sum"),
+    _BASELINE,
+    (
+        "delta_loss",
+        pa.float32(),
+        "nats",
+        "loss without the expert at this position minus baseline_loss; above 0 where the expert helps; NaN if not measured",
+    ),
+    (
+        "first_order",
+        pa.float32(),
+        "nats",
+        "first-order estimate of delta_loss: -g E(x) . dloss/dy, y the block's routed output here; NaN if not measured",
+    ),
+)
+EFFECTS_SEQUENCE = _schema(
+    _DOCUMENT,
+    _POSITION,
+    _LAYER,
+    _SLOT,
+    _EXPERT,
+    (
+        "delta_loss",
+        pa.float32(),
+        "nats",
+        "loss here without the expert at every token of the sequence minus the intact model's loss here",
+    ),
+)
+PROGRESSIVE = _schema(
+    _DOCUMENT,
+    _POSITION,
+    _LAYER,
+    ("order", pa.string(), "name", "which experts go first: descending or ascending routing weight, or random"),
+    ("removed", pa.int8(), "experts", "how many of the active experts are removed at this position, from 1"),
+    ("delta_loss", pa.float32(), "nats", "loss without them at this position minus baseline_loss"),
+    _BASELINE,
+)
+ROUTING = _schema(
+    _DOCUMENT,
+    _LAYER,
+    ("expert", pa.int16(), "index", "routed expert"),
+    ("n_tokens", pa.int32(), "tokens", "tokens of the document that select the expert"),
+    ("document_tokens", pa.int32(), "tokens", "all tokens of the document"),
+    ("sum_probability", pa.float64(), "tokens", "router's softmax probability of the expert, summed over all tokens"),
+    ("sum_entropy", pa.float64(), "nats", "entropy of the router's softmax, summed over the tokens that select the expert"),
+    (
+        "max_activation",
+        pa.float32(),
+        "residual stream",
+        "largest |coordinate| of E(x) over the tokens that select the expert; NaN if there are none",
+    ),
+)
+EXPERT_WEIGHTS = _schema(
+    _LAYER,
+    ("expert", pa.int16(), "index", "routed expert"),
+    ("router_row_norm", pa.float64(), "weights", "Euclidean norm of the expert's row of the router"),
+    ("weight_norm", pa.float64(), "weights", "Frobenius norm of the expert's three matrices together"),
+    ("mean_abs_weight", pa.float64(), "weights", "mean |w| over the expert's three matrices"),
+    ("rms_weight", pa.float64(), "weights", "root mean square of w over the expert's three matrices"),
+)
+TOKENS = _schema(
+    _DOCUMENT,
+    _POSITION,
+    ("window", pa.int32(), "index", "context window that the document was cut into"),
+    ("context_position", pa.int32(), "index", "position inside that window: how many tokens the model saw before"),
+    ("token", pa.int32(), "token id", "input token"),
+    ("target", pa.int32(), "token id", "next token of the document; -1 where there is none"),
+    _BASELINE,
+)
+DOCUMENTS = _schema(
+    _DOCUMENT,
+    ("id", pa.string(), "text", "stable name of the document"),
+    ("domain", pa.string(), "text", "kind of text"),
+    ("title", pa.string(), "text", "title for people"),
+    ("n_tokens", pa.int32(), "tokens", "length of the document"),
+)
+
+_TEXT = ("text", pa.int32(), "index", "paragraph of the corpus, of those that the released rule reads, counted from 0")
+COMPARISONS = _schema(
+    _LAYER,
+    ("ranking", pa.string(), "text", "what ranks the active experts; routing_weight is the control, per token"),
+    _TEXT,
+    ("position", pa.int32(), "index", "token position inside the text, counted from 0"),
+    ("high_expert", pa.int16(), "index", "active expert ranked highest"),
+    ("low_expert", pa.int16(), "index", "active expert ranked lowest"),
+    ("high_score", pa.float64(), "ranking", "what it was ranked by"),
+    ("low_score", pa.float64(), "ranking", "what it was ranked by"),
+    ("baseline_loss", pa.float64(), "nats", "-log p(next token) of the intact model"),
+    ("high_delta", pa.float64(), "nats", "change of that loss without the highest expert at every token of the text"),
+    ("low_delta", pa.float64(), "nats", "the same for the lowest"),
+)
+RELEASED_PROGRESSIVE = _schema(
+    _LAYER,
+    _TEXT,
+    ("position", pa.int32(), "index", "token position inside the text, counted from 0"),
+    ("removed", pa.int8(), "experts", "how many are removed: those with the highest routing weights at the position"),
+    ("baseline_loss", pa.float64(), "nats", "-log p(next token) of the intact model"),
+    ("delta_loss", pa.float64(), "nats", "change of that loss without them at every token of the text"),
+)
+RELEASED_EXPERTS = _schema(
+    _LAYER,
+    ("expert", pa.int16(), "index", "routed expert, counted from 0"),
+    ("utilization_rate", pa.float64(), "1", "as this family's released code computes it"),
+    ("activation_norm", pa.float64(), "residual stream", "likewise"),
+    ("mean_routing_weight_when_active", pa.float64(), "1", "likewise"),
+    ("activation_std", pa.float64(), "residual stream", "likewise"),
+)
+RELEASED_REDISTRIBUTION = _schema(
+    _LAYER,
+    ("expert", pa.int16(), "index", "routed expert, counted from 0"),
+    (
+        "pairing",
+        pa.string(),
+        "text",
+        "as_released (router rows with padding, outputs without) or aligned (each token with itself)",
+    ),
+    ("n_rows", pa.int64(), "rows", "router rows that select the expert"),
+    ("routing_weight", pa.float64(), "1", "mean router probability over them"),
+    ("gap_norm", pa.float64(), "residual stream", "mean norm of the expert's contribution at the tokens paired with them"),
+    ("relative_compensation", pa.float64(), "1", "mean of ||r|| max(cos(r, c), 0) / ||c||, r the block's output without c"),
+)

@@ -1,0 +1,85 @@
+"""Losses without the logits of all tokens in memory, against torch's cross-entropy of all logits at once in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hooked_moe import HookedMoE, HookedMoEConfig
+from hooked_moe.counterfactuals.engine import fan_out
+from hooked_moe.kernels import target_loss as kernel
+
+HALF = torch.bfloat16
+
+
+def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(x.double() @ weight.double().T, targets, reduction="none").float()
+
+
+@pytest.mark.parametrize(("n", "d", "vocabulary"), [(0, 3, 5), (1, 1, 2), (63, 8, 7), (64, 8, 33), (200, 16, 10_001)])
+def test_the_loss_is_cross_entropy_in_chunks_of_any_size(n: int, d: int, vocabulary: int) -> None:
+    x, weight = draw(n, d), draw(vocabulary, d, seed=1)
+    targets = torch.randint(vocabulary, (n,))
+    torch.testing.assert_close(kernel.target_loss(x, weight, targets), reference(x, weight, targets), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variants", [0, 1, 3])
+@pytest.mark.parametrize(("n", "d", "vocabulary"), [(1, 1, 2), (5, 8, 33)])
+def test_the_loss_of_shifted_rows_is_that_of_their_sums(variants: int, n: int, d: int, vocabulary: int) -> None:
+    x, weight, shifts = draw(n, d), draw(vocabulary, d, seed=1), draw(variants, n, d, seed=2)
+    targets = torch.randint(vocabulary, (n,))
+    losses = kernel.shifted_target_loss(F.linear(x, weight), shifts, weight, targets)
+    assert losses.shape == (variants, n)
+    for loss, shift in zip(losses, shifts, strict=True):
+        torch.testing.assert_close(loss, reference(x + shift, weight, targets), atol=2e-5, rtol=1e-5)
+
+
+def test_in_bfloat16_the_error_of_a_shifted_loss_shrinks_with_the_shift() -> None:
+    x, weight = draw(200, 64), draw(1000, 64, seed=1, scale=0.3).to(HALF)
+    targets = torch.randint(1000, (200,))
+    logits = F.linear(x, weight.float())
+    for scale in (1.0, 1e-2, 1e-4):
+        shift = draw(1, 200, 64, seed=2, scale=scale)
+        change = kernel.shifted_target_loss(logits, shift, weight, targets)[0] - F.cross_entropy(
+            logits, targets, reduction="none"
+        )
+        exact = reference(x + shift[0], weight.float(), targets) - reference(x, weight.float(), targets)
+        assert (change - exact).abs().max() <= 0.02 * exact.abs().max() + 2e-6, scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, HALF])
+@torch.no_grad()
+def test_losses_of_variants_are_those_of_their_residual_streams(dtype: torch.dtype) -> None:
+    cfg = HookedMoEConfig(
+        n_layers=1, d_model=32, d_vocab=67, n_ctx=16, n_heads=2, n_key_value_heads=2, d_head=16, num_experts=4,
+        experts_per_token=2, d_expert=8, dtype=dtype,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = HookedMoE(cfg)
+    clean = draw(2, 9, 32, seed=1).to(dtype)
+    variants = (clean + draw(3, 2, 9, 32, seed=2, scale=0.1)).to(dtype)
+    targets = torch.randint(67, (2, 9))
+    targets[:, -1] = -1
+    losses = fan_out.variant_losses(model, variants, clean, targets)
+    logits = torch.stack([model.logits(one) for one in variants])
+    wanted = F.cross_entropy(logits.flatten(0, 2), targets.expand(3, 2, 9).flatten(), ignore_index=-1, reduction="none")
+    assert losses[..., -1].isnan().all()
+    torch.testing.assert_close(losses[..., :-1], wanted.view(3, 2, 9)[..., :-1], atol=1e-5 if dtype != HALF else 1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_in_bfloat16_a_variant_that_changes_nothing_has_the_loss_of_the_clean_run_to_the_bit() -> None:
+    cfg = HookedMoEConfig(
+        n_layers=1, d_model=32, d_vocab=5000, n_ctx=16, n_heads=2, n_key_value_heads=2, d_head=16, num_experts=4,
+        experts_per_token=2, d_expert=8, dtype=HALF,
+    )  # fmt: skip
+    model = HookedMoE(cfg)
+    clean = draw(2, 9, 32).to(HALF)
+    targets = torch.randint(5000, (2, 9))
+    losses = fan_out.variant_losses(model, torch.stack([clean, clean + 1]), clean, targets)
+    assert torch.equal(losses[0], fan_out.loss_at(model, clean[None], targets)[0])
+    assert not torch.equal(losses[1], losses[0])

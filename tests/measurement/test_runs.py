@@ -1,0 +1,218 @@
+"""A run measures each part once, on demand, for one writer, and says how much of it there is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from hooked_moe import HookedMoE, measurement
+from hooked_moe.measurement import Run, measured_positions, open_measurement
+from hooked_moe.measurement.document_tables import Wanted
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from tests.support.number_text import number_corpus, number_reader
+
+LENGTHS = (12, 9)
+SOME, OTHERS = [(0, 1), (0, 5), (1, 3)], [(0, 5), (1, 0)]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """Opens the run of one model and corpus in a directory of results."""
+    from tests.conftest import random_model
+
+    model = number_reader(random_model, n_layers=2)
+    corpus = number_corpus(tmp_path_factory.mktemp("corpus"), LENGTHS)
+
+    def open_run(results: Path, **options: Any) -> Run:
+        return open_measurement(model, TokenizedCorpus(model, corpus, 8), results=results, **options)
+
+    return open_run
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
+    """What is measured, as it goes along."""
+    asked: list[Wanted] = []
+    original = measurement.run.measure_part
+
+    def recorded(model: HookedMoE, corpus: TokenizedCorpus, wanted: Wanted, *rest: Any, **options: Any) -> None:
+        asked.append(wanted)
+        original(model, corpus, wanted, *rest, **options | {"progress": False})
+
+    monkeypatch.setattr(measurement.run, "measure_part", recorded)
+    return asked
+
+
+@pytest.fixture
+def run(opened: Callable[..., Run], tmp_path: Path) -> Iterator[Run]:
+    with opened(tmp_path) as run:
+        yield run
+
+
+def table(run: Run, name: str) -> pd.DataFrame:
+    return pq.read_table(run.directory / f"{name}.parquet").to_pandas()
+
+
+def test_each_part_is_measured_once_and_reopening_finds_it(
+    opened: Callable[..., Run], measured: list[Wanted], tmp_path: Path
+) -> None:
+    for _ in range(2):
+        with opened(tmp_path) as run:
+            run.require("position")
+            run.require("sequence", SOME)
+            run.require("progressive", SOME, layers=[1], orders=["random"], seed=3)
+            run.require("position", SOME)
+    assert [wanted.part for wanted in measured] == ["position", "sequence", "progressive"]
+    parts = json.loads((run.directory / "manifest.json").read_text())["parts"]
+    assert parts["position"] == {"layers": [0, 1], "positions": "all"}
+    assert (parts["sequence"]["positions"], parts["progressive"]["orders"], parts["progressive"]["seed"]) == (3, ["random"], 3)
+    names = {path.name for path in run.directory.iterdir()}
+    tables = {"effects", "tokens", "routing", "expert_weights", "documents", "effects_sequence", "progressive"}
+    assert names == {f"{name}.parquet" for name in tables} | {"plan.json", "manifest.json", "writer.lock"}
+
+
+def test_more_positions_are_measured_along_with_those_there_were(run: Run, measured: list[Wanted]) -> None:
+    effects = run.directory / "effects.parquet"
+    run.require("position", SOME)
+    assert measured_positions(effects) == set(SOME)
+    run.require("position", SOME[:1])
+    run.require("position", OTHERS)
+    assert measured_positions(effects) == {*SOME, *OTHERS}
+    run.require("position", SOME + OTHERS)
+    run.require("position", run.tokenized.valid_positions())
+    run.require("position")
+    assert [wanted.positions for wanted in measured] == [frozenset(SOME), frozenset(SOME + OTHERS), None]
+    assert measured_positions(effects) == set(run.tokenized.valid_positions())
+
+
+def test_more_orders_and_layers_are_measured_along_with_those_there_were(run: Run, measured: list[Wanted]) -> None:
+    run.require("progressive", SOME, layers=[1], orders=["random"])
+    run.require("progressive", SOME, layers=[0], orders=["descending"])
+    run.require("progressive", SOME, orders=["random"])
+    assert [(wanted.layers, wanted.orders) for wanted in measured] == [
+        ((1,), ("random",)),
+        ((0, 1), ("descending", "random")),
+    ]
+    rows = table(run, "progressive")
+    assert len(rows) == len(SOME) * 2 * 2 * 3
+    with pytest.raises(ValueError, match="random orders of seed 0, not 1"):
+        run.require("progressive", SOME, seed=1)
+
+
+def test_the_same_positions_twice_give_the_same_numbers(run: Run) -> None:
+    run.require("position", SOME, progress=False)
+    before = table(run, "effects").dropna()
+    run.require("position", progress=False)
+    after = table(run, "effects").merge(before[["document", "position", "layer", "slot"]])
+    pd.testing.assert_frame_equal(after, before.reset_index(drop=True), atol=2e-6, rtol=1e-4)
+
+
+def test_one_removal_of_one_expert_is_where_progressive_removal_begins(run: Run) -> None:
+    run.require("position", progress=False)
+    run.require("progressive", orders=["descending", "ascending"], progress=False)
+    effects, rows = table(run, "effects").dropna(), table(run, "progressive")
+    for order, slot in (("descending", 0), ("ascending", 2)):
+        first = rows[(rows["order"] == order) & (rows["removed"] == 1)].set_index(["document", "position", "layer"])
+        alone = effects[effects["slot"] == slot].set_index(["document", "position", "layer"])
+        pd.testing.assert_series_equal(first["delta_loss"], alone["delta_loss"], atol=2e-6, rtol=0)
+
+
+def test_a_second_writer_is_turned_away_until_the_first_is_done(opened: Callable[..., Run], tmp_path: Path) -> None:
+    with opened(tmp_path) as run, pytest.raises(BlockingIOError, match="is being written by another process"):
+        opened(tmp_path)
+    with opened(tmp_path, name="elsewhere") as other:
+        assert other.directory != run.directory
+    opened(tmp_path).close()
+
+
+def test_a_failure_to_open_leaves_the_run_unlocked(opened: Callable[..., Run], tmp_path: Path) -> None:
+    opened(tmp_path, name="run").close()
+    with pytest.raises(ValueError, match="run was begun with another measurement"):
+        opened(tmp_path, name="run", removal="reroute")
+    opened(tmp_path, name="run").close()
+
+
+def test_scopes_are_verified_before_they_are_measured_and_only_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, original = [], measurement.run.verify
+    monkeypatch.setattr(measurement.run, "verify", lambda *inputs: asked.append(inputs[-1]) or original(*inputs))
+    run.require("progressive", SOME, progress=False)
+    run.require("position", SOME, progress=False)
+    run.require("sequence", SOME, progress=False)
+    run.require("sequence", progress=False)
+    assert asked == [("position",), ("sequence",)]
+    names = [check["name"] for check in run.manifest["verification"]]
+    assert names[-2:] == ["effects are exact", "effects are exact, sequence-wide"]
+    assert len(set(names)) == len(names)
+
+
+def first_order_there(run: Run) -> float:
+    """Of the rows with an effect, how many have a first-order effect."""
+    rows = table(run, "effects").dropna(subset="delta_loss")
+    return float(rows["first_order"].notna().mean())
+
+
+def test_streamed_and_in_memory_measurements_are_not_mixed(
+    make_model: Callable[..., HookedMoE], measured: list[Wanted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(n_layers=2, model_type="olmoe").save_pretrained(tmp_path / "model")
+    corpus = number_corpus(tmp_path, LENGTHS)
+
+    def opened(stream: bool) -> Run:
+        model = number_reader(lambda: HookedMoE.from_pretrained(tmp_path / "model", stream=stream))
+        return open_measurement(model, TokenizedCorpus(model, corpus, 8), results=tmp_path / "results", name="run")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, opened(stream=False) as run:
+        patch.setattr(measurement.shards, "_merge", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.require("position", SOME)
+    with opened(stream=True) as run:  # takes up no shard of the other kind
+        run.require("position", SOME)
+        assert first_order_there(run) == 0
+    with opened(stream=False) as run:
+        run.require("position", SOME)
+        assert first_order_there(run) == 1
+    assert [wanted.first_order for wanted in measured] == [True, False, True]
+    with opened(stream=True) as run:
+        run.require("position", SOME)  # all there
+        with pytest.raises(ValueError, match=r"has first-order effects, .* open the model without stream=True, or give another"):
+            run.require("position", OTHERS)
+        run.require("sequence", SOME)
+    assert first_order_there(run) == 1
+    assert [wanted.part for wanted in measured[3:]] == ["sequence"]
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "message"),
+    [
+        ("tokens", {}, "part must be one of 'position', 'sequence', 'progressive', not 'tokens'"),
+        ("position", {"positions": [(0, 11)]}, r"positions \[\(0, 11\)\] have no next token"),
+        ("position", {"positions": []}, "no positions to measure: positions is empty"),
+        ("progressive", {"orders": ["upwards"]}, r"orders must be some of .* not \('upwards',\)"),
+        ("progressive", {"orders": []}, "orders must be some of"),
+        ("progressive", {"layers": [0, 2]}, r"layers \[2\] are not of this run, which measures \[0, 1\]"),
+        ("progressive", {"layers": []}, "are not of this run"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    run: Run, measured: list[Wanted], part: Any, options: dict[str, Any], message: str, unchecked: None
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run.require(part, **options)
+    assert not measured
+
+
+def test_layers_without_experts_are_refused(make_model: Callable[..., HookedMoE], tmp_path: Path) -> None:
+    model = number_reader(make_model, architecture="qwen")
+    tokenized = TokenizedCorpus(model, number_corpus(tmp_path, LENGTHS), 8)
+    for layers in ([0, 1], []):
+        with pytest.raises(ValueError, match=r"have no experts to remove; layers \[0, 2\] have"):
+            open_measurement(model, tokenized, layers, results=tmp_path)

@@ -1,0 +1,446 @@
+"""The report: what it says is what the tables say, it renders whatever was measured, and its bytes repeat."""
+
+import html.parser
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from hooked_moe import tables
+from hooked_moe.analysis import analyse_run
+from hooked_moe.analysis.criteria import PAPER_CRITERIA
+from hooked_moe.report import write_report
+from hooked_moe.report.figures.ceiling import pooled_shares
+from hooked_moe.report.figures.drawing import DOTS_PER_INCH, WIDE, Drawing
+from hooked_moe.report.figures.effect_size import effect_size
+from hooked_moe.report.figures.experts import MINIMUM_REMOVALS, draw_experts, experts
+from hooked_moe.report.figures.names import PAPER_LINES, SCORE_LINES
+from hooked_moe.report.figures.progressive import draw_progressive
+from hooked_moe.report.inputs import SOURCES, Inputs, read_inputs
+from hooked_moe.report.page import STYLE
+from hooked_moe.report.summary import conclude, lead
+from tests.support.synthetic_effects import PARTS, synthetic_run
+from tests.support.synthetic_report import synthetic_report
+
+FIGURES = (
+    *("effect_size", "rank_correlation", "ceiling", "removal_effect", "slots", "slot_distribution", "experts"),
+    *("redistribution", "progressive", "scopes"),
+)
+TIMES = "\N{MULTIPLICATION SIGN}"
+VOID = {"meta", "img", "source", "br"}
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags close in order and anchors exist, and gathers text, addresses and the cells of the verdict maps."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.addresses: list[str] = []
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        assert self.open == []
+        assert {link.removeprefix("#") for link in self.links} <= self.anchors
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        values = dict(attrs)
+        self.addresses += [values[name] for name in ("src", "srcset") if name in values]
+        self.links += [values["href"]] if "href" in values else []
+        self.anchors |= {values["id"]} if "id" in values else set()
+        if tag == "tr":
+            self.rows.append([])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if "td" in self.open:
+            self.rows[-1].append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+def page_of(run: Path) -> Page:
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    """Derived files of a made-up run; tests that change files copy it."""
+    return synthetic_report(tmp_path_factory.mktemp("runs") / "made-up")
+
+
+@pytest.fixture(scope="module")
+def reported(measured) -> Path:
+    write_report(measured)
+    return measured
+
+
+@pytest.fixture
+def unpainted(monkeypatch) -> None:
+    """Pages without the seconds that painting takes, for tests of their words."""
+    blank = {"svg": b"<svg/>", "png": b""}
+    monkeypatch.setattr(Drawing, "render", lambda self, *kinds, narrow=False: {kind: blank[kind] for kind in kinds})
+
+
+def changed(run: Path, directory: Path, name: str, change) -> Path:
+    """A copy of the run with one csv changed: `change` is given the data frame."""
+    shutil.copytree(run, directory, ignore=shutil.ignore_patterns("figures", "report.html"))
+    frame = change(tables.read_csv(directory / name).to_pandas())
+    tables.write_csv_atomic(pa.table({column: frame[column].to_numpy() for column in frame}), directory / name)
+    return directory
+
+
+def texts(run: Path) -> tuple[str, str]:
+    """The findings and the conclusions of a run, as plain text."""
+    inputs = read_inputs(run)
+    return Page(lead(inputs)).text, Page(" ".join(conclude(inputs))).text
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_whole_and_needs_no_network(reported):
+    page = page_of(reported)
+    assert len(page.addresses) == 2 * len(FIGURES)  # wide and narrow
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert "http" not in (reported / "report.html").read_text(encoding="utf-8").split("<body>")[0]
+    assert page.links
+    for name in FIGURES:
+        for kind in ("svg", "png", "csv"):
+            assert (reported / "figures" / f"{name}.{kind}").stat().st_size > 300
+    for text in ("made-up-moe", "made-up <corpus>", "1,766,016 removals", "2.1e-06", "effects are exact", "novel <old>"):
+        assert text in page.text
+    assert "Not measured" not in page.text
+
+
+def test_svg_and_csv_of_a_figure_are_the_same_bytes_each_time(measured):
+    table = tables.read_csv(measured / "cells.csv")
+    first, second = (effect_size(table, 6).render("svg", "png") for _ in range(2))
+    assert first == second
+    assert matplotlib.image.imread(io.BytesIO(first["png"])).shape[1] == WIDE * DOTS_PER_INCH  # whatever was written before it
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_a_page_is_the_same_bytes_each_time(measured, tmp_path):
+    pages = []
+    for name in ("one", "other"):
+        copy = shutil.copytree(measured, tmp_path / name, ignore=shutil.ignore_patterns("figures"))
+        pages.append(write_report(copy).read_bytes())
+        assert not list(copy.rglob(".*"))
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.usefixtures("unpainted")
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_was_not_measured_is_named_with_the_command_that_measures_it(measured, tmp_path, name):
+    run = shutil.copytree(measured, tmp_path / "run")
+    (run / name).unlink()
+    tables.write_json_atomic({"not_measured": {name: "this run has no such part"}}, run / "analysis.json")
+    write_report(run)
+    text = page_of(run).text
+    assert f"Not measured: {SOURCES[name].about} (this run has no such part)" in text
+    assert "python " + SOURCES[name].command.format(model="made-up-moe") in text
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_a_run_of_one_part_alone_is_reported(measured, tmp_path):
+    shutil.copy(measured / "progressive.csv", tmp_path)
+    write_report(tmp_path)
+    text = page_of(tmp_path).text
+    assert "unnamed model" in text
+    assert text.count("Not measured") == len(SOURCES) - 1
+    for absent in ("no verification", "no noise floor", "no manifest.json"):
+        assert absent in text
+
+
+def test_without_any_table_or_with_one_of_another_version_it_refuses_by_name(measured, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none of the derived tables cells\.csv.* analyse the run first"):
+        write_report(tmp_path)
+    run = changed(measured, tmp_path / "old", "cells.csv", lambda frame: frame.drop(columns=["verdict", "bf10"]))
+    with pytest.raises(ValueError, match=r"cells\.csv lacks column verdict, bf10; analyse the run again"):
+        write_report(run)
+
+
+def test_numbers_of_csv_files_are_what_was_written(measured, tmp_path):
+    """A column of 1.0, 1.0 reads as whole numbers, one of empty texts as nulls."""
+
+    def whole(frame: pd.DataFrame) -> pd.DataFrame:
+        return frame.assign(share_above_floor=1, mean_abs_delta=2)
+
+    run = changed(measured, tmp_path / "run", "layers.csv", whole)
+    row = read_inputs(run).rows("layers.csv")[0]
+    assert [type(row[name]) for name in ("layer", "n_removals", "share_above_floor", "mean_abs_delta")] == [
+        int,
+        int,
+        float,
+        float,
+    ]
+    assert {row["note"] for row in read_inputs(measured).rows("bayes.csv")} == {""}
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_failed_checks_are_shown_as_such(measured, tmp_path):
+    run = shutil.copytree(measured, tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["verification"][0] |= {"passed": False, "value": 0.5}
+    manifest["verification"][1] |= {"passed": None}
+    tables.write_json_atomic(manifest, run / "manifest.json")
+    write_report(run)
+    rows = page_of(run).rows
+    assert ["inactive expert", "FAILED", "0.5000", "0.0000", "64 removals"] in rows
+    assert next(row for row in rows if row and row[0] == "effects are exact")[1] == "not run"
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_the_map_of_verdicts_shows_every_cell(measured):
+    write_report(measured)
+    frame = tables.read_csv(measured / "cells.csv").to_pandas()
+    marks = {"valid": "+", "reversed": "\N{MINUS SIGN}", "equivalent": "=", "undecided": "?", "refused": "x"}
+    maps = [row for row in page_of(measured).rows if row and row[0] in ("activation norm", "routing entropy", "router-row norm")]
+    order = [("position", "all"), ("position", "sample"), ("sequence", "all"), ("sequence", "sample")]
+    shown = [row for row in maps if any(cell.strip() in marks.values() for cell in row[1:])]
+    assert len(shown) == 3 * len(order)
+    for i, (scope, population) in enumerate(order):
+        for row, ranking in zip(shown[3 * i :], ("activation_norm", "routing_entropy", "router_row_norm"), strict=False):
+            cells = frame[(frame.scope == scope) & (frame.population == population) & (frame.ranking == ranking)]
+            found = [cell.strip() for cell in row[1:] if cell.strip() in marks.values()]
+            assert found == [marks[verdict] for verdict in cells.sort_values("layer").verdict]
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_refused_cells_say_why_and_tables_drop_columns_without_numbers(measured, tmp_path):
+    def without_documents(frame: pd.DataFrame) -> pd.DataFrame:
+        sample = frame.population == "sample"
+        frame.loc[sample, ["p_max_t", "spearman", "spearman_low", "spearman_high", "bf10", "bf_directional"]] = np.nan
+        return frame
+
+    text = page_of(write_report(changed(measured, tmp_path / "run", "cells.csv", without_documents)).parent).text
+    assert "refused: all 72 differences equal 0; without variance there is no test" in text
+    assert text.count("pmax T") == 2 * 4  # both scopes of population all, four families
+    assert text.count("pTOST") == 4 * 4
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_a_model_of_many_layers_has_marks_alone_in_its_map(tmp_path):
+    run = synthetic_report(tmp_path / "deep", n_layers=48, scopes=("position",))
+    write_report(run)
+    body = (run / "report.html").read_text(encoding="utf-8")
+    assert "<small>" not in body
+    assert body.count('class="map deep"') == 2
+
+
+# --- summary and conclusions -------------------------------------------------------------------------------------------
+
+
+def test_the_summary_counts_the_verdicts_of_the_tables(measured):
+    findings, _ = texts(measured)
+    frame = tables.read_csv(measured / "cells.csv").to_pandas()
+    frame = frame[(frame.scope == "position") & (frame.population == "all")]
+    counts = frame.groupby("family").verdict.value_counts()
+    paper, extended = counts["paper"], counts["extended"]
+    assert (
+        f"(24 cells of criterion {TIMES} layer, over all positions): {paper['valid']} valid (activation norm in layers 4, 5)"
+        in findings
+    )
+    assert f"{paper['equivalent']} equivalent to none" in findings
+    assert f"{extended['undecided']} undecided, 1 reversed (routing entropy in layer 0), 1 refused" in findings
+    token = frame[frame.ranking == "first_order"].spearman.mean()
+    assert f"first-order estimate {token:+.3f}, valid in 6 of 6 layers" in findings
+
+
+def test_the_summary_reads_ceiling_scope_and_progressive_off_their_tables(measured):
+    findings, _ = texts(measured)
+    ceiling = tables.read_csv(measured / "ceiling.csv").to_pandas()
+    value = ceiling.groupby("layer").ceiling.first().mean()
+    assert f"more than {100 * value:.1f}% of the variance" in findings
+    scopes = tables.read_csv(measured / "scopes.csv").to_pandas()
+    ratio = scopes.mean_abs_sequence / scopes.mean_abs_position
+    assert f"{ratio.min():.2f} to {ratio.max():.2f} times as much" in findings
+    progressive = tables.read_csv(measured / "progressive.csv").to_pandas()
+    half = progressive[progressive.removed == 4].groupby("order")["mean"].mean()
+    assert f"{half['descending']:+.3f} nats highest weight first" in findings
+    assert f"{half['ascending']:+.3f} nats lowest weight first" in findings
+    assert f"all 8, {progressive[progressive.removed == 8]['mean'].mean():+.3f}" in findings
+
+
+def set_verdicts(verdict: str):
+    def change(frame: pd.DataFrame) -> pd.DataFrame:
+        frame.loc[frame.family.isin(["paper", "extended"]) & (frame.population == "all"), "verdict"] = verdict
+        return frame
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("verdict", "conclusion"),
+    [
+        ("undecided", "Most cells (96 of 96) are undecided"),
+        ("equivalent", "No statistic fixed for the corpus tells which active expert matters at a token: in 96 of 96 cells"),
+        ("valid", "Fixed statistics predict in 96 of 96 cells"),
+        ("reversed", "in 0 of 96 cells the effect is shown to lie within d = 0.1, 96 point the wrong way"),
+    ],
+)
+def test_the_conclusion_follows_the_verdicts(measured, tmp_path, verdict, conclusion):
+    run = changed(measured, tmp_path / "run", "cells.csv", set_verdicts(verdict))
+    assert conclusion in texts(run)[1]
+
+
+def test_where_documents_are_too_few_the_sample_is_summed_up_and_said_so(measured, tmp_path):
+    def refuse_all(frame: pd.DataFrame) -> pd.DataFrame:
+        frame.loc[frame.population == "all", "verdict"] = "refused"
+        return frame
+
+    findings, _ = texts(changed(measured, tmp_path / "run", "cells.csv", refuse_all))
+    assert f"24 cells of criterion {TIMES} layer, over 200 sampled positions" in findings
+
+
+def test_the_conclusion_about_fixed_rankings_follows_the_ceiling(measured, tmp_path):
+    low = texts(measured)[1]
+    assert "A fixed ranking can say little here: at most 2.2% of the variance" in low
+    assert "the criteria miss most of what a fixed ranking can give" in low
+
+    def high(frame: pd.DataFrame) -> pd.DataFrame:
+        good = frame.criterion.isin(["activation_norm", "oracle"])
+        frame["ceiling"] *= 10
+        frame["share_of_variance"] = np.where(good, 0.8, 0.02) * frame["ceiling"]
+        return frame
+
+    text = texts(changed(measured, tmp_path / "run", "ceiling.csv", high))[1]
+    assert "A fixed ranking could explain 22% of the variance" in text
+    assert "activation norm already takes much of what a fixed ranking can give" in text
+
+
+def test_the_conclusion_about_token_scores_can_go_against_them(measured, tmp_path):
+    assert "ask the token: its first-order estimate orders the active experts best" in texts(measured)[1]
+
+    def blind(frame: pd.DataFrame) -> pd.DataFrame:
+        frame.loc[frame.family == "token", "spearman"] = 0.0
+        return frame
+
+    text = texts(changed(measured, tmp_path / "run", "cells.csv", blind))[1]
+    assert "no better than activation norm does" in text
+
+
+def test_names_from_files_are_escaped(measured):
+    inputs = read_inputs(measured)
+    inputs.manifest["model"]["name"] = "<script>moe</script>"
+    assert "<script>" not in lead(inputs)
+    assert "made-up <corpus>" not in lead(inputs)
+
+
+# --- figures -------------------------------------------------------------------------------------------------------------
+
+
+def test_figures_show_the_numbers_of_their_tables(reported):
+    cells = tables.read_csv(reported / "cells.csv").to_pandas()
+    drawn = tables.read_csv(reported / "figures" / "effect_size.csv").to_pandas()
+    expected = cells[(cells.scope == "position") & cells.ranking.isin([*PAPER_CRITERIA, "routing_weight"])]
+    np.testing.assert_array_equal(drawn.d_position, expected.d_position)
+    np.testing.assert_allclose(drawn.relative_depth, expected.layer / 5)
+    correlated = tables.read_csv(reported / "figures" / "rank_correlation.csv").to_pandas()
+    np.testing.assert_array_equal(correlated.spearman, cells[(cells.scope == "position") & (cells.population == "all")].spearman)
+    for name in ("progressive", "scopes", "slots"):
+        assert tables.read_csv(reported / "figures" / f"{name}.csv").equals(tables.read_csv(reported / f"{name}.csv"))
+
+
+def test_relative_depth_counts_the_layers_of_the_model_not_those_audited():
+    cells = {
+        "scope": "position",
+        "population": "all",
+        "family": "paper",
+        "ranking": "activation_norm",
+        "n": 9,
+        "verdict": "valid",
+    }
+    numbers = dict.fromkeys(("d_position", "d_position_low", "d_position_high", "minimal_detectable_d", "equivalence_bound"), 0.1)
+    table = pa.Table.from_pylist([{**cells, **numbers, "layer": layer} for layer in (1, 7, 13)])
+    assert effect_size(table, 27).numbers.column("relative_depth").to_pylist() == [1 / 26, 7 / 26, 13 / 26]
+    assert Inputs({"cells.csv": table}, {"model": {"config": {"n_layers": 27}}}, {}).n_layers == 27
+    assert Inputs({"cells.csv": table}, {}, {}).n_layers == 14
+
+
+def test_shares_of_the_ceiling_pool_layers_by_their_ceiling(measured):
+    table = tables.read_csv(measured / "ceiling.csv")
+    sums = table.to_pandas().groupby("criterion")[["share_of_variance", "ceiling"]].sum()
+    for criterion, (_, share) in pooled_shares(table).items():
+        assert share == pytest.approx(sums.share_of_variance[criterion] / sums.ceiling[criterion])
+    nothing = table.set_column(table.schema.get_field_index("ceiling"), "ceiling", pa.array(np.zeros(table.num_rows)))
+    assert all(np.isnan(share) for _, share in pooled_shares(nothing).values())
+
+
+def test_the_heat_map_leaves_out_experts_that_were_hardly_removed(measured):
+    table = pa.table(
+        {"layer": [3, 3, 7, 7], "expert": [0, 1, 0, 1], "n_removals": [29, 30, 99, 0], "mean_delta": [9.0, 1.0, -1.0, np.nan]}
+    )
+    image = draw_experts(experts(table).numbers, narrow=False).axes[0].images[0].get_array()
+    assert MINIMUM_REMOVALS == 30
+    np.testing.assert_array_equal(np.ma.filled(image, np.nan), [[np.nan, 1.0], [-1.0, np.nan]])
+
+
+def test_progressive_curves_of_a_deep_model_fit_a_page_and_a_phone(tmp_path):
+    table = tables.read_csv(synthetic_report(tmp_path, n_layers=48) / "progressive.csv")
+    for narrow, columns in ((False, 6), (True, 3)):
+        titles = [axes.get_title() for axes in draw_progressive(table, narrow).axes[:columns]]
+        assert (titles[0], titles[-1]) == ("layer 0", "layer 47")
+
+
+def test_lines_differ_without_colour_and_text_stands_out_from_its_ground():
+    for lines in (SCORE_LINES.values(), PAPER_LINES):
+        assert len({marker for _, marker in lines}) == len(lines)
+    pairs = re.findall(r"\.(?:valid|reversed|equivalent|undecided|refused) \{ background: (#\w+); color: (#\w+); \}", STYLE)
+    assert len(pairs) == 5
+    assert all(contrast(*pair) >= 4.5 for pair in pairs)
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of two colours (WCAG 2, section 1.4.3)."""
+    luminance = []
+    for colour in (one, other):
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+        channels = np.array([int(digits[i : i + 2], 16) for i in (0, 2, 4)]) / 255
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        luminance.append(float(linear @ [0.2126, 0.7152, 0.0722]))
+    return (max(luminance) + 0.05) / (min(luminance) + 0.05)
+
+
+# --- with the analysis ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_the_made_up_files_have_the_columns_of_an_analysed_run_which_is_reported_whole(measured, tmp_path):
+    run = synthetic_run(tmp_path / "run", parts=PARTS)
+    analyse_run(run, n_experts=16)
+    real, made_up = read_inputs(run), read_inputs(measured)
+    assert set(real.tables) == set(made_up.tables) == set(SOURCES)
+    for name, table in real.tables.items():
+        assert set(table.column_names) == set(made_up.tables[name].column_names), name
+    write_report(run)
+    text = page_of(run).text
+    assert "Not measured" not in text
+    assert not re.search(r"\bnan\b", text)
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_a_corpus_too_small_for_inference_over_documents_is_reported_as_such(tmp_path):
+    run = synthetic_run(tmp_path / "run", n_documents=1, n_tokens=210)
+    analyse_run(run, n_experts=16)
+    write_report(run)
+    text = page_of(run).text
+    assert "over 200 sampled positions" in text
+    assert "refused: 1 documents; tests over documents" in text
