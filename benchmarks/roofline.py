@@ -30,6 +30,7 @@ import torch
 
 import hooked_moe.components.moe
 import hooked_moe.counterfactuals.engine.fan_out
+import hooked_moe.counterfactuals.engine.losses
 import hooked_moe.kernels.cpu.expert_mlp
 from benchmarks.tables import Table, count, parse, parser, show, threads
 from benchmarks.timing import seconds_of, summary, timed
@@ -69,7 +70,7 @@ WRAPPED: tuple[tuple[Any, str, str], ...] = (
     (HookedRMSNorm, "forward", NORMS),
     (Rotation, "__call__", NORMS),
     (hooked_moe.counterfactuals, "observe", OBSERVE),
-    (hooked_moe.counterfactuals.engine.fan_out, "target_loss", UNEMBEDDING),
+    (hooked_moe.counterfactuals.engine.losses, "target_loss", UNEMBEDDING),
     (hooked_moe.counterfactuals.engine.fan_out, "variant_losses", UNEMBEDDING),
 )
 """Which function is which phase. Time inside a wrapped function counts for the innermost one."""

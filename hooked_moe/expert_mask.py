@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooked_moe.config import HookedMoEConfig
 
-Removal = Literal["zero", "renormalize", "reroute"]
+RemovalName = Literal["zero", "renormalize", "reroute"]
 Entry = tuple[int, int | None, int | None, int]
 AnyEntry = tuple[SupportsIndex, SupportsIndex | None, SupportsIndex | None, SupportsIndex]
 
@@ -37,8 +37,8 @@ def check_mask(layer: int, mask: Any, removal: str) -> None:
 
 
 def check_removal(removal: str) -> None:
-    if removal not in get_args(Removal):
-        raise ValueError(f"removal must be one of {', '.join(map(repr, get_args(Removal)))}, not {removal!r}")
+    if removal not in get_args(RemovalName):
+        raise ValueError(f"removal must be one of {', '.join(map(repr, get_args(RemovalName)))}, not {removal!r}")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LayerMask:
     """The mask of one layer. `keep` is bool, or float to scale contributions instead of removing them."""
 
     keep: Bool[Tensor, "batch pos expert"] | Float[Tensor, "batch pos expert"]
-    removal: Removal = "zero"
+    removal: RemovalName = "zero"
 
     def part(self, positions: slice) -> LayerMask:
         """The mask of some positions."""
@@ -67,13 +67,13 @@ class LayerMask:
         """ "zero" and "renormalize": removed experts weigh nothing; the rest is rescaled to the same sum in the latter."""
         if self.removal == "reroute":
             return weights
-        return keep_weights(weights, self.keep.gather(-1, indices), self.removal)
+        return keep_weights(weights, self.keep.gather(-1, indices), rescale=self.removal == "renormalize")
 
 
-def keep_weights(weights: Float[Tensor, "*any slot"], keep: Tensor, removal: Removal) -> Float[Tensor, "*variants slot"]:
-    """Routing weights times `keep` (broadcast), rescaled to their old sum where `removal` is "renormalize"."""
+def keep_weights(weights: Float[Tensor, "*any slot"], keep: Tensor, rescale: bool = False) -> Float[Tensor, "*variants slot"]:
+    """Routing weights times `keep` (broadcast), and with `rescale` rescaled to their old sum."""
     kept = weights * keep
-    if removal == "renormalize":
+    if rescale:
         rest = kept.sum(-1, keepdim=True)
         rescaled = torch.where(rest > 0, kept * weights.sum(-1, keepdim=True) / rest.where(rest > 0, 1.0), 0.0)
         same = (kept == weights).all(
@@ -96,18 +96,18 @@ class ExpertMask:
     Masking an expert that a token is not routed to changes nothing (except under "reroute", where it cannot step in).
     """
 
-    def __init__(self, keep: Mapping[int, Tensor], removal: Removal = "zero") -> None:
+    def __init__(self, keep: Mapping[int, Tensor], removal: RemovalName = "zero") -> None:
         check_removal(removal)
         for layer, tensor in keep.items():
             if not isinstance(layer, int):
                 raise TypeError(f"layers are whole numbers, not {layer!r}")
             check_mask(layer, tensor, removal)
-        self.removal: Removal = removal
+        self.removal: RemovalName = removal
         self._keep = dict(keep)
         self._entries: dict[int, list[Entry]] = {}
 
     @classmethod
-    def ablate(cls, entries: Iterable[AnyEntry], removal: Removal = "zero") -> ExpertMask:
+    def ablate(cls, entries: Iterable[AnyEntry], removal: RemovalName = "zero") -> ExpertMask:
         """Remove single experts: `(layer, batch, pos, expert)`, where None for batch or pos means every one."""
         mask = cls({}, removal)
         for given in entries:

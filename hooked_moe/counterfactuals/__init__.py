@@ -1,31 +1,32 @@
 """Exact counterfactuals: what every expert does, asked of a model one change at a time and all changes at once."""
 
-from hooked_moe.counterfactuals.first_order import first_order_effects
-from hooked_moe.counterfactuals.questions import (
-    Order,
-    Scope,
-    Where,
-    expert_effects,
-    expert_observations,
-    mask_effects,
-    progressive_effects,
-    token_effects,
-)
+from hooked_moe.counterfactuals.expert_removal import Scope, expert_effects
+from hooked_moe.counterfactuals.expert_sets import mask_effects
+from hooked_moe.counterfactuals.first_order import FirstOrderEffects, first_order_effects
+from hooked_moe.counterfactuals.means import expert_means
+from hooked_moe.counterfactuals.observations import expert_observations
+from hooked_moe.counterfactuals.progressive_removal import Order, progressive_effects
 from hooked_moe.counterfactuals.readouts import KL, Displacement, LogitDifference, LossAfter
-from hooked_moe.counterfactuals.removals import ExpertMeans, expert_means
+from hooked_moe.counterfactuals.removals import Mean, Removal, Renormalize, Reroute, Zero
 from hooked_moe.counterfactuals.results import ExpertEffects, VariantEffects
+from hooked_moe.counterfactuals.token_edits import Queries, token_effects
 
 __all__ = [
     "KL",
     "Displacement",
     "ExpertEffects",
-    "ExpertMeans",
+    "FirstOrderEffects",
     "LogitDifference",
     "LossAfter",
+    "Mean",
     "Order",
+    "Queries",
+    "Removal",
+    "Renormalize",
+    "Reroute",
     "Scope",
     "VariantEffects",
-    "Where",
+    "Zero",
     "expert_effects",
     "expert_means",
     "expert_observations",

@@ -24,7 +24,7 @@ from torch import Tensor
 from hooked_moe.components.attention import Attention, QueriesKeysValues
 from hooked_moe.components.precision import at_least_float32, without_autocast
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.counterfactuals.engine.fan_out import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
+from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
 from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.engine.padding import Packed, Results
 from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Mask, Tokens, make_request
@@ -35,7 +35,7 @@ from hooked_moe.transformer import Transformer
 BACKWARD_ACTIVATIONS = 2
 """What a block keeps for its backward pass, and the gradients in it, in multiples of what it takes going forward."""
 
-LOSSES_AT_ONCE = 256
+LOSSES_PER_CHUNK = 256
 """Tokens whose logits and their gradients are in memory together."""
 
 
@@ -68,8 +68,8 @@ def first_order_effects(
     """
     model.require_weights("a gradient")
     request = make_request(model, tokens, layers, None, attention_mask, (), memory_budget)
-    results = Results(request.layers, (len(request.packed.tokens), request.packed.width))
-    rows, keep = _rows_at_once(model, request.packed, request.budget)
+    results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
+    rows, keep = _rows_per_group(model, request.packed, request.budget)
     for packed in request.packed.split(rows):
         for clean, gradient in _backward(model, packed, request.layers[0], keep):
             if clean.layer in request.layers:
@@ -123,7 +123,7 @@ def _loss_gradient(
 ) -> Float[Tensor, "batch pos d_model"]:
     """Of every position's loss, with respect to its final residual stream; zero where there is no next token."""
     gradient, weight = torch.zeros_like(resid), at_least_float32(model.unembed.W_U.detach())
-    for rows in (targets >= 0).nonzero().split(LOSSES_AT_ONCE):
+    for rows in (targets >= 0).nonzero().split(LOSSES_PER_CHUNK):
         batch, pos = rows.unbind(-1)
         x = resid[batch, pos].requires_grad_()
         with torch.enable_grad():
@@ -151,14 +151,14 @@ def attend_by_own_stream(attn: Attention, qkv: QueriesKeysValues) -> Float[Tenso
 
 def least_budget(cfg: HookedMoEConfig, length: int) -> int:
     """Bytes beside the model's weights that the gradient of one row takes, the activations of one block at a time in memory."""
-    demand = demand_of(cfg, length, at_once=length)
+    demand = demand_of(cfg, length, chunk_size=length)
     return demand.fixed + (cfg.n_layers + 2) * length * demand.variant_token + BACKWARD_ACTIVATIONS * demand.row
 
 
-def _rows_at_once(model: Transformer, packed: Packed, budget: int | None) -> tuple[int, bool]:
+def _rows_per_group(model: Transformer, packed: Packed, budget: int | None) -> tuple[int, bool]:
     """How many batch rows go back together, and whether the activations of all their blocks are kept: as the budget allows."""
     length, n_layers = packed.tokens.shape[1], model.cfg.n_layers
-    demand = demand_of(model.cfg, length, at_once=length)
+    demand = demand_of(model.cfg, length, chunk_size=length)
     block = BACKWARD_ACTIVATIONS * demand.row
     residuals = (n_layers + 2) * length * demand.variant_token
     left = demand.row + WAITING_BYTES if budget is None else budget - demand.fixed

@@ -39,15 +39,15 @@ def run_variants(
     if not edits:
         raise ValueError("no edits: give one or more, each a (name, function) pair or a list of them")
     tokens, mask = model.as_tokens(tokens, attention_mask)
-    at_once = _rows_at_once(model, tokens, None if memory_budget is None else parse_bytes(memory_budget))
+    group_size = _rows_per_group(model, tokens, None if memory_budget is None else parse_bytes(memory_budget))
     variants = [_resolve(model, number, edit) for number, edit in enumerate(edits)]
     starts = sorted({variant.start for variant in variants})
     before = _residuals_before(model, tokens, mask, starts)
     logits: list[Tensor | None] = [None] * len(edits)
     losses: list[Tensor | None] = [None] * len(edits)
     ordered = sorted(variants, key=lambda variant: variant.start)  # those that start together run together
-    for first in range(0, len(ordered), at_once):
-        group = ordered[first : first + at_once]
+    for first in range(0, len(ordered), group_size):
+        group = ordered[first : first + group_size]
         out = _run_group(model, group, before[group[0].start], mask)
         for variant, row in zip(group, out.unflatten(0, (len(group), -1)), strict=True):
             if return_type != "logits":
@@ -142,10 +142,10 @@ class _OnOwnRows:
         return activation
 
 
-def _rows_at_once(model: Transformer, tokens: Tensor, budget: int | None) -> int:
+def _rows_per_group(model: Transformer, tokens: Tensor, budget: int | None) -> int:
     """Variants of a group: as many as the budget holds, logits included. Raises `ValueError` if not even one fits."""
     batch, pos = tokens.shape
-    demand = demand_of(model.cfg, pos, at_once=pos)
+    demand = demand_of(model.cfg, pos, chunk_size=pos)
     per_variant = batch * (demand.row + pos * (model.cfg.d_vocab * 8 + demand.variant_token))
     if budget is None:
         return max(1, WAITING_BYTES // per_variant)

@@ -7,9 +7,9 @@ Each gives the difference that the change made, for every variant and position.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -17,49 +17,12 @@ from torch import Tensor
 
 from hooked_moe.checks import as_whole
 from hooked_moe.components.precision import at_least_float32
-from hooked_moe.counterfactuals.engine.fan_out import Final, loss_at
+from hooked_moe.counterfactuals.engine.losses import loss_at
+from hooked_moe.counterfactuals.engine.readout import Final
 from hooked_moe.transformer import Transformer
 
 CHUNK_BYTES = 16 << 20
-"""Logits of so many bytes at a time, of variants and of the clean run alike."""
-
-
-@runtime_checkable
-class NamedReadout(Protocol):
-    """A readout: a name for its column, and how many tokens from the changed one on it needs."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def width(self) -> int: ...
-
-    def __call__(self, final: Final) -> Float[Tensor, "variant batch query *rest"]: ...
-
-
-@runtime_checkable
-class ChecksModel(Protocol):
-    """A readout that not every model has."""
-
-    def check(self, model: Transformer) -> None:
-        """Raise `ValueError` if this model does not have it: before anything is measured."""
-        ...
-
-
-def by_name(readouts: Any, model: Transformer) -> dict[str, NamedReadout]:
-    """Readouts by their names. Raises `ValueError` for what is none, for names that occur twice, and for what the model lacks."""
-    if not isinstance(readouts, Iterable) or isinstance(readouts, str):
-        raise ValueError(f"readouts must be a list of readouts, as in [KL()], not {readouts!r}")
-    named: dict[str, NamedReadout] = {}
-    for readout in readouts:
-        if isinstance(readout, type) or not isinstance(readout, NamedReadout):
-            raise ValueError(f"readouts must be a list of readouts, as in [KL()]; {readout!r} is none")
-        if readout.name in named:
-            raise ValueError(f"readouts need different names; {readout.name!r} occurs twice")
-        if isinstance(readout, ChecksModel):
-            readout.check(model)
-        named[readout.name] = readout
-    return named
+"""Bytes of logits that are in memory at a time, the variants' and the clean run's alike."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +33,14 @@ class KL:
     width: ClassVar[int] = 1
 
     def __call__(self, final: Final) -> Float[Tensor, "variant batch query"]:
-        variants, clean = final.first(final.variants).flatten(1, 2), final.first(final.clean).flatten(0, 1)
+        variants, clean = final.at_window_starts(final.variants).flatten(1, 2), final.at_window_starts(final.clean).flatten(0, 1)
         result = torch.empty(variants.shape[:2], dtype=torch.promote_types(variants.dtype, torch.float32), device=variants.device)
         for part in _chunks(final.model, len(clean)):
             expected = _log_probabilities(final.model, clean[part])
             for row, variant in zip(result, variants, strict=True):
                 changed = _log_probabilities(final.model, variant[part])
                 row[part] = (expected.exp() * (expected - changed)).sum(-1)
-        return result.unflatten(1, final.first(final.clean).shape[:2])
+        return result.unflatten(1, final.at_window_starts(final.clean).shape[:2])
 
 
 @dataclass(frozen=True)
@@ -108,8 +71,8 @@ class LogitDifference:
         model = final.model
         first, second = self._ids(model)
         direction = at_least_float32(model.unembed.W_U[first]) - at_least_float32(model.unembed.W_U[second])
-        clean = model.ln_final(at_least_float32(final.first(final.clean))) @ direction
-        changed = [model.ln_final(at_least_float32(variant)) @ direction for variant in final.first(final.variants)]
+        clean = model.ln_final(at_least_float32(final.at_window_starts(final.clean))) @ direction
+        changed = [model.ln_final(at_least_float32(variant)) @ direction for variant in final.at_window_starts(final.variants)]
         return torch.stack(changed) - clean
 
 
@@ -121,8 +84,10 @@ class Displacement:
     width: ClassVar[int] = 1
 
     def __call__(self, final: Final) -> Float[Tensor, "variant batch query"]:
-        clean = at_least_float32(final.first(final.clean))
-        return torch.stack([(at_least_float32(variant) - clean).norm(dim=-1) for variant in final.first(final.variants)])
+        clean = at_least_float32(final.at_window_starts(final.clean))
+        return torch.stack(
+            [(at_least_float32(variant) - clean).norm(dim=-1) for variant in final.at_window_starts(final.variants)]
+        )
 
 
 @dataclass(frozen=True)
@@ -150,9 +115,9 @@ class LossAfter:
 
 
 def _chunks(model: Transformer, rows: int) -> Iterator[slice]:
-    at_once = max(1, CHUNK_BYTES // (4 * model.cfg.d_vocab))
-    for start in range(0, rows, at_once):
-        yield slice(start, start + at_once)
+    chunk_size = max(1, CHUNK_BYTES // (4 * model.cfg.d_vocab))
+    for start in range(0, rows, chunk_size):
+        yield slice(start, start + chunk_size)
 
 
 def _log_probabilities(model: Transformer, resid: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:

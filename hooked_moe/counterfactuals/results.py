@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.counterfactuals.engine.padding import Results
+
 
 @dataclass(frozen=True)
 class ExpertEffects:
@@ -82,3 +84,28 @@ class VariantEffects:
     """Loss at the position with the change minus without, in nats; nan where it was not measured."""
     baseline_loss: Float[Tensor, "batch pos"]
     readouts: dict[str, Float[Tensor, "layer variant batch pos *rest"]] = field(default_factory=dict)
+
+
+def _readouts(results: Results) -> dict[str, Tensor]:
+    prefix = "readouts/"
+    return {name.removeprefix(prefix): table for name, table in results.tables.items() if name.startswith(prefix)}
+
+
+def as_expert_effects(results: Results) -> ExpertEffects:
+    """The engine's tables as the table of experts."""
+    columns = {name: results.tables[name] for name in (*PER_SLOT, "router_probability")}
+    return ExpertEffects(layers=results.layers, baseline_loss=results.baseline, readouts=_readouts(results), **columns)
+
+
+def as_variant_effects(results: Results) -> VariantEffects:
+    """The engine's tables as the table of variants, numbered right after the layer."""
+
+    def variants_second(table: Tensor) -> Tensor:
+        return table.movedim(3, 1)
+
+    return VariantEffects(
+        layers=results.layers,
+        delta_loss=variants_second(results.tables["delta_loss"]),
+        baseline_loss=results.baseline,
+        readouts={name: variants_second(table) for name, table in _readouts(results).items()},
+    )

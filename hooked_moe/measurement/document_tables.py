@@ -16,17 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_moe.corpus import Window
-from hooked_moe.counterfactuals.engine.fan_out import Steps
+from hooked_moe.counterfactuals import Order, Scope, expert_effects, expert_observations, progressive_effects
+from hooked_moe.counterfactuals.engine.steps import Steps
 from hooked_moe.counterfactuals.first_order import first_order_effects
-from hooked_moe.counterfactuals.questions import (
-    Order,
-    Scope,
-    expert_effects_steps,
-    expert_observations_steps,
-    progressive_effects_steps,
-)
 from hooked_moe.counterfactuals.results import ExpertEffects
-from hooked_moe.expert_mask import Removal
+from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement.window_rows import (
     Batch,
     Positions,
@@ -56,7 +50,7 @@ class Wanted:
 
     part: Part
     layers: tuple[int, ...]
-    removal: Removal = "zero"
+    removal: RemovalName = "zero"
     positions: Positions | None = None
     """Where to remove experts; None: wherever there is a next token. Routing is observed everywhere in any case."""
     orders: tuple[Order, ...] = ()
@@ -95,9 +89,9 @@ def _equal_lengths(windows: list[Window]) -> Iterator[list[int]]:
 def _effects(model: Transformer, batch: Batch, wanted: Wanted, scope: Scope, budget: int | None) -> Steps[ExpertEffects]:
     asked = batch.asked(wanted.positions)
     if asked is not None and not asked.any():
-        return (yield from expert_observations_steps(model, batch.tokens(), wanted.layers))
+        return (yield from expert_observations.steps(model, batch.tokens(), wanted.layers))
     return (
-        yield from expert_effects_steps(model, batch.tokens(), wanted.layers, scope, wanted.removal, asked, memory_budget=budget)
+        yield from expert_effects.steps(model, batch.tokens(), wanted.layers, scope, wanted.removal, asked, memory_budget=budget)
     )
 
 
@@ -123,7 +117,7 @@ def _progressive_rows(model: Transformer, batch: Batch, wanted: Wanted, budget: 
         return {"progressive": [PROGRESSIVE.empty_table() for _ in batch.numbers]}
     by_order = []
     for order in wanted.orders:
-        effects = yield from progressive_effects_steps(
+        effects = yield from progressive_effects.steps(
             model,
             batch.tokens(),
             wanted.layers,

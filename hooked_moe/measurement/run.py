@@ -25,8 +25,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from hooked_moe.counterfactuals.questions import Order, Scope
-from hooked_moe.expert_mask import Removal, check_removal
+from hooked_moe.counterfactuals import Order, Scope
+from hooked_moe.expert_mask import RemovalName, check_removal
 from hooked_moe.measurement.document_tables import TABLES, Part, Wanted
 from hooked_moe.measurement.expert_weights import expert_weights
 from hooked_moe.measurement.fingerprint import config_values, versions, weights_sha256
@@ -46,7 +46,7 @@ def open_measurement(
     model: Transformer,
     tokenized: TokenizedCorpus,
     layers: Sequence[int] | None = None,
-    removal: Removal = "zero",
+    removal: RemovalName = "zero",
     *,
     results: Path = Path("results"),
     name: str | None = None,
@@ -81,7 +81,7 @@ class Run:
         model: Transformer,
         tokenized: TokenizedCorpus,
         layers: tuple[int, ...],
-        removal: Removal,
+        removal: RemovalName,
         plan: dict[str, Any],
         lock: filelock.BaseFileLock,
         say: Callable[[str], object],
@@ -90,7 +90,7 @@ class Run:
         self.model = model
         self.tokenized = tokenized
         self.layers = layers
-        self.removal: Removal = removal
+        self.removal: RemovalName = removal
         self.plan = plan
         self.manifest: dict[str, Any] = plan | {"parts": {}}
         self._lock = lock
@@ -274,7 +274,7 @@ def measured_positions(effects: Path) -> Positions:
     return frozenset(found)
 
 
-def _describe(model: Transformer, tokenized: TokenizedCorpus, layers: tuple[int, ...], removal: Removal) -> dict[str, Any]:
+def _describe(model: Transformer, tokenized: TokenizedCorpus, layers: tuple[int, ...], removal: RemovalName) -> dict[str, Any]:
     """What identifies a measurement: two with the same description give the same tables."""
     corpus = tokenized.corpus
     description = {

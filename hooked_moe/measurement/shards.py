@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from hooked_moe.counterfactuals.engine.fan_out import Steps, side_by_side
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
-from hooked_moe.counterfactuals.engine.requests import complete
+from hooked_moe.counterfactuals.engine.steps import Steps, side_by_side
+from hooked_moe.counterfactuals.engine.steps import run_without_grad as complete
 from hooked_moe.counterfactuals.first_order import least_budget as least_of_gradient
 from hooked_moe.loading.spill import spill_of
 from hooked_moe.measurement.document_tables import TABLES, Wanted, measure_document
@@ -166,7 +166,7 @@ def _workers(model: Transformer, groups: int) -> int:
 def _least_budget(model: Transformer, corpus: TokenizedCorpus, wanted: Wanted) -> int:
     """Bytes that one document takes at least."""
     length = min(corpus.n_ctx, max(corpus.lengths()) + 1)  # a BOS token is no document's own
-    least = demand_of(model.cfg, length, at_once=length).of_one_query(model.cfg.experts_per_token)
+    least = demand_of(model.cfg, length, chunk_size=length).of_one_query(model.cfg.experts_per_token)
     return max(least, least_of_gradient(model.cfg, length)) if wanted.first_order else least
 
 

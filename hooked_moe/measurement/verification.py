@@ -13,11 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.counterfactuals.engine.fan_out import CleanBlock, FanOut, fan_out, finish
+from hooked_moe.counterfactuals import Scope, expert_effects
+from hooked_moe.counterfactuals.engine.clean_run import CleanBlock
+from hooked_moe.counterfactuals.engine.clean_run import as_expert_block as with_experts
+from hooked_moe.counterfactuals.engine.fan_out import FanOut, fan_out
 from hooked_moe.counterfactuals.engine.padding import Packed, pack
-from hooked_moe.counterfactuals.questions import Scope, expert_effects
-from hooked_moe.counterfactuals.removals import with_experts, without
-from hooked_moe.expert_mask import ExpertMask, Removal
+from hooked_moe.counterfactuals.engine.steps import run_to_end as finish
+from hooked_moe.counterfactuals.removals import Zero
+from hooked_moe.expert_mask import ExpertMask, RemovalName
 from hooked_moe.transformer import Transformer
 
 MINIMUM_TOKENS = 8
@@ -47,7 +50,7 @@ class Check:
 def verify(
     model: Transformer,
     tokens: Int[Tensor, "1 pos"],
-    removal: Removal = "zero",
+    removal: RemovalName = "zero",
     scopes: Sequence[Scope] = ("position",),
     seed: int = 0,
 ) -> list[Check]:
@@ -78,7 +81,7 @@ def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> float:
 
     def nothing_removed(clean: CleanBlock) -> Float[Tensor, "1 batch pos d_model"]:
         experts = with_experts(clean)
-        return without(experts, torch.ones_like(experts.routing.weights, dtype=torch.bool)[None], "zero")
+        return Zero().without(experts, torch.ones_like(experts.routing.weights, dtype=torch.bool)[None])
 
     def run(packed: Packed, layers: Sequence[int]) -> FanOut:
         return finish(fan_out(model, packed.tokens, packed.targets, layers, 1, nothing_removed))
@@ -153,7 +156,7 @@ def _inactive_expert_has_no_effect(model: Transformer, tokens: Tensor, generator
 
 
 def _effects_equal_full_forwards(
-    model: Transformer, tokens: Tensor, generator: torch.Generator, removal: Removal, scope: Scope, samples: int = 12
+    model: Transformer, tokens: Tensor, generator: torch.Generator, removal: RemovalName, scope: Scope, samples: int = 12
 ) -> Check:
     """5. The fast counterfactuals equal one full forward pass per removal."""
     layers = None

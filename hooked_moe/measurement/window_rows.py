@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_moe.corpus import Window
-from hooked_moe.counterfactuals.questions import Order
+from hooked_moe.counterfactuals import Order
 from hooked_moe.counterfactuals.results import ExpertEffects
 from hooked_moe.tables import PROGRESSIVE, ROUTING, TOKENS
 from hooked_moe.transformer import Transformer

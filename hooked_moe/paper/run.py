@@ -30,7 +30,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from hooked_moe.corpus import Corpus
-from hooked_moe.counterfactuals.questions import expert_observations
+from hooked_moe.counterfactuals import expert_observations
 from hooked_moe.measurement.fingerprint import config_values, versions, weights_sha256
 from hooked_moe.measurement.run_directory import claim, digest, read_json
 from hooked_moe.measurement.shards import in_parallel

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.counterfactuals.engine.fan_out import TOKENS_AT_ONCE, loss_at
+from hooked_moe.counterfactuals.engine.chunks import VARIANT_TOKENS_PER_CHUNK as TOKENS_AT_ONCE
+from hooked_moe.counterfactuals.engine.losses import loss_at
 from hooked_moe.expert_mask import ExpertMask
 from hooked_moe.transformer import Transformer
 
@@ -85,8 +86,8 @@ def _losses_of_layer(
     pending = np.argsort(-needed, kind="stable")  # longest first, so that the rows of a batch are of about one length
     while len(pending):
         length = int(needed[pending[0]])
-        at_once = max(1, TOKENS_AT_ONCE // length)
-        batch, pending = pending[:at_once], pending[at_once:]
+        rows_per_batch = max(1, TOKENS_AT_ONCE // length)
+        batch, pending = pending[:rows_per_batch], pending[rows_per_batch:]
         mask = ExpertMask({layer: keep[torch.as_tensor(batch)]})
         read = resid[:, :length].expand(len(batch), -1, -1)
         final = model(read, start_at_layer=layer, stop_at_layer=model.cfg.n_layers, expert_mask=mask)

@@ -146,7 +146,7 @@ def test_rows_layers_and_losses_at_once_change_nothing_but_rounding(model: Hooke
     last = first_order_effects(model, some_tokens(), [2])
     torch.testing.assert_close(last.first_order, whole.first_order[2:], atol=2e-6, rtol=1e-4, equal_nan=True)
     monkeypatch.setattr(attribution, "LOSSES_AT_ONCE", 3)
-    demand = demand_of(model.cfg, POSITIONS, at_once=POSITIONS)
+    demand = demand_of(model.cfg, POSITIONS, chunk_size=POSITIONS)
     block, residuals = attribution.BACKWARD_ACTIVATIONS * demand.row, 5 * POSITIONS * demand.variant_token
     one_row, three_blocks = (demand.fixed + residuals + blocks * block for blocks in (1, 3))
     for budget in (one_row, three_blocks - 1, three_blocks):  # the last keeps the activations of all blocks

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import hooked_moe.counterfactuals.engine.fan_out as fan_out
+import hooked_moe.counterfactuals.engine.chunks as chunks
 from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.counterfactuals import expert_effects, expert_observations, mask_effects, progressive_effects
 from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.first_order import first_order_effects
+from hooked_moe.counterfactuals.means import expert_means
 from hooked_moe.counterfactuals.readouts import KL
-from hooked_moe.counterfactuals.removals import expert_means
 from hooked_moe.counterfactuals.results import ExpertEffects
 from hooked_moe.kernels import prefix_attention
 from tests.conftest import ARCHITECTURES, EVERY_ARCHITECTURE, random_model
@@ -164,7 +164,7 @@ def test_attention_of_variants_is_the_softmax_over_what_came_before_and_their_ow
 def test_chunks_of_memory_and_of_tokens_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch, model: HookedMoE) -> None:
     tokens = some_tokens()
     whole = expert_effects(model, tokens)
-    monkeypatch.setattr(fan_out, "TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr(chunks, "VARIANT_TOKENS_PER_CHUNK", 3)
     demand = demand_of(model.cfg, 11)
     budget = demand.fixed + demand.row + 3 * 11 * demand.variant_token  # one layer of one row
     for scope in ("position", "sequence"):

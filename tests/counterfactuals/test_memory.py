@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hooked_moe import HookedMoE
 from hooked_moe.counterfactuals import expert_effects, progressive_effects
-from hooked_moe.counterfactuals.engine import fan_out
+from hooked_moe.counterfactuals.engine import chunks
 from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.readouts import KL, LossAfter
 from tests.conftest import random_config
@@ -43,7 +43,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens in a block at once, so that what a budget divides is most of the memory."""
-    monkeypatch.setattr(fan_out, "TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(chunks, "VARIANT_TOKENS_PER_CHUNK", 64)
 
 
 def model_and_budget(dtype: torch.dtype) -> tuple[HookedMoE, int]:
@@ -74,7 +74,7 @@ def test_a_budget_is_what_keeps_memory_from_growing_with_the_batch() -> None:
 def test_a_small_budget_lets_fewer_variants_through_a_block_together(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = HookedMoE(random_config("deepseek", **WIDE))
-    fewest = demand_of(model.cfg, LENGTH, at_once=LENGTH)
+    fewest = demand_of(model.cfg, LENGTH, chunk_size=LENGTH)
     budget = fewest.fixed + fewest.row + 4 * LENGTH * fewest.variant_token
     assert budget - UNUSED < (demand_of(model.cfg, LENGTH).fixed - UNUSED) / 4
     tokens = torch.randint(2000, (2, LENGTH))

@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import hooked_moe.counterfactuals.engine.answer as answer
 import hooked_moe.counterfactuals.engine.requests as requests
 from hooked_moe import ExpertMask, HookedMoE
-from hooked_moe.counterfactuals import Where, expert_effects, mask_effects, progressive_effects, token_effects
-from hooked_moe.counterfactuals.engine.fan_out import CleanBlock, CleanExperts
+from hooked_moe.counterfactuals import Mean, Queries, expert_effects, mask_effects, progressive_effects, token_effects
+from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts
 from hooked_moe.counterfactuals.engine.memory import Demand, demand_of, divide, parse_bytes
 from hooked_moe.counterfactuals.engine.padding import pack
+from hooked_moe.counterfactuals.means import expert_means
 from hooked_moe.counterfactuals.readouts import KL, Displacement, LogitDifference, LossAfter
-from hooked_moe.counterfactuals.removals import expert_means
 from tests.conftest import random_model
 from tests.support.number_text import number_reader
 
@@ -179,7 +180,7 @@ def test_a_mean_takes_the_place_of_the_output(own: HookedMoE, tokens: Tensor) ->
         for expert in range(6):
             torch.testing.assert_close(means[layer][expert], outputs[experts == expert].mean(0), atol=1e-5, rtol=1e-4)
     streamed = expert_means(own, iter(reference.split(1)))
-    effects = expert_effects(own, tokens, removal="mean", means=means, readouts=ALL_READOUTS)
+    effects = expert_effects(own, tokens, removal=Mean(means), readouts=ALL_READOUTS)
     clean, real = Forward(own, tokens, None), torch.ones_like(tokens, dtype=torch.bool)
     for batch, pos in sample(real):
         layer, slot = own.cfg.moe_layers[pos % len(own.cfg.moe_layers)], pos % 3
@@ -216,7 +217,7 @@ def test_any_edit_of_the_residual_stream_equals_the_hook_that_makes_it(padding: 
     generator = torch.Generator().manual_seed(2)
     direction, other = torch.randn(32, generator=generator), torch.randn(2, 8, 32, generator=generator)
 
-    def edit(clean: CleanBlock, where: Where) -> Tensor:
+    def edit(clean: CleanBlock, where: Queries) -> Tensor:
         steered = clean.resid_post + direction
         patched = other[where.batch, where.pos]
         scaled = clean.resid_mid + 2 * (clean.resid_post - clean.resid_mid)
@@ -243,10 +244,10 @@ def test_any_edit_of_the_residual_stream_equals_the_hook_that_makes_it(padding: 
 @pytest.mark.parametrize("readouts", [(), (LossAfter(2),)], ids=["tokens", "windows"])
 @pytest.mark.parametrize("positions", [None, [2, 3]])
 def test_an_edit_may_write_to_what_it_is_given(positions: Any, readouts: Any, own: HookedMoE, tokens: Tensor) -> None:
-    def edit(clean: CleanBlock, where: Where) -> Tensor:
+    def edit(clean: CleanBlock, where: Queries) -> Tensor:
         return 0.5 * clean.resid_post[None]
 
-    def scribble(clean: CleanBlock, where: Where) -> Tensor:
+    def scribble(clean: CleanBlock, where: Queries) -> Tensor:
         edited = edit(clean, where)
         tensors = [clean.resid_mid, clean.mlp_input, clean.resid_post, *where]
         if isinstance(clean, CleanExperts):
@@ -263,7 +264,7 @@ def test_an_edit_may_write_to_what_it_is_given(positions: Any, readouts: Any, ow
 def test_swapping_experts_is_such_an_edit(own: HookedMoE, tokens: Tensor) -> None:
     """Every token's top expert gives way to expert 4, at the top expert's weight."""
 
-    def swap(clean: CleanBlock, where: Where) -> Tensor:
+    def swap(clean: CleanBlock, where: Queries) -> Tensor:
         assert isinstance(clean, CleanExperts)
         indices = clean.routing.indices.clone()
         indices[..., 0] = 4
@@ -354,7 +355,7 @@ def test_work_is_divided_by_rows_then_layers_then_queries(positions: list[int] |
 def test_readouts_that_the_model_lacks_are_refused_before_anything_is_measured(
     own: HookedMoE, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "fan_out", None)
+    monkeypatch.setattr(answer, "fan_out", None)
     with pytest.raises(ValueError, match="token id 999 is out of range: the model has ids 0 to 60"):
         expert_effects(own, tokens, readouts=[LogitDifference(0, 999)])
 
@@ -384,7 +385,7 @@ def test_a_small_budget_changes_nothing_but_rounding(own: HookedMoE, tokens: Ten
 # What is refused
 
 
-def post(clean: CleanBlock, where: Where) -> Tensor:
+def post(clean: CleanBlock, where: Queries) -> Tensor:
     return clean.resid_post[None]
 
 
@@ -397,16 +398,17 @@ Refused = Callable[[HookedMoE, Tensor], Any]
 REFUSALS: dict[str, tuple[Refused, str]] = {
     "mean without means": (
         lambda m, t: expert_effects(m, t, removal="mean"),
-        r"pass means=expert_means\(model, reference_tokens\)",
+        r"Mean\(expert_means\(model, reference\)\)",
     ),
-    "means without mean": (lambda m, t: expert_effects(m, t, means={}), "go together"),
-    "means of other layers": (lambda m, t: expert_effects(m, t, [2], removal="mean", means={1: torch.ones(6, 32)}), "no layers"),
+    "a class for an object": (lambda m, t: expert_effects(m, t, removal=Mean), "removal must be one of"),
+    "no means at all": (lambda m, t: expert_effects(m, t, removal=Mean({})), "no layers"),
+    "means of other layers": (lambda m, t: expert_effects(m, t, [2], removal=Mean({1: torch.ones(6, 32)})), "no layers"),
     "means of another shape": (
-        lambda m, t: expert_effects(m, t, [2], removal="mean", means={2: torch.ones(5, 32)}),
+        lambda m, t: expert_effects(m, t, [2], removal=Mean({2: torch.ones(5, 32)})),
         r"\[6, 32\]",
     ),
     "means of experts never seen": (
-        lambda m, t: expert_effects(m, t, [2], removal="mean", means={2: torch.full((6, 32), float("nan"))}),
+        lambda m, t: expert_effects(m, t, [2], removal=Mean({2: torch.full((6, 32), float("nan"))})),
         "no reference token went to them",
     ),
     "means of nothing": (lambda m, t: expert_means(m, []), "no reference to take means over"),

@@ -54,7 +54,7 @@ def serial(model: HookedMoE, tokens: Tensor, edit: Any, **options: Any) -> Any:
 
 def least_budget(model: HookedMoE, n_variants: int = 1) -> int:
     """For so many variants of the two rows of 11 tokens at once."""
-    demand = demand_of(model.cfg, 11, at_once=11)
+    demand = demand_of(model.cfg, 11, chunk_size=11)
     return demand.fixed + n_variants * 2 * (demand.row + 11 * (61 * 8 + demand.variant_token))
 
 

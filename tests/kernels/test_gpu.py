@@ -12,8 +12,10 @@ from torch import Tensor
 
 from hooked_moe import HookedMoE
 from hooked_moe.counterfactuals import expert_effects
-from hooked_moe.counterfactuals.engine.fan_out import CleanBlock, Windows, advance, clean_block, rotation_of
-from hooked_moe.counterfactuals.removals import each_slot_removed, with_experts, without
+from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, as_expert_block, clean_block, rotation_of
+from hooked_moe.counterfactuals.engine.fan_out import advance
+from hooked_moe.counterfactuals.engine.windows import Windows
+from hooked_moe.counterfactuals.removals import Zero, each_slot_removed
 from hooked_moe.kernels import dispatch
 from hooked_moe.kernels.cuda import nvrtc
 from tests.conftest import EVERY_ARCHITECTURE
@@ -69,8 +71,8 @@ def test_variants_go_through_a_block_without_waiting_for_the_gpu(make_model: Cal
 
     def step() -> None:
         clean: CleanBlock = clean_block(model.blocks[0], 0, resid, rotate)
-        experts = with_experts(clean)
-        variants = without(experts, each_slot_removed(experts), "zero")
+        experts = as_expert_block(clean)
+        variants = Zero().without(experts, each_slot_removed(experts))
         advance(variants, clean_block(model.blocks[1], 1, clean.resid_post, rotate), rotate, Windows(None), None)
 
     step()  # compiles

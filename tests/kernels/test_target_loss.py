@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hooked_moe import HookedMoE, HookedMoEConfig
-from hooked_moe.counterfactuals.engine import fan_out
+from hooked_moe.counterfactuals.engine import losses as engine_losses
 from hooked_moe.kernels import target_loss as kernel
 
 HALF = torch.bfloat16
@@ -64,7 +64,7 @@ def test_losses_of_variants_are_those_of_their_residual_streams(dtype: torch.dty
     variants = (clean + draw(3, 2, 9, 32, seed=2, scale=0.1)).to(dtype)
     targets = torch.randint(67, (2, 9))
     targets[:, -1] = -1
-    losses = fan_out.variant_losses(model, variants, clean, targets)
+    losses = engine_losses.variant_losses(model, variants, clean, targets)
     logits = torch.stack([model.logits(one) for one in variants])
     wanted = F.cross_entropy(logits.flatten(0, 2), targets.expand(3, 2, 9).flatten(), ignore_index=-1, reduction="none")
     assert losses[..., -1].isnan().all()
@@ -80,6 +80,6 @@ def test_in_bfloat16_a_variant_that_changes_nothing_has_the_loss_of_the_clean_ru
     model = HookedMoE(cfg)
     clean = draw(2, 9, 32).to(HALF)
     targets = torch.randint(5000, (2, 9))
-    losses = fan_out.variant_losses(model, torch.stack([clean, clean + 1]), clean, targets)
-    assert torch.equal(losses[0], fan_out.loss_at(model, clean[None], targets)[0])
+    losses = engine_losses.variant_losses(model, torch.stack([clean, clean + 1]), clean, targets)
+    assert torch.equal(losses[0], engine_losses.loss_at(model, clean[None], targets)[0])
     assert not torch.equal(losses[1], losses[0])

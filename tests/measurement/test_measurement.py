@@ -17,7 +17,7 @@ from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.corpus import Corpus
 from hooked_moe.counterfactuals import Scope
 from hooked_moe.counterfactuals.first_order import first_order_effects
-from hooked_moe.expert_mask import Removal
+from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement import ORDERS, document_tables, shards
 from hooked_moe.measurement.document_tables import TABLES, Part, Wanted
 from hooked_moe.measurement.expert_weights import expert_weights
@@ -55,7 +55,7 @@ def run(
 
 
 def reference(
-    model: HookedMoE, lengths: Sequence[int], layers: Sequence[int], scope: Scope, removal: Removal
+    model: HookedMoE, lengths: Sequence[int], layers: Sequence[int], scope: Scope, removal: RemovalName
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Effects and tokens, document by document, window by window, a full forward pass per removal."""
     effects, tokens = [], []
@@ -106,7 +106,7 @@ def assert_equal(found: pd.DataFrame, expected: pd.DataFrame, atol: float = 1e-5
 
 
 @pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
-def test_every_row_equals_one_full_forward_per_removal(reader: HookedMoE, removal: Removal, tmp_path: Path) -> None:
+def test_every_row_equals_one_full_forward_per_removal(reader: HookedMoE, removal: RemovalName, tmp_path: Path) -> None:
     lengths, layers = (12, 2, 8), (0, 2)
     tables = run(reader, number_corpus(tmp_path, lengths), tmp_path, "position", "sequence", layers=layers, removal=removal)
     for scope, name in (("position", "effects"), ("sequence", "effects_sequence")):

@@ -17,7 +17,7 @@ import hooked_moe.components.losses
 from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.components.moe import combine_onto
 from hooked_moe.counterfactuals import removals
-from hooked_moe.counterfactuals.engine import fan_out
+from hooked_moe.counterfactuals.engine import fan_out, losses
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.measurement import verification
 from hooked_moe.measurement.fingerprint import config_values, versions, weights_sha256
@@ -87,14 +87,14 @@ def test_one_sequence_of_eight_tokens_or_more_is_needed(model: HookedMoE, shape:
 def test_a_loss_that_is_no_cross_entropy_fails_the_first_check_alone(
     model: HookedMoE, sequence: Tensor, monkeypatch: Patch
 ) -> None:
-    for module, name in ((fan_out, "target_loss"), (hooked_moe.components.losses, "next_token_loss")):
+    for module, name in ((losses, "target_loss"), (hooked_moe.components.losses, "next_token_loss")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *inputs, original=original: original(*inputs) / math.log(2))
     assert failed(verify(model, sequence)) == ["loss"]
 
 
 def test_losses_of_the_token_before_fail_the_first_check(model: HookedMoE, sequence: Tensor, monkeypatch: Patch) -> None:
-    original = fan_out.loss_at
+    original = losses.loss_at
     with monkeypatch.context() as patch:
         patch.setattr(fan_out, "loss_at", lambda model, resid, targets: original(model, resid, targets.roll(1, -1)))
         assert "loss" in failed(verify(model, sequence))

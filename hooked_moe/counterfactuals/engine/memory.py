@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from hooked_moe.checks import as_whole
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.counterfactuals.engine.fan_out import tokens_at_once
+from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.kernels.target_loss import chunk_bytes
 
@@ -43,30 +43,30 @@ class Demand:
     """For each token of each variant: its residual stream."""
 
     def of_one_query(self, tokens: int) -> int:
-        """For the least that can be asked: one query of so many variant tokens, in one layer and row."""
+        """Bytes for the least that can be asked: one query of `tokens` variant tokens, in one layer and row."""
         return self.fixed + self.row + tokens * self.variant_token
 
 
 def variant_bytes(cfg: HookedMoEConfig) -> int:
-    """Of one token of one variant."""
+    """Bytes of one variant token."""
     return cfg.d_model * cfg.dtype.itemsize
 
 
-def demand_of(cfg: HookedMoEConfig, length: int, at_once: int | None = None) -> Demand:
-    """An upper estimate, from the largest activations of a block. `at_once` tokens of variants go through it together."""
-    at_once = tokens_at_once(cfg.device) if at_once is None else at_once
+def demand_of(cfg: HookedMoEConfig, length: int, chunk_size: int | None = None) -> Demand:
+    """An upper estimate, from the largest activations of a block. `chunk_size` tokens of variants go through it together."""
+    chunk_size = chunk_size_on(cfg.device) if chunk_size is None else chunk_size
     size, wide, on_cpu = cfg.dtype.itemsize, 4, cfg.device.type == "cpu"
     attention = cfg.n_heads * (2 * cfg.d_head + 2 * cfg.value_width) + cfg.n_key_value_heads * (cfg.d_head + cfg.value_width)
     mlp = cfg.d_model + 4 * cfg.d_expert  # of a token in one expert, beside its output; on a CPU, of one expert at a time
     experts = cfg.experts_per_token * cfg.d_model + (1 if on_cpu else cfg.experts_per_token) * mlp
     experts += 3 * ((cfg.d_shared or 0) + cfg.num_experts)
     token = size * (6 * cfg.d_model + attention + max(experts, 3 * (cfg.d_mlp or 0))) + 2 * wide * cfg.d_model
-    chunk = max(64 * wide * cfg.d_vocab, chunk_bytes(cfg.device))  # logits of 64 tokens at least
+    logit_chunk = max(64 * wide * cfg.d_vocab, chunk_bytes(cfg.device))  # logits of 64 tokens at least
     kinds = 2 if on_cpu else 4  # the clean run's, a change; of a whole chunk, too, their sum and log-softmax
-    logits = max(kinds * chunk, 64 << 20)
+    logits = max(kinds * logit_chunk, 64 << 20)
     widened = wide * cfg.d_vocab * cfg.d_model if size < wide else 0  # the unembedding, in float32 whatever the model is in
     return Demand(
-        fixed=max(at_once, length) * token + logits + widened,
+        fixed=max(chunk_size, length) * token + logits + widened,
         row=length * token,
         variant_token=variant_bytes(cfg),
     )
@@ -75,12 +75,12 @@ def demand_of(cfg: HookedMoEConfig, length: int, at_once: int | None = None) -> 
 def demand_within(cfg: HookedMoEConfig, length: int, tokens_per_query: int, budget: int) -> tuple[Demand, int]:
     """The demand, and how many tokens of variants go through a block together: fewer than go fastest, where a budget has no room
     for one query beside those."""
-    at_once = tokens_at_once(cfg.device)
-    demand = demand_of(cfg, length, at_once)
-    while at_once > length and budget < demand.of_one_query(tokens_per_query):
-        at_once //= 2
-        demand = demand_of(cfg, length, at_once)
-    return demand, at_once
+    chunk_size = chunk_size_on(cfg.device)
+    demand = demand_of(cfg, length, chunk_size)
+    while chunk_size > length and budget < demand.of_one_query(tokens_per_query):
+        chunk_size //= 2
+        demand = demand_of(cfg, length, chunk_size)
+    return demand, chunk_size
 
 
 def divide(
@@ -99,11 +99,11 @@ def divide(
             f"memory_budget is {budget:,} bytes, and rows of {packed.tokens.shape[1]} tokens take {needed:,} at least"
         )
     queries = min(packed.queries, left // query)
-    layers_at_once = min(len(layers), left // (query * queries)) if queries == packed.queries else 1
+    layers_per_part = min(len(layers), left // (query * queries)) if queries == packed.queries else 1
     rows = 1
-    if layers_at_once == len(layers):
+    if layers_per_part == len(layers):
         rows += (left - len(layers) * query * queries) // (demand.row + len(layers) * query * queries)
-    for some in packed.split(rows):
-        for block in some.split_queries(queries):
-            for start in range(0, len(layers), layers_at_once):
-                yield block, list(layers[start : start + layers_at_once])
+    for row_part in packed.split(rows):
+        for part in row_part.split_queries(queries):
+            for start in range(0, len(layers), layers_per_part):
+                yield part, list(layers[start : start + layers_per_part])

@@ -1,4 +1,9 @@
-"""Padding, packed away: real tokens moved to the left of each row, and results put back where they belong."""
+"""Padding, packed away: real tokens moved to the left of each row, and results put back where they belong.
+
+Two coordinates must not be confused. A *packed* position counts the real tokens of a row: `query_positions`, and everything that
+the engine computes with. An *original* position is a place in the row as it was given: `original_positions`, and everything that
+users see.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +24,21 @@ class Packed:
     tokens: Int[Tensor, "batch packed"]
     targets: Int[Tensor, "batch packed"]
     """The next token; -1 where the row has none, or where it does not follow directly."""
-    source: Int[Tensor, "batch packed"]
-    """Where each packed token stood in the row; -1 for what fills the row up."""
-    width: int
+    original_positions: Int[Tensor, "batch packed"]
+    """The original position of each packed token; -1 for what fills the row up."""
+    original_length: int
     """Length of the rows before packing."""
     rows: Int[Tensor, " batch"]
     """Which batch row each row is; a part of a batch keeps the numbers of the whole."""
-    positions: Int[Tensor, "batch query"] | None = None
+    query_positions: Int[Tensor, "batch query"] | None = None
     """The packed positions to measure; None means all."""
     asked: Bool[Tensor, "batch query"] | None = None
-    """Which of `positions` were asked for; the others fill the row up."""
+    """Which of `query_positions` were asked for; the others fill the row up."""
 
     @property
     def queries(self) -> int:
         """Positions measured per row."""
-        return self.tokens.shape[1] if self.positions is None else self.positions.shape[1]
+        return self.tokens.shape[1] if self.query_positions is None else self.query_positions.shape[1]
 
     def split(self, rows: int) -> Iterator[Packed]:
         """Parts of at most `rows` batch rows."""
@@ -43,9 +48,9 @@ class Packed:
                 self,
                 tokens=self.tokens[part],
                 targets=self.targets[part],
-                source=self.source[part],
+                original_positions=self.original_positions[part],
                 rows=self.rows[part],
-                positions=None if self.positions is None else self.positions[part],
+                query_positions=None if self.query_positions is None else self.query_positions[part],
                 asked=None if self.asked is None else self.asked[part],
             )
 
@@ -55,32 +60,35 @@ class Packed:
             yield self
             return
         batch, length = self.tokens.shape
-        positions = (
-            torch.arange(length, device=self.tokens.device).expand(batch, length) if self.positions is None else self.positions
-        )
+        positions = self.query_positions
+        if positions is None:
+            positions = torch.arange(length, device=self.tokens.device).expand(batch, length)
         asked = torch.ones_like(positions, dtype=torch.bool) if self.asked is None else self.asked
         for start in range(0, self.queries, queries):
             part = slice(start, start + queries)
-            yield replace(self, positions=positions[:, part], asked=asked[:, part])
+            yield replace(self, query_positions=positions[:, part], asked=asked[:, part])
 
-    def places(self) -> Int[Tensor, "batch query"]:
-        """Where each measured position stood in the row before packing; -1 where it only fills the row up."""
-        return self.source if self.positions is None else self.source.gather(1, self.positions)
+    def original_query_positions(self) -> Int[Tensor, "batch query"]:
+        """The original position of each query; -1 where it only fills the row up."""
+        if self.query_positions is None:
+            return self.original_positions
+        return self.original_positions.gather(1, self.query_positions)
 
-    def where(self) -> Int[Tensor, "batch query"]:
+    def asked_positions(self) -> Int[Tensor, "batch query"]:
         """The same, and -1 too where it was not asked for."""
-        return self.places() if self.asked is None else self.places().masked_fill(~self.asked, -1)
+        positions = self.original_query_positions()
+        return positions if self.asked is None else positions.masked_fill(~self.asked, -1)
 
     @cached_property  # to find them, a GPU has to be waited for
-    def filled(self) -> tuple[Tensor, Tensor]:
-        """Row and packed place of every real token."""
-        row, place = (self.source >= 0).nonzero(as_tuple=True)
-        return row, place
+    def real(self) -> tuple[Tensor, Tensor]:
+        """Row and packed position of every real token."""
+        row, position = (self.original_positions >= 0).nonzero(as_tuple=True)
+        return row, position
 
     @cached_property
     def measured(self) -> tuple[Tensor, Tensor]:
         """Row and query of every position asked for."""
-        row, query = (self.where() >= 0).nonzero(as_tuple=True)
+        row, query = (self.asked_positions() >= 0).nonzero(as_tuple=True)
         return row, query
 
 
@@ -108,21 +116,21 @@ class Results:
         """Fill in a part: at its measured positions, or at all positions of its rows."""
         if name not in self.tables:
             self.tables[name] = empty_table(values, (len(self.layers), *self.shape, *values.shape[3:]))
-        where = packed.source if everywhere else packed.where()
-        row, query = packed.filled if everywhere else packed.measured
-        for layer, of_layer in zip(layers, values, strict=True):
-            self.tables[name][self.layers.index(layer), packed.rows[row], where[row, query]] = of_layer[row, query]
+        original = packed.original_positions if everywhere else packed.asked_positions()
+        row, query = packed.real if everywhere else packed.measured
+        for layer, layer_values in zip(layers, values, strict=True):
+            self.tables[name][self.layers.index(layer), packed.rows[row], original[row, query]] = layer_values[row, query]
 
     def put_baseline(self, values: Float[Tensor, "batch packed"], packed: Packed) -> None:
         """Fill in the clean run's losses of a part."""
         if not hasattr(self, "baseline"):
             self.baseline = empty_table(values, self.shape)
-        row, place = packed.filled
-        self.baseline[packed.rows[row], packed.source[row, place]] = values[row, place]
+        row, position = packed.real
+        self.baseline[packed.rows[row], packed.original_positions[row, position]] = values[row, position]
 
 
 def empty_table(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Nowhere filled. Ordinary tensors even in inference mode: to be written to, and multiplied with what takes gradients."""
+    """A table that is filled nowhere yet; an ordinary tensor in inference mode too, since it may meet what takes gradients."""
     with torch.inference_mode(False):
         return torch.full(shape, float("nan") if like.is_floating_point() else -1, dtype=like.dtype, device=like.device)
 
@@ -132,7 +140,7 @@ def pack(
     attention_mask: Bool[Tensor, "batch pos"] | None,
     positions: Sequence[int] | Bool[Tensor, "batch pos"] | None = None,
 ) -> Packed:
-    """Pack the real tokens of every row. `positions` are the places to measure, in the original rows.
+    """Pack the real tokens of every row. `positions` are the original positions to measure.
 
     Raises `ValueError` for positions that do not fit, and for a row without real tokens.
     """
@@ -156,24 +164,24 @@ def pack(
         raise ValueError("no positions to measure: every one asked for is padding, or none was given")
     asked_packed = asked.gather(-1, source) & filled
     most = int(asked_packed.sum(-1).max())
-    places = asked_packed.logical_not().int().argsort(dim=-1, stable=True)[:, :most]
-    return replace(result, positions=places, asked=asked_packed.gather(-1, places))
+    query_positions = asked_packed.logical_not().int().argsort(dim=-1, stable=True)[:, :most]
+    return replace(result, query_positions=query_positions, asked=asked_packed.gather(-1, query_positions))
 
 
 def _as_mask(positions: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
-    wanted = "a list of positions, valid in every row, or a bool mask [batch, pos]"
+    expected = "a list of positions, valid in every row, or a bool mask [batch, pos]"
     if isinstance(positions, slice):
-        raise ValueError(f"positions must be {wanted}, not a slice")
+        raise ValueError(f"positions must be {expected}, not a slice")
     try:
         asked = torch.as_tensor(list(positions) if isinstance(positions, Set | Iterator) else positions, device=tokens.device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"positions must be {wanted}, not {positions!r}") from error
+        raise ValueError(f"positions must be {expected}, not {positions!r}") from error
     if asked.dtype == torch.bool:
         if asked.shape != tokens.shape:
             raise ValueError(f"positions has shape {list(asked.shape)}; a bool mask must be {list(tokens.shape)}")
         return asked
     if asked.dim() > 1 or (asked.is_floating_point() and asked.numel()):
-        raise ValueError(f"positions must be {wanted}, not {asked.dtype} {list(asked.shape)}")
+        raise ValueError(f"positions must be {expected}, not {asked.dtype} {list(asked.shape)}")
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     for position in asked.flatten().tolist():
         if not 0 <= position < tokens.shape[1]:

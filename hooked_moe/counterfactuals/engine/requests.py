@@ -1,42 +1,29 @@
-"""One request for counterfactuals: checked, divided into parts that fit into memory, run, and its results put in place."""
+"""What is asked for, checked once: of which model, at which tokens and layers, with which readouts, in how much memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_moe.checks import as_whole
-from hooked_moe.components.precision import without_autocast
-from hooked_moe.counterfactuals.engine.fan_out import (
-    Branch,
-    CleanBlock,
-    Done,
-    Steps,
-    Windows,
-    fan_out,
-    finish,
-    side_by_side,
-    tokens_at_once,
-)
-from hooked_moe.counterfactuals.engine.memory import Demand, demand_of, demand_within, divide, parse_bytes, variant_bytes
-from hooked_moe.counterfactuals.engine.padding import Packed, Results, pack
-from hooked_moe.counterfactuals.readouts import NamedReadout, by_name
+from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
+from hooked_moe.counterfactuals.engine.memory import Demand, demand_of, demand_within, divide, parse_bytes
+from hooked_moe.counterfactuals.engine.padding import Packed, pack
+from hooked_moe.counterfactuals.engine.readout import Readout, by_name
 from hooked_moe.loading.spill import Waiting, spill_of
 from hooked_moe.transformer import Transformer
 
 WAITING_BYTES = 1 << 30
-"""Where no budget is given: of variants in flight, beside what one row of the clean run takes anyway."""
+"""Where no budget is given: bytes of variants in flight, beside what one row of the clean run takes anyway."""
 
 Tokens = Int[Tensor, "batch pos"] | str | list[str]
 Mask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]
 Positions = Sequence[int] | Bool[Tensor, "batch pos"]
-Work = Callable[[Packed, list[int], Results], Steps[None]]
-"""Measures some layers at some rows and queries, and puts what it finds into the results."""
 
 
 @dataclass(frozen=True)
@@ -44,68 +31,30 @@ class Request:
     model: Transformer
     layers: list[int]
     packed: Packed
-    readouts: dict[str, NamedReadout]
+    readouts: dict[str, Readout]
     budget: int | None
     """Bytes beside the model's weights and the results; None: what it takes, and `WAITING_BYTES` for variants."""
 
     @property
     def width(self) -> int:
-        """How many tokens from the changed one on have to be run."""
+        """How many tokens have to be run, from the changed one on."""
         return max((readout.width for readout in self.readouts.values()), default=1)
 
-    def run(self, work: Work, n_variants: int) -> Steps[Results]:
-        """All parts one after another; or, where weights are streamed, side by side through the layers."""
-        results = Results(self.layers, (len(self.packed.tokens), self.packed.width))
-        demand, _ = self.demand(n_variants)
+    def parts(self, n_variants: int) -> Iterator[tuple[Packed, list[int]]]:
+        """Parts of the work that fit into memory: some batch rows, layers and queries each."""
+        demand = self._demand(n_variants)[0]
         budget = demand.fixed + demand.row + WAITING_BYTES if self.budget is None else self.budget
-        parts = divide(self.packed, self.layers, demand, n_variants * self.width, budget)
-        works = (work(packed, layers, results) for packed, layers in parts)
-        if self.model.streams:
-            yield from side_by_side(works)
-        else:
-            for one in works:
-                yield from one
-        return results
+        return divide(self.packed, self.layers, demand, n_variants * self.width, budget)
 
-    def demand(self, n_variants: int) -> tuple[Demand, int]:
-        """What it takes, and how many tokens of variants go through a block together."""
+    def chunk_size(self, n_variants: int) -> int:
+        """How many tokens of variants go through a block together."""
+        return self._demand(n_variants)[1]
+
+    def _demand(self, n_variants: int) -> tuple[Demand, int]:
         cfg, length = self.model.cfg, self.packed.tokens.shape[1]
         if self.budget is None:
-            return demand_of(cfg, length), tokens_at_once(cfg.device)
+            return demand_of(cfg, length), chunk_size_on(cfg.device)
         return demand_within(cfg, length, n_variants * self.width, self.budget)
-
-    def fan_out(
-        self,
-        packed: Packed,
-        layers: list[int],
-        results: Results,
-        n_variants: int,
-        branch: Branch,
-        visit: Callable[[CleanBlock], None] | None = None,
-    ) -> Steps[None]:
-        """Fan out, and put losses and readouts into the results as `delta_loss`, `baseline_loss` and `readouts/<name>`."""
-        windows = Windows(packed.positions, self.width)
-        streams = n_variants * len(layers) * packed.queries * self.width + packed.tokens.shape[1]  # of a row, the clean run's too
-        nbytes = streams * len(packed.tokens) * variant_bytes(self.model.cfg)
-        with self.waiting_room(nbytes) as waiting:
-            out = yield from fan_out(
-                self.model,
-                packed.tokens,
-                packed.targets,
-                layers,
-                n_variants,
-                branch,
-                windows,
-                self.readouts,
-                waiting,
-                visit,
-                self.demand(n_variants)[1],
-            )
-        baseline = out.baseline if packed.positions is None else out.baseline.gather(1, packed.positions)
-        results.put("delta_loss", (out.losses - baseline).movedim(1, 3), packed, layers)
-        results.put_baseline(out.baseline, packed)
-        for name, values in out.readouts.items():
-            results.put(f"readouts/{name}", values.movedim(1, 3), packed, layers)
 
     @contextmanager
     def waiting_room(self, nbytes: int) -> Iterator[Waiting | None]:
@@ -124,20 +73,13 @@ class Request:
                 waiting.close()
 
 
-@without_autocast()
-def complete(steps: Steps[Done]) -> Done:
-    """Run a measurement to its end, without gradients. Inference mode takes a sixth less time than `no_grad` for small models."""
-    with torch.inference_mode():
-        return finish(steps)
-
-
 def make_request(
     model: Transformer,
     tokens: Tokens,
     layers: Sequence[int] | None,
     positions: Positions | None,
     attention_mask: Mask | None,
-    readouts: Sequence[NamedReadout],
+    readouts: Sequence[Readout],
     memory_budget: int | str | None,
     dense: bool = False,
 ) -> Request:
@@ -181,3 +123,9 @@ def _checked_layers(model: Transformer, layers: Sequence[int] | None, dense: boo
     if not chosen:
         raise ValueError("no layers to measure: layers is empty")
     return chosen
+
+
+def check_n_variants(n_variants: Any) -> None:
+    """Raise `ValueError` unless it is a number of variants to measure."""
+    if (as_whole(n_variants) or 0) < 1:
+        raise ValueError(f"the number of variants must be a whole number from 1, not {n_variants!r}")

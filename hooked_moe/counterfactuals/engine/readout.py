@@ -1,0 +1,65 @@
+"""What a readout is: numbers made of where variants end up, beside the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from hooked_moe.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Final:
+    """Where variants end up: the residual streams before the final norm, of all variants of all layers and of the clean run."""
+
+    model: Transformer
+    variants: Float[Tensor, "variant batch token d_model"]
+    clean: Float[Tensor, "batch token d_model"]
+    targets: Int[Tensor, "batch token"]
+    width: int
+
+    def at_window_starts(self, x: Shaped[Tensor, "*lead batch token d_model"]) -> Shaped[Tensor, "*lead batch query d_model"]:
+        """The token where each window starts: the one that was changed."""
+        return x[..., :: self.width, :]
+
+
+@runtime_checkable
+class Readout(Protocol):
+    """A readout: a name for its column, and how many tokens from the changed one on it needs."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def __call__(self, final: Final) -> Float[Tensor, "variant batch query *rest"]: ...
+
+
+@runtime_checkable
+class ChecksModel(Protocol):
+    """A readout that not every model has."""
+
+    def check(self, model: Transformer) -> None:
+        """Raise `ValueError` if this model does not have it: before anything is measured."""
+        ...
+
+
+def by_name(readouts: Any, model: Transformer) -> dict[str, Readout]:
+    """Readouts by their names. Raises `ValueError` for what is none, for names that occur twice, and for what the model lacks."""
+    if not isinstance(readouts, Iterable) or isinstance(readouts, str):
+        raise ValueError(f"readouts must be a list of readouts, as in [KL()], not {readouts!r}")
+    named: dict[str, Readout] = {}
+    for readout in readouts:
+        if isinstance(readout, type) or not isinstance(readout, Readout):
+            raise ValueError(f"readouts must be a list of readouts, as in [KL()]; {readout!r} is none")
+        if readout.name in named:
+            raise ValueError(f"readouts need different names; {readout.name!r} occurs twice")
+        if isinstance(readout, ChecksModel):
+            readout.check(model)
+        named[readout.name] = readout
+    return named

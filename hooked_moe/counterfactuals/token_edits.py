@@ -1,0 +1,88 @@
+"""Any change of the residual stream at one token: the general form of a question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_moe.counterfactuals.engine.answer import answer
+from hooked_moe.counterfactuals.engine.clean_run import CleanBlock
+from hooked_moe.counterfactuals.engine.padding import Packed
+from hooked_moe.counterfactuals.engine.question import Question, Variants
+from hooked_moe.counterfactuals.engine.readout import Readout
+from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens, check_n_variants, make_request
+from hooked_moe.counterfactuals.engine.steps import Steps, pausable
+from hooked_moe.counterfactuals.results import VariantEffects, as_variant_effects
+from hooked_moe.transformer import Transformer
+
+
+class Queries(NamedTuple):
+    """Which token each query is: batch row and position in the tokens given; -1 where a row has fewer queries than others."""
+
+    batch: Int[Tensor, "batch query"]
+    pos: Int[Tensor, "batch query"]
+
+
+Edit = Callable[[CleanBlock, Queries], Float[Tensor, "variant batch query d_model"]]
+
+
+@pausable
+def token_effects(
+    model: Transformer,
+    tokens: Tokens,
+    edit: Edit,
+    n_variants: int = 1,
+    layers: Sequence[int] | None = None,
+    positions: Positions | None = None,
+    attention_mask: Mask | None = None,
+    *,
+    readouts: Sequence[Readout] = (),
+    memory_budget: int | str | None = None,
+) -> Steps[VariantEffects]:
+    """Change the residual stream after a block at one token at a time, in any way, and measure the loss there.
+
+    `edit(clean, queries)` is called for each layer of `layers` (default: all, dense ones too) and returns `n_variants` residual
+    streams after that block, [variant, batch, query, d_model], for all queried positions at once. `clean` holds what the clean
+    run computed there: `clean.resid_mid`, `.mlp_input`, `.resid_post` [batch, query, d_model], and in layers with experts
+    `.routing`, `.expert_outputs`, `.shared_out` and the module `.moe`. In each variant that one token alone is changed. All of
+    these may be written to in place, the model's parameters not: the clean run goes on from memory of its own.
+
+        def steer(clean, queries):
+            return clean.resid_post + strengths[:, None, None, None] * direction     # one variant per strength
+
+    Exact, as `expert_effects` is, and as fast. `queries.pos` is the position in `tokens`, so that padded rows need no care.
+    """
+    check_n_variants(n_variants)
+    request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget, dense=True)
+    return as_variant_effects((yield from answer(Edited(n_variants, edit), request)))
+
+
+@dataclass(frozen=True)
+class Edited(Question):
+    n_variants: int
+    edit: Edit
+
+    def branch(self, clean: CleanBlock, packed: Packed, width: int) -> Variants:
+        positions = packed.asked_positions()
+        # Of what an edit is given, the clean run and the results still need these; the rest it may write to as it is.
+        writable = replace(clean.at_window_starts(width), resid_post=clean.resid_post[:, ::width].clone())
+        edited = self.edit(writable, Queries(packed.rows[:, None].expand_as(positions).clone(), positions.clone()))
+        check_edited(edited, (self.n_variants, *positions.shape, clean.resid_post.shape[-1]))
+        windows = clean.resid_post.expand(self.n_variants, -1, -1, -1).clone()
+        windows[:, :, ::width] = edited
+        return windows
+
+
+def check_edited(edited: Any, expected: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless an edit returned residual streams of the expected shape."""
+    if not isinstance(edited, Tensor) or not edited.is_floating_point():
+        got = edited.dtype if isinstance(edited, Tensor) else type(edited).__name__
+    elif edited.shape != expected:
+        got = f"shape {list(edited.shape)}"
+    else:
+        return
+    raise ValueError(f"edit returned {got}; expected a float tensor [variant, batch, query, d_model] = {list(expected)}")
