@@ -145,7 +145,7 @@ def test_rows_layers_and_losses_at_once_change_nothing_but_rounding(model: Hooke
     whole = first_order_effects(model, some_tokens())
     last = first_order_effects(model, some_tokens(), [2])
     torch.testing.assert_close(last.first_order, whole.first_order[2:], atol=2e-6, rtol=1e-4, equal_nan=True)
-    monkeypatch.setattr(attribution, "LOSSES_AT_ONCE", 3)
+    monkeypatch.setattr(attribution, "LOSSES_PER_CHUNK", 3)
     demand = demand_of(model.cfg, POSITIONS, chunk_size=POSITIONS)
     block, residuals = attribution.BACKWARD_ACTIVATIONS * demand.row, 5 * POSITIONS * demand.variant_token
     one_row, three_blocks = (demand.fixed + residuals + blocks * block for blocks in (1, 3))

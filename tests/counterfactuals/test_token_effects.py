@@ -341,8 +341,8 @@ def test_work_is_divided_by_rows_then_layers_then_queries(positions: list[int] |
         covered = {
             (int(row), layer, int(place))
             for part, layers in parts
-            for row, places in zip(part.rows, part.where(), strict=True)
-            for place in places
+            for row, positions_of_row in zip(part.rows, part.asked_positions(), strict=True)
+            for place in positions_of_row
             for layer in layers
         }
         assert len(covered) == 2 * 3 * queries

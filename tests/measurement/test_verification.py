@@ -16,7 +16,7 @@ from torch import Tensor
 import hooked_moe.components.losses
 from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.components.moe import combine_onto
-from hooked_moe.counterfactuals import removals
+from hooked_moe.counterfactuals import Zero, removals
 from hooked_moe.counterfactuals.engine import fan_out, losses
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.measurement import verification
@@ -228,19 +228,19 @@ def test_a_model_of_nan_passes_none_of_the_checks(make_model: Callable[..., Hook
 def test_the_noise_floor_is_what_removing_nothing_seems_to_do(model: HookedMoE, tokens: Tensor, monkeypatch: Patch) -> None:
     for batch in (tokens, tokens[:1]):
         assert 0 <= noise_floor(model, batch) < 1e-5
-    original = verification.without
-    monkeypatch.setattr(verification, "without", lambda clean, *rest: original(clean, *rest) * 1.01)
+    original = Zero.without
+    monkeypatch.setattr(Zero, "without", lambda self, clean, keep: original(self, clean, keep) * 1.01)
     assert noise_floor(model, tokens) > 1e-4
 
 
 @EVERY_ARCHITECTURE
 def test_every_layer_with_experts_counts_towards_the_noise_floor(model: HookedMoE, tokens: Tensor, monkeypatch: Patch) -> None:
-    original = verification.without
+    original = Zero.without
     for layer in model.cfg.moe_layers:
         monkeypatch.setattr(
-            verification,
+            Zero,
             "without",
-            lambda clean, *rest, layer=layer: original(clean, *rest) + (0.01 if clean.layer == layer else 0),
+            lambda self, clean, keep, layer=layer: original(self, clean, keep) + (0.01 if clean.layer == layer else 0),
         )
         assert noise_floor(model, tokens) > 1e-4, layer
 
