@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hooked_moe.loading.hub import download_file
+
 CORPUS_NAMES = ("held-out", "wikitext-2")
 RECORD_SEPARATOR = "\x1e"
 _WIKITEXT_REPO = "Salesforce/wikitext"
@@ -75,12 +77,13 @@ def load_corpus(
     that corpus comes from on the hub.
 
     Raises ValueError for an unknown name or malformed contents, FileNotFoundError and IsADirectoryError for a path that
-    is no file, ConnectionError where the hub cannot be reached.
+    is no file, `HubError` (an OSError) where the hub does not give it.
     """
     if unit not in ("article", "paragraph", "row"):
         raise ValueError(f"unit is {unit!r}; expected 'article', 'paragraph' or 'row'.")
     if name_or_path == "wikitext-2":
-        path = _hub_file(_WIKITEXT_REPO, _WIKITEXT_FILE, revision, cache_dir, local_files_only)
+        otherwise = "use the shipped corpus 'held-out'"
+        path = download_file(_WIKITEXT_REPO, _WIKITEXT_FILE, revision, cache_dir, local_files_only, otherwise)
         rows = _parquet_rows(path)
         return _corpus("wikitext-2", _wikitext_rows(rows) if unit == "row" else _wikitext_documents(rows, unit))
     if unit != "article" or revision is not None:
@@ -198,44 +201,6 @@ def _text_documents(text: str, stem: str) -> Iterator[Document]:
 
 
 # --- WikiText-2 -------------------------------------------------------------------------------------------------------
-
-
-def _hub_file(repo: str, file: str, revision: str | None, cache_dir: str | None, local_files_only: bool) -> Path:
-    """The local path of a file in a data set on the hub, downloaded if need be."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    where = f"{file} of the data set {repo}" + (f" at revision {revision}" if revision else "")
-    try:
-        return Path(
-            hf_hub_download(
-                repo_id=repo,
-                filename=file,
-                repo_type="dataset",
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-            )
-        )
-    except LocalEntryNotFoundError as error:
-        if local_files_only:
-            raise FileNotFoundError(
-                f"{where} is not in the local cache, and local_files_only=True forbids a download. Load it once with a "
-                "network, give the cache_dir that holds it, or use the shipped corpus 'held-out'."
-            ) from error
-        raise ConnectionError(
-            f"{where} could not be downloaded from the Hugging Face hub, and it is not in the local cache. Check the "
-            "network (and the variable HF_HUB_OFFLINE), or use the shipped corpus 'held-out'."
-        ) from error
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise FileNotFoundError(f"The Hugging Face hub does not have {where}. Check the revision.") from error
-    except OSError as error:  # every other failure of the connection
-        raise ConnectionError(f"{where} could not be downloaded from the Hugging Face hub: {error}") from error
 
 
 def _parquet_rows(path: Path) -> list[str]:

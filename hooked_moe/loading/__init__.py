@@ -1,6 +1,6 @@
 """Loading and saving models in HuggingFace layout: names, the hub, safetensors files, and the copies between them."""
 
-from hooked_moe.loading.hub import HubError
+from hooked_moe.loading.hub_errors import HubError
 from hooked_moe.loading.pretrained import from_pretrained
 from hooked_moe.loading.registry import PRETRAINED, SHIPPED
 from hooked_moe.loading.saving import save_pretrained

@@ -43,9 +43,11 @@ def from_pretrained(
 
     Weights are converted to `dtype` and put on `device` (None: the CPU) one tensor at a time: memory peaks at the model plus one
     tensor. `revision` (branch, tag or commit), `cache_dir` and `local_files_only` are for the hub; `model.cfg.revision` is the
-    commit that was loaded. With `stream`, the weights of one block at a time are in memory, read when the block is run, the next
-    ones ahead: for models larger than memory, to be run and measured, not trained or edited. Only safetensors and json files are
-    downloaded or read; nothing downloaded is ever executed.
+    commit that was loaded. What was downloaded once is found by the same name with `local_files_only` or HF_HUB_OFFLINE=1;
+    without them the hub is asked what the branch is now, and it is an error if it does not answer. With `stream`, the weights of
+    one block at a time are in memory, read when the block is run, the next ones ahead: for models larger than memory, to be run
+    and measured, not trained or edited. Only safetensors and json files are downloaded or read; nothing downloaded is ever
+    executed.
 
     Raises `UnknownNameError`, `FileNotFoundError` or `NotADirectoryError` for names and paths that lead to no model, `HubError`
     where the hub does not give it, and `CheckpointError` for an architecture or option that is not supported and for weights

@@ -1,4 +1,4 @@
-"""Corpora and windows. Nothing here needs a network: the hub is replaced by a file on disk, or by an error."""
+"""Corpora and windows. Nothing here needs a network: the hub is replaced by a file on disk; `test_downloads.py` has downloads."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from hooked_moe.corpus import Corpus, Document, load_corpus, tokenize_documents
+from hooked_moe.loading import hub
 
 HELD_OUT_SHA256 = "53a6de2a24931c85a1269ad78ff00cbaa335abfc6fbc81c64d7d5bf68807edad"
 DOMAINS = {"address", "commentary", "novel", "reference", "scripture", "whaling"}
@@ -171,37 +170,35 @@ WIKITEXT_ROWS = [
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, object]]:
-    """A hub with one parquet file; the fixture's value lists the requests that reached it."""
+def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[object, ...]]:
+    """A hub with one parquet file; the fixture's value lists what was asked of it."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     path = tmp_path / "test.parquet"
     parquet.write_table(pyarrow.table({"text": WIKITEXT_ROWS}), path)
-    requests: list[dict[str, object]] = []
+    requests: list[tuple[object, ...]] = []
 
-    def download(**request: object) -> str:
+    def download_file(*request: object) -> Path:
         requests.append(request)
-        return str(path)
+        return path
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "download_file", download_file)
     return requests
 
 
-def test_wikitext_is_split_at_level_1_headings(hub: list[dict[str, object]]) -> None:
+def test_wikitext_is_split_at_level_1_headings(requests: list[tuple[object, ...]]) -> None:
     corpus = load_corpus("wikitext-2", revision="abc", local_files_only=True)
     assert [(d.id, d.title) for d in corpus.documents] == [
         ("wikitext-2-001", "Robert Boulter"),
         ("wikitext-2-002", "Du Fu"),
     ]
     assert corpus.documents[0].text == "".join(WIKITEXT_ROWS[:11]).strip()
-    (request,) = hub
-    assert request["repo_id"] == "Salesforce/wikitext"
-    assert request["filename"] == "wikitext-2-raw-v1/test-00000-of-00001.parquet"
-    assert (request["repo_type"], request["revision"], request["local_files_only"]) == ("dataset", "abc", True)
+    (request,) = requests
+    assert request[:5] == ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet", "abc", None, True)
 
 
-@pytest.mark.usefixtures("hub")
+@pytest.mark.usefixtures("requests")
 def test_wikitext_paragraphs_leave_out_headings() -> None:
     documents = load_corpus("wikitext-2", unit="paragraph").documents
     assert [d.text for d in documents] == [
@@ -215,35 +212,11 @@ def test_wikitext_paragraphs_leave_out_headings() -> None:
     assert documents[3].title == "Robert Boulter"
 
 
-@pytest.mark.usefixtures("hub")
+@pytest.mark.usefixtures("requests")
 def test_wikitext_rows_are_the_lines_of_the_file_as_they_stand() -> None:
     documents = load_corpus("wikitext-2", unit="row").documents
     assert [d.text for d in documents] == [row for row in WIKITEXT_ROWS if row and row.strip()]
     assert documents[0].text == " = Robert Boulter = \n"
-
-
-@pytest.mark.parametrize(
-    ("failure", "local_files_only", "error", "message"),
-    [
-        (LocalEntryNotFoundError("offline"), False, ConnectionError, r"could not be downloaded.*held-out"),
-        (LocalEntryNotFoundError("offline"), True, FileNotFoundError, r"not in the local cache.*local_files_only"),
-        (EntryNotFoundError("404"), False, FileNotFoundError, r"does not have .* at revision v9.*Check the revision"),
-        (OSError("refused"), False, ConnectionError, r"could not be downloaded.*refused"),
-    ],
-)
-def test_hub_failures_say_what_to_do(
-    monkeypatch: pytest.MonkeyPatch,
-    failure: Exception,
-    local_files_only: bool,
-    error: type[Exception],
-    message: str,
-) -> None:
-    def download(**request: object) -> str:
-        raise failure
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(error, match=message):
-        load_corpus("wikitext-2", revision="v9", local_files_only=local_files_only)
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What names stand for, and fetching from the hub, which is stood in for here: no test goes online."""
+"""What names stand for, and how the hub's client is asked, which is replaced here; `test_downloads.py` has the real one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 from hooked_moe import HookedMoE
 from hooked_moe.checks import UnknownNameError
@@ -35,7 +35,7 @@ class FakeHub:
 
     def model_info(self, repository: str, **options: Any) -> SimpleNamespace:
         self._record("resolve", repository, **options)
-        return SimpleNamespace(sha=COMMIT)
+        return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=file.name) for file in self.snapshot.iterdir()])
 
     def hf_hub_download(self, repository: str, file: str, **options: Any) -> str:
         self._record("file", repository, file=file, **options)
@@ -53,7 +53,7 @@ class FakeHub:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=fake.model_info))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
@@ -61,7 +61,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def answer(status: int) -> httpx2.Response:
-    return httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co"))
+    return httpx2.Response(
+        status, request=httpx2.Request("GET", "https://huggingface.co/someone/olmoe-like/resolve/main/config.json")
+    )
 
 
 # The hub
@@ -71,7 +73,8 @@ def test_the_revision_is_pinned_and_only_safetensors_and_json_are_fetched(hub: F
     model = HookedMoE.from_pretrained("someone/olmoe-like", revision="main", cache_dir=tmp_path)
     (_, resolve), (_, file), (_, snapshot) = hub.calls
     assert hub.asked == ["resolve", "file", "snapshot"]
-    assert resolve == {"repository": "someone/olmoe-like", "revision": "main"}
+    assert (resolve["repository"], resolve["revision"]) == ("someone/olmoe-like", "main")
+    assert resolve["timeout"] is not None
     assert (file["file"], file["revision"], file["cache_dir"]) == ("config.json", COMMIT, str(tmp_path))
     assert (snapshot["revision"], snapshot["cache_dir"]) == (COMMIT, str(tmp_path))
     assert snapshot["allow_patterns"] == ["*.safetensors", "*.json"]
@@ -97,7 +100,7 @@ def test_an_unsupported_architecture_is_refused_before_its_weights_are_fetched(h
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
 def test_offline_only_the_cache_is_looked_at(how: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: how == "environment")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "environment")
     model = HookedMoE.from_pretrained("someone/olmoe-like", local_files_only=how == "argument")
     assert hub.asked == ["file", "snapshot"]
     assert all(options["local_files_only"] for _, options in hub.calls)
@@ -131,7 +134,7 @@ def test_what_the_hub_refuses_is_explained(call: str, error: Exception, advice: 
 
 
 def test_a_model_that_is_not_in_the_cache_says_how_to_get_it_there(tmp_path: Path) -> None:
-    with pytest.raises(HubError, match=r"not .* in the local cache: load it once online"):
+    with pytest.raises(HubError, match=r"is not in the local cache: load it once online"):
         HookedMoE.from_pretrained("olmoe", cache_dir=tmp_path, local_files_only=True)
 
 
