@@ -29,10 +29,11 @@ def expert_observations(
     layers: Sequence[int] | None = None,
     attention_mask: Mask | None = None,
 ) -> Steps[ExpertEffects]:
-    """The table of `expert_effects` from the clean run alone: what routing says, for one forward; `delta_loss` is nan."""
+    """The table of `expert_effects` from the clean run alone: what routing says, for one forward; `delta_loss` and `kl` are nan."""
     request = make_request(model, tokens, layers, None, attention_mask, (), None)
     results = yield from answer(NothingChanged(most_experts(model)), request)
-    results.tables["delta_loss"] = empty_table(results.tables["gap_norm"], results.tables["gap_norm"].shape)
+    for effect in ("delta_loss", "kl"):
+        results.tables[effect] = empty_table(results.tables["gap_norm"], results.tables["gap_norm"].shape)
     return as_expert_effects(results)
 
 

@@ -22,6 +22,9 @@ class ExpertEffects:
     """The model's layer of each entry of the `layer` axis."""
     delta_loss: Float[Tensor, "layer batch pos slot"]
     """Loss at the position with the removal minus without, in nats (delta_i(t), arXiv 2606.10703)."""
+    kl: Float[Tensor, "layer batch pos slot"]
+    """KL(clean || changed) of the prediction at the position, in nats: what `delta_loss` is on average over next tokens that are
+    drawn from the clean run. Never negative, so it says how much the prediction changes, not whether it gets better."""
     expert_index: Int[Tensor, "layer batch pos slot"]
     routing_weight: Float[Tensor, "layer batch pos slot"]
     """g_i: the weight as applied, after renormalisation and scaling."""
@@ -41,6 +44,8 @@ class ExpertEffects:
     """-log p(next token) of the clean run, in nats; nan where there is no next token."""
     readouts: dict[str, Float[Tensor, "layer batch pos slot *rest"]] = field(default_factory=dict)
     """What was asked for besides the loss, by the readout's name."""
+    kl_clamped: int = 0
+    """How many values of `kl` rounding had put below zero: they are zero."""
 
     def at(self, layer: int, batch: int, pos: int, expert: int) -> dict[str, int | float]:
         """Every value of one expert at one token. Raises `ValueError` if it was not measured there."""
@@ -71,7 +76,11 @@ class ExpertEffects:
         return {"slot": slot[-1], **values, "baseline_loss": float(self.baseline_loss[batch, pos])}
 
 
-PER_SLOT = [f.name for f in fields(ExpertEffects) if f.name not in ("layers", "router_probability", "baseline_loss", "readouts")]
+PER_SLOT = [
+    f.name
+    for f in fields(ExpertEffects)
+    if f.name not in ("layers", "router_probability", "baseline_loss", "readouts", "kl_clamped")
+]
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,12 @@ class VariantEffects:
     """The model's layer of each entry of the `layer` axis."""
     delta_loss: Float[Tensor, "layer variant batch pos"]
     """Loss at the position with the change minus without, in nats; nan where it was not measured."""
+    kl: Float[Tensor, "layer variant batch pos"]
+    """KL(clean || changed) of the prediction at the position, in nats; as in `ExpertEffects`."""
     baseline_loss: Float[Tensor, "batch pos"]
     readouts: dict[str, Float[Tensor, "layer variant batch pos *rest"]] = field(default_factory=dict)
+    kl_clamped: int = 0
+    """How many values of `kl` rounding had put below zero: they are zero."""
 
 
 def _readouts(results: Results) -> dict[str, Tensor]:
@@ -94,7 +107,13 @@ def _readouts(results: Results) -> dict[str, Tensor]:
 def as_expert_effects(results: Results) -> ExpertEffects:
     """The engine's tables as the table of experts."""
     columns = {name: results.tables[name] for name in (*PER_SLOT, "router_probability")}
-    return ExpertEffects(layers=results.layers, baseline_loss=results.baseline, readouts=_readouts(results), **columns)
+    return ExpertEffects(
+        layers=results.layers,
+        baseline_loss=results.baseline,
+        readouts=_readouts(results),
+        kl_clamped=results.kl_clamped,
+        **columns,
+    )
 
 
 def as_variant_effects(results: Results) -> VariantEffects:
@@ -106,6 +125,8 @@ def as_variant_effects(results: Results) -> VariantEffects:
     return VariantEffects(
         layers=results.layers,
         delta_loss=variants_second(results.tables["delta_loss"]),
+        kl=variants_second(results.tables["kl"]),
         baseline_loss=results.baseline,
         readouts={name: variants_second(table) for name, table in _readouts(results).items()},
+        kl_clamped=results.kl_clamped,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,9 @@ from torch import Tensor
 from hooked_moe.kernels.cuda import launches, nvrtc
 from hooked_moe.kernels.dispatch import by_operator
 from hooked_moe.kernels.operators import operator
+
+VOCABULARY_PIECE = 8192
+"""Rows of a half-precision unembedding that are in float32 at a time."""
 
 IN_CACHE = 1 << 20
 """Bytes of logits that a CPU takes through the softmax together."""
@@ -27,15 +32,29 @@ def rows_at_once(weight: Float[Tensor, "d_vocab d_model"], dtype: torch.dtype) -
     return max(64, chunk_bytes(weight.device) // (len(weight) * dtype.itemsize))
 
 
+class LossAndLogSum(NamedTuple):
+    loss: Float[Tensor, "*rows"]
+    """`-log softmax(logits)[target]` in nats."""
+    log_sum: Float[Tensor, "*rows"]
+    """`log sum exp(logits)`, in float64 where it is a sum of the loss and the logit of its target, which were rounded before."""
+
+
 def cross_entropy(
     logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"], change: Float[Tensor, "n d_vocab"] | None = None
-) -> Float[Tensor, " n"]:
+) -> LossAndLogSum:
     """Of each row of `logits`, or of `logits + change`, as few rows at a time as the cache of a CPU holds."""
     rows = max(1, IN_CACHE // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else max(1, len(logits))
     changes = [None] * -(-len(logits) // rows) if change is None else change.split(rows)
     parts = zip(logits.split(rows), changes, targets.split(rows), strict=True)
-    losses = [F.cross_entropy(some if by is None else some + by, wanted, reduction="none") for some, by, wanted in parts]
-    return torch.cat(losses) if losses else logits.new_empty(0)
+    losses, target_logits = [], []
+    for base, shift, part_targets in parts:
+        summed = base if shift is None else base + shift
+        losses.append(F.cross_entropy(summed, part_targets, reduction="none"))
+        target_logits.append(summed.gather(1, part_targets.unsqueeze(1)).squeeze(1))
+    if not losses:
+        return LossAndLogSum(logits.new_empty(0), logits.new_empty(0, dtype=torch.float64))
+    loss = torch.cat(losses)
+    return LossAndLogSum(loss, loss.double() + torch.cat(target_logits).double())
 
 
 def target_loss(
@@ -45,14 +64,35 @@ def target_loss(
 
     Where operators run, `weight` may be narrower than `x`, and a target of -1 has the loss nan.
     """
+    return target_loss_and_log_sum(x, weight, targets).loss
+
+
+def target_loss_and_log_sum(
+    x: Float[Tensor, "n d_model"], weight: Float[Tensor, "d_vocab d_model"], targets: Int[Tensor, " n"]
+) -> LossAndLogSum:
+    """`target_loss`, and the logarithm of the sum that it divides by."""
     if by_operator(weight):
-        return _target_loss(x, weight, targets)
+        return LossAndLogSum(*_target_loss(x, weight, targets))
     losses = torch.empty(len(x), dtype=x.dtype, device=x.device)
+    log_sums = torch.empty(len(x), dtype=torch.float64, device=x.device)
     rows = rows_at_once(weight, x.dtype)
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
-        losses[part] = cross_entropy(F.linear(x[part], weight), targets[part])
-    return losses
+        losses[part], log_sums[part] = cross_entropy(F.linear(x[part], weight), targets[part])
+    return LossAndLogSum(losses, log_sums)
+
+
+def expected_row(x: Float[Tensor, "n d_model"], weight: Float[Tensor, "d_vocab d_model"]) -> Float[Tensor, "n d_model"]:
+    """The mean row of `weight` under `softmax(weight @ x)`: how the log of the sum changes with `x`."""
+    expected = torch.empty_like(x)
+    for start in range(0, len(x), rows_at_once(weight, x.dtype)):
+        part = slice(start, start + rows_at_once(weight, x.dtype))
+        pieces = weight.split(VOCABULARY_PIECE) if weight.dtype != x.dtype else (weight,)  # widened a piece at a time
+        probabilities = torch.cat([F.linear(x[part], piece.to(x.dtype)) for piece in pieces], dim=-1).softmax(-1)
+        sizes = [len(piece) for piece in pieces]
+        products = (p @ piece.to(x.dtype) for p, piece in zip(probabilities.split(sizes, dim=-1), pieces, strict=True))
+        expected[part] = functools.reduce(torch.add, products)
+    return expected
 
 
 def shifted_target_loss(
@@ -60,14 +100,18 @@ def shifted_target_loss(
     shifts: Iterable[Float[Tensor, "n d_model"]],
     weight: Float[Tensor, "d_vocab d_model"],
     targets: Int[Tensor, " n"],
-) -> Float[Tensor, "variant n"]:
-    """`-log softmax(logits + weight @ shift)[target]` in nats, for several shifts of the same rows.
+) -> LossAndLogSum:
+    """`-log softmax(logits + weight @ shift)[target]` in nats, and the log of the sum, [variant, n], for several shifts of the
+    same rows.
 
     The product is in the weights' dtype, the sum and the loss in that of `logits`: where weights are in half precision, only the
     shift is rounded, by one part in 2^9 of itself (bfloat16), never the logits that it is added to.
     """
-    losses = [cross_entropy(logits, targets, change=F.linear(one.to(weight.dtype), weight)) for one in shifts]
-    return torch.stack(losses) if losses else logits.new_empty(0, len(targets))
+    changed = [cross_entropy(logits, targets, change=F.linear(shift.to(weight.dtype), weight)) for shift in shifts]
+    if not changed:
+        return LossAndLogSum(logits.new_empty(0, len(targets)), logits.new_empty(0, len(targets), dtype=torch.float64))
+    losses, log_sums = zip(*changed, strict=True)
+    return LossAndLogSum(torch.stack(losses), torch.stack(log_sums))
 
 
 def as_sum(x: Float[Tensor, "n d_model"], dtype: torch.dtype, parts: int = 2) -> Float[Tensor, "part n d_model"]:
@@ -85,14 +129,15 @@ def as_sum(x: Float[Tensor, "n d_model"], dtype: torch.dtype, parts: int = 2) ->
 # --- the operator ------------------------------------------------------------------------------------------------------------
 
 
-def _definition(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _definition(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """By the logits of all rows, in float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    losses = F.cross_entropy(F.linear(x.to(wide), weight.to(wide)), targets, reduction="none", ignore_index=-1)
-    return losses.masked_fill(targets == -1, float("nan"))
+    logits = F.linear(x.to(wide), weight.to(wide))
+    losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=-1)
+    return losses.masked_fill(targets == -1, float("nan")), logits.logsumexp(-1)
 
 
-def _launch(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _launch(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     weight, targets = weight.contiguous(), targets.contiguous()
     hidden = x[None].contiguous() if x.dtype == weight.dtype else as_sum(x, weight.dtype)
     (parts, rows, depth), vocabulary = hidden.shape, len(weight)
@@ -101,16 +146,18 @@ def _launch(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     log_sums = x.new_empty(launch.grid[1], rows, dtype=torch.float32)
     target_logits = x.new_full((rows,), float("nan"), dtype=torch.float32)
     nvrtc.run(launch, log_sums, target_logits, hidden, weight, targets, rows, vocabulary, depth, span)
-    return log_sums.logsumexp(0) - target_logits
+    log_sum = log_sums.logsumexp(0)
+    return log_sum - target_logits, log_sum
 
 
-def _shapes(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+def _shapes(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
 
 
 _target_loss = operator(
     "target_loss",
-    "(Tensor x, Tensor weight, Tensor targets) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor targets) -> (Tensor, Tensor)",
     definition=_definition,
     launch=_launch,
     shapes=_shapes,

@@ -19,8 +19,8 @@ from hooked_moe.counterfactuals.engine.windows import Windows
 def answer(question: Question | SequenceQuestion, request: Request) -> Steps[Results]:
     """What becomes of the loss under every change that the question makes, and what it observes.
 
-    The results are the tables `delta_loss`, `readouts/<name>`, one for each column observed, and the baseline. All parts are
-    measured one after another; or, where weights are streamed, side by side through the layers.
+    The results are the tables `delta_loss`, `kl`, `readouts/<name>`, one for each column observed, and the baseline. All
+    parts are measured one after another; or, where weights are streamed, side by side through the layers.
     """
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
     tasks = (_measure_part(question, request, *part, results) for part in request.parts(max(1, question.n_variants)))
@@ -77,5 +77,6 @@ def _fan_out_into(
     if question.n_variants:
         baseline = out.baseline if packed.query_positions is None else out.baseline.gather(1, packed.query_positions)
         results.put("delta_loss", (out.losses - baseline).movedim(1, 3), packed, layers)
+        results.put_kl(out.kl.movedim(1, 3), packed, layers)
         for name, values in out.readouts.items():
             results.put(f"readouts/{name}", values.movedim(1, 3), packed, layers)

@@ -9,7 +9,6 @@ block of all variants that have entered by then.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from hooked_moe.components.moe import MoE, combine_onto
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, clean_block, gather_positions, rotation_of
-from hooked_moe.counterfactuals.engine.losses import loss_at, variant_losses
+from hooked_moe.counterfactuals.engine.losses import loss_at, prediction_change
 from hooked_moe.counterfactuals.engine.readout import Final, Readout
 from hooked_moe.counterfactuals.engine.steps import Steps
 from hooked_moe.counterfactuals.engine.windows import Windows
@@ -45,6 +44,8 @@ class FanOut(NamedTuple):
 
     losses: Float[Tensor, "layer variant batch query"]
     """Each variant's, at its own position."""
+    kl: Float[Tensor, "layer variant batch query"]
+    """KL(clean || changed) of the prediction there; rounding may put it below zero."""
     baseline: Float[Tensor, "batch pos"]
     """The clean run's."""
     readouts: dict[str, Float[Tensor, "layer variant batch query *rest"]]
@@ -110,12 +111,15 @@ def fan_out(
     EXPERT_OUTPUTS.release()
     final = Final(model, variants, gather_positions(resid, positions), windows.targets(targets), windows.width)
     split = (len(layers), n_variants)
-    changed, clean_there = final.at_window_starts(variants), final.at_window_starts(final.clean)
-    losses = variant_losses(model, changed, clean_there, final.targets[:, :: windows.width]).unflatten(0, split)
+    streams = final.at_window_starts(variants), final.at_window_starts(final.clean)
+    change = prediction_change(model, *streams, final.targets[:, :: windows.width])
+    losses, kl = (values.unflatten(0, split) for values in change)
     readings = {name: readout(final).unflatten(0, split) for name, readout in (readouts or {}).items()}
-    # By operators, the two ways to a loss differ in their last bits: the clean run then takes that of its variants.
-    losses_of = partial(variant_losses, clean=resid) if by_operator(model.unembed.W_U) else loss_at
-    return FanOut(losses, losses_of(model, resid[None], targets=targets)[0], readings)
+    if by_operator(model.unembed.W_U):  # the two ways to a loss differ in their last bits: the clean run takes its variants'
+        baseline = prediction_change(model, resid[None], resid, targets).losses[0]
+    else:
+        baseline = loss_at(model, resid[None], targets)[0]
+    return FanOut(losses, kl, baseline, readings)
 
 
 def advance(

@@ -1,17 +1,71 @@
-"""Losses of final residual streams."""
+"""What final residual streams predict: the loss of the next token, and how far the prediction moved.
+
+`KL(clean || changed)` is the expectation of the change of the loss over next tokens drawn from the clean run. With the log of the
+sum of exponentials `lse`, the normalised stream `x` and the clean run's mean row of the unembedding, `m = sum_v p_v W_U[v]`,
+
+    KL = lse(changed) - lse(clean) - m . (x(changed) - x(clean))
+
+so it costs a sum over d_model beside the loss. All of it are differences, taken in float64 of float32 numbers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.components.precision import at_least_float32
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.kernels.dispatch import by_operator
-from hooked_moe.kernels.target_loss import rows_at_once, shifted_target_loss, target_loss
+from hooked_moe.kernels.target_loss import (
+    expected_row,
+    rows_at_once,
+    target_loss,
+    target_loss_and_log_sum,
+)
 from hooked_moe.transformer import Transformer
+
+
+class PredictionChange(NamedTuple):
+    """What becomes of the prediction at each token, in nats; nan where there is no next token."""
+
+    losses: Float[Tensor, "variant batch pos"]
+    kl: Float[Tensor, "variant batch pos"]
+    """`KL(clean || changed)`, which rounding may put below zero."""
+
+
+@dataclass(frozen=True)
+class CleanPrediction:
+    """The clean run's prediction at some tokens."""
+
+    x: Float[Tensor, "n d_model"]
+    """Residual streams after the final norm."""
+    log_sum: Float[Tensor, " n"]
+    mean_row: Float[Tensor, "n d_model"]
+    """The mean row of the unembedding under the prediction."""
+
+    def __getitem__(self, tokens: Int[Tensor, " m"]) -> CleanPrediction:
+        """The same at some of the tokens."""
+        return CleanPrediction(self.x[tokens], self.log_sum[tokens], self.mean_row[tokens])
+
+    def kl(self, shift: Float[Tensor, "*variant n d_model"], log_sum: Float[Tensor, "*variant n"]) -> Float[Tensor, "*variant n"]:
+        """From it to predictions whose `x` is shifted and whose log of the sum is `log_sum`."""
+        return (
+            log_sum.double()
+            - self.log_sum.double()
+            - (shift.to(self.mean_row.dtype) * self.mean_row).sum(-1, dtype=torch.float64)
+        )
+
+
+def clean_prediction(model: Transformer, resid: Float[Tensor, "n d_model"], targets: Int[Tensor, " n"]) -> CleanPrediction:
+    """The prediction from final residual streams."""
+    x, weight = model.ln_final(at_least_float32(resid)), model.unembed.W_U
+    weight = weight if by_operator(weight) else at_least_float32(weight)
+    return CleanPrediction(x, target_loss_and_log_sum(x, weight, targets).log_sum, expected_row(x, weight))
 
 
 def loss_at(
@@ -32,29 +86,55 @@ def loss_at(
     return losses
 
 
-def variant_losses(
+def prediction_change(
     model: Transformer,
     variants: Float[Tensor, "variant batch pos d_model"],
     clean: Float[Tensor, "batch pos d_model"],
     targets: Int[Tensor, "batch pos"],
-) -> Float[Tensor, "variant batch pos"]:
-    """`loss_at` of many variants of the same tokens.
+) -> PredictionChange:
+    """Losses and KL divergences of many variants of the same tokens.
 
     In bfloat16 the clean run alone is unembedded in float32; of each variant, the change of its normalised stream is, in the
     weights' own dtype, which rounds the change of a logit by one part in 2^9 of itself and not the logit.
     """
+    wide = torch.promote_types(variants.dtype, torch.float32)
+    losses, kl = (variants.new_full(variants.shape[:-1], float("nan"), dtype=wide) for _ in range(2))
+    weight, (row, position) = model.unembed.W_U, _measured(targets)
+    if variants.numel() and len(row):
+        rows_per_chunk = rows_at_once(weight, torch.float32) if weight.dtype == torch.bfloat16 else len(row)
+        for rows, positions in zip(row.split(rows_per_chunk), position.split(rows_per_chunk), strict=True):
+            there = targets[rows, positions].clamp(min=0)
+            per_group = 1 if variants.device.type == "cpu" else max(1, chunk_size_on(variants.device) // len(rows))
+            streams = (group[:, rows, positions] for group in variants.split(per_group))  # not all in float32 at a time
+            change = change_from(clean_prediction(model, clean[rows, positions], there), model, streams, there)
+            losses[:, rows, positions], kl[:, rows, positions] = (values.to(wide) for values in change)
+    nowhere = targets < 0
+    return PredictionChange(losses.masked_fill(nowhere, float("nan")), kl.masked_fill(nowhere, float("nan")))
+
+
+def change_from(
+    prediction: CleanPrediction,
+    model: Transformer,
+    groups: Iterable[Float[Tensor, "_variant n d_model"]],
+    targets: Int[Tensor, " n"],
+) -> tuple[Float[Tensor, "variant n"], Float[Tensor, "variant n"]]:
+    """Losses and KL divergences of final residual streams of the same n tokens, a group of variants at a time."""
     weight = model.unembed.W_U
-    if weight.dtype != torch.bfloat16:
-        return loss_at(model, variants, targets)
-    losses = variants.new_full(variants.shape[:-1], float("nan"), dtype=torch.float32)
-    rows, positions = (index.split(rows_at_once(weight, torch.float32)) for index in _measured(targets))
-    wide = weight.float()
-    for row, position in zip(rows, positions, strict=True):
-        start = model.ln_final(clean[row, position].float())
-        shifts = (model.ln_final(variant[row, position].float()) - start for variant in variants)  # one at a time in memory
-        logits, real_targets = F.linear(start, wide), targets[row, position].clamp(min=0)
-        losses[:, row, position] = shifted_target_loss(logits, shifts, weight, real_targets)
-    return losses.masked_fill(targets < 0, float("nan"))
+    by_shift = weight.dtype == torch.bfloat16
+    logits = F.linear(prediction.x, weight.float()) if by_shift else None
+    weight = weight if by_shift or by_operator(weight) else at_least_float32(weight)
+    losses, divergences = [], []
+    for group in groups:
+        x = model.ln_final(at_least_float32(group))
+        if logits is None:
+            loss, log_sum = target_loss_and_log_sum(x.flatten(0, 1), weight, targets.repeat(len(x)))
+            shift = x - prediction.x
+        else:
+            shift = (x - prediction.x).to(weight.dtype)
+            loss, log_sum = shifted_target_loss(logits, shift, weight, targets)
+        losses.append(loss.view(x.shape[:2]))
+        divergences.append(prediction.kl(shift, log_sum.view(x.shape[:2])))
+    return torch.cat(losses), torch.cat(divergences)
 
 
 def _measured(targets: Int[Tensor, "batch pos"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:

@@ -104,6 +104,7 @@ class Results:
         self.layers = list(layers)
         self.shape = shape
         self.tables: dict[str, Tensor] = {}
+        self.kl_clamped = 0
 
     def put(
         self,
@@ -120,6 +121,12 @@ class Results:
         row, query = packed.real if everywhere else packed.measured
         for layer, layer_values in zip(layers, values, strict=True):
             self.tables[name][self.layers.index(layer), packed.rows[row], original[row, query]] = layer_values[row, query]
+
+    def put_kl(self, values: Float[Tensor, "layer batch query variant"], packed: Packed, layers: Sequence[int]) -> None:
+        """Fill in a part of the KL divergences; those that rounding put below zero are counted, and are zero."""
+        below = values < 0
+        self.kl_clamped += int(below.sum())
+        self.put("kl", values.masked_fill(below, 0.0), packed, layers)
 
     def put_baseline(self, values: Float[Tensor, "batch packed"], packed: Packed) -> None:
         """Fill in the clean run's losses of a part."""

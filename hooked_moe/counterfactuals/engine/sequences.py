@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, as_expert_block, clean_blocks, gather_positions
-from hooked_moe.counterfactuals.engine.losses import loss_at
+from hooked_moe.counterfactuals.engine.losses import CleanPrediction, change_from, clean_prediction, loss_at
 from hooked_moe.counterfactuals.engine.padding import Packed, Results
 from hooked_moe.counterfactuals.engine.question import SequenceQuestion
 from hooked_moe.counterfactuals.engine.requests import Request
@@ -26,70 +28,120 @@ def measure_sequences(
     results: Results,
     observe: Callable[[CleanBlock], None],
 ) -> Steps[None]:
-    """The loss at every position without the expert of each of its slots, into the results as `delta_loss`.
+    """Loss and prediction at every position without the expert of each of its slots, into the results as `delta_loss` and `kl`.
 
-    Where weights are in memory, each removal goes through the later layers at once. Where they are streamed, all removals of all
-    layers go along with the clean run and wait between blocks, so that each block is read once.
+    Where weights are in memory, each removal goes through the later layers at once, after a clean run that says what to compare
+    it with. Where they are streamed, all removals of all layers go along with the clean run and wait between blocks, so that
+    each block is read once.
     """
     model = request.model
     chunk_size = request.chunk_size(question.n_variants)
     batch, length = packed.tokens.shape
     most = len(layers) * batch * max(model.cfg.experts_in(layer) for layer in layers)
     under_way: list[Steps[None]] = []
-    measured: list[tuple[Tensor, Tensor]] = []
-    wide = torch.promote_types(model.cfg.dtype, torch.float32)
+    measured: list[_Removed] = []
+    end = _End(model, packed)
+    if not model.streams:
+        end.learn(run_to_end(clean_blocks(model, packed.tokens, lambda clean: None)))
     with request.waiting_room(most * length * model.cfg.d_model * model.cfg.dtype.itemsize) as waiting:
 
         def visit(clean: CleanBlock) -> None:
             observe(clean)
+            if model.streams and clean.layer + 1 == model.cfg.n_layers:
+                end.learn(clean.resid_post)
             under_way[:] = [removals for removals in under_way if advance_one_layer(removals)]
             if clean.layer not in layers:
                 return
             experts = as_expert_block(clean)
-            losses = torch.full((batch, experts.moe.num_experts, length), float("nan"), dtype=wide, device=model.cfg.device)
-            measured.append((experts.routing.indices, losses))
-            for removals in _removals(question, model, packed, experts, losses, waiting, chunk_size):
+            removed = _Removed(experts.routing.indices, *end.empty(experts.moe.num_experts))
+            measured.append(removed)
+            for removals in _removals(question, experts, removed, end, waiting, chunk_size):
                 if not model.streams:
                     run_to_end(removals)
                 elif advance_one_layer(removals):
                     under_way.append(removals)
 
-        resid = yield from clean_blocks(model, packed.tokens, visit)
-    baseline = loss_at(model, resid[None], packed.targets)[0]
-    results.put_baseline(baseline, packed)
-    deltas = [losses.transpose(1, 2).gather(-1, indices) - baseline.unsqueeze(-1) for indices, losses in measured]
-    results.put("delta_loss", torch.stack([gather_positions(delta, packed.query_positions) for delta in deltas]), packed, layers)
+        yield from clean_blocks(model, packed.tokens, visit)
+    results.put_baseline(end.baseline, packed)
+    deltas = [removed.by_slot(removed.losses) - end.baseline.unsqueeze(-1) for removed in measured]
+    divergences = [removed.by_slot(removed.kl) for removed in measured]
+    at_queries = partial(gather_positions, positions=packed.query_positions)
+    results.put("delta_loss", torch.stack([at_queries(delta) for delta in deltas]), packed, layers)
+    results.put_kl(torch.stack([at_queries(kl) for kl in divergences]), packed, layers)
+
+
+class _Removed(NamedTuple):
+    """What the removals of one layer did, by the expert that was removed."""
+
+    indices: Int[Tensor, "batch pos slot"]
+    losses: Float[Tensor, "batch expert pos"]
+    kl: Float[Tensor, "batch expert pos"]
+
+    def by_slot(self, values: Float[Tensor, "batch expert pos"]) -> Float[Tensor, "batch pos slot"]:
+        return values.transpose(1, 2).gather(-1, self.indices)
+
+
+class _End:
+    """The end of the clean run, which removals are compared with."""
+
+    baseline: Float[Tensor, "batch pos"]
+    prediction: CleanPrediction
+    """At every token that has a next one, in the order of rows and positions."""
+
+    def __init__(self, model: Transformer, packed: Packed) -> None:
+        self.model, self.packed = model, packed
+        self.real = packed.targets >= 0
+        self.number = (self.real.flatten().cumsum(0) - 1).view(self.real.shape)
+        """Which of the tokens that have a next one each token is."""
+
+    def learn(self, resid: Float[Tensor, "batch pos d_model"]) -> None:
+        self.baseline = loss_at(self.model, resid[None], self.packed.targets)[0]
+        self.prediction = clean_prediction(self.model, resid[self.real], self.packed.targets[self.real])
+
+    def empty(self, experts: int) -> tuple[Tensor, Tensor]:
+        batch, length = self.packed.tokens.shape
+        wide = torch.promote_types(self.model.cfg.dtype, torch.float32)
+        losses = torch.full((batch, experts, length), float("nan"), dtype=wide, device=self.model.cfg.device)
+        return losses, losses.clone()
+
+    def compare(self, resid: Float[Tensor, "pair pos d_model"], row: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses and KL divergences [pair, pos] of final residual streams of batch rows `row`; nan where there is no next token."""
+        pair, pos = self.real[row].nonzero(as_tuple=True)
+        targets = self.packed.targets[row][pair, pos]
+        found = change_from(self.prediction[self.number[row][pair, pos]], self.model, [resid[pair, pos][None]], targets)
+        empty = self.baseline.new_full(resid.shape[:2], float("nan"))
+        losses, kl = (empty.index_put((pair, pos), values[0].to(empty.dtype)) for values in found)
+        return losses, kl
 
 
 def _removals(
     question: SequenceQuestion,
-    model: Transformer,
-    packed: Packed,
     clean: CleanExperts,
-    losses: Float[Tensor, "batch expert pos"],
+    removed: _Removed,
+    end: _End,
     waiting: Waiting | None,
     chunk_size: int,
 ) -> Iterator[Steps[None]]:
-    """Every (sequence, expert that it uses) of a layer, a few at a time. They fill in their losses at the end."""
+    """Every (sequence, expert that it uses) of a layer, a few at a time. They fill in what they did at the end."""
     indices = clean.routing.indices
-    used = torch.zeros(losses.shape[:2], dtype=torch.bool, device=indices.device).scatter_(1, indices.flatten(1), True)
-    for pairs in used.nonzero().split(max(1, chunk_size // packed.tokens.shape[1])):
+    used = torch.zeros(removed.losses.shape[:2], dtype=torch.bool, device=indices.device).scatter_(1, indices.flatten(1), True)
+    for pairs in used.nonzero().split(max(1, chunk_size // indices.shape[1])):
         row, expert = pairs.unbind(-1)
         resid = question.without_experts(clean.rows(row), expert)
-        yield _to_the_end(model, packed, clean.layer, row, expert, resid, losses, waiting)
+        yield _to_the_end(clean.layer, row, expert, resid, removed, end, waiting)
 
 
 def _to_the_end(
-    model: Transformer,
-    packed: Packed,
     layer: int,
     row: Tensor,
     expert: Tensor,
     resid: Float[Tensor, "pair pos d_model"],
-    losses: Float[Tensor, "batch expert pos"],
+    removed: _Removed,
+    end: _End,
     waiting: Waiting | None,
 ) -> Steps[None]:
     """Residual streams after `layer` through the layers that follow, with a pause before each."""
+    model = end.model
     place = 0 if waiting is None else waiting.place_for(resid)
     for following in range(layer + 1, model.cfg.n_layers):
         if waiting is None:
@@ -102,4 +154,4 @@ def _to_the_end(
             resid = torch.empty(shape, dtype=model.cfg.dtype, device=model.cfg.device)
             waiting.get(resid, place)
         resid = model(resid, start_at_layer=following, stop_at_layer=following + 1)
-    losses[row, expert] = loss_at(model, resid[None], packed.targets[row])[0]
+    removed.losses[row, expert], removed.kl[row, expert] = end.compare(resid, row)
