@@ -201,7 +201,7 @@ def by_operations(bench: Bench) -> Table:
     shifts = x.view(variants, length, -1)
 
     def shifted() -> Tensor:
-        return shifted_target_loss(logits, shifts, weight, targets[:length])
+        return shifted_target_loss(logits, shifts, weight, targets[:length]).loss
 
     return Table(
         f"Kernels of products: {variants} variants of {length} tokens, {heads} heads of {d_head}, vocabulary {args.vocabulary:,}",

@@ -29,7 +29,7 @@ def expert_observations(
     layers: Sequence[int] | None = None,
     attention_mask: Mask | None = None,
 ) -> Steps[ExpertEffects]:
-    """The table of `expert_effects` from the clean run alone: what routing says, for one forward; `delta_loss` and `kl` are nan."""
+    """The table of `expert_effects` from the clean run alone, at the cost of one forward: its effects are nan."""
     request = make_request(model, tokens, layers, None, attention_mask, (), None)
     results = yield from answer(NothingChanged(most_experts(model)), request)
     for effect in ("delta_loss", "kl"):

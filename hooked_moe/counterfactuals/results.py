@@ -76,11 +76,8 @@ class ExpertEffects:
         return {"slot": slot[-1], **values, "baseline_loss": float(self.baseline_loss[batch, pos])}
 
 
-PER_SLOT = [
-    f.name
-    for f in fields(ExpertEffects)
-    if f.name not in ("layers", "router_probability", "baseline_loss", "readouts", "kl_clamped")
-]
+_OTHERS = ("layers", "router_probability", "baseline_loss", "readouts", "kl_clamped")
+PER_SLOT = [column.name for column in fields(ExpertEffects) if column.name not in _OTHERS]
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,15 @@ def removal_rows(batch: Batch, row: int, orders: Sequence[Order], by_order: Sequ
     """Rows (position, layer, order, removed) of one window, at the positions that were measured."""
     own, positions = batch.own(row), batch.positions(row)
     layers = by_order[0].layers
-    delta = torch.stack([effects.delta_loss[:, row, own].transpose(0, 1) for effects in by_order], dim=2).cpu().numpy()
+
+    def by_removed(column: str) -> np.ndarray:
+        """[position, layer, order, removed]."""
+        parts = [getattr(effects, column)[:, row, own].transpose(0, 1) for effects in by_order]
+        return torch.stack(parts, dim=2).cpu().numpy()
+
+    delta = by_removed("delta_loss")
     measured = np.isfinite(delta).all(axis=(1, 2, 3))
-    delta, shape = delta[measured], (int(measured.sum()), *delta.shape[1:])
+    shape = (int(measured.sum()), *delta.shape[1:])
     baseline = by_order[0].baseline_loss[row, own].cpu().numpy()[measured]
     values = {
         "document": np.asarray(batch.windows[0].document),
@@ -114,7 +120,8 @@ def removal_rows(batch: Batch, row: int, orders: Sequence[Order], by_order: Sequ
         "layer": np.asarray(layers)[:, None, None],
         "order": np.asarray(orders)[:, None],
         "removed": np.arange(1, shape[-1] + 1),
-        "delta_loss": delta,
+        "delta_loss": delta[measured],
+        "kl": by_removed("kl")[measured],
         "baseline_loss": baseline[:, None, None, None],
     }
     return _as_table({name: np.broadcast_to(value, shape).ravel() for name, value in values.items()}, PROGRESSIVE)

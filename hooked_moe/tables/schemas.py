@@ -16,6 +16,13 @@ _POSITION = ("position", pa.int32(), "index", "token position inside the documen
 _LAYER = ("layer", pa.int16(), "index", "transformer block, counted from 0")
 _SLOT = ("slot", pa.int8(), "index", "rank of the expert among the active ones; 0 has the highest routing weight")
 _EXPERT = ("expert", pa.int16(), "index", "routed expert that was removed")
+_KL = (
+    "kl",
+    pa.float32(),
+    "nats",
+    "KL(intact || changed) of the prediction here: delta_loss on average over next tokens drawn from the intact model. It says "
+    "how much the prediction changes, not whether it gets better; 0 where rounding puts it below; NaN if not measured",
+)
 _BASELINE = ("baseline_loss", pa.float32(), "nats", "-log p(next token) of the intact model; NaN at a document's end")
 
 EFFECTS = _schema(
@@ -41,6 +48,7 @@ EFFECTS = _schema(
         "nats",
         "loss without the expert at this position minus baseline_loss; above 0 where the expert helps; NaN if not measured",
     ),
+    _KL,
     (
         "first_order",
         pa.float32(),
@@ -60,6 +68,7 @@ EFFECTS_SEQUENCE = _schema(
         "nats",
         "loss here without the expert at every token of the sequence minus the intact model's loss here",
     ),
+    _KL,
 )
 PROGRESSIVE = _schema(
     _DOCUMENT,
@@ -68,6 +77,7 @@ PROGRESSIVE = _schema(
     ("order", pa.string(), "name", "which experts go first: descending or ascending routing weight, or random"),
     ("removed", pa.int8(), "experts", "how many of the active experts are removed at this position, from 1"),
     ("delta_loss", pa.float32(), "nats", "loss without them at this position minus baseline_loss"),
+    _KL,
     _BASELINE,
 )
 ROUTING = _schema(

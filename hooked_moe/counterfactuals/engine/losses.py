@@ -15,18 +15,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.components.precision import at_least_float32
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.kernels.dispatch import by_operator
-from hooked_moe.kernels.target_loss import (
-    expected_row,
-    rows_at_once,
-    target_loss,
-    target_loss_and_log_sum,
-)
+from hooked_moe.kernels.target_loss import expected_row, rows_at_once, shifted_target_loss, target_loss, target_loss_and_log_sum
 from hooked_moe.transformer import Transformer
 
 
@@ -54,17 +50,14 @@ class CleanPrediction:
 
     def kl(self, shift: Float[Tensor, "*variant n d_model"], log_sum: Float[Tensor, "*variant n"]) -> Float[Tensor, "*variant n"]:
         """From it to predictions whose `x` is shifted and whose log of the sum is `log_sum`."""
-        return (
-            log_sum.double()
-            - self.log_sum.double()
-            - (shift.to(self.mean_row.dtype) * self.mean_row).sum(-1, dtype=torch.float64)
-        )
+        along_mean = (shift.to(self.mean_row.dtype) * self.mean_row).sum(-1, dtype=torch.float64)
+        return log_sum.double() - self.log_sum.double() - along_mean
 
 
 def clean_prediction(model: Transformer, resid: Float[Tensor, "n d_model"], targets: Int[Tensor, " n"]) -> CleanPrediction:
     """The prediction from final residual streams."""
-    x, weight = model.ln_final(at_least_float32(resid)), model.unembed.W_U
-    weight = weight if by_operator(weight) else at_least_float32(weight)
+    x, unembedding = model.ln_final(at_least_float32(resid)), model.unembed.W_U
+    weight = unembedding if by_operator(unembedding) else at_least_float32(unembedding)
     return CleanPrediction(x, target_loss_and_log_sum(x, weight, targets).log_sum, expected_row(x, weight))
 
 
@@ -119,10 +112,10 @@ def change_from(
     targets: Int[Tensor, " n"],
 ) -> tuple[Float[Tensor, "variant n"], Float[Tensor, "variant n"]]:
     """Losses and KL divergences of final residual streams of the same n tokens, a group of variants at a time."""
-    weight = model.unembed.W_U
-    by_shift = weight.dtype == torch.bfloat16
-    logits = F.linear(prediction.x, weight.float()) if by_shift else None
-    weight = weight if by_shift or by_operator(weight) else at_least_float32(weight)
+    unembedding = model.unembed.W_U
+    by_shift = unembedding.dtype == torch.bfloat16
+    logits = F.linear(prediction.x, unembedding.float()) if by_shift else None
+    weight = unembedding if by_shift or by_operator(unembedding) else at_least_float32(unembedding)
     losses, divergences = [], []
     for group in groups:
         x = model.ln_final(at_least_float32(group))

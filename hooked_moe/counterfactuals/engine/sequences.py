@@ -105,7 +105,7 @@ class _End:
         return losses, losses.clone()
 
     def compare(self, resid: Float[Tensor, "pair pos d_model"], row: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses and KL divergences [pair, pos] of final residual streams of batch rows `row`; nan where there is no next token."""
+        """Losses and KL divergences [pair, pos] of final residual streams of batch rows `row`; nan without a next token."""
         pair, pos = self.real[row].nonzero(as_tuple=True)
         targets = self.packed.targets[row][pair, pos]
         found = change_from(self.prediction[self.number[row][pair, pos]], self.model, [resid[pair, pos][None]], targets)
