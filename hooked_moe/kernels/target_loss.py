@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -14,9 +13,6 @@ from torch import Tensor
 from hooked_moe.kernels.cuda import launches, nvrtc
 from hooked_moe.kernels.dispatch import by_operator
 from hooked_moe.kernels.operators import operator
-
-VOCABULARY_PIECE = 8192
-"""Rows of a half-precision unembedding that are in float32 at a time."""
 
 IN_CACHE = 1 << 20
 """Bytes of logits that a CPU takes through the softmax together."""
@@ -80,19 +76,6 @@ def target_loss_and_log_sum(
         part = slice(start, start + rows)
         losses[part], log_sums[part] = cross_entropy(F.linear(x[part], weight), targets[part])
     return LossAndLogSum(losses, log_sums)
-
-
-def expected_row(x: Float[Tensor, "n d_model"], weight: Float[Tensor, "d_vocab d_model"]) -> Float[Tensor, "n d_model"]:
-    """The mean row of `weight` under `softmax(weight @ x)`: how the log of the sum changes with `x`."""
-    expected = torch.empty_like(x)
-    for start in range(0, len(x), rows_at_once(weight, x.dtype)):
-        part = slice(start, start + rows_at_once(weight, x.dtype))
-        pieces = weight.split(VOCABULARY_PIECE) if weight.dtype != x.dtype else (weight,)  # widened a piece at a time
-        probabilities = torch.cat([F.linear(x[part], piece.to(x.dtype)) for piece in pieces], dim=-1).softmax(-1)
-        sizes = [len(piece) for piece in pieces]
-        products = (p @ piece.to(x.dtype) for p, piece in zip(probabilities.split(sizes, dim=-1), pieces, strict=True))
-        expected[part] = functools.reduce(torch.add, products)
-    return expected
 
 
 def shifted_target_loss(

@@ -5,13 +5,11 @@ sum of exponentials `lse`, the normalised stream `x` and the clean run's mean ro
 
     KL = lse(changed) - lse(clean) - m . (x(changed) - x(clean))
 
-so it costs a sum over d_model beside the loss. All of it are differences, taken in float64 of float32 numbers.
+so it costs a sum over d_model beside the loss. The differences are taken in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor
 from hooked_moe.components.precision import at_least_float32
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.kernels.dispatch import by_operator
-from hooked_moe.kernels.target_loss import expected_row, rows_at_once, shifted_target_loss, target_loss, target_loss_and_log_sum
+from hooked_moe.kernels.target_loss import cross_entropy, rows_at_once, shifted_target_loss, target_loss, target_loss_and_log_sum
 from hooked_moe.transformer import Transformer
 
 
@@ -32,33 +30,6 @@ class PredictionChange(NamedTuple):
     losses: Float[Tensor, "variant batch pos"]
     kl: Float[Tensor, "variant batch pos"]
     """`KL(clean || changed)`, which rounding may put below zero."""
-
-
-@dataclass(frozen=True)
-class CleanPrediction:
-    """The clean run's prediction at some tokens."""
-
-    x: Float[Tensor, "n d_model"]
-    """Residual streams after the final norm."""
-    log_sum: Float[Tensor, " n"]
-    mean_row: Float[Tensor, "n d_model"]
-    """The mean row of the unembedding under the prediction."""
-
-    def __getitem__(self, tokens: Int[Tensor, " m"]) -> CleanPrediction:
-        """The same at some of the tokens."""
-        return CleanPrediction(self.x[tokens], self.log_sum[tokens], self.mean_row[tokens])
-
-    def kl(self, shift: Float[Tensor, "*variant n d_model"], log_sum: Float[Tensor, "*variant n"]) -> Float[Tensor, "*variant n"]:
-        """From it to predictions whose `x` is shifted and whose log of the sum is `log_sum`."""
-        along_mean = (shift.to(self.mean_row.dtype) * self.mean_row).sum(-1, dtype=torch.float64)
-        return log_sum.double() - self.log_sum.double() - along_mean
-
-
-def clean_prediction(model: Transformer, resid: Float[Tensor, "n d_model"], targets: Int[Tensor, " n"]) -> CleanPrediction:
-    """The prediction from final residual streams."""
-    x, unembedding = model.ln_final(at_least_float32(resid)), model.unembed.W_U
-    weight = unembedding if by_operator(unembedding) else at_least_float32(unembedding)
-    return CleanPrediction(x, target_loss_and_log_sum(x, weight, targets).log_sum, expected_row(x, weight))
 
 
 def loss_at(
@@ -85,49 +56,62 @@ def prediction_change(
     clean: Float[Tensor, "batch pos d_model"],
     targets: Int[Tensor, "batch pos"],
 ) -> PredictionChange:
-    """Losses and KL divergences of many variants of the same tokens.
-
-    In bfloat16 the clean run alone is unembedded in float32; of each variant, the change of its normalised stream is, in the
-    weights' own dtype, which rounds the change of a logit by one part in 2^9 of itself and not the logit.
-    """
+    """Losses and KL divergences of many variants of the same tokens."""
     wide = torch.promote_types(variants.dtype, torch.float32)
     losses, kl = (variants.new_full(variants.shape[:-1], float("nan"), dtype=wide) for _ in range(2))
-    weight, (row, position) = model.unembed.W_U, _measured(targets)
+    row, position = _measured(targets)
     if variants.numel() and len(row):
-        rows_per_chunk = rows_at_once(weight, torch.float32) if weight.dtype == torch.bfloat16 else len(row)
-        for rows, positions in zip(row.split(rows_per_chunk), position.split(rows_per_chunk), strict=True):
-            there = targets[rows, positions].clamp(min=0)
+        chunk = rows_at_once(model.unembed.W_U, torch.float32)
+        for rows, positions in zip(row.split(chunk), position.split(chunk), strict=True):
+            prediction = CleanPrediction(model, clean[rows, positions], targets[rows, positions].clamp(min=0))
             per_group = 1 if variants.device.type == "cpu" else max(1, chunk_size_on(variants.device) // len(rows))
-            streams = (group[:, rows, positions] for group in variants.split(per_group))  # not all in float32 at a time
-            change = change_from(clean_prediction(model, clean[rows, positions], there), model, streams, there)
-            losses[:, rows, positions], kl[:, rows, positions] = (values.to(wide) for values in change)
+            for start in range(0, len(variants), per_group):  # not all in float32 at a time
+                group = slice(start, start + per_group)
+                losses[group, rows, positions], kl[group, rows, positions] = prediction.changed_to(
+                    variants[group, rows, positions]
+                )
     nowhere = targets < 0
     return PredictionChange(losses.masked_fill(nowhere, float("nan")), kl.masked_fill(nowhere, float("nan")))
 
 
-def change_from(
-    prediction: CleanPrediction,
-    model: Transformer,
-    groups: Iterable[Float[Tensor, "_variant n d_model"]],
-    targets: Int[Tensor, " n"],
-) -> tuple[Float[Tensor, "variant n"], Float[Tensor, "variant n"]]:
-    """Losses and KL divergences of final residual streams of the same n tokens, a group of variants at a time."""
-    unembedding = model.unembed.W_U
-    by_shift = unembedding.dtype == torch.bfloat16
-    logits = F.linear(prediction.x, unembedding.float()) if by_shift else None
-    weight = unembedding if by_shift or by_operator(unembedding) else at_least_float32(unembedding)
-    losses, divergences = [], []
-    for group in groups:
-        x = model.ln_final(at_least_float32(group))
-        if logits is None:
-            loss, log_sum = target_loss_and_log_sum(x.flatten(0, 1), weight, targets.repeat(len(x)))
-            shift = x - prediction.x
+class CleanPrediction:
+    """The clean run's prediction at some tokens, for changed ones to be compared with.
+
+    The clean run alone is unembedded. Of each variant, the change of its normalised stream is, and added to the clean logits: so
+    both have the same rounding, which cancels. In bfloat16 the change is unembedded in the weights' own dtype, which rounds the
+    change of a logit by one part in 2^9 of itself and not the logit. Where a kernel reads the loss without the logits in memory,
+    both are unembedded by it.
+    """
+
+    def __init__(self, model: Transformer, resid: Float[Tensor, "n d_model"], targets: Int[Tensor, " n"]) -> None:
+        unembedding = model.unembed.W_U
+        wide = at_least_float32(unembedding)
+        self.model, self.targets = model, targets
+        self.fused = by_operator(unembedding) and unembedding.dtype != torch.bfloat16
+        self.weight = unembedding if self.fused or unembedding.dtype == torch.bfloat16 else wide
+        self.x = model.ln_final(at_least_float32(resid))
+        self.logits = F.linear(self.x, wide)
+        self.mean_row = self.logits.softmax(-1) @ wide
+        if self.fused:
+            self.log_sum = target_loss_and_log_sum(self.x, self.weight, targets).log_sum
+            del self.logits
         else:
-            shift = (x - prediction.x).to(weight.dtype)
-            loss, log_sum = shifted_target_loss(logits, shift, weight, targets)
-        losses.append(loss.view(x.shape[:2]))
-        divergences.append(prediction.kl(shift, log_sum.view(x.shape[:2])))
-    return torch.cat(losses), torch.cat(divergences)
+            self.log_sum = cross_entropy(self.logits, targets).log_sum
+
+    def changed_to(
+        self, resid: Float[Tensor, "variant n d_model"]
+    ) -> tuple[Float[Tensor, "variant n"], Float[Tensor, "variant n"]]:
+        """Losses and KL divergences of the predictions from other final residual streams."""
+        x = self.model.ln_final(at_least_float32(resid))
+        shift = x - self.x
+        if self.fused:
+            at_all = target_loss_and_log_sum(x.flatten(0, 1), self.weight, self.targets.repeat(len(x)))
+            loss, log_sum = (values.view(x.shape[:2]) for values in at_all)
+        else:
+            shift = shift.to(self.weight.dtype)  # as it is unembedded
+            loss, log_sum = shifted_target_loss(self.logits, shift, self.weight, self.targets)
+        along_mean = (shift * self.mean_row).sum(-1, dtype=torch.float64)
+        return loss, (log_sum.double() - self.log_sum.double() - along_mean).to(loss.dtype)
 
 
 def _measured(targets: Int[Tensor, "batch pos"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, as_expert_block, clean_blocks, gather_positions
-from hooked_moe.counterfactuals.engine.losses import CleanPrediction, change_from, clean_prediction, loss_at
+from hooked_moe.counterfactuals.engine.losses import PredictionChange, loss_at, prediction_change
 from hooked_moe.counterfactuals.engine.padding import Packed, Results
 from hooked_moe.counterfactuals.engine.question import SequenceQuestion
 from hooked_moe.counterfactuals.engine.requests import Request
@@ -40,7 +40,7 @@ def measure_sequences(
     most = len(layers) * batch * max(model.cfg.experts_in(layer) for layer in layers)
     under_way: list[Steps[None]] = []
     measured: list[_Removed] = []
-    end = _End(model, packed)
+    end, wide = _End(model, packed), torch.promote_types(model.cfg.dtype, torch.float32)
     if not model.streams:
         end.learn(run_to_end(clean_blocks(model, packed.tokens, lambda clean: None)))
     with request.waiting_room(most * length * model.cfg.d_model * model.cfg.dtype.itemsize) as waiting:
@@ -53,7 +53,10 @@ def measure_sequences(
             if clean.layer not in layers:
                 return
             experts = as_expert_block(clean)
-            removed = _Removed(experts.routing.indices, *end.empty(experts.moe.num_experts))
+            nothing = end.baseline.new_full((batch, experts.moe.num_experts, length), float("nan"))
+            removed = _Removed(experts.routing.indices, nothing, nothing.clone())
+                experts.routing.indices, *(torch.full(shape, float("nan"), dtype=wide, device=model.cfg.device) for _ in range(2))
+            )
             measured.append(removed)
             for removals in _removals(question, experts, removed, end, waiting, chunk_size):
                 if not model.streams:
@@ -84,34 +87,24 @@ class _Removed(NamedTuple):
 class _End:
     """The end of the clean run, which removals are compared with."""
 
+    resid: Float[Tensor, "batch pos d_model"]
     baseline: Float[Tensor, "batch pos"]
-    prediction: CleanPrediction
-    """At every token that has a next one, in the order of rows and positions."""
 
     def __init__(self, model: Transformer, packed: Packed) -> None:
-        self.model, self.packed = model, packed
-        self.real = packed.targets >= 0
-        self.number = (self.real.flatten().cumsum(0) - 1).view(self.real.shape)
-        """Which of the tokens that have a next one each token is."""
+        self.model, self.targets = model, packed.targets
 
     def learn(self, resid: Float[Tensor, "batch pos d_model"]) -> None:
-        self.baseline = loss_at(self.model, resid[None], self.packed.targets)[0]
-        self.prediction = clean_prediction(self.model, resid[self.real], self.packed.targets[self.real])
+        self.resid, self.baseline = resid, loss_at(self.model, resid[None], self.targets)[0]
 
-    def empty(self, experts: int) -> tuple[Tensor, Tensor]:
-        batch, length = self.packed.tokens.shape
-        wide = torch.promote_types(self.model.cfg.dtype, torch.float32)
-        losses = torch.full((batch, experts, length), float("nan"), dtype=wide, device=self.model.cfg.device)
-        return losses, losses.clone()
-
-    def compare(self, resid: Float[Tensor, "pair pos d_model"], row: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses and KL divergences [pair, pos] of final residual streams of batch rows `row`; nan without a next token."""
-        pair, pos = self.real[row].nonzero(as_tuple=True)
-        targets = self.packed.targets[row][pair, pos]
-        found = change_from(self.prediction[self.number[row][pair, pos]], self.model, [resid[pair, pos][None]], targets)
-        empty = self.baseline.new_full(resid.shape[:2], float("nan"))
-        losses, kl = (empty.index_put((pair, pos), values[0].to(empty.dtype)) for values in found)
-        return losses, kl
+    def compare(self, resid: Float[Tensor, "pair pos d_model"], row: Int[Tensor, " pair"]) -> PredictionChange:
+        """What final residual streams of batch rows `row` predict, [pair, pos]; nan where there is no next token."""
+        change = PredictionChange(*(self.baseline.new_empty(resid.shape[:2]) for _ in range(2)))
+        for batch_row in row.unique().tolist():
+            own = row == batch_row
+            clean, targets = self.resid[batch_row][None], self.targets[batch_row][None]
+            of_row = prediction_change(self.model, resid[own].unsqueeze(1), clean, targets)
+            change.losses[own], change.kl[own] = of_row.losses.squeeze(1), of_row.kl.squeeze(1)
+        return change
 
 
 def _removals(
