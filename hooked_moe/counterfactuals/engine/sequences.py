@@ -53,10 +53,9 @@ def measure_sequences(
             if clean.layer not in layers:
                 return
             experts = as_expert_block(clean)
-            nothing = end.baseline.new_full((batch, experts.moe.num_experts, length), float("nan"))
+            shape = batch, experts.moe.num_experts, length
+            nothing = torch.full(shape, float("nan"), dtype=wide, device=model.cfg.device)
             removed = _Removed(experts.routing.indices, nothing, nothing.clone())
-                experts.routing.indices, *(torch.full(shape, float("nan"), dtype=wide, device=model.cfg.device) for _ in range(2))
-            )
             measured.append(removed)
             for removals in _removals(question, experts, removed, end, waiting, chunk_size):
                 if not model.streams:
