@@ -28,11 +28,12 @@ paper: $(VENV)/.runtime ## every experiment of the paper, as defined and as rele
 test: $(VENV)/.development ## run the tests; ARGS="-m slow", ARGS="-k masks"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-check: $(VENV)/.development ## formatter, linter and type checker
+check: $(VENV)/.development ## formatter, linter, type checker, and what may import what
 	@status=0; \
 	$(BIN)/python -m ruff format --check $(SOURCES) || status=1; \
 	$(BIN)/python -m ruff check $(SOURCES) || status=1; \
 	$(BIN)/python -m mypy || status=1; \
+	$(BIN)/lint-imports --no-logo --no-cache || status=1; \
 	exit $$status
 
 format: $(VENV)/.development ## format the sources and apply the linter's safe fixes

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hooked_moe import HookedMoE
 from hooked_moe.analysis import analyse_run
 from hooked_moe.cli.options import DTYPES, SEED, check_run_name, choose_device, first_documents, parse_layers, parse_tokens
 from hooked_moe.corpus import load_corpus
 from hooked_moe.measurement import Run, open_measurement
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
+from hooked_moe.model import HookedMoE
 from hooked_moe.report import write_report
 from hooked_moe.tables import required_file
 

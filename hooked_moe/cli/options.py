@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from hooked_moe import HookedMoEConfig
 from hooked_moe.analysis.cells import sample_positions
+from hooked_moe.config import HookedMoEConfig
 from hooked_moe.corpus import Corpus
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 from hooked_moe.measurement.window_rows import Positions

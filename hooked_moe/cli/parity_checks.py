@@ -16,11 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe import HookedMoE, HookedMoEConfig, HookPoint
 from hooked_moe.cli.published_checkpoints import GOLDEN_INPUT, Published
+from hooked_moe.config import HookedMoEConfig
+from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.loading.checkpoint import Checkpoint
 from hooked_moe.loading.pretrained import plan_copies
 from hooked_moe.measurement.verification import LOSS_TOLERANCE, Check, noise_floor, verify
+from hooked_moe.model import HookedMoE
 from weights_conversion import Conversion
 
 GOLDEN_TOLERANCE = 1e-2

@@ -23,18 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.cli import parity_checks
 from hooked_moe.cli.console import parser_of, run_command
 from hooked_moe.cli.options import DTYPES, choose_device
 from hooked_moe.cli.parity_checks import Result, not_run
 from hooked_moe.cli.published_checkpoints import PUBLISHED, Published, published
+from hooked_moe.config import HookedMoEConfig
 from hooked_moe.corpus import load_corpus
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.pretrained import read_config, read_tokenizer
 from hooked_moe.loading.registry import locate
 from hooked_moe.measurement.fingerprint import versions
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
+from hooked_moe.model import HookedMoE
 from hooked_moe.tables import write_json_atomic
 from weights_conversion import CheckpointError, Conversion
 
