@@ -107,7 +107,3 @@ def test_a_script_of_an_experiment_is_its_command(script: str) -> None:
     assert source.endswith('if __name__ == "__main__":\n    sys.exit(main())\n')
     assert f"The same as `hooked-moe {command}`" in source
     assert docstring(command).splitlines()[0] == (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
-
-
-def test_every_command_has_a_script() -> None:
-    assert set(SCRIPTS.values()) == set(COMMANDS)
