@@ -1,8 +1,8 @@
 """What share of a GPU's bandwidth and matrix rate the kernels and the exhaustive audit achieve, after the tests that need one.
 
-    python benchmarks/gpu.py                    # tests, compute-sanitizer, then tables, into benchmarks/GPU.md: under 8 minutes
-    python benchmarks/gpu.py --no-tests --layers 4
-    python benchmarks/gpu.py --small            # seconds, on a CPU too; shows that it works, measures nothing
+    python -m benchmarks.gpu                    # tests, compute-sanitizer, then tables, into benchmarks/GPU.md: under 8 minutes
+    python -m benchmarks.gpu --no-tests --layers 4
+    python -m benchmarks.gpu --small            # seconds, on a CPU too; shows that it works, measures nothing
 
 The card's bandwidth is that of a copy, bytes read and written; its matrix rate is that of a large product in the model's dtype.
 Both are measured here. Bytes are those that an operation cannot do without; operations are counted as in benchmarks/roofline.py.
@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(options(), argv, SMALL)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.small:
-        print(
-            "benchmarks/gpu.py needs a CUDA device, and torch finds none; --small shows on a CPU that it works", file=sys.stderr
-        )
+        print("benchmarks.gpu needs a CUDA device, and torch finds none; --small shows on a CPU that it works", file=sys.stderr)
         return 2
     missing = dispatch.obstacle(device)
     if missing is not None and not args.small:
@@ -90,7 +88,7 @@ def options() -> argparse.ArgumentParser:
 
 def run_checks() -> dict[str, int]:
     """Exit codes of the tests that need a GPU, plainly and, for single kernels, under compute-sanitizer."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels/test_gpu.py"]
     commands = {"tests": tests}
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:

@@ -7,12 +7,11 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 
 def as_whole(value: Any) -> int | None:
     """The value as an int, if it is a whole number; None if it is anything else: True and False, or a row of one number."""
-    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool or getattr(value, "ndim", 0):
+    dtype, n_axes = getattr(value, "dtype", None), getattr(value, "ndim", 0)
+    if isinstance(value, bool) or str(dtype) == "torch.bool" or n_axes:  # by its name: nothing here waits for torch
         return None
     try:
         return operator.index(value)
