@@ -32,7 +32,7 @@ from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.counterfactuals import expert_effects
 from hooked_moe.kernels import dispatch
 from hooked_moe.kernels.prefix_attention import prefix_attention
-from hooked_moe.kernels.routing import Rule, group_by_expert, route
+from hooked_moe.kernels.routing import RoutingRule, group_by_expert, route
 from hooked_moe.kernels.swiglu import gather_rows, swiglu
 from hooked_moe.kernels.target_loss import shifted_target_loss, target_loss
 from hooked_moe.kernels.weighted_sum import masked_combine
@@ -168,9 +168,9 @@ def memory_operations(bench: Bench) -> Iterator[tuple[str, float, Callable[[], o
     args, size = bench.args, bench.dtype.itemsize
     tokens, slots, width, n = args.tokens, args.active, args.d_model, args.tokens * args.active
     logits = torch.randn(tokens, args.experts, device=bench.device)
-    _, indices = route(logits, Rule(slots))
+    _, indices = route(logits, RoutingRule(slots))
     order, place, _ = group_by_expert(indices, args.experts)
-    yield "route", tokens * (4 * args.experts + 12 * slots), lambda: route(logits, Rule(slots))
+    yield "route", tokens * (4 * args.experts + 12 * slots), lambda: route(logits, RoutingRule(slots))
     yield "group_by_expert", 24 * n, lambda: group_by_expert(indices, args.experts)
     x, both = bench.draw(tokens, width), bench.draw(n, 2 * args.d_expert)
     yield "gather_rows", (tokens + n) * width * size + 8 * n, lambda: gather_rows(x, order, place)

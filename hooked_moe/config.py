@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from hooked_moe.checks import require_defaults
+
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
@@ -76,6 +78,11 @@ class HookedMoEConfig:
     output_bias: bool = False
     """Whether the attention's output projection has a bias."""
 
+    attention_sink: bool = False
+    """A learned logit of each head in the denominator of its softmax (gpt-oss). True is not implemented yet."""
+    sliding_window: int | None = None
+    """How many positions up to its own a token sees; None: all. A number (gpt-oss, Mistral) is not implemented yet."""
+
     kv_lora_rank: int | None = None
     """Latent attention (DeepSeek-V2): keys and values of all heads are projected from one vector of this width per token."""
     q_lora_rank: int | None = None
@@ -100,6 +107,12 @@ class HookedMoEConfig:
     """Experts stand in so many groups of equal size (DeepSeek-V2's devices) ..."""
     groups_per_token: int = 1
     """... and a token goes only to experts of the groups whose best expert is most probable."""
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become scores. "sigmoid" (DeepSeek-V3) is not implemented yet."""
+    selection_bias: bool = False
+    """A learned bias of each expert's score, for the selection only (DeepSeek-V3). True is not implemented yet."""
+    group_score: Literal["max", "top2"] = "max"
+    """A group's score: that of its best expert, or the sum of its two best (DeepSeek-V3), which is not implemented yet."""
     d_shared: int | None = None
     """Width of the shared experts together, which serve every token; None: there are none."""
     shared_gate: bool = False
@@ -134,6 +147,7 @@ class HookedMoEConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        require_defaults(self, "router_score", "selection_bias", "group_score", "attention_sink", "sliding_window")
         self._check_attention()
         self._check_experts()
 

@@ -54,12 +54,8 @@ class LayerMask:
 
     @property
     def selectable(self) -> Bool[Tensor, "batch pos expert"] | None:
-        """ "reroute": the experts that may be selected. None: all of them."""
+        """ "reroute": the experts that may be selected, so that the next-ranked one takes a removed one's slot. None: all."""
         return self.keep if self.removal == "reroute" else None
-
-    def before_selection(self, probabilities: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "batch pos expert"]:
-        """ "reroute": a removed expert has no probability, so that the next-ranked one takes its slot."""
-        return probabilities * self.keep if self.removal == "reroute" else probabilities
 
     def after_selection(
         self, weights: Float[Tensor, "batch pos slot"], indices: Int[Tensor, "batch pos slot"]

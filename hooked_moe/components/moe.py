@@ -16,6 +16,7 @@ from hooked_moe.components.router import Router
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.hooks.hook_point import HookPoint
+from hooked_moe.kernels import routing
 from hooked_moe.kernels.cpu.scratch import Scratch
 from hooked_moe.kernels.dispatch import by_operator
 from hooked_moe.kernels.weighted_sum import masked_combine, weighted_sum
@@ -65,23 +66,23 @@ class MoE(nn.Module):
             self.hook_shared_gate = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None) -> Float[Tensor, "batch pos d_model"]:
-        routing = self.route(x, mask)
-        routed = self.combine(self.run_experts(x, routing.indices), routing.weights)
+        indices, weights = self.route(x, mask)
+        routed = self.combine(self.run_experts(x, indices), weights)
         return plus(routed, self.run_shared(x))
 
     def route(self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None) -> Routing:
         """Which experts every token goes to, and the weights as applied."""
-        logits = self.hook_router_logits(self.router(x))
+        logits, rule = self.hook_router_logits(self.router(x)), self.router.rule
+        keep = None if mask is None else mask.selectable
         if by_operator(logits) and not self.hook_expert_indices.active:
-            indices, weights = self.router.route(logits, None if mask is None else mask.selectable)
+            weights, indices = routing.route(logits.flatten(0, 1), rule, None if keep is None else keep.flatten(0, 1))
+            weights, indices = weights.unflatten(0, x.shape[:2]), indices.unflatten(0, x.shape[:2])
         else:
-            probabilities = logits.softmax(dim=-1)
-            if mask is not None:
-                probabilities = mask.before_selection(probabilities)
-            indices = self.hook_expert_indices(self.router.select(probabilities))
+            scores = routing.score(logits, rule, keep)
+            indices = self.hook_expert_indices(routing.select(scores, rule))
             if self.hook_expert_indices.active:
                 self._check_indices(indices)
-            weights = self.router.weigh(probabilities, indices)
+            weights = routing.weigh(scores, indices, rule)
         if mask is not None:
             weights = mask.after_selection(weights, indices)
         return Routing(indices, self.hook_expert_weights(weights.to(x.dtype)))

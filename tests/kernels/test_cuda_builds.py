@@ -129,7 +129,9 @@ def test_kernels_run_clean_under_the_sanitizers(tests: str) -> None:
     ],
 )
 def test_the_sanitizers_see_what_a_gpu_might_not(faulty: str, report: str) -> None:
-    program = f"import torch\nfrom tests.kernels.cuda.host import run\nfrom tests.kernels.test_cuda_shim import probe\nrun({faulty})"
+    program = (
+        f"import torch\nfrom tests.kernels.cuda.host import run\nfrom tests.kernels.test_cuda_shim import probe\nrun({faulty})"
+    )
     result = sanitized("-c", program)
     assert result.returncode != 0
     assert report in result.stderr
