@@ -31,7 +31,7 @@ from benchmarks.timing import seconds_of, summary
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.counterfactuals import expert_effects
 from hooked_moe.kernels import dispatch
-from hooked_moe.kernels.prefix_attention import prefix_attention
+from hooked_moe.kernels.prefix_attention import window_attention
 from hooked_moe.kernels.routing import RoutingRule, group_by_expert, route
 from hooked_moe.kernels.swiglu import gather_rows, swiglu
 from hooked_moe.kernels.target_loss import shifted_target_loss, target_loss
@@ -190,7 +190,7 @@ def by_operations(bench: Bench) -> Table:
     q, own_k, own_v = (bench.draw(variants, 1, length, heads, d_head) for _ in range(3))
     keys, values = bench.draw(1, length, heads, d_head), bench.draw(1, length, heads, d_head)
     attention = variants * heads * 4 * d_head * length * (length + 1) / 2
-    seconds = bench.seconds(lambda: prefix_attention(q, own_k, own_v, keys, values, None, d_head**-0.5))
+    seconds = bench.seconds(lambda: window_attention(q, own_k, own_v, keys, values, None, 1, d_head**-0.5))
     library, best = min(library_attention(bench, q, keys, values), key=lambda found: median(found[1]))
     share = median(best) / median(seconds)
     n = variants * length
