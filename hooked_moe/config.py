@@ -174,9 +174,7 @@ class HookedMoEConfig:
                 raise ValueError("latent attention has a key and value head for every query head, and no norm, clipping or bias")
 
     def _check_experts(self) -> None:
-        if any(not 0 <= layer < self.n_layers for layer in self.dense_layers) or self.dense_layers != tuple(
-            sorted(set(self.dense_layers))
-        ):
+        if self.dense_layers != tuple(layer for layer in range(self.n_layers) if layer in self.dense_layers):
             raise ValueError(f"dense_layers must be ascending layers from 0 to {self.n_layers - 1}, not {self.dense_layers}")
         if bool(self.dense_layers) != (self.d_mlp is not None):
             raise ValueError(f"d_mlp is the width of dense layers: got dense_layers={self.dense_layers}, d_mlp={self.d_mlp}")

@@ -48,10 +48,6 @@ class LayerMask:
     keep: Bool[Tensor, "batch pos expert"] | Float[Tensor, "batch pos expert"]
     removal: Removal = "zero"
 
-    def part(self, positions: slice) -> LayerMask:
-        """The mask of some positions."""
-        return LayerMask(self.keep[:, positions], self.removal)
-
     @property
     def selectable(self) -> Bool[Tensor, "batch pos expert"] | None:
         """ "reroute": the experts that may be selected, so that the next-ranked one takes a removed one's slot. None: all."""
@@ -72,9 +68,8 @@ def keep_weights(weights: Float[Tensor, "*any slot"], keep: Tensor, removal: Rem
     if removal == "renormalize":
         rest = kept.sum(-1, keepdim=True)
         rescaled = torch.where(rest > 0, kept * weights.sum(-1, keepdim=True) / rest.where(rest > 0, 1.0), 0.0)
-        same = (kept == weights).all(
-            -1, keepdim=True
-        )  # nothing removed: not a bit changes, and the gradient is the rescaled one's
+        same = (kept == weights).all(-1, keepdim=True)
+        # nothing removed: not a bit changes, and the gradient is the rescaled one's
         kept = torch.where(same, weights.detach() + (rescaled - rescaled.detach()), rescaled)
     return kept
 
@@ -116,8 +111,13 @@ class ExpertMask:
         """The layers this mask touches."""
         return sorted({*self._keep, *self._entries})
 
-    def for_layer(self, layer: int, shape: tuple[int, int, int], device: torch.device) -> LayerMask | None:
-        """The mask of one layer at (batch, pos, expert) = `shape`, if it has one. Raises `ValueError` if it does not fit."""
+    def for_layer(
+        self, layer: int, shape: tuple[int, int, int], device: torch.device, positions: slice = slice(None)
+    ) -> LayerMask | None:
+        """The mask of one layer at (batch, pos, expert) = `shape`, if it has one, or the part of it at some positions.
+
+        Raises `ValueError` if it does not fit.
+        """
         if layer in self._keep:
             try:
                 keep = self._keep[layer].to(device).broadcast_to(shape)
@@ -126,16 +126,16 @@ class ExpertMask:
                 raise ValueError(
                     f"the mask of layer {layer} has shape {got}; it must broadcast to [batch, pos, expert] = {list(shape)}"
                 ) from error
-            return LayerMask(keep, self.removal)
-        if layer in self._entries:
+        elif layer in self._entries:
             keep = torch.ones(shape, dtype=torch.bool, device=device)
             for entry in self._entries[layer]:
                 for name, index, size in zip(("batch", "pos", "expert"), entry[1:], shape, strict=True):
                     if index is not None and index >= size:
                         raise ValueError(f"{name} {index} in {entry} is out of range: this input has {name} 0 to {size - 1}")
                 keep[tuple(slice(None) if index is None else index for index in entry[1:])] = False
-            return LayerMask(keep, self.removal)
-        return None
+        else:
+            return None
+        return LayerMask(keep[:, positions], self.removal)
 
     def check_layers(self, cfg: HookedMoEConfig) -> None:
         """Raise `ValueError` if a layer does not exist, or has no experts."""

@@ -52,14 +52,9 @@ class MoE(nn.Module):
         self.experts = Experts(cfg, num_experts)
         self.shared = GatedMLP(cfg.d_model, cfg.d_shared) if cfg.d_shared is not None else None
         self.W_shared_gate = nn.Parameter(torch.empty(1, cfg.d_model)) if cfg.shared_gate else None
-        self.hook_router_logits = HookPoint()
-        self.hook_expert_indices = HookPoint()
-        self.hook_expert_weights = HookPoint()
-        self.hook_expert_pre = HookPoint()
-        self.hook_expert_pre_linear = HookPoint()
-        self.hook_expert_post = HookPoint()
-        self.hook_expert_out = HookPoint()
-        self.hook_routed_out = HookPoint()
+        self.hook_router_logits, self.hook_expert_indices, self.hook_expert_weights = HookPoint(), HookPoint(), HookPoint()
+        self.hook_expert_pre, self.hook_expert_pre_linear, self.hook_expert_post = HookPoint(), HookPoint(), HookPoint()
+        self.hook_expert_out, self.hook_routed_out = HookPoint(), HookPoint()
         if self.shared is not None:
             self.hook_shared_out = HookPoint()
         if self.W_shared_gate is not None:
@@ -111,9 +106,8 @@ class MoE(nn.Module):
             return None
         out = self.shared(x)
         if self.W_shared_gate is not None:
-            out = out * self.hook_shared_gate(
-                einsum(x, self.W_shared_gate, "batch pos d_model, one d_model -> batch pos one").sigmoid()
-            )
+            gate = einsum(x, self.W_shared_gate, "batch pos d_model, one d_model -> batch pos one").sigmoid()
+            out = out * self.hook_shared_gate(gate)
         return self.hook_shared_out(out)
 
     def keep_experts(self, kept: Sequence[int]) -> None:

@@ -72,17 +72,21 @@ def score(
 
 
 def select(scores: Float[Tensor, "*token expert"], rule: RoutingRule) -> Int[Tensor, "*token slot"]:
-    """The experts with the highest scores, highest first: `torch.topk`, as in transformers.
-
-    Where experts stand in groups, those outside the token's groups (DeepSeek-V2, arXiv 2405.04434, section 2.2.2) come after all
-    others, those that `keep` removed included: a removed expert does not give its slot to one of another group.
-    """
+    """The experts with the highest scores, highest first: `torch.topk`, as in transformers."""
     if rule.groups > 1:
-        by_group = scores.unflatten(-1, (rule.groups, -1))
-        best = by_group.amax(dim=-1).topk(rule.groups_kept, dim=-1).indices
-        outside = torch.ones(by_group.shape[:-1], dtype=torch.bool, device=scores.device).scatter(-1, best, False)
-        scores = by_group.masked_fill(outside.unsqueeze(-1), -1.0).flatten(-2)
+        scores = _within_best_groups(scores, rule)
     return scores.topk(rule.slots, dim=-1).indices
+
+
+def _within_best_groups(scores: Float[Tensor, "*token expert"], rule: RoutingRule) -> Float[Tensor, "*token expert"]:
+    """Scores below zero outside the token's groups (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
+
+    So an expert that `keep` removed from these groups, with a score of zero, does not give its slot to one of another group.
+    """
+    by_group = scores.unflatten(-1, (rule.groups, -1))
+    best = by_group.amax(dim=-1).topk(rule.groups_kept, dim=-1).indices
+    outside = torch.ones(by_group.shape[:-1], dtype=torch.bool, device=scores.device).scatter(-1, best, False)
+    return by_group.masked_fill(outside.unsqueeze(-1), -1.0).flatten(-2)
 
 
 def weigh(
