@@ -90,7 +90,7 @@ def options() -> argparse.ArgumentParser:
 
 def run_checks() -> dict[str, int]:
     """Exit codes of the tests that need a GPU, plainly and, for single kernels, under compute-sanitizer."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels/test_gpu.py"]
     commands = {"tests": tests}
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:

@@ -104,7 +104,7 @@ class HookedMoEConfig:
     routed_scaling_factor: float = 1.0
     """What routing weights are multiplied by at last."""
     n_expert_groups: int = 1
-    """Experts stand in so many groups of equal size (DeepSeek-V2's devices) ..."""
+    """Experts stand in this many groups of equal size (DeepSeek-V2's devices) ..."""
     groups_per_token: int = 1
     """... and a token goes only to experts of the groups whose best expert is most probable."""
     router_score: Literal["softmax", "sigmoid"] = "softmax"
@@ -164,9 +164,9 @@ class HookedMoEConfig:
         if self.qk_norm not in ("full", "head", None):
             raise ValueError(f"qk_norm must be 'full', 'head' or None, not {self.qk_norm!r}")
         if self.kv_lora_rank is None:
-            given = [name for name in ("q_lora_rank", "d_rotary", "d_value") if getattr(self, name) is not None]
-            if given:
-                raise ValueError(f"{', '.join(given)} go with latent attention, which kv_lora_rank makes")
+            latent_only = [name for name in ("q_lora_rank", "d_rotary", "d_value") if getattr(self, name) is not None]
+            if latent_only:
+                raise ValueError(f"{', '.join(latent_only)} go with latent attention, which kv_lora_rank makes")
         else:
             if self.rotary_width >= self.d_head:
                 raise ValueError(f"d_rotary ({self.d_rotary}) must be less than d_head ({self.d_head}) in latent attention")

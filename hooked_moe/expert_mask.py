@@ -101,8 +101,8 @@ class ExpertMask:
     def ablate(cls, entries: Iterable[AnyEntry], removal: Removal = "zero") -> ExpertMask:
         """Remove single experts: `(layer, batch, pos, expert)`, where None for batch or pos means every one."""
         mask = cls({}, removal)
-        for given in entries:
-            entry = _entry(given)
+        for values in entries:
+            entry = _entry(values)
             mask._entries.setdefault(entry[0], []).append(entry)
         return mask
 
@@ -148,12 +148,12 @@ class ExpertMask:
                 )
 
 
-def _entry(given: Any) -> Entry:
+def _entry(entry: Any) -> Entry:
     """(layer, batch, pos, expert) as plain numbers, whatever array they came from; None only for batch and pos."""
     try:
-        values = [None if value is None else operator.index(value) for value in given]
+        values = [None if value is None else operator.index(value) for value in entry]
     except TypeError:
         values = []
     if len(values) != 4 or values[0] is None or values[3] is None or any(value is not None and value < 0 for value in values):
-        raise ValueError(f"(layer, batch, pos, expert) must be whole numbers from 0 (None: every batch, every pos), not {given}")
+        raise ValueError(f"(layer, batch, pos, expert) must be whole numbers from 0 (None: every batch, every pos), not {entry}")
     return values[0], values[1], values[2], values[3]

@@ -150,7 +150,7 @@ def write_qwen(cfg: HookedMoEConfig) -> dict[str, object]:
         "norm_topk_prob": cfg.norm_topk_prob,
         "mlp_only_layers": list(cfg.dense_layers),
         "decoder_sparse_step": 1,
-        "intermediate_size": cfg.d_mlp or cfg.d_shared or cfg.d_expert,  # without dense layers nobody reads it
+        "intermediate_size": cfg.d_mlp or cfg.d_shared or cfg.d_expert,  # not read without dense layers
         "use_sliding_window": False,
         "sliding_window": None,
     }

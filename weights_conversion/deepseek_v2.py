@@ -66,7 +66,7 @@ def write_config(cfg: HookedMoEConfig) -> dict[str, object]:
         "n_routed_experts": cfg.num_experts,
         "n_shared_experts": (cfg.d_shared or 0) // cfg.d_expert,
         "moe_intermediate_size": cfg.d_expert,
-        "intermediate_size": cfg.d_mlp or cfg.d_shared or cfg.d_expert,  # without dense layers nobody reads it
+        "intermediate_size": cfg.d_mlp or cfg.d_shared or cfg.d_expert,  # not read without dense layers
         "first_k_dense_replace": len(cfg.dense_layers),
         "moe_layer_freq": 1,
         "topk_method": "group_limited_greedy" if cfg.n_expert_groups > 1 else "greedy",

@@ -14,7 +14,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.hooks.hook_point import HookPoint
 
 LATENT_EPS = 1e-6
-"""Of the norms of latents, whatever that of the other norms (transformers' DeepseekV2RMSNorm default)."""
+"""The eps of the norms of latents, whatever that of the other norms (transformers' DeepseekV2RMSNorm default)."""
 
 
 class LatentAttention(Attention):

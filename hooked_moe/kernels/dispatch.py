@@ -5,9 +5,9 @@ The environment variable HOOKED_MOE_KERNELS chooses:
     (unset)      kernels for tensors on a CUDA device, torch's operations for all others
     cuda         the same, and a warning where there is no such device
     off          torch's operations everywhere
-    reference    the way of the kernels, each by its definition in torch: slow, on any device, what all else is tested against
+    reference    the same calls as with kernels, each by its definition in torch: slow, on any device; the reference of all tests
 
-Where kernels are wanted and cannot run, one warning says what is missing, and torch's operations take over.
+Where kernels are asked for and cannot run, one warning says what is missing, and torch's operations take over.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ OLDEST = (8, 0)
 
 
 class KernelWarning(RuntimeWarning):
-    """Kernels were wanted and cannot run."""
+    """Kernels were asked for and cannot run."""
 
 
 def _choice_of(value: str | None) -> Choice:
-    """Of the environment variable's value."""
+    """The choice that the value of the environment variable names."""
     for choice in get_args(Choice):
         if choice == (value or "auto"):
             return choice
@@ -63,8 +63,8 @@ def by_definition() -> bool:
 
 
 def by_operator(x: Tensor) -> bool:
-    """Whether operators of this package run on tensors like this one, rather than torch's. Warns once where that is wanted and
-    impossible."""
+    """Whether operators of this package run on tensors like this one, rather than torch's. Warns once where that is asked for
+    and impossible."""
     if _chosen == "off" or (_chosen == "auto" and x.device.type != "cuda"):
         return False
     return _chosen == "reference" or _possible(x.device, x.dtype)
@@ -88,8 +88,8 @@ def warn_once(missing: str) -> None:
 def obstacle(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """What keeps kernels from running on tensors of this device and dtype, and what to do about it; None if nothing does."""
     if device.type != "cuda":
-        there = "torch finds one: move the model there" if torch.cuda.is_available() else "torch finds none"
-        return f"the tensors are on {device}, not on a CUDA device ({there})"
+        advice = "torch finds one: move the model there" if torch.cuda.is_available() else "torch finds none"
+        return f"the tensors are on {device}, not on a CUDA device ({advice})"
     if torch.version.hip is not None:
         return "this is torch for AMD GPUs, and the kernels are for NVIDIA's"
     if dtype.is_floating_point and dtype not in DTYPES:
