@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "benchmarks/gpu.py needs a CUDA device, and torch finds none; --small shows on a CPU that it works", file=sys.stderr
         )
         return 2
-    missing = dispatch.obstacle(device)
+    missing = dispatch.why_kernels_cannot_run(device)
     if missing is not None and not args.small:
         print(f"the kernels cannot run here: {missing}", file=sys.stderr)
         return 2

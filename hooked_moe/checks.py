@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-def as_whole(value: Any) -> int | None:
+def as_int_or_none(value: Any) -> int | None:
     """The value as an int, if it is a whole number; None if it is anything else: True and False, or a row of one number."""
     if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool or getattr(value, "ndim", 0):
         return None

@@ -18,7 +18,7 @@ from hooked_moe.expert_mask import LayerMask
 from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.kernels import routing
 from hooked_moe.kernels.cpu.scratch import Scratch
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.weighted_sum import masked_combine, weighted_sum
 
 
@@ -63,13 +63,13 @@ class MoE(nn.Module):
     def forward(self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None) -> Float[Tensor, "batch pos d_model"]:
         indices, weights = self.route(x, mask)
         routed = self.combine(self.run_experts(x, indices), weights)
-        return plus(routed, self.run_shared(x))
+        return add_shared(routed, self.run_shared(x))
 
     def route(self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None) -> Routing:
         """Which experts every token goes to, and the weights as applied."""
         logits, rule = self.hook_router_logits(self.router(x)), self.router.rule
         keep = None if mask is None else mask.selectable
-        if by_operator(logits) and not self.hook_expert_indices.active:
+        if use_kernels(logits) and not self.hook_expert_indices.active:
             weights, indices = routing.route(logits.flatten(0, 1), rule, None if keep is None else keep.flatten(0, 1))
             weights, indices = weights.unflatten(0, x.shape[:2]), indices.unflatten(0, x.shape[:2])
         else:
@@ -144,7 +144,7 @@ class MoE(nn.Module):
             )
 
 
-def plus(routed: Float[Tensor, "*any d_model"], shared: Tensor | None) -> Float[Tensor, "*any d_model"]:
+def add_shared(routed: Float[Tensor, "*any d_model"], shared: Tensor | None) -> Float[Tensor, "*any d_model"]:
     """The layer's output: what the routed experts and the shared ones, if there are any, make together."""
     return routed if shared is None else routed + shared
 
@@ -156,9 +156,9 @@ def combine_onto(
     shared: Float[Tensor, "batch pos d_model"] | None,
 ) -> Float[Tensor, "variant batch pos d_model"]:
     """The residual stream after the layer, under each variant's routing weights; rounded once where operators run."""
-    if by_operator(resid):
-        return masked_combine(outputs.rows, outputs.place, weights, plus(resid, shared))
-    return resid + plus(masked_combine(outputs.rows, outputs.place, weights), shared)
+    if use_kernels(resid):
+        return masked_combine(outputs.rows, outputs.place, weights, add_shared(resid, shared))
+    return resid + add_shared(masked_combine(outputs.rows, outputs.place, weights), shared)
 
 
 def _in_slots(hook: HookPoint, x: Float[Tensor, "n width"], groups: ExpertGroups) -> Float[Tensor, "n width"]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooked_moe.checks import as_whole
+from hooked_moe.checks import as_int_or_none
 from hooked_moe.components.precision import at_least_float32
 from hooked_moe.counterfactuals.engine.fan_out import CleanBlock, CleanExperts, Steps, clean_blocks, loss_at, tokens_at_once
 from hooked_moe.counterfactuals.engine.padding import Packed, Results, empty_table
@@ -261,7 +261,7 @@ def _full_mask(
 
 def check_n_variants(n_variants: Any) -> None:
     """Raise `ValueError` unless it is a number of variants to measure."""
-    if (as_whole(n_variants) or 0) < 1:
+    if (as_int_or_none(n_variants) or 0) < 1:
         raise ValueError(f"the number of variants must be a whole number from 1, not {n_variants!r}")
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from hooked_moe.components.moe import combine_onto, plus
+from hooked_moe.components.moe import add_shared, combine_onto
 from hooked_moe.components.precision import at_least_float32, without_autocast
 from hooked_moe.counterfactuals.engine.fan_out import CleanBlock, CleanExperts, clean_blocks, finish
 from hooked_moe.counterfactuals.engine.padding import pack
@@ -87,7 +87,7 @@ def without(
     assert means is not None
     routed = masked_combine(*clean.expert_outputs, kept)
     routed = routed + masked_combine(_known(means, clean), indices, weights - kept)
-    return clean.resid_mid + plus(routed, clean.shared_out)
+    return clean.resid_mid + add_shared(routed, clean.shared_out)
 
 
 def rerouted(clean: CleanExperts, keep: Bool[Tensor, "variant #batch #pos expert"]) -> Float[Tensor, "variant batch pos d_model"]:

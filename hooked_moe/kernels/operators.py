@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooked_moe.kernels.cuda.launches import Unsupported
-from hooked_moe.kernels.dispatch import by_definition, warn_once
+from hooked_moe.kernels.dispatch import use_reference, warn_once
 
 NAMESPACE = "hooked_moe"
 
@@ -34,7 +34,7 @@ def operator(
     registered = getattr(getattr(torch.ops, NAMESPACE), name)
 
     def call(*arguments: Any) -> Any:
-        return definition(*arguments) if by_definition() else registered(*arguments)
+        return definition(*arguments) if use_reference() else registered(*arguments)
 
     return call
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.kernels.cuda import launches, nvrtc
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.operators import operator
 
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +43,7 @@ def window_attention(
     """
     if sink is not None or sliding_window is not None:
         raise ValueError("sinks and sliding windows are not implemented yet in attention of variants: pass None for both")
-    if by_operator(q):
+    if use_kernels(q):
         return _prefix_attention(q, own_k, own_v, keys, values, starts, width, scale)
     form = _by_parts if _runs_fused(q, values) else window_attention_reference
     return form(q, own_k, own_v, keys, values, starts, width, scale)

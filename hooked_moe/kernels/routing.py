@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hooked_moe.checks import require_defaults
 from hooked_moe.kernels.cuda import launches, nvrtc
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.operators import operator
 
 
@@ -105,7 +105,7 @@ def group_by_expert(
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, "token slot"], Int[Tensor, " expert"]]:
     """`order`: the flat slots sorted by expert, in their old order within each; `place`, its inverse; `ends[e]`, where the rows
     of expert e end (int32). The operator waits for nothing."""
-    if by_operator(indices):
+    if use_kernels(indices):
         return _group_by_expert(indices, num_experts)
     flat = indices.flatten()
     narrow = torch.uint8 if num_experts <= 256 else torch.int16  # sorting narrow keys is several times faster

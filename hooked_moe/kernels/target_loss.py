@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.kernels.cuda import launches, nvrtc
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.operators import operator
 
-IN_CACHE = 1 << 20
+CACHE_BYTES = 1 << 20
 """Bytes of logits that a CPU takes through the softmax together."""
 
 
@@ -22,7 +22,7 @@ def chunk_bytes(device: torch.device) -> int:
     return (24 if device.type == "cpu" else 256) << 20
 
 
-def rows_at_once(weight: Float[Tensor, "d_vocab d_model"], dtype: torch.dtype) -> int:
+def rows_per_chunk(weight: Float[Tensor, "d_vocab d_model"], dtype: torch.dtype) -> int:
     """How many rows of logits in `dtype` make a chunk."""
     return max(64, chunk_bytes(weight.device) // (len(weight) * dtype.itemsize))
 
@@ -31,7 +31,7 @@ def cross_entropy(
     logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"], change: Float[Tensor, "n d_vocab"] | None = None
 ) -> Float[Tensor, " n"]:
     """The loss of each row of `logits`, or of `logits + change`, as few rows at a time as the cache of a CPU holds."""
-    rows = max(1, IN_CACHE // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else max(1, len(logits))
+    rows = max(1, CACHE_BYTES // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else max(1, len(logits))
     changes = [None] * -(-len(logits) // rows) if change is None else change.split(rows)
     losses = []
     for chunk, by, target in zip(logits.split(rows), changes, targets.split(rows), strict=True):
@@ -46,10 +46,10 @@ def target_loss(
 
     Where operators run, `weight` may be narrower than `x`, and a target of -1 has the loss nan.
     """
-    if by_operator(weight):
+    if use_kernels(weight):
         return _target_loss(x, weight, targets)
     losses = torch.empty(len(x), dtype=x.dtype, device=x.device)
-    rows = rows_at_once(weight, x.dtype)
+    rows = rows_per_chunk(weight, x.dtype)
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         losses[part] = cross_entropy(F.linear(x[part], weight), targets[part])

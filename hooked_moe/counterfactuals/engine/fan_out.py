@@ -24,9 +24,9 @@ from hooked_moe.components.moe import ExpertOutputs, MoE, Routing, combine_onto
 from hooked_moe.components.precision import at_least_float32
 from hooked_moe.components.rotary import Rotation, rotation
 from hooked_moe.kernels.cpu.scratch import Scratch
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.prefix_attention import window_attention
-from hooked_moe.kernels.target_loss import rows_at_once, shifted_target_loss, target_loss
+from hooked_moe.kernels.target_loss import rows_per_chunk, shifted_target_loss, target_loss
 from hooked_moe.loading.spill import Waiting
 from hooked_moe.transformer import Transformer
 
@@ -250,7 +250,7 @@ def fan_out(
     losses = variant_losses(model, final.first(variants), final.first(final.clean), at_start).unflatten(0, split)
     read = {name: readout(final).unflatten(0, split) for name, readout in (readouts or {}).items()}
     # By operators, the two ways to a loss differ in their last bits: the clean run then takes that of its variants.
-    losses_of = partial(variant_losses, clean=resid) if by_operator(model.unembed.W_U) else loss_at
+    losses_of = partial(variant_losses, clean=resid) if use_kernels(model.unembed.W_U) else loss_at
     return FanOut(losses, losses_of(model, resid[None], targets=targets)[0], read)
 
 
@@ -338,7 +338,7 @@ def loss_at(
 ) -> Float[Tensor, "variant batch pos"]:
     """Loss of final residual streams at their targets; nan where the target is -1."""
     weight = model.unembed.W_U
-    if by_operator(weight):  # at all positions: to pick those with a target, the device would have to be waited for
+    if use_kernels(weight):  # at all positions: to pick those with a target, the device would have to be waited for
         at_once = max(1, tokens_at_once(resid.device) // targets.numel())
         normalised = (model.ln_final(at_least_float32(some)).flatten(0, 2) for some in resid.split(at_once))
         parts = [target_loss(x, weight, targets.flatten().repeat(len(x) // targets.numel())) for x in normalised]
@@ -366,7 +366,7 @@ def variant_losses(
     if weight.dtype != torch.bfloat16:
         return loss_at(model, variants, targets)
     losses = variants.new_full(variants.shape[:-1], float("nan"), dtype=torch.float32)
-    rows, positions = (index.split(rows_at_once(weight, torch.float32)) for index in _measured(targets))
+    rows, positions = (index.split(rows_per_chunk(weight, torch.float32)) for index in _measured(targets))
     wide = weight.float()
     for row, position in zip(rows, positions, strict=True):
         start = model.ln_final(clean[row, position].float())

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_moe.checks import as_whole
+from hooked_moe.checks import as_int_or_none
 from hooked_moe.components.precision import without_autocast
 from hooked_moe.counterfactuals.engine.fan_out import (
     Branch,
@@ -163,10 +163,10 @@ def _checked_layers(model: Transformer, layers: Sequence[int] | None, dense: boo
     cfg = model.cfg
     if layers is None:
         return list(range(cfg.n_layers)) if dense else cfg.moe_layers
-    if as_whole(layers) is not None:
+    if as_int_or_none(layers) is not None:
         raise ValueError(f"layers must be a list of layers, as in [{layers}], not the number {layers}")
     try:
-        numbers = [(layer, as_whole(layer)) for layer in layers]
+        numbers = [(layer, as_int_or_none(layer)) for layer in layers]
     except TypeError as error:
         raise ValueError(f"layers must be a list of whole numbers, as in {cfg.moe_layers}, not {layers!r}") from error
     wrong = [layer for layer, number in numbers if number is None]
