@@ -56,10 +56,11 @@ def test_every_row_is_the_mlp_of_its_expert(
     torch.testing.assert_close(rows.double(), definition(*inputs, ends), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, HALF])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, HALF])
 @settings(max_examples=25, deadline=None)
 @given(experts, widths)
+@example([1, 2], (5, 3))
 @example([700, 43, 0, 31], (40, 33))
 def test_stage_by_stage_gives_the_same_bits(dtype: torch.dtype, threads: int, counts: list[int], width: tuple[int, int]) -> None:
     x, token, W_in, W_out, ends = drawn(counts, *width, dtype)
@@ -116,12 +117,17 @@ def test_half_precision_meets_few_numbers_of_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("worth", [0.0, math.inf], ids=["by block", "grouped"])
+@pytest.mark.parametrize("width", [(64, 48), (31, 13)], ids=["aligned rows", "odd widths"])
 @torch.no_grad()
 def test_looking_into_the_experts_changes_no_bit(
-    dtype: torch.dtype, worth: float, make_model: Callable[..., HookedMoE], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    worth: float,
+    width: tuple[int, int],
+    make_model: Callable[..., HookedMoE],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernel, "MIN_FLOPS_PER_EXPERT", worth)
-    options: dict[str, Any] = {"d_model": 64, "d_expert": 48, "n_ctx": 300, "dtype": dtype}
+    options: dict[str, Any] = {"d_model": width[0], "d_expert": width[1], "n_ctx": 300, "dtype": dtype}
     model = make_model(**options)
     tokens = torch.randint(model.cfg.d_vocab, (2, 300))
     logits = model(tokens)

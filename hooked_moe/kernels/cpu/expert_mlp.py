@@ -1,7 +1,7 @@
 """The experts' MLPs on a CPU, one expert after another: what one of them reads and makes stays in the cache.
 
 Made in one go (`expert_mlp`) or stage by stage, for hooks to look in between: the operations on every block of rows are the same,
-and so is every bit of the result.
+on memory that is aligned alike, and so is every bit of the result.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.kernels.cpu.alignment import begins_aligned
 from hooked_moe.kernels.cpu.scratch import Scratch
 from hooked_moe.kernels.dispatch import use_reference
 from hooked_moe.kernels.swiglu import swiglu
@@ -66,7 +67,7 @@ def expert_mlp(
     to_hidden, to_out = W_in.mT.unbind(0), W_out.mT.unbind(0)
     for expert, rows in blocks:
         post = swiglu(x.index_select(0, token[rows]) @ to_hidden[expert])
-        torch.mm(post, to_out[expert], out=out[rows])
+        _multiply(post, to_out[expert], out[rows])
     return out[: len(out) - ROW_MULTIPLE]
 
 
@@ -76,7 +77,7 @@ def product_by_block(
     """`out[r] = weight[e] @ x[r]` for the rows r of every expert e."""
     out, factors = x.new_empty(len(x) + ROW_MULTIPLE, weight.shape[1]), weight.mT.unbind(0)
     for expert, rows in blocks:
-        torch.mm(_rows_of(x, rows), factors[expert], out=out[rows])
+        _multiply(_rows_of(x, rows), factors[expert], out[rows])
     return out[: len(x)]
 
 
@@ -92,3 +93,12 @@ def _rows_of(x: Float[Tensor, "n width"], rows: slice) -> Float[Tensor, "block w
     """With rows of zeros where `x` has no more."""
     missing = rows.stop - len(x)
     return x[rows] if missing <= 0 else F.pad(x[rows], (0, 0, 0, missing))
+
+
+def _multiply(x: Float[Tensor, "block d_in"], factor: Float[Tensor, "d_in d_out"], out: Float[Tensor, "block d_out"]) -> None:
+    """`out = x @ factor`, rounded alike wherever in their matrices the two blocks begin."""
+    x = x if begins_aligned(x) else x.clone()
+    if begins_aligned(out):
+        torch.mm(x, factor, out=out)
+    else:
+        out.copy_(x @ factor)
