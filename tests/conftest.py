@@ -27,6 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Also after a test that had the library share out several threads, which puts back as many as there seemed to be."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """As users run it, without checks of the annotations: then the library's own errors answer bad input."""

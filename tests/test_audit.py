@@ -19,7 +19,6 @@ from typing import Any
 import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
-import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from number_text import number_reader, number_tokenizer, write_corpus
 
@@ -201,6 +200,7 @@ def forked(work: Callable[[], int], seconds: float | None = None) -> int:
     child = os.fork()
     if not child:
         code = 70
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` and a shell's `&` may have switched off
         try:
             code = work()
         finally:
@@ -497,6 +497,5 @@ def test_the_module_runs_as_a_command_and_its_figures_are_the_same_in_every_proc
     assert done.returncode == 0, done.stderr
     assert "report: " in done.stdout.splitlines()[-1]
     monkeypatch.undo()
-    torch.set_num_threads(1)
     assert audit.main([*given, "--results", str(tmp_path / "b")]) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
