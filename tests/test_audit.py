@@ -29,6 +29,7 @@ from hooked_moe.figures.drawing import Drawing
 from hooked_moe.measurement import verification
 from hooked_moe.measurement.fingerprint import versions, weights_sha256
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from tests.conftest import without_type_checks
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (30, 9, 41, 22)
@@ -202,7 +203,8 @@ def forked(work: Callable[[], int], seconds: float | None = None) -> int:
         code = 70
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` and a shell's `&` may have switched off
         try:
-            code = work()
+            with without_type_checks():  # of the run that each test here makes in its own process too
+                code = work()
         finally:
             os._exit(code)
     if seconds is not None:
@@ -271,7 +273,8 @@ def test_a_run_killed_around_any_write_goes_on_to_the_same_bytes(uninterrupted: 
 def test_a_run_killed_at_random_times_goes_on_to_the_same_bytes(uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
     directory, moments = tmp_path / "model" / "run", random.Random(0)
     started = time.perf_counter()
-    run_audit(tmp_path / "timed", "--scope", "both")
+    with without_type_checks():  # as it is run below
+        run_audit(tmp_path / "timed", "--scope", "both")
     seconds = time.perf_counter() - started
     for _ in range(4):
         forked(lambda: audit.main(settings(tmp_path, "--scope", "both")), seconds=moments.uniform(0, seconds))

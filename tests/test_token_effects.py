@@ -20,7 +20,7 @@ from hooked_moe.engine.memory import Demand, demand_of, divide, parse_bytes
 from hooked_moe.engine.padding import pack
 from hooked_moe.readouts import KL, Displacement, LogitDifference, LossAfter
 from hooked_moe.removals import expert_means
-from tests.conftest import random_model
+from tests.conftest import random_model, without_type_checks
 from tests.number_text import number_reader
 
 NATS = 1e-5
@@ -45,7 +45,7 @@ class Forward:
     def __init__(self, model: HookedMoE, tokens: Tensor, mask: Tensor | None, **options: Any) -> None:
         hooks = options.pop("hooks", [])
         final = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-        with torch.no_grad(), model.hooks(hooks):
+        with torch.no_grad(), without_type_checks(), model.hooks(hooks):
             (self.logits, loss), cache = model.run_with_cache(
                 tokens, return_type="both", loss_per_token=True, attention_mask=mask, names_filter=final, **options
             )
