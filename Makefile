@@ -14,10 +14,10 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 SOURCES := $(wildcard hooked_moe weights_conversion experiments benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help audit paper test check format bench calibrate gpu clean
+.PHONY: help audit paper test test-all check format bench calibrate gpu clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 audit: $(VENV)/.runtime ## remove every expert at every token of MODEL (tiny-olmoe) and report; ARGS="--help" lists options
 	@$(BIN)/hooked-moe audit --model $(MODEL) $(ARGS)
@@ -25,8 +25,14 @@ audit: $(VENV)/.runtime ## remove every expert at every token of MODEL (tiny-olm
 paper: $(VENV)/.runtime ## every experiment of the paper, as defined and as released, on the shipped models; ARGS="--models olmoe"
 	@$(BIN)/hooked-moe paper $(ARGS)
 
-test: $(VENV)/.development ## run the tests; ARGS="-m slow", ARGS="-k masks"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+# Workers take neighbouring tests, which share fixtures, and what another has left once they are done.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+test: $(VENV)/.development ## run the tests, but for the slow ones; ARGS="-m slow", ARGS="-k masks"
+	@$(PYTEST) $(ARGS)
+
+test-all: $(VENV)/.development ## run every test, the slow ones too
+	@$(PYTEST) -m "" $(ARGS)
 
 check: $(VENV)/.development ## formatter, linter, type checker, and what may import what
 	@status=0; \

@@ -286,6 +286,7 @@ def comparable(activations: Mapping[str, Tensor], real: Tensor) -> dict[str, Ten
     return found
 
 
+@pytest.mark.usefixtures("unchecked")  # the forward of the logits above
 @pytest.mark.parametrize("padding", PADDING)
 def test_named_activations_are_those_of_the_modules_they_are_named_after(pair: Pair, padding: str, batch: Tensor) -> None:
     mask = attention_mask(padding)

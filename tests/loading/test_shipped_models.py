@@ -27,6 +27,7 @@ def test_it_is_small_enough_to_ship(shipped: HookedMoE) -> None:
     assert {"README.md", "config.json", "tokenizer.json", "evaluation.json", "recipe.json"} <= {file.name for file in files}
 
 
+@pytest.mark.usefixtures("unchecked")  # of the same call over and over
 def test_its_held_out_loss_and_expert_load_are_those_of_its_card(shipped: HookedMoE) -> None:
     evaluation = json.loads((DIRECTORY / shipped.cfg.model_name / "evaluation.json").read_text())
     corpus = TokenizedCorpus(shipped, load_corpus(), shipped.cfg.n_ctx)

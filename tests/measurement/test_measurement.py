@@ -25,6 +25,7 @@ from hooked_moe.measurement.shards import measure_part, remove_shards
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.tables import EFFECTS, EXPERT_WEIGHTS, TOKENS
 from hooked_moe.tables.effect_grid import read_effects
+from tests.conftest import without_type_checks
 from tests.support.number_text import number_corpus, number_reader, number_tokenizer, token_ids
 
 N_CTX = 8
@@ -54,6 +55,7 @@ def run(
     return {path.stem: pq.read_table(path).to_pandas() for path in directory.glob("*.parquet")}
 
 
+@without_type_checks()
 def reference(
     model: HookedMoE, lengths: Sequence[int], layers: Sequence[int], scope: Scope, removal: RemovalName
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -369,7 +371,7 @@ def test_progressive_rows_are_the_effects_of_removing_ever_more_experts(reader: 
         deltas = []
         for order in sets:
             gone = ExpertMask.ablate([(row.layer, 0, row.position - start, expert) for expert in order[: row.removed]])
-            with torch.no_grad():
+            with torch.no_grad(), without_type_checks():
                 loss = [reader(window, "loss", loss_per_token=True, expert_mask=mask)[0] for mask in (gone, None)]
             deltas.append(float((loss[0] - loss[1])[row.position - start]))
             assert row.baseline_loss == pytest.approx(float(loss[1][row.position - start]), abs=1e-5)
