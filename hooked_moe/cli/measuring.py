@@ -12,9 +12,8 @@ from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.analysis.cells import sample_positions
 from hooked_moe.corpus import Corpus, load_corpus
 from hooked_moe.measurement import Run, open_measurement
-from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.measurement.tokenized_corpus import DocumentPositions, TokenizedCorpus
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
-from hooked_moe.measurement.window_rows import Positions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SEED = 42
@@ -82,7 +81,7 @@ def open_run(args: argparse.Namespace) -> Run:
             "window is as long; give a shorter context or longer documents"
         )
     layers = parse_layers(args.layers, model.cfg)
-    run = open_measurement(model, tokenized, layers, args.removal, results=args.results, name=args.run, say=print)
+    run = open_measurement(model, tokenized, layers, args.removal, results=args.results, name=args.run, log=print)
     shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"
     print(
         f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active"
@@ -144,7 +143,7 @@ def parse_tokens(text: str) -> int | None:
     return int(text)
 
 
-def parse_sample(text: str, valid: list[tuple[int, int]]) -> Positions | None:
+def parse_sample(text: str, valid: list[tuple[int, int]]) -> DocumentPositions | None:
     """The positions to measure: None for all, or the paper's kind of sample, frozen by its seed."""
     if text == "all":
         return None
