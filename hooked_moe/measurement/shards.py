@@ -21,7 +21,7 @@ from tqdm import tqdm
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
 from hooked_moe.counterfactuals.engine.steps import Steps, run_without_grad, side_by_side
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
-from hooked_moe.loading.spill import spill_of
+from hooked_moe.loading.streaming import spill_of
 from hooked_moe.measurement.document_tables import TABLES, measure_document
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus

@@ -1,7 +1,7 @@
 """What the columns of a run's tables mean.
 
 A schema is documentation that travels with the data: every field carries its meaning and unit in its metadata, so
-`pyarrow.parquet.read_schema(path).field("gap_norm").metadata` answers without this repository at hand.
+`pyarrow.parquet.read_schema(path).field("gap_norm").metadata` answers without this repository.
 """
 
 from collections.abc import Mapping

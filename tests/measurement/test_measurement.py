@@ -238,6 +238,7 @@ def test_a_small_budget_has_fewer_documents_measured_side_by_side(
     spec = PartSpec("position", (0, 1, 2))
     least = shards._least_budget(reader, tokenized, spec)
     monkeypatch.setattr(shards.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(shards.torch, "set_num_threads", lambda count: None)  # three threads must not outlast this test
     workers: list[int] = []
     original = shards.ThreadPoolExecutor
     monkeypatch.setattr(shards, "ThreadPoolExecutor", lambda n, **options: workers.append(n) or original(n, **options))
