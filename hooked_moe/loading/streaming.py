@@ -87,7 +87,8 @@ class StreamedBlocks(nn.ModuleList):
 
 def spill_of(model: Transformer) -> Spill | None:
     """Where a streamed model's residual streams wait between layers; None for a model that is wholly in memory."""
-    return model.blocks.spill if isinstance(model.blocks, StreamedBlocks) else None
+    blocks: object = model.blocks  # declared as a sequence, which a ModuleList is not to a type checker
+    return blocks.spill if isinstance(blocks, StreamedBlocks) else None
 
 
 def _set_parameter(block: Block, name: str, value: Tensor) -> None:

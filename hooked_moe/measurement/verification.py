@@ -160,7 +160,7 @@ def _inactive_expert_has_no_effect(model: Transformer, tokens: Tensor, generator
 def _effects_equal_full_forwards(
     model: Transformer, tokens: Tensor, generator: torch.Generator, removal: RemovalName, scope: Scope, samples: int = 12
 ) -> Check:
-    """5. The fast counterfactuals equal one full forward pass per removal."""
+    """5. The fast counterfactuals equal one full forward pass per removal; from the position on, at later tokens too."""
     layers = None
     if scope == "sequence":
         tokens = tokens[:, :SEQUENCE_TOKENS]

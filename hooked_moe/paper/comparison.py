@@ -1,7 +1,8 @@
 """A model's runs beside the published tables: ours, published, difference.
 
-Reads what the experiments leave in their directories; nothing is measured here. Where the model is the published one, layers are
-the published layers; any other model of the family is put beside them by relative depth, which compares shapes, not numbers.
+This module reads what the experiments leave in their directories, and measures nothing. Where the model is the published one,
+layers are the published layers; any other model of the family is put beside them by relative depth, which compares shapes, not
+numbers.
 """
 
 from __future__ import annotations

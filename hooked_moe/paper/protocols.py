@@ -53,7 +53,7 @@ class ReleasedProgressive:
     texts: TextRule
     positions: int
     fewest_before: int
-    """Tokens before the one whose loss is measured."""
+    """The least number of tokens before the one whose loss is measured."""
 
 
 @dataclass(frozen=True)

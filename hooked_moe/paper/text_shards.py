@@ -1,4 +1,4 @@
-"""Measurements of texts, each kept in a file of its own, so that a killed run resumes with the first text that lacks one."""
+"""Measurements of texts, each kept in a file of its own: a killed run resumes with the first text that lacks one."""
 
 from __future__ import annotations
 
