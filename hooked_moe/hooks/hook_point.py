@@ -50,7 +50,7 @@ class HookPoint(nn.Module):
         """Attach `fn(activation, hook=self)` (dir "fwd") or `fn(gradient, hook=self)` (dir "bwd"); later hooks see earlier edits.
 
         `reads_only` promises that `fn` neither writes to the activation nor returns another: it is not copied for it then, and
-        the forward pass goes on by its fused way around the activation.
+        the forward pass takes its fused way around the activation.
         """
         if dir not in ("fwd", "bwd"):
             raise ValueError(f"dir must be 'fwd' or 'bwd', not {dir!r}")

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.kernels.cuda import launches, nvrtc
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.operators import operator
 
-IN_CACHE = 1 << 20
+CACHE_BYTES = 1 << 20
 """Bytes of logits that a CPU takes through the softmax together."""
 
 
@@ -22,7 +22,7 @@ def chunk_bytes(device: torch.device) -> int:
     return (24 if device.type == "cpu" else 256) << 20
 
 
-def rows_at_once(weight: Float[Tensor, "d_vocab d_model"], dtype: torch.dtype) -> int:
+def rows_per_chunk(weight: Float[Tensor, "d_vocab d_model"], dtype: torch.dtype) -> int:
     """How many rows of logits in `dtype` make a chunk."""
     return max(64, chunk_bytes(weight.device) // (len(weight) * dtype.itemsize))
 
@@ -30,11 +30,12 @@ def rows_at_once(weight: Float[Tensor, "d_vocab d_model"], dtype: torch.dtype) -
 def cross_entropy(
     logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"], change: Float[Tensor, "n d_vocab"] | None = None
 ) -> Float[Tensor, " n"]:
-    """Of each row of `logits`, or of `logits + change`, as few rows at a time as the cache of a CPU holds."""
-    rows = max(1, IN_CACHE // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else max(1, len(logits))
+    """The loss of each row of `logits`, or of `logits + change`, as few rows at a time as the cache of a CPU holds."""
+    rows = max(1, CACHE_BYTES // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else max(1, len(logits))
     changes = [None] * -(-len(logits) // rows) if change is None else change.split(rows)
-    parts = zip(logits.split(rows), changes, targets.split(rows), strict=True)
-    losses = [F.cross_entropy(some if by is None else some + by, wanted, reduction="none") for some, by, wanted in parts]
+    losses = []
+    for chunk, by, target in zip(logits.split(rows), changes, targets.split(rows), strict=True):
+        losses.append(F.cross_entropy(chunk if by is None else chunk + by, target, reduction="none"))
     return torch.cat(losses) if losses else logits.new_empty(0)
 
 
@@ -45,10 +46,10 @@ def target_loss(
 
     Where operators run, `weight` may be narrower than `x`, and a target of -1 has the loss nan.
     """
-    if by_operator(weight):
+    if use_kernels(weight):
         return _target_loss(x, weight, targets)
     losses = torch.empty(len(x), dtype=x.dtype, device=x.device)
-    rows = rows_at_once(weight, x.dtype)
+    rows = rows_per_chunk(weight, x.dtype)
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         losses[part] = cross_entropy(F.linear(x[part], weight), targets[part])
@@ -66,7 +67,7 @@ def shifted_target_loss(
     The product is in the weights' dtype, the sum and the loss in that of `logits`: where weights are in half precision, only the
     shift is rounded, by one part in 2^9 of itself (bfloat16), never the logits that it is added to.
     """
-    losses = [cross_entropy(logits, targets, change=F.linear(one.to(weight.dtype), weight)) for one in shifts]
+    losses = [cross_entropy(logits, targets, change=F.linear(shift.to(weight.dtype), weight)) for shift in shifts]
     return torch.stack(losses) if losses else logits.new_empty(0, len(targets))
 
 
@@ -85,8 +86,8 @@ def as_sum(x: Float[Tensor, "n d_model"], dtype: torch.dtype, parts: int = 2) ->
 # --- the operator ------------------------------------------------------------------------------------------------------------
 
 
-def _definition(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """By the logits of all rows, in float32 or wider."""
+def target_loss_reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The definition: the logits of all rows, in float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     losses = F.cross_entropy(F.linear(x.to(wide), weight.to(wide)), targets, reduction="none", ignore_index=-1)
     return losses.masked_fill(targets == -1, float("nan"))
@@ -111,7 +112,7 @@ def _shapes(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 _target_loss = operator(
     "target_loss",
     "(Tensor x, Tensor weight, Tensor targets) -> Tensor",
-    definition=_definition,
+    definition=target_loss_reference,
     launch=_launch,
     shapes=_shapes,
 )

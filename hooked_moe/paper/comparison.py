@@ -25,12 +25,12 @@ EXPERIMENTS = {
     "Table 1": "audit",
     "Table 2": "audit",
     "Table 3": "audit",
-    "Table 4": "routing_weight_control",
-    "Table 5": "routing_weight_control",
-    "Table 6": "routing_weight_control",
+    "Table 4": "control",
+    "Table 5": "control",
+    "Table 6": "control",
     "Table 7": "redistribution",
-    "Table 8": "progressive_ablation",
-    "Table 9": "progressive_ablation",
+    "Table 8": "progressive",
+    "Table 9": "progressive",
     "Figure 2": "redistribution",
 }
 

@@ -18,7 +18,7 @@ from hooked_moe.tables import read_csv
 
 @dataclass(frozen=True)
 class Source:
-    """A derived file: what it answers, the columns that the report reads, and the arguments that get it measured."""
+    """A derived file: what it answers, the columns that the report reads, and the command that measures it."""
 
     about: str
     columns: tuple[str, ...]
@@ -29,7 +29,7 @@ def _interval(*names: str) -> tuple[str, ...]:
     return tuple(f"{name}{end}" for name in names for end in ("", "_low", "_high"))
 
 
-_AUDIT = "-m hooked_moe.cli.audit --model {model}"
+_AUDIT = "hooked-moe audit --model {model}"
 
 SOURCES = {
     "cells.csv": Source(
@@ -78,7 +78,7 @@ SOURCES = {
     "progressive.csv": Source(
         "what removing several experts at one token does",
         ("layer", "order", "removed", "n_positions", *_interval("mean", "median", "p95")),
-        "-m hooked_moe.cli.progressive --model {model}",
+        "hooked-moe progressive --model {model}",
     ),
     "redistribution.csv": Source(
         "whether the remaining experts make up for the removed one",
@@ -86,7 +86,7 @@ SOURCES = {
             *("layer", "n_experts", "mean_gap_norm", "mean_compensation"),
             *_interval("rho_weight_gap", "rho_weight_norm", "rho_gap_compensation", "rho_gap_alignment"),
         ),
-        "-m hooked_moe.cli.redistribution --model {model}",
+        "hooked-moe redistribution --model {model}",
     ),
 }
 
@@ -105,7 +105,7 @@ class Inputs:
 
     def command(self, name: str) -> str:
         """The command line that measures an absent table."""
-        return "python " + SOURCES[name].command.format(model=self.value("model", "name") or "MODEL")
+        return SOURCES[name].command.format(model=self.value("model", "name") or "MODEL")
 
     def value(self, *keys: str) -> Any:
         """What the manifest has under nested keys; None where it lacks one."""

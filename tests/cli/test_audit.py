@@ -23,7 +23,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hooked_moe import HookedMoE, measurement, tables
-from hooked_moe.cli import analysing, audit
+from hooked_moe.cli import audit, measured_run
 from hooked_moe.corpus import load_corpus
 from hooked_moe.measurement import verification
 from hooked_moe.measurement.fingerprint import versions, weights_sha256
@@ -149,7 +149,7 @@ def test_the_manifest_says_what_was_measured(workplace: Path, tmp_path: Path) ->
 def test_a_sample_is_of_the_positions_that_an_exhaustive_run_analyses(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysing, "SAMPLE_SIZE", 30)
+    monkeypatch.setattr(measured_run, "SAMPLE_SIZE", 30)
     frozen = []
     for name, positions in (("all", "all"), ("sample", "30"), ("fewer", "10")):
         directory = run_audit(tmp_path / name, "--positions", positions)
@@ -285,7 +285,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
     uninterrupted: dict[str, bytes], event: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert forked(lambda: signalled_at(event, signal.SIGINT, tmp_path)) == 130
-    assert capfd.readouterr().err.endswith("\ninterrupted; the same command goes on from here\n")
+    assert capfd.readouterr().err.endswith("\ninterrupted; the same command resumes from here\n")
     assert not list(tmp_path.rglob("*.tmp"))
     assert_files_are_whole(tmp_path)
     run_audit(tmp_path, "--scope", "both")
@@ -493,7 +493,7 @@ def test_the_module_runs_as_a_command_and_its_figures_are_the_same_in_every_proc
 ) -> None:
     paths = {"--model": workplace / "model", "--corpus": workplace / "corpus.jsonl", "--results": tmp_path / "a"}
     given = [str(part) for pair in paths.items() for part in pair]
-    done = command("-m", "hooked_moe.cli.audit", *given, directory=ROOT)
+    done = command("-m", "hooked_moe", "audit", *given, directory=ROOT)
     assert done.returncode == 0, done.stderr
     assert "report: " in done.stdout.splitlines()[-1]
     monkeypatch.undo()

@@ -101,7 +101,7 @@ def test_a_thread_has_its_own_scratch() -> None:
 @given(experts, st.sampled_from([torch.float32, HALF]))
 def test_the_last_block_over_a_row_is_that_of_its_expert(counts: list[int], dtype: torch.dtype) -> None:
     ends = torch.tensor(counts).cumsum(0).tolist()
-    owner = torch.full((sum(counts) + kernel.ROOM,), -1)
+    owner = torch.full((sum(counts) + kernel.ROW_MULTIPLE,), -1)
     for expert, rows in kernel.blocks_of(ends, dtype):
         assert rows.stop <= len(owner)
         owner[rows] = expert
@@ -110,7 +110,7 @@ def test_the_last_block_over_a_row_is_that_of_its_expert(counts: list[int], dtyp
 
 def test_half_precision_meets_few_numbers_of_rows() -> None:
     sizes = {rows.stop - rows.start for n in range(1, 500) for _, rows in kernel.blocks_of([n], HALF)}
-    assert len(sizes) <= kernel.ROOM // 2 + 500 // kernel.ROOM + 1
+    assert len(sizes) <= kernel.ROW_MULTIPLE // 2 + 500 // kernel.ROW_MULTIPLE + 1
     assert {rows.stop for n in range(1, 500) for _, rows in kernel.blocks_of([n], torch.float32)} == set(range(1, 500))
 
 
@@ -120,7 +120,7 @@ def test_half_precision_meets_few_numbers_of_rows() -> None:
 def test_looking_into_the_experts_changes_no_bit(
     dtype: torch.dtype, worth: float, make_model: Callable[..., HookedMoE], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "WORTH_A_BLOCK", worth)
+    monkeypatch.setattr(kernel, "MIN_FLOPS_PER_EXPERT", worth)
     options: dict[str, Any] = {"d_model": 64, "d_expert": 48, "n_ctx": 300, "dtype": dtype}
     model = make_model(**options)
     tokens = torch.randint(model.cfg.d_vocab, (2, 300))

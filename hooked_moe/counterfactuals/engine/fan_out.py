@@ -26,7 +26,7 @@ from hooked_moe.counterfactuals.engine.readout import Final, Readout
 from hooked_moe.counterfactuals.engine.steps import Steps
 from hooked_moe.counterfactuals.engine.windows import Windows
 from hooked_moe.kernels.cpu.scratch import Scratch
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.prefix_attention import window_attention
 from hooked_moe.loading.spill import Waiting
 from hooked_moe.transformer import Transformer
@@ -114,7 +114,7 @@ def fan_out(
     losses = variant_losses(model, changed, clean_there, final.targets[:, :: windows.width]).unflatten(0, split)
     readings = {name: readout(final).unflatten(0, split) for name, readout in (readouts or {}).items()}
     # By operators, the two ways to a loss differ in their last bits: the clean run then takes that of its variants.
-    losses_of = partial(variant_losses, clean=resid) if by_operator(model.unembed.W_U) else loss_at
+    losses_of = partial(variant_losses, clean=resid) if use_kernels(model.unembed.W_U) else loss_at
     return FanOut(losses, losses_of(model, resid[None], targets=targets)[0], readings)
 
 

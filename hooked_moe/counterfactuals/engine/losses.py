@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hooked_moe.components.precision import at_least_float32
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
-from hooked_moe.kernels.dispatch import by_operator
-from hooked_moe.kernels.target_loss import rows_at_once, shifted_target_loss, target_loss
+from hooked_moe.kernels.dispatch import use_kernels
+from hooked_moe.kernels.target_loss import rows_per_chunk, shifted_target_loss, target_loss
 from hooked_moe.transformer import Transformer
 
 
@@ -19,7 +19,7 @@ def loss_at(
 ) -> Float[Tensor, "variant batch pos"]:
     """Loss of final residual streams at their targets; nan where the target is -1."""
     weight = model.unembed.W_U
-    if by_operator(weight):  # at all positions: to pick those with a target, the device would have to be waited for
+    if use_kernels(weight):  # at all positions: to pick those with a target, the device would have to be waited for
         variants = max(1, chunk_size_on(resid.device) // targets.numel())
         normalised = (model.ln_final(at_least_float32(chunk)).flatten(0, 2) for chunk in resid.split(variants))
         parts = [target_loss(x, weight, targets.flatten().repeat(len(x) // targets.numel())) for x in normalised]
@@ -47,7 +47,7 @@ def variant_losses(
     if weight.dtype != torch.bfloat16:
         return loss_at(model, variants, targets)
     losses = variants.new_full(variants.shape[:-1], float("nan"), dtype=torch.float32)
-    rows, positions = (index.split(rows_at_once(weight, torch.float32)) for index in _measured(targets))
+    rows, positions = (index.split(rows_per_chunk(weight, torch.float32)) for index in _measured(targets))
     wide = weight.float()
     for row, position in zip(rows, positions, strict=True):
         start = model.ln_final(clean[row, position].float())
