@@ -46,7 +46,7 @@ def open_run(args: argparse.Namespace) -> Run:
             "window is as long; give a shorter context or longer documents"
         )
     layers = parse_layers(args.layers, model.cfg)
-    run = open_measurement(model, tokenized, layers, args.removal, results=args.results, name=args.run, say=print)
+    run = open_measurement(model, tokenized, layers, args.removal, results=args.results, name=args.run, log=print)
     shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"
     print(
         f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active"

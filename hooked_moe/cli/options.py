@@ -11,8 +11,8 @@ import torch
 from hooked_moe.analysis.cells import sample_positions
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.corpus import Corpus
+from hooked_moe.measurement.tokenized_corpus import DocumentPositions
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
-from hooked_moe.measurement.window_rows import Positions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SEED = 42
@@ -104,7 +104,7 @@ def parse_tokens(text: str) -> int | None:
     return int(text)
 
 
-def parse_sample(text: str, valid: list[tuple[int, int]]) -> Positions | None:
+def parse_sample(text: str, valid: list[tuple[int, int]]) -> DocumentPositions | None:
     """The positions to measure: None for all, or the paper's kind of sample, frozen by its seed."""
     if text == "all":
         return None

@@ -1,4 +1,4 @@
-"""Runs of the released protocol: what they measure, what they leave behind, how they go on; and the scripts around them."""
+"""Runs of the released protocol: what they measure, what they leave behind, how they resume; and the scripts around them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from hooked_moe.cli import compare as compare_published
 from hooked_moe.cli import control as routing_weight_control
 from hooked_moe.cli.released_run import released_positions
 from hooked_moe.corpus import Corpus, Document
-from hooked_moe.paper import open_released, released_cells
-from hooked_moe.paper import run as run_module
+from hooked_moe.paper import open_released, ranked_removals, released_cells
 from hooked_moe.paper.cells import released_cells_table
 from hooked_moe.paper.comparison import compare, counterpart, read_run
 from hooked_moe.paper.published import METRICS, MODELS
@@ -101,13 +100,13 @@ def test_texts_side_by_side_share_no_hooks(model, corpus, tmp_path, monkeypatch)
         run.progressive(4)
 
 
-def test_a_run_that_was_killed_goes_on_with_the_texts_that_it_lacks_to_the_same_bytes(model, corpus, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_resumes_with_the_texts_that_it_lacks_to_the_same_bytes(model, corpus, tmp_path, monkeypatch):
     with open_released(model, corpus, results=tmp_path / "whole", progress=False) as run:
         run.audit(6)
         whole = (run.directory / "audit-6.parquet").read_bytes()
 
     measured: list[int] = []
-    real = run_module.sequence_removals
+    real = ranked_removals.sequence_removals
 
     def dying(*arguments):
         if len(measured) == 3:
@@ -115,10 +114,10 @@ def test_a_run_that_was_killed_goes_on_with_the_texts_that_it_lacks_to_the_same_
         measured.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(run_module, "sequence_removals", dying)
+    monkeypatch.setattr(ranked_removals, "sequence_removals", dying)
     with open_released(model, corpus, results=tmp_path / "cut", progress=False) as run, pytest.raises(KeyboardInterrupt):
         run.audit(6)
-    monkeypatch.setattr(run_module, "sequence_removals", lambda *arguments: measured.append(2) or real(*arguments))
+    monkeypatch.setattr(ranked_removals, "sequence_removals", lambda *arguments: measured.append(2) or real(*arguments))
     with open_released(model, corpus, results=tmp_path / "cut", progress=False) as run:
         run.audit(6)
         assert measured.count(2) == len(LENGTHS) - 3

@@ -15,7 +15,8 @@ from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.memory import Demand, demand_of, demand_within, divide, parse_bytes
 from hooked_moe.counterfactuals.engine.padding import Packed, pack
 from hooked_moe.counterfactuals.engine.readout import Readout, by_name
-from hooked_moe.loading.spill import Waiting, spill_of
+from hooked_moe.loading.spill import Waiting
+from hooked_moe.loading.streaming import spill_of
 from hooked_moe.transformer import Transformer
 
 WAITING_BYTES = 1 << 30
