@@ -26,7 +26,7 @@ CORRELATIONS = {
 _QUANTITIES = ("weight", "norm", "gap", "alignment", "compensation")
 
 
-class Redistribution:
+class RedistributionAccumulator:
     """Every n-th token of each expert in each layer; memory does not depend on how many tokens pass."""
 
     def __init__(self, layers: tuple[int, ...], n_tokens: Int[np.ndarray, "layer expert"]) -> None:

@@ -24,8 +24,8 @@ from hooked_moe.measurement.expert_weights import expert_weights
 from hooked_moe.measurement.shards import measure_part, remove_shards
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.tables import EFFECTS, EXPERT_WEIGHTS, TOKENS
-from hooked_moe.tables.effect_grid import read_effects
 from tests.support.number_text import number_corpus, number_reader, number_tokenizer, token_ids
+from tests.support.whole_tables import read_effects
 
 N_CTX = 8
 KEYS = ["document", "position", "layer", "slot"]
