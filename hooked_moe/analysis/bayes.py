@@ -38,11 +38,11 @@ class ChoiceData:
     def update(self, measured: EffectGrid) -> None:
         kept = np.flatnonzero((self._seen + np.arange(len(measured.document))) % self.stride == 0)
         self._seen += len(measured.document)
-        some = measured.at_positions(kept)
-        axes = [some.layer_axis(layer) for layer in self.scores.layers]
-        self._document.append(some.document)
-        self._delta.append(some.delta_loss[:, axes])
-        by_layer = [dict(self.scores.of(some, layer)) for layer in self.scores.layers]
+        chosen = measured.at_positions(kept)
+        axes = [chosen.layer_axis(layer) for layer in self.scores.layers]
+        self._document.append(chosen.document)
+        self._delta.append(chosen.delta_loss[:, axes])
+        by_layer = [dict(self.scores.of(chosen, layer)) for layer in self.scores.layers]
         for name, parts in self._scores.items():
             columns = [scores[name] for scores in by_layer]
             measured_here = [column for column in columns if column is not None]
@@ -103,7 +103,7 @@ class _Fit:
 
     @property
     def gain(self) -> float:
-        """Of the held-out log score over chance, nats per order."""
+        """Held-out log score less that of chance, nats per order."""
         if not self.n_positions:
             return np.nan
         return float(np.sum(self.held_out.log_score - self.held_out.chance) / self.model.n_positions)

@@ -3,7 +3,7 @@
 A cell is one ranking in one layer. At every position the ranking picks, among the k active experts, the one it puts
 highest and the one it puts lowest; the cell asks whether removing the first changes the loss by more than removing the
 second (arXiv 2606.10703, section 4). Rankings by a criterion are fixed for the whole corpus; the controls rank by a score
-of the very token; the oracle ranks by what the experts' removal cost in other documents.
+of the token itself; the oracle ranks by what the experts' removal cost in other documents.
 
 Two populations answer it, from the same rows:
   sample  n positions drawn once and shared by all cells; each position is a pair. This is the paper's protocol.

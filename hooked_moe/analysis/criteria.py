@@ -41,7 +41,7 @@ class Criterion:
 
 
 CRITERIA: dict[str, Criterion] = {}
-"""By name, in the order of the columns of experts.parquet."""
+"""Name -> criterion, in the order of the columns of experts.parquet."""
 
 
 def criterion(

@@ -3,7 +3,7 @@
 Families are tested, and corrected for, apart:
   paper     the four criteria of arXiv 2606.10703, over criteria x layers
   extended  the criteria that others prune by, over criteria x layers
-  token     a ladder of scores of the very token, the controls: each by itself, over layers
+  token     a ladder of per-token scores, the controls: each by itself, over layers
   oracle    the effects of the experts in other documents, over layers: the best that a fixed ranking could know
 """
 
@@ -107,11 +107,11 @@ def criterion_values(criteria: TableOrPath) -> dict[str, dict[int, Float[np.ndar
         raise ValueError(f"not a table of criteria: column {', '.join(missing)} missing; it has {table.column_names}")
     layer, expert = (table.column(name).to_numpy().astype(np.int64) for name in ("layer", "expert"))
     result: dict[str, dict[int, np.ndarray]] = {name: {} for name in CRITERIA}
-    for one in np.unique(layer):
-        rows = np.flatnonzero(layer == one)
+    for number in np.unique(layer):
+        rows = np.flatnonzero(layer == number)
         rows = rows[np.argsort(expert[rows], kind="stable")]
         if not np.array_equal(expert[rows], np.arange(len(rows))):
-            raise ValueError(f"layer {one} of the criteria must have each expert once, counted from 0")
+            raise ValueError(f"layer {number} of the criteria must have each expert once, counted from 0")
         for name in CRITERIA:
-            result[name][int(one)] = table.column(name).to_numpy()[rows].astype(np.float64)
+            result[name][int(number)] = table.column(name).to_numpy()[rows].astype(np.float64)
     return result

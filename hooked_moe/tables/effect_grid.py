@@ -230,10 +230,10 @@ class _Layout:
         if wrong.any():
             row = int(np.argmax(wrong))
             at = np.unravel_index(row, shape)
-            found = ", ".join(f"{name} {block[at]}" for name, block in blocks.items())
+            actual = ", ".join(f"{name} {block[at]}" for name, block in blocks.items())
             due = ", ".join(f"{name} {np.broadcast_to(expected[name], shape)[at]}" for name in blocks)
             raise ValueError(
-                f"row {first_row + row} of the effect table is {found} where {due} was due: rows must be sorted by document, "
+                f"row {first_row + row} of the effect table is {actual} where {due} was due: rows must be sorted by document, "
                 "position, layer, slot, and every position must have the same layers and slots"
             )
         documents, positions = (keys[:: self.position_rows].copy() for keys in (document, position))

@@ -102,9 +102,9 @@ class ExpertAccumulator:
     def _add_coactivations(self, layer: int, expert: Int[np.ndarray, "P K"]) -> None:
         size = self.n_experts**2
         counts = self._coactivations[layer].reshape(-1)
-        for one in range(expert.shape[1]):
-            for other in range(one):
-                counts += np.bincount(expert[:, one] * self.n_experts + expert[:, other], minlength=size)
+        for slot in range(expert.shape[1]):
+            for other in range(slot):
+                counts += np.bincount(expert[:, slot] * self.n_experts + expert[:, other], minlength=size)
 
     def statistics(self, routing: TableOrPath | None = None, expert_weights: TableOrPath | None = None) -> ExpertStatistics:
         """The statistics so far, with those of routing.parquet and expert_weights.parquet where they are given.
@@ -178,7 +178,7 @@ class ExpertAccumulator:
         return row_norm, weight_norm, mean_abs, rms
 
     def _key(self, rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Of the rows of these layers: which (layer, expert) each is of, and which rows these are."""
+        """Which (layer, expert) each row of these layers is of, and which rows these are."""
         layer, expert = (rows[name].astype(np.int64) for name in ("layer", "expert"))
         axis = np.searchsorted(self.layers, layer).clip(max=len(self.layers) - 1)
         known = np.asarray(self.layers)[axis] == layer
