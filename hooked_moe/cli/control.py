@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from hooked_moe.analysis.cells import Cell, cells_from_table, cells_table
 from hooked_moe.analysis.control import weight_ratio_correlations
-from hooked_moe.analysis.rankings import CONTROL, TOKEN_LADDER
+from hooked_moe.analysis.rankings import ROUTING_WEIGHT, TOKEN_LADDER
 from hooked_moe.cli.console import parser_of, run_command
 from hooked_moe.cli.measured_run import analyse, open_run
 from hooked_moe.cli.options import add_measurement_arguments, parse_sample
@@ -65,7 +65,7 @@ def control_table(cells: list[Cell], rho: dict[str, dict[int, tuple[float, int]]
     for cell in cells:
         if cell.scope == "position" and cell.ranking in TOKEN_LADDER:
             row = {name: getattr(cell, name) for name in (*names, "outcome", "verdict")}
-            found = rho[cell.population].get(cell.layer) if cell.ranking == CONTROL else None
+            found = rho[cell.population].get(cell.layer) if cell.ranking == ROUTING_WEIGHT else None
             rows.append(row | {"rho_weight_ratio": float("nan") if found is None else found[0]})
     return pa.Table.from_pylist(rows)
 
@@ -79,7 +79,7 @@ def print_control(table: pa.Table) -> None:
             ranking = row["ranking"]
             print(TOKEN_LADDER[ranking])
         interval = f"[{row['d_position_low']:+.3f},{row['d_position_high']:+.3f}]"
-        rho = f"{row['rho_weight_ratio']:+.3f}" if row["ranking"] == CONTROL else "      "
+        rho = f"{row['rho_weight_ratio']:+.3f}" if row["ranking"] == ROUTING_WEIGHT else "      "
         mark = VERDICTS[row["verdict"]][0]
         numbers = f"{row['d_position']:+.3f} {interval:<16} {p_value(row['p_t']):>7} {p_value(row['p_wilcoxon']):>7} {rho}"
         print(f"  {row['population']:<10} {row['layer']:>5} {numbers} {mark}")

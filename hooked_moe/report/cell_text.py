@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from hooked_moe.analysis.cells import CONTROL, POPULATIONS, Cell
+from hooked_moe.analysis.cells import POPULATIONS, Cell
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
-from hooked_moe.analysis.rankings import RANKINGS
+from hooked_moe.analysis.rankings import ROUTING_WEIGHT, rankings
 from hooked_moe.report.number_text import MINUS, p_value
 
 VERDICTS = {
@@ -30,14 +30,14 @@ def terminal_table(cells: Sequence[Cell]) -> str:
         lines.append("        " + " | ".join(f"{titles[name]:<42}" for name in shown).rstrip())
         columns = f"{'d':>6} {'95% interval':<16} {'p_t':>7} {'p_W':>7}   "
         lines.append("  layer " + " | ".join(columns for _ in shown).rstrip())
-        for ranking in (*PAPER_CRITERIA, CONTROL):
-            lines.append(ranking + (" (control: the token's own)" if ranking == CONTROL else ""))
+        for ranking in (*PAPER_CRITERIA, ROUTING_WEIGHT):
+            lines.append(ranking + (" (control: the token's own)" if ranking == ROUTING_WEIGHT else ""))
             for layer in layers:
                 parts = " | ".join(_terminal_cell(found[name, ranking, layer]) for name in shown)
                 lines.append(f"  {layer:>5} {parts}".rstrip())
         lines.append(f"other rankings, a mark for each layer ({titles[shown[-1]]})")
-        for ranking in RANKINGS:
-            if ranking not in (*PAPER_CRITERIA, CONTROL):
+        for ranking in rankings():
+            if ranking not in (*PAPER_CRITERIA, ROUTING_WEIGHT):
                 marks = " ".join(VERDICTS[found[shown[-1], ranking, layer].verdict][0] for layer in layers)
                 lines.append(f"  {ranking:<24} {marks}"[:WIDTH])
     lines.append(" ".join(f"{mark} {text};" for mark, text in VERDICTS.values()).rstrip(";"))

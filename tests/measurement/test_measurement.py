@@ -25,9 +25,9 @@ from hooked_moe.measurement.part_spec import Part, PartSpec
 from hooked_moe.measurement.shards import measure_part, remove_shards
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.tables import EFFECTS, EXPERT_WEIGHTS, REMOVAL_ORDERS, TOKENS
-from hooked_moe.tables.effect_grid import read_effects
 from tests.conftest import without_type_checks
 from tests.support.number_text import number_corpus, number_reader, number_tokenizer, token_ids
+from tests.support.whole_tables import read_effects
 
 N_CTX = 8
 KEYS = ["document", "position", "layer", "slot"]

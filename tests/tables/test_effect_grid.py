@@ -5,8 +5,9 @@ import pyarrow as pa
 import pytest
 
 from hooked_moe import tables
-from hooked_moe.tables.effect_grid import EFFECT_VALUES, EffectGrid, effect_chunks, read_effects
+from hooked_moe.tables.effect_grid import EFFECT_VALUES, EffectGrid, effect_chunks
 from tests.support.synthetic_effects import synthetic_effects
+from tests.support.whole_tables import read_effects
 
 EFFECTS = synthetic_effects()
 

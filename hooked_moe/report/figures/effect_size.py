@@ -5,7 +5,7 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hooked_moe.analysis.rankings import CONTROL
+from hooked_moe.analysis.rankings import ROUTING_WEIGHT
 from hooked_moe.report.figures.drawing import (
     BLUE,
     LEGEND_BELOW,
@@ -32,7 +32,7 @@ _KEPT = (
 def effect_size(cells: pa.Table, n_layers: int) -> Drawing:
     """Of the paper's criteria and the control, scope position; `n_layers` counts the model's layers."""
     shown = [
-        row["scope"] == "position" and (row["family"] == "paper" or row["ranking"] == CONTROL)
+        row["scope"] == "position" and (row["family"] == "paper" or row["ranking"] == ROUTING_WEIGHT)
         for row in cells.select(["scope", "family", "ranking"]).to_pylist()
     ]
     numbers = cells.filter(pa.array(shown)).select(_KEPT)
@@ -60,7 +60,7 @@ def draw_effect_size(numbers: pa.Table, narrow: bool) -> Figure:
         depth = depth_axes(axes, layers, round(layers.max() / last) + 1 if last else 1)
         zero_line(axes)
         _draw_criteria(axes, numbers, population, depth)
-        control = rows_where(numbers, population=population, ranking=CONTROL)
+        control = rows_where(numbers, population=population, ranking=ROUTING_WEIGHT)
         if len(control["layer"]):
             line_with_band(
                 axes,
@@ -92,7 +92,7 @@ def _draw_criteria(axes: Axes, numbers: pa.Table, population: str, depth: np.nda
     by_criterion = [
         rows_where(numbers, population=population, ranking=ranking)
         for ranking in distinct(numbers, "ranking")
-        if ranking != CONTROL
+        if ranking != ROUTING_WEIGHT
     ]
     if not by_criterion:
         return

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from hooked_moe.analysis.rankings import CONTROL, ORACLE
+from hooked_moe.analysis.rankings import ORACLE, ROUTING_WEIGHT
 from hooked_moe.report.figures.drawing import (
     LEGEND_BELOW,
     Drawing,
@@ -44,7 +44,7 @@ def draw_rank_correlation(numbers: pa.Table, narrow: bool) -> Figure:
     for ranking, (colour, marker) in SCORE_LINES.items():
         one = rows_where(numbers, ranking=ranking)
         line_with_band(scores, one["layer"], *_interval(one), colour=colour, marker=marker, label=label(ranking))
-        if ranking in (CONTROL, ORACLE):  # to compare with, at the scale of the criteria
+        if ranking in (ROUTING_WEIGHT, ORACLE):  # to compare with, at the scale of the criteria
             line_with_band(fixed, one["layer"], *_interval(one), colour=colour, marker=marker, label=None)
     further = numbers.filter(pa.array([family == "extended" for family in numbers.column("family").to_pylist()]))
     for i, ranking in enumerate(distinct(further, "ranking")):
