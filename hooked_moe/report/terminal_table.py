@@ -1,51 +1,51 @@
-"""Cells as text: the marks and words for verdicts, shared with the page, and a console's table."""
+"""The cells as a table for a console."""
 
 from collections.abc import Sequence
 
 from hooked_moe.analysis.cells import CONTROL, POPULATIONS, Cell
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
 from hooked_moe.analysis.rankings import RANKINGS
-from hooked_moe.report.number_text import MINUS, p_value
+from hooked_moe.report.number_text import p_value
+from hooked_moe.report.verdict_words import VERDICT_WORDS
 
-VERDICTS = {
-    "valid": ("+", "high matters more"),
-    "reversed": (MINUS, "high matters less"),
-    "equivalent": ("=", "as good as none"),
-    "undecided": ("?", "undecided"),
-    "refused": ("x", "refused"),
-}
 WIDTH = 100
 
 
 def terminal_table(cells: Sequence[Cell]) -> str:
-    """The cells for a console of 100 columns: the paper's criteria and the control line by line, the other rankings in marks."""
+    """The cells in 100 columns: the paper's criteria and the control in numbers by layer, the other rankings in marks."""
     lines = []
     for scope in dict.fromkeys(cell.scope for cell in cells):
-        here = [cell for cell in cells if cell.scope == scope]
-        shown = [name for name in POPULATIONS if any(cell.population == name for cell in here)]
-        found = {(cell.population, cell.ranking, cell.layer): cell for cell in here}
-        titles = {name: _population_title([cell for cell in here if cell.population == name]) for name in shown}
-        layers = sorted({cell.layer for cell in here})
-        lines.append(f"Removing the highest- against the lowest-ranked active expert (scope {scope})")
-        lines.append("        " + " | ".join(f"{titles[name]:<42}" for name in shown).rstrip())
-        columns = f"{'d':>6} {'95% interval':<16} {'p_t':>7} {'p_W':>7}   "
-        lines.append("  layer " + " | ".join(columns for _ in shown).rstrip())
-        for ranking in (*PAPER_CRITERIA, CONTROL):
-            lines.append(ranking + (" (control: the token's own)" if ranking == CONTROL else ""))
-            for layer in layers:
-                parts = " | ".join(_terminal_cell(found[name, ranking, layer]) for name in shown)
-                lines.append(f"  {layer:>5} {parts}".rstrip())
-        lines.append(f"other rankings, a mark for each layer ({titles[shown[-1]]})")
-        for ranking in RANKINGS:
-            if ranking not in (*PAPER_CRITERIA, CONTROL):
-                marks = " ".join(VERDICTS[found[shown[-1], ranking, layer].verdict][0] for layer in layers)
-                lines.append(f"  {ranking:<24} {marks}"[:WIDTH])
-    lines.append(" ".join(f"{mark} {text};" for mark, text in VERDICTS.values()).rstrip(";"))
+        lines += _scope_lines(scope, [cell for cell in cells if cell.scope == scope])
+    lines.append(" ".join(f"{words.mark} {words.short};" for words in VERDICT_WORDS.values()).rstrip(";"))
     return "\n".join(lines) + "\n"
 
 
+def _scope_lines(scope: str, cells: Sequence[Cell]) -> list[str]:
+    populations = [name for name in POPULATIONS if any(cell.population == name for cell in cells)]
+    by_key = {(cell.population, cell.ranking, cell.layer): cell for cell in cells}
+    titles = {name: _population_title([cell for cell in cells if cell.population == name]) for name in populations}
+    layers = sorted({cell.layer for cell in cells})
+    columns = f"{'d':>6} {'95% interval':<16} {'p_t':>7} {'p_W':>7}   "
+    lines = [
+        f"Removing the highest- against the lowest-ranked active expert (scope {scope})",
+        "        " + " | ".join(f"{titles[name]:<42}" for name in populations).rstrip(),
+        "  layer " + " | ".join(columns for _ in populations).rstrip(),
+    ]
+    for ranking in (*PAPER_CRITERIA, CONTROL):
+        lines.append(ranking + (" (control: the token's own)" if ranking == CONTROL else ""))
+        for layer in layers:
+            parts = " | ".join(_terminal_cell(by_key[name, ranking, layer]) for name in populations)
+            lines.append(f"  {layer:>5} {parts}".rstrip())
+    lines.append(f"other rankings, a mark for each layer ({titles[populations[-1]]})")
+    for ranking in RANKINGS:
+        if ranking not in (*PAPER_CRITERIA, CONTROL):
+            marks = " ".join(VERDICT_WORDS[by_key[populations[-1], ranking, layer].verdict].mark for layer in layers)
+            lines.append(f"  {ranking:<24} {marks}"[:WIDTH])
+    return lines
+
+
 def _terminal_cell(cell: Cell) -> str:
-    mark = VERDICTS[cell.verdict][0]
+    mark = VERDICT_WORDS[cell.verdict].mark
     if cell.verdict == "refused":
         return f"{'refused, see cells.csv':<40} {mark}"
     interval = f"[{cell.d_position_low:+.3f},{cell.d_position_high:+.3f}]"

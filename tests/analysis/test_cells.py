@@ -11,7 +11,7 @@ from hooked_moe import statistics, tables
 from hooked_moe.analysis.cells import CONTROL, Cell, audit_cells, cells_from_table, cells_table, frozen_positions
 from hooked_moe.analysis.criteria import CRITERIA, expert_criteria
 from hooked_moe.analysis.rankings import TOKEN_LADDER
-from hooked_moe.report.cell_text import terminal_table
+from hooked_moe.report.terminal_table import terminal_table
 from hooked_moe.tables.effect_grid import effect_chunks, read_effects
 from tests.support.synthetic_effects import PLANTED_LAYER, synthetic_effects, synthetic_expert_weights
 
