@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hooked_moe.cli.main import COMMANDS
-from hooked_moe.report.inputs import SOURCES
+from hooked_moe.report.derived_files import DERIVED_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
@@ -77,8 +77,8 @@ def test_commands_that_are_named_exist() -> None:
 
 
 def test_the_report_names_commands_that_exist() -> None:
-    assert {source.command.split()[0] for source in SOURCES.values()} == {"hooked-moe"}
-    assert {source.command.split()[1] for source in SOURCES.values()} <= set(COMMANDS)
+    assert {source.command.split()[0] for source in DERIVED_FILES.values()} == {"hooked-moe"}
+    assert {source.command.split()[1] for source in DERIVED_FILES.values()} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("room", ["hooked_moe", "weights_conversion", "experiments", "benchmarks"])

@@ -30,7 +30,7 @@ from hooked_moe.cli.released_run import (
     released_positions,
     write_released_cells,
 )
-from hooked_moe.report.cell_text import terminal_table
+from hooked_moe.report.terminal_table import terminal_table
 from hooked_moe.statistics import minimum_documents
 from hooked_moe.tables import read_csv
 

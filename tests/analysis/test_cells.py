@@ -11,7 +11,7 @@ from hooked_moe import statistics, tables
 from hooked_moe.analysis.cells import Cell, cells_from_table, cells_table
 from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.analysis.rankings import ROUTING_WEIGHT, TOKEN_LADDER
-from hooked_moe.report.cell_text import terminal_table
+from hooked_moe.report.terminal_table import terminal_table
 from hooked_moe.tables.effect_grid import effect_chunks
 from tests.support.synthetic_effects import PLANTED_LAYER, synthetic_effects, synthetic_expert_weights
 from tests.support.whole_tables import audit_cells, expert_criteria, frozen_positions, read_effects
