@@ -14,25 +14,32 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 SOURCES := $(wildcard hooked_moe weights_conversion experiments benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help audit paper test check format bench calibrate gpu clean
+.PHONY: help audit paper test test-all check format bench calibrate gpu clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 audit: $(VENV)/.runtime ## remove every expert at every token of MODEL (tiny-olmoe) and report; ARGS="--help" lists options
-	@$(BIN)/python experiments/audit.py --model $(MODEL) $(ARGS)
+	@$(BIN)/hooked-moe audit --model $(MODEL) $(ARGS)
 
 paper: $(VENV)/.runtime ## every experiment of the paper, as defined and as released, on the shipped models; ARGS="--models olmoe"
-	@$(BIN)/python -m experiments.paper $(ARGS)
+	@$(BIN)/hooked-moe paper $(ARGS)
 
-test: $(VENV)/.development ## run the tests; ARGS="-m slow", ARGS="-k masks"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+# Workers take neighbouring tests, which share fixtures, and what another has left once they are done.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-check: $(VENV)/.development ## formatter, linter and type checker
+test: $(VENV)/.development ## run the tests, but for the slow ones; ARGS="-m slow", ARGS="-k masks"
+	@$(PYTEST) $(ARGS)
+
+test-all: $(VENV)/.development ## run every test, the slow ones too
+	@$(PYTEST) -m "" $(ARGS)
+
+check: $(VENV)/.development ## formatter, linter, type checker, and what may import what
 	@status=0; \
 	$(BIN)/python -m ruff format --check $(SOURCES) || status=1; \
 	$(BIN)/python -m ruff check $(SOURCES) || status=1; \
 	$(BIN)/python -m mypy || status=1; \
+	$(BIN)/lint-imports --no-logo --no-cache || status=1; \
 	exit $$status
 
 format: $(VENV)/.development ## format the sources and apply the linter's safe fixes
@@ -40,13 +47,13 @@ format: $(VENV)/.development ## format the sources and apply the linter's safe f
 	@$(BIN)/python -m ruff check --fix $(SOURCES)
 
 bench: $(VENV)/.development ## measure speed and memory against named peers, into benchmarks/RESULTS.md; ARGS=--small is a trial
-	@$(BIN)/python benchmarks/all.py $(ARGS)
+	@$(BIN)/python -m benchmarks.all $(ARGS)
 
 calibrate: $(VENV)/.development ## how often every decision rule errs, into benchmarks/CALIBRATION.md; ARGS=--small is a trial
-	@$(BIN)/python benchmarks/calibration.py $(ARGS)
+	@$(BIN)/python -m benchmarks.calibration $(ARGS)
 
 gpu: $(VENV)/.development ## on an NVIDIA GPU: its tests, compute-sanitizer, and speed into benchmarks/GPU.md; ARGS=--small is a trial
-	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean: ## delete .venv and caches; results/ stays
 	@rm -rf $(VENV) *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache build

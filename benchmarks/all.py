@@ -1,8 +1,8 @@
 """Runs every benchmark in a process of its own and writes benchmarks/RESULTS.md, one page.
 
-python benchmarks/all.py                    # a quarter of an hour on two quiet cores
-python benchmarks/all.py --only removals roofline --threads 1
-python benchmarks/all.py --small            # a minute; shows that it works, and prints what it finds instead
+python -m benchmarks.all                    # a quarter of an hour on two quiet cores
+python -m benchmarks.all --only removals roofline --threads 1
+python -m benchmarks.all --small            # a minute; shows that it works, and prints what it finds instead
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def options() -> argparse.ArgumentParser:
 
 def run(name: str, given: Sequence[str], threads: int) -> tuple[int, str]:
     """A benchmark's exit code, and what it printed under its command."""
-    command = [f"benchmarks/{name}.py", *given, "--threads", str(threads)]
+    command = ["-m", f"benchmarks.{name}", *given, "--threads", str(threads)]
     print(f"{shlex.join(command)} ...", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, *command], cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
     printed = done.stdout if done.returncode == 0 else f"It failed with code {done.returncode}.\n"

@@ -1,9 +1,9 @@
 """What analysing a run costs: seconds and peak memory for made-up effect tables of growing length.
 
-    python benchmarks/analysis_scale.py                    # up to 300,000 tokens x 16 layers x 8 experts: 38 million removals
-    python benchmarks/analysis_scale.py --sequence         # the same removals in the sequence scope besides
-    python benchmarks/analysis_scale.py --threads 2
-    python benchmarks/analysis_scale.py --small            # seconds; shows that it works, measures nothing
+    python -m benchmarks.analysis_scale                    # up to 300,000 tokens x 16 layers x 8 experts: 38 million removals
+    python -m benchmarks.analysis_scale --sequence         # the same removals in the sequence scope besides
+    python -m benchmarks.analysis_scale --threads 2
+    python -m benchmarks.analysis_scale --small            # seconds; shows that it works, measures nothing
 
 The number of documents stays the same, so that a peak which does not grow shows that memory does not depend on tokens. The
 analysis runs in a process of its own, with everything it derives: cells, sign flips, bootstraps, ceilings, choice models.

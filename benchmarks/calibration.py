@@ -1,8 +1,8 @@
 """How often every decision rule errs, and finds what is there, on effect tables whose truth is planted.
 
-python benchmarks/calibration.py                  # 1,000 runs of each, six minutes on a quiet core; writes CALIBRATION.md
-python benchmarks/calibration.py --runs 4000
-python benchmarks/calibration.py --small          # seconds; shows that it works, and prints what it finds instead
+python -m benchmarks.calibration                  # 1,000 runs of each, six minutes on a quiet core; writes CALIBRATION.md
+python -m benchmarks.calibration --runs 4000
+python -m benchmarks.calibration --small          # seconds; shows that it works, and prints what it finds instead
 """
 
 from __future__ import annotations
@@ -344,7 +344,7 @@ def _each(work: Callable[[int, np.random.Generator], T], runs: int, seed: int, p
 
 
 def _heading(runs: int, seed: int, seconds: float, processes: int) -> Iterator[str]:
-    command = f"python benchmarks/calibration.py --runs {runs} --seed {seed}"
+    command = f"python -m benchmarks.calibration --runs {runs} --seed {seed}"
     yield "# Calibration of the decision rules\n"
     yield f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.0f} minutes, processes: {processes}.\n"
     yield (

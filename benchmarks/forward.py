@@ -1,8 +1,8 @@
 """A plain forward, and one that keeps all activations, against transformers and TransformerLens.
 
-    python benchmarks/forward.py                        # context 512, 8 layers, 64 experts top-8, d_model 256
-    python benchmarks/forward.py --batches 1 --d-model 1024 --d-expert 512 --threads 1
-    python benchmarks/forward.py --small                # seconds; shows that it works, measures nothing
+    python -m benchmarks.forward                        # context 512, 8 layers, 64 experts top-8, d_model 256
+    python -m benchmarks.forward --batches 1 --d-model 1024 --d-expert 512 --threads 1
+    python -m benchmarks.forward --small                # seconds; shows that it works, measures nothing
 
 The same random weights in the same process, by turns. transformers runs with its fastest kernels (sdpa attention, grouped_mm
 experts) and with its plainest (eager). Our logits are in float32 in any case; in bfloat16, theirs are not.

@@ -1,8 +1,8 @@
 """What share of a GPU's bandwidth and matrix rate the kernels and the exhaustive audit achieve, after the tests that need one.
 
-    python benchmarks/gpu.py                    # tests, compute-sanitizer, then tables, into benchmarks/GPU.md: under 8 minutes
-    python benchmarks/gpu.py --no-tests --layers 4
-    python benchmarks/gpu.py --small            # seconds, on a CPU too; shows that it works, measures nothing
+    python -m benchmarks.gpu                    # tests, compute-sanitizer, then tables, into benchmarks/GPU.md: under 8 minutes
+    python -m benchmarks.gpu --no-tests --layers 4
+    python -m benchmarks.gpu --small            # seconds, on a CPU too; shows that it works, measures nothing
 
 The card's bandwidth is that of a copy, bytes read and written; its matrix rate is that of a large product in the model's dtype.
 Both are measured here. Bytes are those that an operation cannot do without; operations are counted as in benchmarks/roofline.py.
@@ -31,8 +31,8 @@ from benchmarks.timing import seconds_of, summary
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.counterfactuals import expert_effects
 from hooked_moe.kernels import dispatch
-from hooked_moe.kernels.prefix_attention import prefix_attention
-from hooked_moe.kernels.routing import Rule, group_by_expert, route
+from hooked_moe.kernels.prefix_attention import window_attention
+from hooked_moe.kernels.routing import RoutingRule, group_by_expert, route
 from hooked_moe.kernels.swiglu import gather_rows, swiglu
 from hooked_moe.kernels.target_loss import shifted_target_loss, target_loss
 from hooked_moe.kernels.weighted_sum import masked_combine
@@ -52,11 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(options(), argv, SMALL)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.small:
-        print(
-            "benchmarks/gpu.py needs a CUDA device, and torch finds none; --small shows on a CPU that it works", file=sys.stderr
-        )
+        print("benchmarks.gpu needs a CUDA device, and torch finds none; --small shows on a CPU that it works", file=sys.stderr)
         return 2
-    missing = dispatch.obstacle(device)
+    missing = dispatch.why_kernels_cannot_run(device)
     if missing is not None and not args.small:
         print(f"the kernels cannot run here: {missing}", file=sys.stderr)
         return 2
@@ -90,7 +88,7 @@ def options() -> argparse.ArgumentParser:
 
 def run_checks() -> dict[str, int]:
     """Exit codes of the tests that need a GPU, plainly and, for single kernels, under compute-sanitizer."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels/test_gpu.py"]
     commands = {"tests": tests}
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
@@ -168,9 +166,9 @@ def memory_operations(bench: Bench) -> Iterator[tuple[str, float, Callable[[], o
     args, size = bench.args, bench.dtype.itemsize
     tokens, slots, width, n = args.tokens, args.active, args.d_model, args.tokens * args.active
     logits = torch.randn(tokens, args.experts, device=bench.device)
-    _, indices = route(logits, Rule(slots))
+    _, indices = route(logits, RoutingRule(slots))
     order, place, _ = group_by_expert(indices, args.experts)
-    yield "route", tokens * (4 * args.experts + 12 * slots), lambda: route(logits, Rule(slots))
+    yield "route", tokens * (4 * args.experts + 12 * slots), lambda: route(logits, RoutingRule(slots))
     yield "group_by_expert", 24 * n, lambda: group_by_expert(indices, args.experts)
     x, both = bench.draw(tokens, width), bench.draw(n, 2 * args.d_expert)
     yield "gather_rows", (tokens + n) * width * size + 8 * n, lambda: gather_rows(x, order, place)
@@ -190,7 +188,7 @@ def by_operations(bench: Bench) -> Table:
     q, own_k, own_v = (bench.draw(variants, 1, length, heads, d_head) for _ in range(3))
     keys, values = bench.draw(1, length, heads, d_head), bench.draw(1, length, heads, d_head)
     attention = variants * heads * 4 * d_head * length * (length + 1) / 2
-    seconds = bench.seconds(lambda: prefix_attention(q, own_k, own_v, keys, values, None, d_head**-0.5))
+    seconds = bench.seconds(lambda: window_attention(q, own_k, own_v, keys, values, None, 1, d_head**-0.5))
     library, best = min(library_attention(bench, q, keys, values), key=lambda found: median(found[1]))
     share = median(best) / median(seconds)
     n = variants * length

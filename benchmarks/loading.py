@@ -1,8 +1,8 @@
 """How fast a checkpoint becomes a model, and how much memory that takes at most, against transformers and the bare disk.
 
-    python benchmarks/loading.py                    # DeepSeek-V2-Lite cut to 3 layers: 3.4 GB on disk, 6.7 GB in float32
-    python benchmarks/loading.py --layers 2 --repeats 5
-    python benchmarks/loading.py --small            # seconds; shows that it works, measures nothing
+    python -m benchmarks.loading                    # DeepSeek-V2-Lite cut to 3 layers: 3.4 GB on disk, 6.7 GB in float32
+    python -m benchmarks.loading --layers 2 --repeats 5
+    python -m benchmarks.loading --small            # seconds; shows that it works, measures nothing
 
 A random checkpoint is written with the real widths, names and shards of DeepSeek-V2-Lite in bfloat16, then loaded in fresh
 processes that take turns. Each reads the files once before, so that the disk does not count, and time runs until every page of
@@ -40,6 +40,7 @@ from hooked_moe.loading.checkpoint import INDEX_FILE
 from weights_conversion import CONVERSIONS
 from weights_conversion.weight_map import slots_by_parameter
 
+ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 CHUNK = 16 * MIB
 SHARDS = 4
@@ -274,8 +275,8 @@ def compare(directory: Path, repeats: int) -> dict[tuple[str, str], list[Measure
 
 
 def measured_elsewhere(directory: Path, loader: str, dtype: str) -> Measured:
-    command = [sys.executable, __file__, "--dir", str(directory), "--measure", loader, dtype]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    command = [sys.executable, "-m", "benchmarks.loading", "--dir", str(directory.resolve()), "--measure", loader, dtype]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
     if done.returncode:
         raise OSError(f"loading with {loader} in {dtype} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
     return Measured(**json.loads(done.stdout.splitlines()[-1]))

@@ -1,8 +1,8 @@
 """How long the removal of one expert at one token takes: all of them at once, against one forward per removal.
 
-    python benchmarks/removals.py                                     # context 512, 8 layers, 64 experts top-8, d_model 256
-    python benchmarks/removals.py --contexts 256 512 1024 2048 --threads 1
-    python benchmarks/removals.py --small                             # seconds; shows that it works, measures nothing
+    python -m benchmarks.removals                                     # context 512, 8 layers, 64 experts top-8, d_model 256
+    python -m benchmarks.removals --contexts 256 512 1024 2048 --threads 1
+    python -m benchmarks.removals --small                             # seconds; shows that it works, measures nothing
 
 The peers run the same random weights in the same process, by turns: transformers' own OLMoE with its fastest attention (sdpa)
 and experts (grouped_mm), with the routing weight zeroed inside its experts; TransformerLens's TransformerBridge around it, with

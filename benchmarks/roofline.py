@@ -1,8 +1,8 @@
 """What share of the machine's matrix-product rate the exhaustive `expert_effects` achieves, in total and by phase.
 
-    python benchmarks/roofline.py                       # d_model 1024, 4 layers of 64 experts top-8, context 512
-    python benchmarks/roofline.py --dtypes bfloat16 --layers 8 --threads 1
-    python benchmarks/roofline.py --small               # seconds; shows that it works, measures nothing
+    python -m benchmarks.roofline                       # d_model 1024, 4 layers of 64 experts top-8, context 512
+    python -m benchmarks.roofline --dtypes bfloat16 --layers 8 --threads 1
+    python -m benchmarks.roofline --small               # seconds; shows that it works, measures nothing
 
 The machine's rate is what torch.mm keeps up for a second, at the square size that it likes best, before and after each
 measurement: a single product of some milliseconds, which is given too, is often faster than a machine can go on for. The work is

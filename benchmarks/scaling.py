@@ -1,8 +1,8 @@
 """How the time of the exhaustive `expert_effects` grows with context, layers, experts and documents.
 
-    python benchmarks/scaling.py                    # context 128 to 2048, 2 to 16 layers, 16 to 128 experts, 1 to 8 documents
-    python benchmarks/scaling.py --threads 1 --repeats 7
-    python benchmarks/scaling.py --small            # seconds; shows that it works, measures nothing
+    python -m benchmarks.scaling                    # context 128 to 2048, 2 to 16 layers, 16 to 128 experts, 1 to 8 documents
+    python -m benchmarks.scaling --threads 1 --repeats 7
+    python -m benchmarks.scaling --small            # seconds; shows that it works, measures nothing
 
 One quantity varies, the others stay at those of the base. The exponent a of time ~ x^a is the slope of a least-squares line
 through the logarithms of the medians, with its standard error; beside it, that of the work, as `roofline.flops` counts it.

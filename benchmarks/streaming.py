@@ -1,9 +1,9 @@
 """Every removal in a model that is read from disk block by block: time, bytes read and peak memory, against all of it in memory.
 
-    python benchmarks/streaming.py                                    # DeepSeek-V2-Lite cut to 4 layers: 4.5 GB on disk
-    python benchmarks/streaming.py --dir /scratch/lite --layers max   # all 27, or as many as the disk has room for
-    python benchmarks/streaming.py --memory-limit 6GB --dtypes bfloat16
-    python benchmarks/streaming.py --small                            # seconds; shows that it works, measures nothing
+    python -m benchmarks.streaming                                    # DeepSeek-V2-Lite cut to 4 layers: 4.5 GB on disk
+    python -m benchmarks.streaming --dir /scratch/lite --layers max   # all 27, or as many as the disk has room for
+    python -m benchmarks.streaming --memory-limit 6GB --dtypes bfloat16
+    python -m benchmarks.streaming --small                            # seconds; shows that it works, measures nothing
 
 A random checkpoint of DeepSeek-V2-Lite's real widths is written in bfloat16. Fresh processes, by turns, load it with and without
 `stream=True` and run `expert_effects` over some documents of random tokens, all of them in one sweep over the layers. Peak memory
@@ -38,6 +38,7 @@ from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.counterfactuals import expert_effects
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALL = {"layers": 3, "documents": 2, "tokens": 16}
 HEADER = ["dtype", "weights", "time", "of it loading", "blocks read", "GB read", "from disk", "peak, GB"]
@@ -182,12 +183,12 @@ def total_bytes(cfg: HookedMoEConfig, dtype: torch.dtype) -> int:
 
 def measured_elsewhere(args: argparse.Namespace, dtype: str, weights: str) -> Measured | None:
     """In a fresh process; None where it ran out of the memory it is allowed."""
-    passed = {"--dir": args.dir, "--threads": args.threads, "--documents": args.documents, "--tokens": args.tokens}
+    passed = {"--dir": args.dir.resolve(), "--threads": args.threads, "--documents": args.documents, "--tokens": args.tokens}
     if args.memory_limit:
         passed["--memory-limit"] = args.memory_limit
     given = [str(word) for pair in passed.items() for word in pair]
-    command = [sys.executable, __file__, *given, "--measure", dtype, weights]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    command = [sys.executable, "-m", "benchmarks.streaming", *given, "--measure", dtype, weights]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
     if done.returncode == 0:
         return Measured(**json.loads(done.stdout.splitlines()[-1]))
     if args.memory_limit and ("memory" in done.stderr or done.returncode < 0):

@@ -13,7 +13,7 @@ The documents named in `HELD_OUT` are the evaluation corpus, and the others, exc
 held-out document is cut at the end of a sentence, at most 1,450 tokens in. Training lines that share a run of 13 words
 with a held-out document are dropped, except for boilerplate: runs that at least five training documents share anyway.
 
-    python experiments/build_corpus.py --out build/corpus
+    python -m experiments.build_corpus --out build/corpus
 
 writes
 
@@ -247,7 +247,7 @@ def build(out: Path, held_out_path: Path, packages: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Build the training and evaluation text of the shipped tiny models from public-domain packages.",
-        epilog="example: python experiments/build_corpus.py --out build/corpus",
+        epilog="example: python -m experiments.build_corpus --out build/corpus",
     )
     default = Path(__file__).resolve().parent.parent / "hooked_moe" / "corpus" / "data" / "held_out.jsonl"
     parser.add_argument("--out", type=Path, default=Path("build/corpus"), help="output folder (default: %(default)s)")

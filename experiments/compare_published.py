@@ -1,4 +1,4 @@
-"""Put what was measured beside the published tables: ours, published, difference, for whatever was run.
+"""Put what was measured beside the published tables: ours, published, difference, for every run named or found.
 
 The same as `hooked-moe compare`; `--help` lists its options.
 """

@@ -1,4 +1,4 @@
-"""What the other experts of a token make up for: each expert's contribution against the rest of the routed sum.
+"""Measure how far a token's other experts make up for one: each expert's contribution against the rest of the routed sum.
 
 The same as `hooked-moe redistribution`; `--help` lists its options.
 """

@@ -1,4 +1,4 @@
-"""The control: rank the active experts by a score of the very token, and ask whether that one tells which matters.
+"""The control: rank the active experts by per-token scores, and ask whether these tell which expert matters.
 
 The same as `hooked-moe control`; `--help` lists its options.
 """

@@ -1,4 +1,4 @@
-"""Is this checkpoint the model it says it is, and is it run here as transformers runs it? A report, check by check.
+"""Check whether a checkpoint is the model that it says it is, and is run here as transformers runs it.
 
 The same as `hooked-moe verify`; `--help` lists its options.
 """

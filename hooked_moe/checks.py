@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import operator
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 
-
-def as_whole(value: Any) -> int | None:
+def as_int_or_none(value: Any) -> int | None:
     """The value as an int, if it is a whole number; None if it is anything else: True and False, or a row of one number."""
-    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool or getattr(value, "ndim", 0):
+    dtype, n_axes = getattr(value, "dtype", None), getattr(value, "ndim", 0)
+    if isinstance(value, bool) or str(dtype) == "torch.bool" or n_axes:  # by its name: nothing here waits for torch
         return None
     try:
         return operator.index(value)
@@ -32,3 +32,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str], advice: str = "") -
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     suggestion = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
     return UnknownNameError(f"unknown {kind} {name!r}{suggestion}{' ' + advice if advice else ''}")
+
+
+def require_defaults(options: Any, *names: str) -> None:
+    """Raise `ValueError` where a field of a dataclass has another value than its default, the only one implemented so far."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in names and value != field.default:
+            raise ValueError(f"{field.name}={value!r} is not implemented yet: only {field.name}={field.default!r} is")

@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from hooked_moe.checks import require_defaults
+
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
@@ -76,6 +78,11 @@ class HookedMoEConfig:
     output_bias: bool = False
     """Whether the attention's output projection has a bias."""
 
+    attention_sink: bool = False
+    """A learned logit of each head in the denominator of its softmax (gpt-oss). True is not implemented yet."""
+    sliding_window: int | None = None
+    """How many positions up to its own a token sees; None: all. A number (gpt-oss, Mistral) is not implemented yet."""
+
     kv_lora_rank: int | None = None
     """Latent attention (DeepSeek-V2): keys and values of all heads are projected from one vector of this width per token."""
     q_lora_rank: int | None = None
@@ -97,9 +104,15 @@ class HookedMoEConfig:
     routed_scaling_factor: float = 1.0
     """What routing weights are multiplied by at last."""
     n_expert_groups: int = 1
-    """Experts stand in so many groups of equal size (DeepSeek-V2's devices) ..."""
+    """Experts stand in this many groups of equal size (DeepSeek-V2's devices) ..."""
     groups_per_token: int = 1
     """... and a token goes only to experts of the groups whose best expert is most probable."""
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become scores. "sigmoid" (DeepSeek-V3) is not implemented yet."""
+    selection_bias: bool = False
+    """A learned bias of each expert's score, for the selection only (DeepSeek-V3). True is not implemented yet."""
+    group_score: Literal["max", "top2"] = "max"
+    """A group's score: that of its best expert, or the sum of its two best (DeepSeek-V3), which is not implemented yet."""
     d_shared: int | None = None
     """Width of the shared experts together, which serve every token; None: there are none."""
     shared_gate: bool = False
@@ -134,6 +147,7 @@ class HookedMoEConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        require_defaults(self, "router_score", "selection_bias", "group_score", "attention_sink", "sliding_window")
         self._check_attention()
         self._check_experts()
 
@@ -150,9 +164,9 @@ class HookedMoEConfig:
         if self.qk_norm not in ("full", "head", None):
             raise ValueError(f"qk_norm must be 'full', 'head' or None, not {self.qk_norm!r}")
         if self.kv_lora_rank is None:
-            given = [name for name in ("q_lora_rank", "d_rotary", "d_value") if getattr(self, name) is not None]
-            if given:
-                raise ValueError(f"{', '.join(given)} go with latent attention, which kv_lora_rank makes")
+            latent_only = [name for name in ("q_lora_rank", "d_rotary", "d_value") if getattr(self, name) is not None]
+            if latent_only:
+                raise ValueError(f"{', '.join(latent_only)} go with latent attention, which kv_lora_rank makes")
         else:
             if self.rotary_width >= self.d_head:
                 raise ValueError(f"d_rotary ({self.d_rotary}) must be less than d_head ({self.d_head}) in latent attention")
@@ -160,9 +174,7 @@ class HookedMoEConfig:
                 raise ValueError("latent attention has a key and value head for every query head, and no norm, clipping or bias")
 
     def _check_experts(self) -> None:
-        if any(not 0 <= layer < self.n_layers for layer in self.dense_layers) or self.dense_layers != tuple(
-            sorted(set(self.dense_layers))
-        ):
+        if self.dense_layers != tuple(layer for layer in range(self.n_layers) if layer in self.dense_layers):
             raise ValueError(f"dense_layers must be ascending layers from 0 to {self.n_layers - 1}, not {self.dense_layers}")
         if bool(self.dense_layers) != (self.d_mlp is not None):
             raise ValueError(f"d_mlp is the width of dense layers: got dense_layers={self.dense_layers}, d_mlp={self.d_mlp}")

@@ -48,18 +48,10 @@ class LayerMask:
     keep: Bool[Tensor, "batch pos expert"] | Float[Tensor, "batch pos expert"]
     removal: RemovalName = "zero"
 
-    def part(self, positions: slice) -> LayerMask:
-        """The mask of some positions."""
-        return LayerMask(self.keep[:, positions], self.removal)
-
     @property
     def selectable(self) -> Bool[Tensor, "batch pos expert"] | None:
-        """ "reroute": the experts that may be selected. None: all of them."""
+        """ "reroute": the experts that may be selected, so that the next-ranked one takes a removed one's slot. None: all."""
         return self.keep if self.removal == "reroute" else None
-
-    def before_selection(self, probabilities: Float[Tensor, "batch pos expert"]) -> Float[Tensor, "batch pos expert"]:
-        """ "reroute": a removed expert has no probability, so that the next-ranked one takes its slot."""
-        return probabilities * self.keep if self.removal == "reroute" else probabilities
 
     def after_selection(
         self, weights: Float[Tensor, "batch pos slot"], indices: Int[Tensor, "batch pos slot"]
@@ -76,9 +68,8 @@ def keep_weights(weights: Float[Tensor, "*any slot"], keep: Tensor, rescale: boo
     if rescale:
         rest = kept.sum(-1, keepdim=True)
         rescaled = torch.where(rest > 0, kept * weights.sum(-1, keepdim=True) / rest.where(rest > 0, 1.0), 0.0)
-        same = (kept == weights).all(
-            -1, keepdim=True
-        )  # nothing removed: not a bit changes, and the gradient is the rescaled one's
+        same = (kept == weights).all(-1, keepdim=True)
+        # nothing removed: not a bit changes, and the gradient is the rescaled one's
         kept = torch.where(same, weights.detach() + (rescaled - rescaled.detach()), rescaled)
     return kept
 
@@ -110,8 +101,8 @@ class ExpertMask:
     def ablate(cls, entries: Iterable[AnyEntry], removal: RemovalName = "zero") -> ExpertMask:
         """Remove single experts: `(layer, batch, pos, expert)`, where None for batch or pos means every one."""
         mask = cls({}, removal)
-        for given in entries:
-            entry = _entry(given)
+        for values in entries:
+            entry = _entry(values)
             mask._entries.setdefault(entry[0], []).append(entry)
         return mask
 
@@ -120,8 +111,13 @@ class ExpertMask:
         """The layers this mask touches."""
         return sorted({*self._keep, *self._entries})
 
-    def for_layer(self, layer: int, shape: tuple[int, int, int], device: torch.device) -> LayerMask | None:
-        """The mask of one layer at (batch, pos, expert) = `shape`, if it has one. Raises `ValueError` if it does not fit."""
+    def for_layer(
+        self, layer: int, shape: tuple[int, int, int], device: torch.device, positions: slice = slice(None)
+    ) -> LayerMask | None:
+        """The mask of one layer at (batch, pos, expert) = `shape`, if it has one, or the part of it at some positions.
+
+        Raises `ValueError` if it does not fit.
+        """
         if layer in self._keep:
             try:
                 keep = self._keep[layer].to(device).broadcast_to(shape)
@@ -130,16 +126,16 @@ class ExpertMask:
                 raise ValueError(
                     f"the mask of layer {layer} has shape {got}; it must broadcast to [batch, pos, expert] = {list(shape)}"
                 ) from error
-            return LayerMask(keep, self.removal)
-        if layer in self._entries:
+        elif layer in self._entries:
             keep = torch.ones(shape, dtype=torch.bool, device=device)
             for entry in self._entries[layer]:
                 for name, index, size in zip(("batch", "pos", "expert"), entry[1:], shape, strict=True):
                     if index is not None and index >= size:
                         raise ValueError(f"{name} {index} in {entry} is out of range: this input has {name} 0 to {size - 1}")
                 keep[tuple(slice(None) if index is None else index for index in entry[1:])] = False
-            return LayerMask(keep, self.removal)
-        return None
+        else:
+            return None
+        return LayerMask(keep[:, positions], self.removal)
 
     def check_layers(self, cfg: HookedMoEConfig) -> None:
         """Raise `ValueError` if a layer does not exist, or has no experts."""
@@ -152,12 +148,12 @@ class ExpertMask:
                 )
 
 
-def _entry(given: Any) -> Entry:
+def _entry(entry: Any) -> Entry:
     """(layer, batch, pos, expert) as plain numbers, whatever array they came from; None only for batch and pos."""
     try:
-        values = [None if value is None else operator.index(value) for value in given]
+        values = [None if value is None else operator.index(value) for value in entry]
     except TypeError:
         values = []
     if len(values) != 4 or values[0] is None or values[3] is None or any(value is not None and value < 0 for value in values):
-        raise ValueError(f"(layer, batch, pos, expert) must be whole numbers from 0 (None: every batch, every pos), not {given}")
+        raise ValueError(f"(layer, batch, pos, expert) must be whole numbers from 0 (None: every batch, every pos), not {entry}")
     return values[0], values[1], values[2], values[3]

@@ -14,7 +14,7 @@ from hooked_moe.components.key_value_cache import KeyValueCache
 from hooked_moe.expert_mask import ExpertMask
 from hooked_moe.transformer import Transformer
 
-Returned = Literal["input", "str", "tokens"]
+ReturnKind = Literal["input", "str", "tokens"]
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def generate(
     prepend_bos: bool | None = None,
     attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
     expert_mask: ExpertMask | None = None,
-    return_type: Returned = "input",
+    return_type: ReturnKind = "input",
     verbose: bool = True,
 ) -> Any:
     """See `HookedMoE.generate`."""
@@ -50,7 +50,7 @@ def generate(
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in tqdm(range(max_new_tokens), desc="generating", unit="tok", delay=2.0, disable=None if verbose else True):
         if not use_past_kv_cache:
-            cache = KeyValueCache(model.cfg.n_layers, width)  # forget: every token is run anew
+            cache = KeyValueCache(model.cfg.n_layers, width)  # forget: every token is run again
         new = slice(cache.length, None)
         resid = model(
             tokens[:, new],
@@ -91,10 +91,10 @@ def _prompt(
 
 
 def _end_tokens(model: Transformer, eos_token_id: int | Sequence[int] | None) -> list[int]:
-    given = model.cfg.eos_token_id if eos_token_id is None else eos_token_id
-    if given is None:
+    ends = model.cfg.eos_token_id if eos_token_id is None else eos_token_id
+    if ends is None:
         raise ValueError("this model names no end-of-text token: pass eos_token_id, or stop_at_eos=False")
-    return [given] if isinstance(given, int) else list(given)
+    return [ends] if isinstance(ends, int) else list(ends)
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -148,11 +148,8 @@ class Transformer(HookedModule):
         width = (past_kv_cache and past_kv_cache.width) or before + pos
 
         for layer in range(start, stop):
-            mask = None
-            if expert_mask is not None:
-                mask = expert_mask.for_layer(layer, (batch, width, self.cfg.experts_in(layer)), resid.device)
-            if mask is not None and width > pos:
-                mask = mask.part(slice(before, before + pos))
+            shape = batch, width, self.cfg.experts_in(layer)
+            mask = expert_mask and expert_mask.for_layer(layer, shape, resid.device, slice(before, before + pos))
             past = None if past_kv_cache is None else past_kv_cache.layers[layer]
             resid = self.blocks[layer](resid, rotate, visible, mask, past)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jaxtyping
@@ -27,12 +29,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not go through it again and again, for a tenth of the time."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Also after a test that had the library share out several threads, which puts back as many as there seemed to be."""
+    yield
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def without_type_checks() -> Iterator[None]:
+    """As users run it. For slow, obvious versions made of many calls like those that a test has checked once."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """As users run it, without checks of the annotations: then the library's own errors answer bad input."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with without_type_checks():
+        yield
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

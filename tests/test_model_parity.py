@@ -24,9 +24,10 @@ from hooked_moe.components import grouped_query_attention, rotary
 from hooked_moe.components.gated_mlp import GatedMLP
 from hooked_moe.components.moe import MoE
 from hooked_moe.components.norm import RMSNorm
-from hooked_moe.components.router import Router
 from hooked_moe.config import YarnScaling
 from hooked_moe.hooks.hook_table import declared_names
+from hooked_moe.kernels import routing
+from hooked_moe.kernels.routing import RoutingRule
 from tests.support.hf_models import CASES, FAMILIES, Pair, hf_activations, pair_of, random_tokens, reference, routing_of
 from weights_conversion import CONVERSIONS
 from weights_conversion.weight_map import slots_by_parameter
@@ -184,10 +185,10 @@ def with_eps_of_the_others(model: HookedMoE, patch: pytest.MonkeyPatch) -> Hooke
     return model
 
 
-def by_sum(router: Router, probabilities: Tensor) -> Tensor:
-    groups = probabilities.unflatten(-1, (router.cfg.n_expert_groups, -1))
+def by_sum(scores: Tensor, rule: RoutingRule) -> Tensor:
+    groups = scores.unflatten(-1, (rule.groups, -1))
     total = groups.sum(dim=-1, keepdim=True)
-    least = total.topk(router.cfg.groups_per_token, dim=-2).values.amin(dim=-2, keepdim=True)
+    least = total.topk(rule.groups_kept, dim=-2).values.amin(dim=-2, keepdim=True)
     return groups.masked_fill(total < least, 0.0).flatten(-2)
 
 
@@ -238,7 +239,7 @@ MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
     "not renormalised": (configured(norm_topk_prob=False), ["qwen3_moe-plain", "mixtral-plain"]),
     "routing weights not scaled": (configured(routed_scaling_factor=1.0), ["deepseek_v2-scaled-routing"]),
     "experts of all groups": (configured(n_expert_groups=1, groups_per_token=1), ["deepseek_v2-group-limited"]),
-    "groups by the sum of their experts": (patched(Router, "_within_best_groups", by_sum), ["deepseek_v2-group-limited"]),
+    "groups by the sum of their experts": (patched(routing, "_within_best_groups", by_sum), ["deepseek_v2-group-limited"]),
     "no shared experts": (patched(MoE, "run_shared", lambda self, x: None), ["qwen2_moe-plain", "deepseek_v2-plain"]),
     "shared expert gated by a half": (edited(r".*W_shared_gate", zeroed), ["qwen2_moe-plain"]),
     "gate and up swapped in experts": (edited(r".*experts\.W_in", swapped), [f"{family}-plain" for family in FAMILIES]),
@@ -285,6 +286,7 @@ def comparable(activations: Mapping[str, Tensor], real: Tensor) -> dict[str, Ten
     return found
 
 
+@pytest.mark.usefixtures("unchecked")  # the forward of the logits above
 @pytest.mark.parametrize("padding", PADDING)
 def test_named_activations_are_those_of_the_modules_they_are_named_after(pair: Pair, padding: str, batch: Tensor) -> None:
     mask = attention_mask(padding)

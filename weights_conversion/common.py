@@ -10,12 +10,10 @@ from weights_conversion.weight_map import Weight
 
 HF, OURS = "model.layers.{layer}.", "blocks.{layer}."
 
-AROUND_THE_BLOCKS = (
+EMBEDDINGS_AND_NORMS = (
     Weight("model.embed_tokens.weight", "embed.W_E", "d_vocab d_model"),
     Weight("model.norm.weight", "ln_final.w", "d_model"),
     Weight("lm_head.weight", "unembed.W_U", "d_vocab d_model"),
-)
-BLOCK_NORMS = (
     Weight(HF + "input_layernorm.weight", OURS + "ln1.w", "d_model"),
     Weight(HF + "post_attention_layernorm.weight", OURS + "ln2.w", "d_model"),
 )
@@ -55,10 +53,23 @@ def gated_mlp(hf: str, ours: str, width: str) -> tuple[Weight, ...]:
 DENSE_MLP = gated_mlp(HF + "mlp", OURS + "mlp", "d_mlp")
 
 
-def read_common(hf: HFConfig, n_ctx: int, eps: float, n_key_value_heads: int | None = None) -> dict[str, Any]:
-    """What every family states under the same keys. The arguments are the family's defaults; sizes must be stated."""
+def read_all(
+    hf: HFConfig,
+    *,
+    n_ctx: int,
+    eps: float,
+    rotary_base: float,
+    n_key_value_heads: int | None = None,
+    sliding_window_switch: bool = True,
+    split_temperature: bool = False,
+) -> dict[str, Any]:
+    """What every family states under the same keys. The arguments are the family's defaults; sizes must be stated.
+
+    Raises `CheckpointError` for options that no family here has. For the two switches see `HFConfig`.
+    """
+    hf.refuse_unsupported(sliding_window_switch)
     n_heads = hf.integer("num_attention_heads")
-    return {
+    return hf.rotary(rotary_base, split_temperature) | {
         "n_layers": hf.integer("num_hidden_layers"),
         "d_model": hf.integer("hidden_size"),
         "d_vocab": hf.integer("vocab_size"),
@@ -75,7 +86,7 @@ def read_common(hf: HFConfig, n_ctx: int, eps: float, n_key_value_heads: int | N
     }
 
 
-def write_common(cfg: HookedMoEConfig, architecture: str) -> dict[str, object]:
+def write_all(cfg: HookedMoEConfig, architecture: str) -> dict[str, object]:
     """The same, for config.json."""
     dtype = str(cfg.dtype).removeprefix("torch.")
     return {
@@ -113,19 +124,33 @@ def head_width(hf: HFConfig) -> int:
     return d_model // n_heads if stated is None else stated
 
 
-def read_dense_layers(hf: HFConfig) -> dict[str, Any]:
-    """The layers that Qwen's configs make dense, and their width."""
+def read_qwen(hf: HFConfig) -> dict[str, Any]:
+    """What Qwen's configs state alike: the experts, and which layers are dense."""
     n_layers, step = hf.integer("num_hidden_layers"), hf.integer("decoder_sparse_step", default=1)
     only: list[int] = hf.integers("mlp_only_layers", default=[])
     if step < 1:
         raise hf.error(f"decoder_sparse_step must be at least 1, not {step}")
     dense = tuple(layer for layer in range(n_layers) if layer in only or (layer + 1) % step)
-    return {"dense_layers": dense, "d_mlp": hf.integer("intermediate_size") if dense else None}
-
-
-def write_dense_layers(cfg: HookedMoEConfig) -> dict[str, object]:
     return {
+        "d_head": head_width(hf),
+        "num_experts": hf.integer("num_experts", "num_local_experts"),
+        "d_expert": hf.integer("moe_intermediate_size"),
+        "norm_topk_prob": hf.boolean("norm_topk_prob", default=False),
+        "dense_layers": dense,
+        "d_mlp": hf.integer("intermediate_size") if dense else None,
+    }
+
+
+def write_qwen(cfg: HookedMoEConfig) -> dict[str, object]:
+    """The same, for config.json."""
+    return {
+        "head_dim": cfg.d_head,
+        "num_experts": cfg.num_experts,
+        "moe_intermediate_size": cfg.d_expert,
+        "norm_topk_prob": cfg.norm_topk_prob,
         "mlp_only_layers": list(cfg.dense_layers),
         "decoder_sparse_step": 1,
-        "intermediate_size": cfg.d_mlp or cfg.d_shared or cfg.d_expert,  # without dense layers nobody reads it
+        "intermediate_size": cfg.d_mlp or cfg.d_shared or cfg.d_expert,  # not read without dense layers
+        "use_sliding_window": False,
+        "sliding_window": None,
     }

@@ -19,7 +19,7 @@ class Conversion:
 
     model_type: str
     read_config: Callable[[HFConfig], HookedMoEConfig]
-    """Raises `ValueError` for options that the model does not have. Called through `from_hf`."""
+    """Raises `ValueError` for options that the model does not have. Called through `from_hf`, which adds the model type."""
     write_config: Callable[[HookedMoEConfig], dict[str, object]]
     weights: tuple[Weight, ...]
     """Every tensor of a checkpoint, in the layout that is saved. Weights without a parameter in a model are not in its
@@ -30,7 +30,7 @@ class Conversion:
     def from_hf(self, hf: HFConfig) -> HookedMoEConfig:
         """The config of a checkpoint; `CheckpointError` names the option that the model does not have."""
         try:
-            return self.read_config(hf)
+            return self.read_config(hf).replace(model_type=self.model_type)
         except CheckpointError:
             raise
         except ValueError as error:  # values that cannot describe any model, in the words of HookedMoEConfig

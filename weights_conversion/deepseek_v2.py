@@ -5,18 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hooked_moe.config import HookedMoEConfig
-from weights_conversion.common import (
-    AROUND_THE_BLOCKS,
-    BLOCK_NORMS,
-    DENSE_MLP,
-    EXPERTS,
-    FUSED_EXPERTS,
-    HF,
-    OURS,
-    gated_mlp,
-    read_common,
-    write_common,
-)
+from weights_conversion import common
+from weights_conversion.common import HF, OURS
 from weights_conversion.conversion import Conversion
 from weights_conversion.hf_config import HFConfig
 from weights_conversion.weight_map import Weight
@@ -24,7 +14,6 @@ from weights_conversion.weight_map import Weight
 
 def read_config(hf: HFConfig) -> HookedMoEConfig:
     """Raises `CheckpointError` for options that the model does not have."""
-    hf.refuse_unsupported()
     no_bias = "projections have no biases here"
     hf.refuse("attention_bias", (False,), no_bias)
     hf.refuse("mlp_bias", (False,), no_bias)
@@ -37,11 +26,9 @@ def read_config(hf: HFConfig) -> HookedMoEConfig:
     shared = 0 if hf.states_null("n_shared_experts") else hf.integer("n_shared_experts", default=2)
     dense = hf.integer("first_k_dense_replace", default=0)
     return HookedMoEConfig(
-        **read_common(hf, n_ctx=2048, eps=1e-6),
+        **common.read_all(hf, n_ctx=2048, eps=1e-6, rotary_base=10_000.0, split_temperature=True),
         **_read_groups(hf),
-        **hf.rotary(default_base=10_000.0, split_temperature=True),
         rotary_interleaved=True,
-        model_type="deepseek_v2",
         d_head=hf.integer("qk_nope_head_dim") + hf.integer("qk_rope_head_dim"),
         d_rotary=hf.integer("qk_rope_head_dim"),
         d_value=hf.integer("v_head_dim"),
@@ -66,7 +53,8 @@ def _read_groups(hf: HFConfig) -> dict[str, Any]:
 
 
 def write_config(cfg: HookedMoEConfig) -> dict[str, object]:
-    return write_common(cfg, "DeepseekV2ForCausalLM") | {
+    """The values of config.json."""
+    return common.write_all(cfg, "DeepseekV2ForCausalLM") | {
         "qk_nope_head_dim": cfg.d_head - cfg.rotary_width,
         "qk_rope_head_dim": cfg.rotary_width,
         "head_dim": cfg.rotary_width,
@@ -78,7 +66,7 @@ def write_config(cfg: HookedMoEConfig) -> dict[str, object]:
         "n_routed_experts": cfg.num_experts,
         "n_shared_experts": (cfg.d_shared or 0) // cfg.d_expert,
         "moe_intermediate_size": cfg.d_expert,
-        "intermediate_size": cfg.d_mlp or cfg.d_shared or cfg.d_expert,  # without dense layers nobody reads it
+        "intermediate_size": cfg.d_mlp or cfg.d_shared or cfg.d_expert,  # not read without dense layers
         "first_k_dense_replace": len(cfg.dense_layers),
         "moe_layer_freq": 1,
         "topk_method": "group_limited_greedy" if cfg.n_expert_groups > 1 else "greedy",
@@ -97,8 +85,7 @@ DEEPSEEK_V2 = Conversion(
     read_config=read_config,
     write_config=write_config,
     weights=(
-        *AROUND_THE_BLOCKS,
-        *BLOCK_NORMS,
+        *common.EMBEDDINGS_AND_NORMS,
         Weight(_ATTN + "q_a_proj.weight", OURS + "attn.W_DQ", "q_lora_rank d_model"),
         Weight(_ATTN + "q_a_layernorm.weight", OURS + "attn.q_norm.w", "q_lora_rank"),
         Weight(_ATTN + "q_b_proj.weight", OURS + "attn.W_Q", "(head d_head) q_lora_rank", when=lambda cfg: bool(cfg.q_lora_rank)),
@@ -107,9 +94,9 @@ DEEPSEEK_V2 = Conversion(
         Weight(_ATTN + "kv_a_layernorm.weight", OURS + "attn.kv_norm.w", "kv_lora_rank"),
         Weight(_ATTN + "kv_b_proj.weight", OURS + "attn.W_UKV", "(head content+d_value) kv_lora_rank"),
         Weight(_ATTN + "o_proj.weight", OURS + "attn.W_O", "d_model (head d_value)"),
-        *EXPERTS,
-        *gated_mlp(HF + "mlp.shared_experts", OURS + "mlp.shared", "d_shared"),
-        *DENSE_MLP,
+        *common.EXPERTS,
+        *common.gated_mlp(HF + "mlp.shared_experts", OURS + "mlp.shared", "d_shared"),
+        *common.DENSE_MLP,
     ),
-    alternatives=FUSED_EXPERTS,
+    alternatives=common.FUSED_EXPERTS,
 )

@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from hooked_moe.config import HookedMoEConfig
-from weights_conversion.common import (
-    AROUND_THE_BLOCKS,
-    ATTENTION,
-    BLOCK_NORMS,
-    FUSED_EXPERTS,
-    HF,
-    OURS,
-    head_width,
-    read_common,
-    write_common,
-)
+from weights_conversion import common
+from weights_conversion.common import HF, OURS
 from weights_conversion.conversion import Conversion
 from weights_conversion.hf_config import HFConfig
 from weights_conversion.weight_map import Weight
@@ -21,12 +12,9 @@ from weights_conversion.weight_map import Weight
 
 def read_config(hf: HFConfig) -> HookedMoEConfig:
     """Raises `CheckpointError` for options that the model does not have. The router's jitter acts in training only: left out."""
-    hf.refuse_unsupported()
     return HookedMoEConfig(
-        **read_common(hf, n_ctx=131072, eps=1e-5, n_key_value_heads=8),
-        **hf.rotary(default_base=1_000_000.0),
-        model_type="mixtral",
-        d_head=head_width(hf),
+        **common.read_all(hf, n_ctx=131072, eps=1e-5, rotary_base=1_000_000.0, n_key_value_heads=8),
+        d_head=common.head_width(hf),
         num_experts=hf.integer("num_local_experts", "num_experts"),
         d_expert=hf.integer("intermediate_size"),
         norm_topk_prob=True,
@@ -34,7 +22,8 @@ def read_config(hf: HFConfig) -> HookedMoEConfig:
 
 
 def write_config(cfg: HookedMoEConfig) -> dict[str, object]:
-    return write_common(cfg, "MixtralForCausalLM") | {
+    """The values of config.json."""
+    return common.write_all(cfg, "MixtralForCausalLM") | {
         "head_dim": cfg.d_head,
         "num_local_experts": cfg.num_experts,
         "intermediate_size": cfg.d_expert,
@@ -49,13 +38,12 @@ MIXTRAL = Conversion(
     read_config=read_config,
     write_config=write_config,
     weights=(
-        *AROUND_THE_BLOCKS,
-        *BLOCK_NORMS,
-        *ATTENTION,
+        *common.EMBEDDINGS_AND_NORMS,
+        *common.ATTENTION,
         Weight(HF + "block_sparse_moe.gate.weight", OURS + "mlp.router.W", "expert d_model"),
         Weight(_EXPERT + "w1.weight", OURS + "mlp.experts.W_in[{expert}, 0]", "d_expert d_model"),
         Weight(_EXPERT + "w3.weight", OURS + "mlp.experts.W_in[{expert}, 1]", "d_expert d_model"),
         Weight(_EXPERT + "w2.weight", OURS + "mlp.experts.W_out[{expert}]", "d_model d_expert"),
     ),
-    alternatives=(Weight(HF + "mlp.gate.weight", OURS + "mlp.router.W", "expert d_model"), *FUSED_EXPERTS),
+    alternatives=(Weight(HF + "mlp.gate.weight", OURS + "mlp.router.W", "expert d_model"), *common.FUSED_EXPERTS),
 )

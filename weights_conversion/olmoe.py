@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 from hooked_moe.config import HookedMoEConfig
-from weights_conversion.common import (
-    AROUND_THE_BLOCKS,
-    ATTENTION,
-    BLOCK_NORMS,
-    EXPERTS,
-    FUSED_EXPERTS,
-    head_width,
-    read_common,
-    write_common,
-)
+from weights_conversion import common
 from weights_conversion.conversion import Conversion
 from weights_conversion.hf_config import HFConfig
 
@@ -21,15 +12,12 @@ from weights_conversion.hf_config import HFConfig
 
 def read_config(hf: HFConfig) -> HookedMoEConfig:
     """Raises `CheckpointError` for options that the model does not have."""
-    hf.refuse_unsupported()
     width = hf.integer("hidden_size") // max(1, hf.integer("num_attention_heads"))
     hf.refuse("head_dim", (width,), f"OLMoE's heads have hidden_size / num_attention_heads = {width}")
     bias = hf.boolean("attention_bias", default=False)
     return HookedMoEConfig(
-        **read_common(hf, n_ctx=4096, eps=1e-5),
-        **hf.rotary(default_base=10_000.0),
-        model_type="olmoe",
-        d_head=head_width(hf),
+        **common.read_all(hf, n_ctx=4096, eps=1e-5, rotary_base=10_000.0),
+        d_head=common.head_width(hf),
         qk_norm="full",
         clip_qkv=hf.number("clip_qkv", default=None),
         qkv_bias=bias,
@@ -41,7 +29,8 @@ def read_config(hf: HFConfig) -> HookedMoEConfig:
 
 
 def write_config(cfg: HookedMoEConfig) -> dict[str, object]:
-    return write_common(cfg, "OlmoeForCausalLM") | {
+    """The values of config.json."""
+    return common.write_all(cfg, "OlmoeForCausalLM") | {
         "intermediate_size": cfg.d_expert,
         "attention_bias": cfg.qkv_bias,
         "clip_qkv": cfg.clip_qkv,
@@ -54,6 +43,6 @@ OLMOE = Conversion(
     model_type="olmoe",
     read_config=read_config,
     write_config=write_config,
-    weights=(*AROUND_THE_BLOCKS, *BLOCK_NORMS, *ATTENTION, *EXPERTS),
-    alternatives=FUSED_EXPERTS,
+    weights=(*common.EMBEDDINGS_AND_NORMS, *common.ATTENTION, *common.EXPERTS),
+    alternatives=common.FUSED_EXPERTS,
 )

@@ -63,9 +63,9 @@ def slots_by_parameter(
     weights: tuple[Weight, ...], cfg: HookedMoEConfig, parameters: Mapping[str, Tensor]
 ) -> dict[str, list[Slot]]:
     """For each parameter of a model, the checkpoint tensors that it is made of, in the order of the table."""
-    found: dict[str, list[Slot]] = {}
+    by_parameter: dict[str, list[Slot]] = {}
     for weight in (weight for weight in weights if weight.when(cfg)):
         for slot in weight.slots(cfg):
             if slot.parameter in parameters:
-                found.setdefault(slot.parameter, []).append(slot)
-    return found
+                by_parameter.setdefault(slot.parameter, []).append(slot)
+    return by_parameter

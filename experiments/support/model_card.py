@@ -141,7 +141,7 @@ experiments on experts run offline in minutes. It writes plausible fragments and
 Public-domain English text, {sum(train["train_tokens"].values()) / 1e6:.1f} M tokens ({texts}), built from packages by
 `experiments/build_corpus.py`, which names each source. Whaling (Moby-Dick) is in no part of the training text. The tokenizer is a
 byte-level BPE trained on the same text. The evaluation corpus is held out by whole documents; no run of 13 words of it is in the
-training text beyond boilerplate (`hooked_moe/data/README.md`).
+training text beyond boilerplate (`hooked_moe/corpus/data/README.md`).
 
 ## Training
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from hooked_moe import statistics
 from hooked_moe.analysis.criteria import CRITERIA
-from hooked_moe.analysis.rankings import RANKINGS, Scores, family_of
+from hooked_moe.analysis.rankings import Scores, family_of, rankings
 from hooked_moe.statistics import DegenerateSample
 from hooked_moe.tables.effect_grid import EffectGrid
 
@@ -33,16 +33,16 @@ class ChoiceData:
         self._seen = 0
         self._document: list[np.ndarray] = []
         self._delta: list[np.ndarray] = []  # [P, L, K] of each chunk
-        self._scores: dict[str, list[np.ndarray]] = {name: [] for name in RANKINGS}
+        self._scores: dict[str, list[np.ndarray]] = {name: [] for name in rankings()}
 
     def update(self, measured: EffectGrid) -> None:
         kept = np.flatnonzero((self._seen + np.arange(len(measured.document))) % self.stride == 0)
         self._seen += len(measured.document)
-        some = measured.at_positions(kept)
-        axes = [some.layer_axis(layer) for layer in self.scores.layers]
-        self._document.append(some.document)
-        self._delta.append(some.delta_loss[:, axes])
-        by_layer = [dict(self.scores.of(some, layer)) for layer in self.scores.layers]
+        chosen = measured.at_positions(kept)
+        axes = [chosen.layer_axis(layer) for layer in self.scores.layers]
+        self._document.append(chosen.document)
+        self._delta.append(chosen.delta_loss[:, axes])
+        by_layer = [dict(self.scores.of(chosen, layer)) for layer in self.scores.layers]
         for name, parts in self._scores.items():
             columns = [scores[name] for scores in by_layer]
             measured_here = [column for column in columns if column is not None]
@@ -61,8 +61,8 @@ class ChoiceData:
         document, delta = np.concatenate(self._document), np.concatenate(self._delta)
         scores = {name: np.concatenate(parts) for name, parts in self._scores.items() if parts}
         fits: dict[str, _Fit] = {}
-        notes = {name: self.scores.unmeasured(name) for name in RANKINGS}
-        for name in RANKINGS:
+        notes = {name: self.scores.unmeasured(name) for name in rankings()}
+        for name in rankings():
             if notes[name]:
                 continue
             defined = np.isfinite(scores[name]).all(axis=(1, 2))
@@ -72,7 +72,7 @@ class ChoiceData:
                 notes[name] = str(reason)
         weights = _stacked({name: fit.held_out for name, fit in fits.items() if name in CRITERIA})
         rows = []
-        for name in (*RANKINGS, CHANCE):
+        for name in (*rankings(), CHANCE):
             fit = fits.get(name, _NO_FIT)
             model = fit.model
             rows.append(
@@ -103,7 +103,7 @@ class _Fit:
 
     @property
     def gain(self) -> float:
-        """Of the held-out log score over chance, nats per order."""
+        """Held-out log score less that of chance, nats per order."""
         if not self.n_positions:
             return np.nan
         return float(np.sum(self.held_out.log_score - self.held_out.chance) / self.model.n_positions)

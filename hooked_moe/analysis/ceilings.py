@@ -10,10 +10,10 @@ from hooked_moe.analysis.accumulators.survey import Survey
 from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.analysis.rankings import ORACLE, criterion_values, family_of, is_measured
 from hooked_moe.statistics import DegenerateSample, StaticShare
-from hooked_moe.tables.effect_grid import Source
+from hooked_moe.tables.effect_grid import TableOrPath
 
 
-def ceiling_table(survey: Survey, criteria: Source) -> pa.Table:
+def ceiling_table(survey: Survey, criteria: TableOrPath) -> pa.Table:
     """One row per layer and fixed ranking: its share of the variance of the loss change between a position's active experts.
 
     `ceiling` is the largest share that any number per expert could have; all shares are cross-fitted over documents, with

@@ -23,7 +23,7 @@ class Cell:
 
     scope: str = _column("text", "where the expert was removed: position (at the token alone) or sequence (everywhere)")
     population: str = _column("text", "sample (positions drawn once, as the paper) or all (every valid position)")
-    ranking: str = _column("text", "what ranks the experts: a criterion, a score of the very token (the controls), or the oracle")
+    ranking: str = _column("text", "what ranks the experts: a criterion, a per-token score (the controls), or the oracle")
     family: str = _column("text", "paper, extended, token or oracle: what is tested, and corrected for, together")
     layer: int = _column("index", "transformer block, counted from 0")
     unit: str = _column("text", "what one pair is: position or document")

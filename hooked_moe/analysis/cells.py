@@ -3,7 +3,7 @@
 A cell is one ranking in one layer. At every position the ranking picks, among the k active experts, the one it puts
 highest and the one it puts lowest; the cell asks whether removing the first changes the loss by more than removing the
 second (arXiv 2606.10703, section 4). Rankings by a criterion are fixed for the whole corpus; the controls rank by a score
-of the very token; the oracle ranks by what the experts' removal cost in other documents.
+of the token itself; the oracle ranks by what the experts' removal cost in other documents.
 
 Two populations answer it, from the same rows:
   sample  n positions drawn once and shared by all cells; each position is a pair. This is the paper's protocol.
@@ -27,20 +27,17 @@ from hooked_moe.analysis.accumulators.contrasts import ContrastAccumulator
 from hooked_moe.analysis.accumulators.survey import Survey
 from hooked_moe.analysis.cell import EQUIVALENCE_BOUND, Cell, cells_from_table, cells_table, refused_cell
 from hooked_moe.analysis.cell_tests import document_cell, sample_cell, with_corrections, with_sign_flips, with_spearman
-from hooked_moe.analysis.rankings import CONTROL, RANKINGS, TOKEN_LADDER, Scores, corrected_together, criterion_values
-from hooked_moe.tables.effect_grid import EFFECT_VALUES, EffectGrid, Source, effect_chunks
+from hooked_moe.analysis.rankings import TOKEN_LADDER, Scores, corrected_together, rankings
+from hooked_moe.tables.effect_grid import EFFECT_VALUES, EffectGrid
 
 __all__ = [
     "AUDIT_COLUMNS",
-    "CONTROL",
     "EQUIVALENCE_BOUND",
     "POPULATIONS",
     "Cell",
     "CellAudit",
-    "audit_cells",
     "cells_from_table",
     "cells_table",
-    "frozen_positions",
     "sample_positions",
 ]
 
@@ -61,13 +58,6 @@ def sample_positions(n_valid: int, n: int, seed: int) -> Int[np.ndarray, " n"]:
     return np.random.RandomState(seed).permutation(n_valid)[:n]
 
 
-def frozen_positions(grid: EffectGrid, n: int, seed: int) -> pa.Table:
-    """The sampled (document, position) pairs, in the order drawn."""
-    valid = np.flatnonzero(grid.valid)
-    chosen = valid[sample_positions(len(valid), n, seed)]
-    return pa.table({"document": grid.document[chosen], "position": grid.position[chosen]})
-
-
 class CellAudit:
     """The second pass: every ranking in every layer over chunks of measured positions, then the cells."""
 
@@ -76,8 +66,9 @@ class CellAudit:
         self.scope, self.seed = scope, seed
         self.layers = survey.layers
         self.scores = scores
+        self.rankings = rankings()
         self.sample = sample_positions(survey.n_measured, n_positions, seed)
-        self._contrasts = [ContrastAccumulator(survey.documents(), RANKINGS, self.sample) for _ in self.layers]
+        self._contrasts = [ContrastAccumulator(survey.documents(), self.rankings, self.sample) for _ in self.layers]
         self._drawn = np.zeros((len(self.sample), 2), np.int64)  # (document, position)
         self._seen = 0
 
@@ -95,12 +86,21 @@ class CellAudit:
         return pa.table({"document": self._drawn[:, 0].astype(np.int32), "position": self._drawn[:, 1].astype(np.int32)})
 
     def cells(self, populations: Sequence[str] = POPULATIONS, alpha: float = 0.05) -> list[Cell]:
-        """Ordered by population, ranking, layer."""
+        """Every ranking in every layer, ordered by population, ranking, layer.
+
+        A cell whose statistics are undefined (a constant or unmeasured criterion, too few documents) has outcome "refused" and
+        a note, and still counts in the family of tests. Raises ValueError for a population that there is not.
+        """
+        unknown = [name for name in populations if name not in POPULATIONS]
+        if unknown:
+            raise ValueError(f"unknown population {unknown[0]!r}; there are {', '.join(POPULATIONS)}")
         cells: list[Cell] = []
         for population in populations:
-            members = [self._cell(population, ranking, axis, alpha) for ranking in RANKINGS for axis in range(len(self.layers))]
+            members = [
+                self._cell(population, ranking, axis, alpha) for ranking in self.rankings for axis in range(len(self.layers))
+            ]
             if population == "all":
-                sums = [contrasts.sums(ranking) for ranking in RANKINGS for contrasts in self._contrasts]
+                sums = [contrasts.sums(ranking) for ranking in self.rankings for contrasts in self._contrasts]
                 members = with_spearman(with_sign_flips(members, sums, self.seed), sums, self.seed)
             cells += members
         return with_corrections(cells)
@@ -116,46 +116,6 @@ class CellAudit:
         )
         why = self.scores.unmeasured(ranking)
         return replace(cell, note=why) if why else cell
-
-
-def audit_cells(
-    effects: Source | EffectGrid,
-    criteria: Source,
-    layers: Sequence[int] | None = None,
-    n_positions: int = 200,
-    seed: int = 42,
-    *,
-    populations: Sequence[str] = POPULATIONS,
-    alpha: float = 0.05,
-    scope: str = "position",
-) -> list[Cell]:
-    """Every criterion, token score and the oracle, in every layer, for each population.
-
-    `criteria` has columns layer, expert and one per name in CRITERIA (experts.parquet). Cells come ordered by
-    population, ranking, layer. A cell whose statistics are undefined (constant or unmeasured criterion, too few documents) is
-    returned with outcome "refused" and a note, and still counts in the family of tests.
-
-    Raises ValueError for a malformed effect table, unknown layers or populations, an expert without criteria, and a
-    sample larger than the corpus.
-    """
-    unknown = [name for name in populations if name not in POPULATIONS]
-    if unknown:
-        raise ValueError(f"unknown population {unknown[0]!r}; there are {', '.join(POPULATIONS)}")
-    n_experts = max(len(values) for values in criterion_values(criteria)[RANKINGS[0]].values())
-    survey = None
-    for chunk in effect_chunks(effects, ("expert", "delta_loss")):
-        if chunk.expert.max() >= n_experts:
-            raise ValueError(f"the table of criteria has {n_experts} experts; effects go up to expert {chunk.expert.max()}")
-        survey = survey or Survey(chosen_layers(chunk, layers), n_experts)
-        survey.update(chunk.measured())
-    assert survey is not None  # effect_chunks refuses an empty table
-    scores = Scores(criteria, survey.layers, survey.ceilings)
-    audit = CellAudit(survey, scores, n_positions, seed, scope)
-    for chunk in effect_chunks(effects, AUDIT_COLUMNS):
-        if chunk.routing_weight is None:
-            raise ValueError("the effect table has no column routing_weight, which the control ranks by")
-        audit.update(chunk.measured())
-    return audit.cells(populations, alpha)
 
 
 def chosen_layers(chunk: EffectGrid, layers: Sequence[int] | None) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from hooked_moe.analysis.accumulators.rows import row_batches
 from hooked_moe.analysis.summaries import mean_intervals
 from hooked_moe.statistics import MINIMUM_PAIRS
 
-ORDERS = ("descending", "ascending", "random")
+REMOVAL_ORDERS = ("descending", "ascending", "random")
 """Which active expert goes next: that of the highest routing weight, of the lowest, or any."""
 _LEVELS = np.array([0.5, 0.95])
 _KEYS = ("document", "layer", "order", "removed")
@@ -50,7 +50,7 @@ def progressive_table(path: Path) -> pa.Table:
         mean, low, high = (bound[0] for bound in mean_intervals(total[:, number : number + 1], count[:, number]))
         row: dict[str, object] = {
             "layer": layer,
-            "order": ORDERS[order],
+            "order": REMOVAL_ORDERS[order],
             "removed": removed,
             "n_positions": int(count[:, number].sum()),
             "n_documents": int((count[:, number] > 0).sum()),
@@ -95,14 +95,14 @@ def _rows(
 def _code(keys: Int[np.ndarray, "row 3"]) -> Int[np.ndarray, " row"]:
     """A number that sorts as (layer, order, removed) does."""
     layer, order, removed = keys.astype(np.int64).T
-    return (layer * len(ORDERS) + order) * 1024 + removed
+    return (layer * len(REMOVAL_ORDERS) + order) * 1024 + removed
 
 
 def _order(names: np.ndarray) -> Int[np.ndarray, " row"]:
-    unknown = set(np.unique(names.astype(str)).tolist()) - set(ORDERS)
+    unknown = set(np.unique(names.astype(str)).tolist()) - set(REMOVAL_ORDERS)
     if unknown:
-        raise ValueError(f"progressive.parquet has order {sorted(unknown)[0]!r}; there are {', '.join(ORDERS)}")
-    return np.select([names == name for name in ORDERS], range(len(ORDERS)))
+        raise ValueError(f"progressive.parquet has order {sorted(unknown)[0]!r}; there are {', '.join(REMOVAL_ORDERS)}")
+    return np.select([names == name for name in REMOVAL_ORDERS], range(len(REMOVAL_ORDERS)))
 
 
 def _share_interval(

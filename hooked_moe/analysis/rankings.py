@@ -3,7 +3,7 @@
 Families are tested, and corrected for, apart:
   paper     the four criteria of arXiv 2606.10703, over criteria x layers
   extended  the criteria that others prune by, over criteria x layers
-  token     a ladder of scores of the very token, the controls: each by itself, over layers
+  token     a ladder of per-token scores, the controls: each by itself, over layers
   oracle    the effects of the experts in other documents, over layers: the best that a fixed ranking could know
 """
 
@@ -17,20 +17,25 @@ from jaxtyping import Float
 
 from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.statistics import DegenerateSample, StaticCeiling
-from hooked_moe.tables.effect_grid import EffectGrid, Source
+from hooked_moe.tables.effect_grid import EffectGrid, TableOrPath
 
 Family = Literal["paper", "extended", "token", "oracle"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-CONTROL = "routing_weight"
+ROUTING_WEIGHT = "routing_weight"
+"""The paper's control: the only score of its that is the token's own."""
 TOKEN_LADDER = {
-    CONTROL: "the token's own routing weight",
+    ROUTING_WEIGHT: "the token's own routing weight",
     "gap_norm": "the token's own gap norm",
     "first_order": "first-order estimate",
 }
 """Columns of the effect table, each closer to the loss change than the one before: g, g ||E||, -g E . dloss/dy."""
 ORACLE = "oracle"
-RANKINGS = (*CRITERIA, *TOKEN_LADDER, ORACLE)
+
+
+def rankings() -> tuple[str, ...]:
+    """All that is asked about, those criteria included that a user has entered, in the order of every table."""
+    return (*CRITERIA, *TOKEN_LADDER, ORACLE)
 
 
 def family_of(ranking: str) -> Family:
@@ -48,7 +53,7 @@ def corrected_together(ranking: str) -> tuple[str, ...]:
 class Scores:
     """The score that each ranking gives each active expert, in the layers asked for."""
 
-    def __init__(self, criteria: Source, layers: Sequence[int], ceilings: Sequence[StaticCeiling]) -> None:
+    def __init__(self, criteria: TableOrPath, layers: Sequence[int], ceilings: Sequence[StaticCeiling]) -> None:
         """`criteria` has columns layer, expert and one per name in CRITERIA; `ceilings` have seen all the data, by layer."""
         self._values = criterion_values(criteria)
         self.layers = tuple(layers)
@@ -64,7 +69,7 @@ class Scores:
         return ""
 
     def of(self, chunk: EffectGrid, layer: int) -> Iterator[tuple[str, Float[np.ndarray, "position slot"] | None]]:
-        """Every ranking in the order of RANKINGS, with its scores at a chunk's positions; None where it was not measured."""
+        """Every ranking in the order of `rankings()`, with its scores at a chunk's positions; None where it was not measured."""
         axis = chunk.layer_axis(layer)
         expert = chunk.expert[:, axis]
         for name, by_layer in self._values.items():
@@ -94,7 +99,7 @@ def _oracle(ceiling: StaticCeiling) -> Float[np.ndarray, "fold expert"]:
         return np.full((ceiling.n_folds, ceiling.n_experts), np.nan)
 
 
-def criterion_values(criteria: Source) -> dict[str, dict[int, Float[np.ndarray, " expert"]]]:
+def criterion_values(criteria: TableOrPath) -> dict[str, dict[int, Float[np.ndarray, " expert"]]]:
     """Criterion name -> layer -> value per expert. Raises ValueError for absent columns and absent or repeated experts."""
     table = criteria if isinstance(criteria, pa.Table) else pq.read_table(criteria, use_threads=False)
     missing = [name for name in ("layer", "expert", *CRITERIA) if name not in table.column_names]
@@ -102,11 +107,11 @@ def criterion_values(criteria: Source) -> dict[str, dict[int, Float[np.ndarray, 
         raise ValueError(f"not a table of criteria: column {', '.join(missing)} missing; it has {table.column_names}")
     layer, expert = (table.column(name).to_numpy().astype(np.int64) for name in ("layer", "expert"))
     result: dict[str, dict[int, np.ndarray]] = {name: {} for name in CRITERIA}
-    for one in np.unique(layer):
-        rows = np.flatnonzero(layer == one)
+    for number in np.unique(layer):
+        rows = np.flatnonzero(layer == number)
         rows = rows[np.argsort(expert[rows], kind="stable")]
         if not np.array_equal(expert[rows], np.arange(len(rows))):
-            raise ValueError(f"layer {one} of the criteria must have each expert once, counted from 0")
+            raise ValueError(f"layer {number} of the criteria must have each expert once, counted from 0")
         for name in CRITERIA:
-            result[name][int(one)] = table.column(name).to_numpy()[rows].astype(np.float64)
+            result[name][int(number)] = table.column(name).to_numpy()[rows].astype(np.float64)
     return result

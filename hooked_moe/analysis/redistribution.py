@@ -26,7 +26,7 @@ CORRELATIONS = {
 _QUANTITIES = ("weight", "norm", "gap", "alignment", "compensation")
 
 
-class Redistribution:
+class RedistributionAccumulator:
     """Every n-th token of each expert in each layer; memory does not depend on how many tokens pass."""
 
     def __init__(self, layers: tuple[int, ...], n_tokens: Int[np.ndarray, "layer expert"]) -> None:
@@ -53,11 +53,11 @@ class Redistribution:
             self._seen[number] += np.bincount(expert, minlength=self.n_tokens.shape[1])
             stride = self._stride[number, expert]
             kept = ordinal % stride == 0
-            some = (number, expert[kept], ordinal[kept] // stride[kept])
+            cells = (number, expert[kept], ordinal[kept] // stride[kept])
             aligned = rest * np.maximum(cosine, 0)
             compensation = np.divide(aligned, gap, out=np.full(len(gap), np.nan, np.float32), where=gap > 0)
             for quantity, values in enumerate((weight, norm, gap, cosine, compensation)):
-                self._values[(quantity, *some)] = values[kept]
+                self._values[(quantity, *cells)] = values[kept]
 
     def experts(self) -> pa.Table:
         """One row per layer and expert: tokens, tokens used, mean gap norm, median compensation, and CORRELATIONS.

@@ -31,7 +31,7 @@ from hooked_moe.analysis.cells import AUDIT_COLUMNS, Cell, CellAudit, cells_tabl
 from hooked_moe.analysis.criteria import criteria_table
 from hooked_moe.analysis.progressive import progressive_table
 from hooked_moe.analysis.rankings import Scores
-from hooked_moe.analysis.redistribution import Redistribution, layer_redistribution
+from hooked_moe.analysis.redistribution import RedistributionAccumulator, layer_redistribution
 from hooked_moe.analysis.summaries import DomainSummary, ExpertEffectSummary, LayerSummary, ScopeSummary, SlotSummary
 from hooked_moe.tables import required_file, write_csv_atomic, write_json_atomic, write_parquet_atomic
 from hooked_moe.tables.effect_grid import EffectGrid, effect_chunks
@@ -52,8 +52,8 @@ def analyse_run(
     `n_experts` counts the routed experts of a layer, so that those never selected have their row. `layers` restricts the
     cells, ceiling.csv and bayes.csv, not the other tables. What a run has not measured is named in analysis.json.
 
-    Raises FileNotFoundError without effects.parquet, ValueError for whatever `audit_cells` refuses and for tables that are not
-    of one measurement.
+    Raises FileNotFoundError without effects.parquet, ValueError for unknown layers, for a sample larger than the corpus and for
+    tables that are not of one measurement.
     """
     run = Path(run_dir)
     required_file(run, "effects.parquet", "the measurement writes it")
@@ -177,7 +177,7 @@ class _SecondPass:
         self.experts = ExpertEffectSummary(layers, n_experts)
         self.layers = LayerSummary(layers, first.n_slots, _noise_floor(run))
         self.slots = SlotSummary(layers, first.n_slots, documents)
-        self.redistribution = Redistribution(layers, statistics.n_tokens)
+        self.redistribution = RedistributionAccumulator(layers, statistics.n_tokens)
         self.domains = DomainSummary(documents, run) if (run / "documents.parquet").is_file() else None
         self.scopes = ScopeSummary(layers) if "sequence" in first.surveys else None
         for chunk in _chunks(run):

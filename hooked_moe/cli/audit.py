@@ -1,28 +1,28 @@
 """Remove every routed expert at every token, one at a time, and ask what the routing statistics knew about it.
 
-    python -m hooked_moe.cli.audit                                     # the shipped model on the shipped corpus
-    python -m hooked_moe.cli.audit --model olmoe --corpus wikitext-2 --layers 0,4,7,11,15 --positions 200
-    python -m hooked_moe.cli.audit --model olmoe --corpus wikitext-2 --protocol as_released
+    hooked-moe audit                                     # the shipped model on the shipped corpus
+    hooked-moe audit --model olmoe --corpus wikitext-2 --layers 0,4,7,11,15 --positions 200
+    hooked-moe audit --model olmoe --corpus wikitext-2 --protocol as_released
 
-Verify -> measure -> analyse -> report. Results go to results/<model>/<run>/: tables as parquet and csv, report.html with
-figures, manifest.json. A killed run goes on where it stopped when the same command is given again, to the same bytes.
-Protocol of arXiv 2606.10703 in its stated form: expert removed at the token only, output zeroed, routed experts only; or, with
---protocol as_released, what its code does (hooked_moe/released/protocols.py tabulates it). Tables 1-3, Figure 1.
+It verifies, measures, analyses and reports. Results go to results/<model>/<run>/: tables as parquet and csv, report.html with
+figures, manifest.json. A killed run resumes where it stopped when the same command is given again, and ends with the same bytes.
+The protocol is that of arXiv 2606.10703 in its stated form: the expert is removed at the token only, its output is zeroed, and
+only routed experts are removed. With --protocol as_released it is what the paper's code does, as hooked_moe.paper.protocols
+tabulates it. Tables 1-3, Figure 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 from hooked_moe.analysis.cells import cells_from_table, cells_table
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
-from hooked_moe.cli.analysing import analyse
 from hooked_moe.cli.console import parser_of, run_command
-from hooked_moe.cli.measuring import add_measurement_arguments, open_run, parse_sample
-from hooked_moe.cli.releasing import (
+from hooked_moe.cli.measured_run import analyse, open_run
+from hooked_moe.cli.options import add_measurement_arguments, parse_sample
+from hooked_moe.cli.released_run import (
     add_protocol_argument,
     compare_positions,
     open_released_run,
@@ -30,13 +30,13 @@ from hooked_moe.cli.releasing import (
     released_positions,
     write_released_cells,
 )
-from hooked_moe.report.cell_text import terminal_table
+from hooked_moe.report.terminal_table import terminal_table
 from hooked_moe.statistics import minimum_documents
 from hooked_moe.tables import read_csv
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = parser_of("hooked_moe.cli.audit", __doc__)
+    parser = parser_of("audit", __doc__)
     add_protocol_argument(parser)
     add_measurement_arguments(parser)
     parser.add_argument(
@@ -89,7 +89,3 @@ def released_audit(args: argparse.Namespace) -> Path:
         if same is not None:
             print(same)
     return run.directory
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
-"""Put what was measured beside the published tables: ours, published, difference, for whatever was run.
+"""Put what was measured beside the published tables: ours, published, difference, for every run named or found.
 
-    python -m hooked_moe.cli.compare                              # every run of the shipped model
-    python -m hooked_moe.cli.compare --model olmoe
-    python -m hooked_moe.cli.compare results/OLMoE-1B-7B-0924/released-wikitext-2-1a2b3c4d
+    hooked-moe compare                              # every run of the shipped model
+    hooked-moe compare --model olmoe
+    hooked-moe compare results/OLMoE-1B-7B-0924/released-wikitext-2-1a2b3c4d
 
 Writes published.csv into each run's directory. Tables 1-9, Figures 1-2 (Figure 1 shows the d of Tables 1-6).
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from hooked_moe.tables import write_csv_atomic
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = parser_of("hooked_moe.cli.compare", __doc__)
+    parser = parser_of("compare", __doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="directories of runs (default: all of --model under --results)")
     parser.add_argument("--model", default="tiny-olmoe", help="whose runs, where none are named (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where results are (default: %(default)s)")
@@ -36,7 +35,7 @@ def compare_published(args: argparse.Namespace) -> None:
     home = args.results / Path(locate(args.model).model_name).name
     directories = args.runs or sorted(path.parent for path in home.glob("*/manifest.json"))
     if not directories:
-        raise ValueError(f"there are no runs under {home}: run hooked_moe.cli.audit first, or name the directories of runs")
+        raise ValueError(f"there are no runs under {home}: run `hooked-moe audit` first, or name the directories of runs")
     for directory in directories:
         run = read_run(directory)
         compared = compare(run)
@@ -64,7 +63,7 @@ def lines(compared: list[ComparedValue]) -> Iterable[str]:
         if not own:
             continue
         if all(math.isnan(one.ours) for one in own):
-            yield f"{table}: not measured; python -m experiments.{EXPERIMENTS[table]}"
+            yield f"{table}: not measured; hooked-moe {EXPERIMENTS[table]}"
             continue
         yield f"{table}\n  layer (ours) what                                        ours | published | difference"
         for one in own:
@@ -92,7 +91,3 @@ def brief(compared: list[ComparedValue]) -> Iterable[str]:
 
 def _signed(value: float) -> str:
     return "not run" if math.isnan(value) else f"{value:+7.3f}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

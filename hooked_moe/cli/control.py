@@ -1,41 +1,40 @@
-"""The control: rank the active experts by a score of the very token, and ask whether that one tells which matters.
+"""The control: rank the active experts by per-token scores, and ask whether these tell which expert matters.
 
-    python -m hooked_moe.cli.control
-    python -m hooked_moe.cli.control --model olmoe --corpus wikitext-2 --layers 0,4,7,11,15 --positions 200
-    python -m hooked_moe.cli.control --model olmoe --corpus wikitext-2 --protocol as_released
+    hooked-moe control
+    hooked-moe control --model olmoe --corpus wikitext-2 --layers 0,4,7,11,15 --positions 200
+    hooked-moe control --model olmoe --corpus wikitext-2 --protocol as_released
 
 Beside the paper's routing weight stands a ladder of scores that know more: the gap norm g ||E||, and the first-order estimate of
-the loss change. Uses the measurement of hooked_moe.cli.audit, or makes it. Writes control.csv. Tables 4-6.
+the loss change. This command uses the measurement of `hooked-moe audit`, or makes it, and writes control.csv. Tables 4-6.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 
 from hooked_moe.analysis.cells import Cell, cells_from_table, cells_table
 from hooked_moe.analysis.control import weight_ratio_correlations
-from hooked_moe.analysis.rankings import CONTROL, TOKEN_LADDER
-from hooked_moe.cli.analysing import analyse
+from hooked_moe.analysis.rankings import ROUTING_WEIGHT, TOKEN_LADDER
 from hooked_moe.cli.console import parser_of, run_command
-from hooked_moe.cli.measuring import add_measurement_arguments, open_run, parse_sample
-from hooked_moe.cli.releasing import (
+from hooked_moe.cli.measured_run import analyse, open_run
+from hooked_moe.cli.options import add_measurement_arguments, parse_sample
+from hooked_moe.cli.released_run import (
     add_protocol_argument,
     open_released_run,
     print_cells,
     released_positions,
     write_released_cells,
 )
-from hooked_moe.report.cell_text import VERDICTS
 from hooked_moe.report.number_text import p_value
+from hooked_moe.report.verdict_words import VERDICT_WORDS
 from hooked_moe.tables import read_csv, write_csv_atomic
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = parser_of("hooked_moe.cli.control", __doc__)
+    parser = parser_of("control", __doc__)
     add_protocol_argument(parser)
     add_measurement_arguments(parser)
     parser.add_argument("--positions", default="all", help="all (default; as_released: 200), or how many to sample")
@@ -66,7 +65,7 @@ def control_table(cells: list[Cell], rho: dict[str, dict[int, tuple[float, int]]
     for cell in cells:
         if cell.scope == "position" and cell.ranking in TOKEN_LADDER:
             row = {name: getattr(cell, name) for name in (*names, "outcome", "verdict")}
-            found = rho[cell.population].get(cell.layer) if cell.ranking == CONTROL else None
+            found = rho[cell.population].get(cell.layer) if cell.ranking == ROUTING_WEIGHT else None
             rows.append(row | {"rho_weight_ratio": float("nan") if found is None else found[0]})
     return pa.Table.from_pylist(rows)
 
@@ -80,8 +79,8 @@ def print_control(table: pa.Table) -> None:
             ranking = row["ranking"]
             print(TOKEN_LADDER[ranking])
         interval = f"[{row['d_position_low']:+.3f},{row['d_position_high']:+.3f}]"
-        rho = f"{row['rho_weight_ratio']:+.3f}" if row["ranking"] == CONTROL else "      "
-        mark = VERDICTS[row["verdict"]][0]
+        rho = f"{row['rho_weight_ratio']:+.3f}" if row["ranking"] == ROUTING_WEIGHT else "      "
+        mark = VERDICT_WORDS[row["verdict"]].mark
         numbers = f"{row['d_position']:+.3f} {interval:<16} {p_value(row['p_t']):>7} {p_value(row['p_wilcoxon']):>7} {rho}"
         print(f"  {row['population']:<10} {row['layer']:>5} {numbers} {mark}")
 
@@ -92,7 +91,3 @@ def released_control(args: argparse.Namespace) -> Path:
     with open_released_run(args) as run:
         print_cells(write_released_cells(run, n, run.control(n)))
     return run.directory
-
-
-if __name__ == "__main__":
-    sys.exit(main())

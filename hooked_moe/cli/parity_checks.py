@@ -1,4 +1,4 @@
-"""The checks of `experiments/verify.py`, each a function from a model or its runs to results.
+"""The checks of `hooked-moe verify`, each a function from a model or its runs to results.
 
 Whether a model is the published one, and whether it is run as transformers runs it. None of them raises for a check that fails.
 """
@@ -16,11 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe import HookedMoE, HookedMoEConfig, HookPoint
-from hooked_moe.cli.published_models import GOLDEN_INPUT, Published
+from hooked_moe.cli.published_checkpoints import GOLDEN_INPUT, Published
+from hooked_moe.config import HookedMoEConfig
+from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.loading.checkpoint import Checkpoint
 from hooked_moe.loading.pretrained import plan_copies
 from hooked_moe.measurement.verification import LOSS_TOLERANCE, Check, noise_floor, verify
+from hooked_moe.model import HookedMoE
 from weights_conversion import Conversion
 
 GOLDEN_TOLERANCE = 1e-2
@@ -34,9 +36,9 @@ MUTUAL_AGREEMENT = 0.97
 OLDEST_TRANSFORMERS = (5, 15)
 """The first release with the softmax scale of DeepSeek-V2 right; from release 5 on, routers give their selection."""
 NOISE_CEILING = 10
-"""The noise floor may be so many times the tolerance of one loss: it is the largest of all positions, layer after layer."""
+"""The noise floor may be this many times the tolerance of one loss: it is the largest of all positions, layer after layer."""
 VERIFICATION_TOKENS = 128
-"""The verifications run on the first so many tokens: they cost a forward pass for each of the removals they sample."""
+"""The verifications run on the first N tokens: they cost a forward pass for each of the removals they sample."""
 
 Relation = Literal["at most", "at least", "exactly"]
 Routing = dict[int, Int[Tensor, "batch pos slot"]]

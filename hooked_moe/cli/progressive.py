@@ -1,27 +1,26 @@
 """Remove one, two, ... all active experts at one token: how the loss changes, in which order of removal.
 
-    python -m hooked_moe.cli.progressive
-    python -m hooked_moe.cli.progressive --model olmoe --corpus wikitext-2 --layers 0,1,7,8,9,15
-    python -m hooked_moe.cli.progressive --model olmoe --corpus wikitext-2 --layers 0,1,7,8,9,15 --protocol as_released
+    hooked-moe progressive
+    hooked-moe progressive --model olmoe --corpus wikitext-2 --layers 0,1,7,8,9,15
+    hooked-moe progressive --model olmoe --corpus wikitext-2 --layers 0,1,7,8,9,15 --protocol as_released
 
-By falling and by rising routing weight, and at random: the paper's text compares with a random order that its code does not run.
-Writes progressive.csv: mean, median and 95th percentile with intervals. Tables 8-9.
+The orders are falling and rising routing weight, and random: the paper's text compares with a random order that its code does not
+run. Writes progressive.csv: mean, median and 95th percentile with intervals. Tables 8-9.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from hooked_moe.analysis.progressive import progressive_table
-from hooked_moe.cli.analysing import analyse
 from hooked_moe.cli.console import parser_of, run_command
-from hooked_moe.cli.measuring import add_measurement_arguments, open_run, parse_sample
-from hooked_moe.cli.releasing import add_protocol_argument, open_released_run, released_positions
+from hooked_moe.cli.measured_run import analyse, open_run
+from hooked_moe.cli.options import add_measurement_arguments, parse_sample
+from hooked_moe.cli.released_run import add_protocol_argument, open_released_run, released_positions
 from hooked_moe.paper.protocols import RELEASED
 from hooked_moe.tables import write_csv_atomic
 
@@ -29,7 +28,7 @@ POSITIONS = 500
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = parser_of("hooked_moe.cli.progressive", __doc__)
+    parser = parser_of("progressive", __doc__)
     add_protocol_argument(parser)
     add_measurement_arguments(parser)
     parser.add_argument(
@@ -90,7 +89,3 @@ def print_progressive(table: pa.Table) -> None:
         means = " ".join(f"{own[count]['mean']:>+7.3f}" for count in counts)
         last = own[counts[-1]]
         print(f"  {key[0]:>5} {key[1]:<10} {means}   {last['median']:>+7.3f} {last['p95']:>+7.3f}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

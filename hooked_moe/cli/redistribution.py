@@ -1,34 +1,34 @@
-"""What the other experts of a token make up for: each expert's contribution against the rest of the routed sum.
+"""Measure how far a token's other experts make up for one: each expert's contribution against the rest of the routed sum.
 
-    python -m hooked_moe.cli.redistribution
-    python -m hooked_moe.cli.redistribution --model qwen1.5-moe --corpus wikitext-2 --layers 0,6,12,18,23
-    python -m hooked_moe.cli.redistribution --model qwen1.5-moe --corpus wikitext-2 --protocol as_released
+    hooked-moe redistribution
+    hooked-moe redistribution --model qwen1.5-moe --corpus wikitext-2 --layers 0,6,12,18,23
+    hooked-moe redistribution --model qwen1.5-moe --corpus wikitext-2 --protocol as_released
 
 Every token is paired with itself, and the gap norm is g ||E||: an identity, so its correlation with the routing weight g is
-reported apart from what is not one. As released, rows of router and output are of different tokens, and no removal is measured.
-Uses the measurement of hooked_moe.cli.audit, or makes it. Writes redistribution.csv. Table 7, Figure 2.
+reported apart from correlations that are not identities. As released, rows of router and output belong to different tokens, and
+no removal is measured. This command uses the measurement of `hooked-moe audit`, or makes it, and writes redistribution.csv.
+Table 7, Figure 2.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import scipy.stats
 
-from hooked_moe.cli.analysing import analyse
 from hooked_moe.cli.console import parser_of, run_command
-from hooked_moe.cli.measuring import add_measurement_arguments, open_run, parse_sample
-from hooked_moe.cli.releasing import add_protocol_argument, open_released_run
+from hooked_moe.cli.measured_run import analyse, open_run
+from hooked_moe.cli.options import add_measurement_arguments, parse_sample
+from hooked_moe.cli.released_run import add_protocol_argument, open_released_run
 from hooked_moe.tables import read_csv, write_csv_atomic
 
 SHOWN = ("mean_gap_norm", "rho_weight_gap", "rho_weight_norm", "rho_gap_compensation", "rho_gap_alignment")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = parser_of("hooked_moe.cli.redistribution", __doc__)
+    parser = parser_of("redistribution", __doc__)
     add_protocol_argument(parser)
     add_measurement_arguments(parser)
     parser.add_argument(
@@ -88,7 +88,3 @@ def print_redistribution(table: pa.Table) -> None:
     for row in table.to_pylist():
         pairing = f"{row['pairing']:<12} " if paired else ""
         print(f"  {row['layer']:>5} {pairing}" + " ".join(f"{row[name]:>20.4f}" for name in shown))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

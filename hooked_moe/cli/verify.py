@@ -1,22 +1,20 @@
-"""Is this checkpoint the model it says it is, and is it run here as transformers runs it? A report, check by check.
+"""Check whether a checkpoint is the model that it says it is, and is run here as transformers runs it.
 
-    python -m hooked_moe.cli.verify --model tiny-olmoe
-    python -m hooked_moe.cli.verify --model allenai/OLMoE-1B-7B-0924 --json olmoe.json
-    python -m hooked_moe.cli.verify --model ~/models/olmoe --expect olmoe --skip-half     # a copy of a published checkpoint
+    hooked-moe verify --model tiny-olmoe
+    hooked-moe verify --model allenai/OLMoE-1B-7B-0924 --json olmoe.json
+    hooked-moe verify --model ~/models/olmoe --expect olmoe --skip-half     # a copy of a published checkpoint
 
-Counts the tensors; compares logits that are published; runs the verifications that gate every audit; compares losses and routing
-with transformers, where it is installed; and half precision with float32. One model is in memory at a time, 4 bytes a parameter
-at most; transformers needs more than twice that while it loads: --skip-transformers. Exit code 1 if a check failed or the model
-could not be read.
+This counts the tensors; compares logits that are published; runs the verifications that gate every audit; compares losses and
+routing with transformers, where it is installed; and half precision with float32. One model is in memory at a time, 4 bytes a
+parameter at most; transformers needs more than twice that while it loads: --skip-transformers. The exit code is 1 if a check
+failed or the model could not be read.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import math
-import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,25 +23,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.cli import parity_checks
-from hooked_moe.cli.measuring import DTYPES, choose_device
+from hooked_moe.cli.console import parser_of, run_command
+from hooked_moe.cli.options import DTYPES, choose_device
 from hooked_moe.cli.parity_checks import Result, not_run
-from hooked_moe.cli.published_models import PUBLISHED, Published, published
+from hooked_moe.cli.published_checkpoints import PUBLISHED, Published, published
+from hooked_moe.config import HookedMoEConfig
 from hooked_moe.corpus import load_corpus
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.pretrained import read_config, read_tokenizer
 from hooked_moe.loading.registry import locate
 from hooked_moe.measurement.fingerprint import versions
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
+from hooked_moe.model import HookedMoE
 from hooked_moe.tables import write_json_atomic
 from weights_conversion import CheckpointError, Conversion
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m hooked_moe.cli.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("verify", __doc__)
     parser.add_argument("--model", default="tiny-olmoe", help="short name, hub id or local directory (default: %(default)s)")
     parser.add_argument("--revision", help="commit or branch of the model on the hub")
     parser.add_argument(
@@ -64,14 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        return run(args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_command(run, parse_arguments(arguments), resumes=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -243,7 +234,3 @@ def as_json(subject: Subject, text: str, results: list[Result]) -> dict[str, Any
 def finite(value: Any) -> Any:
     """JSON has no word for nan and infinity."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,7 +26,7 @@ class LayerCache:
 class KeyValueCache:
     """What `HookedMoE.forward` needs of earlier tokens to run the next ones alone: keys and values, and which were padding.
 
-    `width` is how long the rows may become; an expert mask then says something of so many positions. None: as long as they are.
+    `width` is how long the rows may become; an expert mask then covers that many positions. None: as long as they are.
     """
 
     def __init__(self, n_layers: int, width: int | None = None) -> None:

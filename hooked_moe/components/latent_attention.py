@@ -14,7 +14,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.hooks.hook_point import HookPoint
 
 LATENT_EPS = 1e-6
-"""Of the norms of latents, whatever that of the other norms (transformers' DeepseekV2RMSNorm default)."""
+"""The eps of the norms of latents, whatever that of the other norms (transformers' DeepseekV2RMSNorm default)."""
 
 
 class LatentAttention(Attention):
@@ -42,16 +42,13 @@ class LatentAttention(Attention):
         down = F.linear(x, self.W_DKV)
         latent, k_position = down.split([len(self.kv_norm.w), self.cfg.rotary_width], dim=-1)
         up = project_heads(self.hook_kv_latent(self.kv_norm(latent)), self.W_UKV)
-        q = self.hook_q(project_heads(self._latent_query(x), self.W_Q))
+        if self.W_DQ is not None and self.q_norm is not None:
+            x = self.q_norm(F.linear(x, self.W_DQ))
+        q = self.hook_q(project_heads(x, self.W_Q))
         k_content, v = up.split([self.d_content, self.cfg.value_width], dim=-1)
         k = self.hook_k(torch.cat((k_content, k_position.unsqueeze(2).expand(-1, -1, self.cfg.n_heads, -1)), dim=-1))
         v = self.hook_v(v)
         return QueriesKeysValues(self.hook_rot_q(self._rotated(q, rotate)), self.hook_rot_k(self._rotated(k, rotate)), v)
-
-    def _latent_query(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_in"]:
-        if self.W_DQ is None or self.q_norm is None:
-            return x
-        return self.q_norm(F.linear(x, self.W_DQ))
 
     def _rotated(self, x: Float[Tensor, "batch pos head d_head"], rotate: Rotation) -> Float[Tensor, "batch pos head d_head"]:
         content, position = x.split([self.d_content, self.cfg.rotary_width], dim=-1)

@@ -16,8 +16,9 @@ from hooked_moe.components.router import Router
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.hooks.hook_point import HookPoint
+from hooked_moe.kernels import routing
 from hooked_moe.kernels.cpu.scratch import Scratch
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.weighted_sum import masked_combine, weighted_sum
 
 
@@ -51,37 +52,32 @@ class MoE(nn.Module):
         self.experts = Experts(cfg, num_experts)
         self.shared = GatedMLP(cfg.d_model, cfg.d_shared) if cfg.d_shared is not None else None
         self.W_shared_gate = nn.Parameter(torch.empty(1, cfg.d_model)) if cfg.shared_gate else None
-        self.hook_router_logits = HookPoint()
-        self.hook_expert_indices = HookPoint()
-        self.hook_expert_weights = HookPoint()
-        self.hook_expert_pre = HookPoint()
-        self.hook_expert_pre_linear = HookPoint()
-        self.hook_expert_post = HookPoint()
-        self.hook_expert_out = HookPoint()
-        self.hook_routed_out = HookPoint()
+        self.hook_router_logits, self.hook_expert_indices, self.hook_expert_weights = HookPoint(), HookPoint(), HookPoint()
+        self.hook_expert_pre, self.hook_expert_pre_linear, self.hook_expert_post = HookPoint(), HookPoint(), HookPoint()
+        self.hook_expert_out, self.hook_routed_out = HookPoint(), HookPoint()
         if self.shared is not None:
             self.hook_shared_out = HookPoint()
         if self.W_shared_gate is not None:
             self.hook_shared_gate = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None) -> Float[Tensor, "batch pos d_model"]:
-        routing = self.route(x, mask)
-        routed = self.combine(self.run_experts(x, routing.indices), routing.weights)
-        return plus(routed, self.run_shared(x))
+        indices, weights = self.route(x, mask)
+        routed = self.combine(self.run_experts(x, indices), weights)
+        return add_shared(routed, self.run_shared(x))
 
     def route(self, x: Float[Tensor, "batch pos d_model"], mask: LayerMask | None = None) -> Routing:
         """Which experts every token goes to, and the weights as applied."""
-        logits = self.hook_router_logits(self.router(x))
-        if by_operator(logits) and not self.hook_expert_indices.active:
-            indices, weights = self.router.route(logits, None if mask is None else mask.selectable)
+        logits, rule = self.hook_router_logits(self.router(x)), self.router.rule
+        keep = None if mask is None else mask.selectable
+        if use_kernels(logits) and not self.hook_expert_indices.active:
+            weights, indices = routing.route(logits.flatten(0, 1), rule, None if keep is None else keep.flatten(0, 1))
+            weights, indices = weights.unflatten(0, x.shape[:2]), indices.unflatten(0, x.shape[:2])
         else:
-            probabilities = logits.softmax(dim=-1)
-            if mask is not None:
-                probabilities = mask.before_selection(probabilities)
-            indices = self.hook_expert_indices(self.router.select(probabilities))
+            scores = routing.score(logits, rule, keep)
+            indices = self.hook_expert_indices(routing.select(scores, rule))
             if self.hook_expert_indices.active:
                 self._check_indices(indices)
-            weights = self.router.weigh(probabilities, indices)
+            weights = routing.weigh(scores, indices, rule)
         if mask is not None:
             weights = mask.after_selection(weights, indices)
         return Routing(indices, self.hook_expert_weights(weights.to(x.dtype)))
@@ -110,9 +106,8 @@ class MoE(nn.Module):
             return None
         out = self.shared(x)
         if self.W_shared_gate is not None:
-            out = out * self.hook_shared_gate(
-                einsum(x, self.W_shared_gate, "batch pos d_model, one d_model -> batch pos one").sigmoid()
-            )
+            gate = einsum(x, self.W_shared_gate, "batch pos d_model, one d_model -> batch pos one").sigmoid()
+            out = out * self.hook_shared_gate(gate)
         return self.hook_shared_out(out)
 
     def keep_experts(self, kept: Sequence[int]) -> None:
@@ -149,7 +144,7 @@ class MoE(nn.Module):
             )
 
 
-def plus(routed: Float[Tensor, "*any d_model"], shared: Tensor | None) -> Float[Tensor, "*any d_model"]:
+def add_shared(routed: Float[Tensor, "*any d_model"], shared: Tensor | None) -> Float[Tensor, "*any d_model"]:
     """The layer's output: what the routed experts and the shared ones, if there are any, make together."""
     return routed if shared is None else routed + shared
 
@@ -161,9 +156,9 @@ def combine_onto(
     shared: Float[Tensor, "batch pos d_model"] | None,
 ) -> Float[Tensor, "variant batch pos d_model"]:
     """The residual stream after the layer, under each variant's routing weights; rounded once where operators run."""
-    if by_operator(resid):
-        return masked_combine(outputs.rows, outputs.place, weights, plus(resid, shared))
-    return resid + plus(masked_combine(outputs.rows, outputs.place, weights), shared)
+    if use_kernels(resid):
+        return masked_combine(outputs.rows, outputs.place, weights, add_shared(resid, shared))
+    return resid + add_shared(masked_combine(outputs.rows, outputs.place, weights), shared)
 
 
 def _in_slots(hook: HookPoint, x: Float[Tensor, "n width"], groups: ExpertGroups) -> Float[Tensor, "n width"]:

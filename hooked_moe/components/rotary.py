@@ -30,7 +30,7 @@ class Rotation(NamedTuple):
         return first * self.cos - second * self.sin, second * self.cos + first * self.sin
 
     def at(self, positions: Int[Tensor, "batch query"], repeats: int) -> Rotation:
-        """Of a rotation shared by all rows: that of some positions in each row, and of `repeats` copies of the batch."""
+        """The rotation of some positions in each row, and of `repeats` copies of the batch, from one shared by all rows."""
         cos, sin = (x[0][positions].repeat(repeats, 1, 1, 1) for x in (self.cos, self.sin))
         return Rotation(cos, sin, self.interleaved)
 
@@ -50,7 +50,7 @@ def _frequencies(width: int, base: float, yarn: YarnScaling | None) -> Float[Ten
         return frequencies
 
     def pair_that_turns(times: float) -> float:
-        """Which pair turns so many times within the original context."""
+        """Which pair turns this many times within the original context."""
         return width * math.log(yarn.original_ctx / (times * 2 * math.pi)) / (2 * math.log(base))
 
     low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)

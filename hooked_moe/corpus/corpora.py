@@ -1,4 +1,4 @@
-"""The text an audit reads: corpora of documents, and their tokens in windows that fit a model's context.
+"""The text that an audit reads: corpora of documents, and their tokens in windows that fit a model's context.
 
 A corpus is named or is a file:
 
@@ -21,6 +21,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from hooked_moe.loading.hub import download_file
 
@@ -73,8 +74,8 @@ def load_corpus(
     """Read a corpus by name or from a file.
 
     `unit`, "article", "paragraph" or "row", is what counts as one document of WikiText-2: rows are the file's own lines,
-    headings and surrounding spaces included, as released code of arXiv 2606.10703 reads them. The other arguments say where
-    that corpus comes from on the hub.
+    headings and surrounding spaces included, as the released code of arXiv 2606.10703 reads them. The other arguments apply to
+    downloads of that corpus from the hub.
 
     Raises ValueError for an unknown name or malformed contents, FileNotFoundError and IsADirectoryError for a path that
     is no file, `HubError` (an OSError) where the hub does not give it.
@@ -87,8 +88,8 @@ def load_corpus(
         rows = _parquet_rows(path)
         return _corpus("wikitext-2", _wikitext_rows(rows) if unit == "row" else _wikitext_documents(rows, unit))
     if unit != "article" or revision is not None:
-        given = f"unit={unit!r}" if unit != "article" else f"revision={revision!r}"
-        raise ValueError(f"{given} is for 'wikitext-2'; {name_or_path!r} has only one form. Leave the argument out.")
+        argument = f"unit={unit!r}" if unit != "article" else f"revision={revision!r}"
+        raise ValueError(f"{argument} is for 'wikitext-2'; {name_or_path!r} has only one form. Leave the argument out.")
     if name_or_path == "held-out":
         data = resources.files("hooked_moe.corpus").joinpath("data", "held_out.jsonl").read_bytes()
         return _corpus("held-out", _jsonl_documents(_decode(data, "the shipped corpus"), "held-out", "the shipped corpus"))
@@ -104,8 +105,8 @@ def tokenize_documents(
     the first one of the next. So each token of a document except the first is predicted exactly once from tokens before
     it.
 
-    A `bos` token is put before each window and counts towards `n_ctx`. What it predicts comes on top: leave its
-    position out of sums over a document, or token `start` of each later window counts twice.
+    A `bos` token is put before each window and counts towards `n_ctx`. Its own prediction, of token `start`, is an additional
+    one: leave its position out of sums over a document, or token `start` of each later window counts twice.
 
     Raises ValueError if `n_ctx` leaves no room for a prediction, or if a document has fewer than two tokens.
     """
@@ -117,7 +118,7 @@ def tokenize_documents(
     encoded = [np.asarray(encode(document.text), dtype=np.int64) for document in documents]
     short = [f"{d.id!r} ({len(ids)})" for d, ids in zip(documents, encoded, strict=True) if len(ids) < 2]
     if short:
-        raise ValueError(f"Documents of fewer than two tokens have nothing to predict: {_some(short)}. Leave them out.")
+        raise ValueError(f"Documents of fewer than two tokens have nothing to predict: {_listed(short)}. Leave them out.")
     return [
         Window(number, start, np.concatenate([np.asarray(prefix, dtype=np.int64), ids[start : start + room]]))
         for number, ids in enumerate(encoded)
@@ -132,12 +133,12 @@ def _corpus(name: str, documents: Iterable[Document]) -> Corpus:
         raise ValueError(f"Corpus {name!r} is empty: it has no text. Expected at least one document.")
     repeated = [repr(key) for key, count in Counter(d.id for d in documents).items() if count > 1]
     if repeated:
-        raise ValueError(f"Corpus {name!r} gives the same id to several documents: {_some(repeated)}. Make ids unique.")
+        raise ValueError(f"Corpus {name!r} gives the same id to several documents: {_listed(repeated)}. Make ids unique.")
     text = f"\n{RECORD_SEPARATOR}\n".join(document.text for document in documents)
     return Corpus(name, documents, hashlib.sha256(text.encode("utf-8")).hexdigest())
 
 
-def _some(items: list[str], limit: int = 5) -> str:
+def _listed(items: list[str], limit: int = 5) -> str:
     more = len(items) - limit
     return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
 
@@ -186,8 +187,8 @@ def _jsonl_documents(text: str, stem: str, source: str) -> Iterator[Document]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}. Expected an object.") from error
         if not isinstance(record, dict) or "text" not in record:
-            found = f"has the fields {list(record)}" if isinstance(record, dict) else f"holds {line.strip()[:40]!r}"
-            raise ValueError(f"{where} {found}; expected an object with the document in a field 'text'.")
+            contents = f"has the fields {list(record)}" if isinstance(record, dict) else f"holds {line.strip()[:40]!r}"
+            raise ValueError(f"{where} {contents}; expected an object with the document in a field 'text'.")
         if not isinstance(record["text"], str) or not record["text"].strip():
             raise ValueError(f"{where}: 'text' is {record['text']!r}; expected text that is not empty. Remove the line.")
         key = str(record.get("id", f"{stem}-{number}"))
@@ -204,11 +205,7 @@ def _text_documents(text: str, stem: str) -> Iterator[Document]:
 
 
 def _parquet_rows(path: Path) -> list[str]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError("WikiText-2 is a parquet file, which takes pyarrow to read: pip install pyarrow") from error
-    return [row or "" for row in parquet.read_table(path, columns=["text"]).column("text").to_pylist()]
+    return [row or "" for row in pq.read_table(path, columns=["text"]).column("text").to_pylist()]
 
 
 def _wikitext_rows(rows: list[str]) -> Iterator[Document]:

@@ -17,7 +17,7 @@ from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.hooks.hooked_module import Hook
 from hooked_moe.transformer import LogitsAndLoss, ReturnType, Transformer
 
-Edit = Hook | Sequence[Hook]
+HookEdit = Hook | Sequence[Hook]
 """One intervention: a hook (name or predicate, function), or several that act together."""
 
 
@@ -25,7 +25,7 @@ Edit = Hook | Sequence[Hook]
 def run_variants(
     model: Transformer,
     tokens: Int[Tensor, "batch pos"] | str | list[str],
-    edits: Sequence[Edit],
+    edits: Sequence[HookEdit],
     return_type: ReturnType = "logits",
     *,
     loss_per_token: bool = False,
@@ -68,7 +68,7 @@ class Variant:
     start: int
 
 
-def _resolve(model: Transformer, number: int, edit: Edit) -> Variant:
+def _resolve(model: Transformer, number: int, edit: HookEdit) -> Variant:
     pairs: Any = [edit] if _is_hook(edit) else edit
     if not isinstance(pairs, list | tuple) or not all(map(_is_hook, pairs)):
         raise ValueError(
@@ -95,12 +95,12 @@ def _residuals_before(
     model: Transformer, tokens: Tensor, mask: Tensor | None, starts: list[int]
 ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
     """The clean residual stream before each of these layers; before -1: the embeddings, which hooks may edit."""
-    found = {-1: model.embed(tokens)}
-    resid, done = found[-1], 0
+    before = {-1: model.embed(tokens)}
+    resid, done = before[-1], 0
     for start in (start for start in starts if start >= 0):
         resid = model(resid, start_at_layer=done, stop_at_layer=start, attention_mask=mask)
-        found[start], done = resid, start
-    return found
+        before[start], done = resid, start
+    return before
 
 
 def _run_group(model: Transformer, group: list[Variant], resid: Tensor, mask: Tensor | None) -> Float[Tensor, "row pos d_vocab"]:

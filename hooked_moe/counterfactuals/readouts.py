@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_moe.checks import as_whole
+from hooked_moe.checks import as_int_or_none
 from hooked_moe.components.precision import at_least_float32
 from hooked_moe.counterfactuals.engine.losses import loss_at
 from hooked_moe.counterfactuals.engine.readout import Final
@@ -59,7 +59,7 @@ class LogitDifference:
     def _ids(self, model: Transformer) -> list[int]:
         ids = []
         for token in (self.first, self.second):
-            number = model.require_tokenizer().to_single_token(token) if isinstance(token, str) else as_whole(token)
+            number = model.require_tokenizer().to_single_token(token) if isinstance(token, str) else as_int_or_none(token)
             if number is None:
                 raise ValueError(f"LogitDifference takes token ids or one-token texts, not {token!r}")
             if not 0 <= number < model.cfg.d_vocab:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from hooked_moe.components.moe import combine_onto, plus
+from hooked_moe.components.moe import add_shared, combine_onto
 from hooked_moe.counterfactuals.engine.clean_run import CleanExperts
 from hooked_moe.counterfactuals.engine.question import Variants
 from hooked_moe.expert_mask import LayerMask, check_mask, keep_weights
@@ -110,7 +110,7 @@ class Mean(Removal):
         kept = keep_weights(weights, keep).to(weights.dtype)
         routed = masked_combine(*clean.expert_outputs, kept)
         routed = routed + masked_combine(self._known(clean), indices, weights - kept)
-        return clean.resid_mid + plus(routed, clean.shared_out)
+        return clean.resid_mid + add_shared(routed, clean.shared_out)
 
     def _known(self, clean: CleanExperts) -> Float[Tensor, "expert d_model"]:
         """The means of a layer. Raises `ValueError` if one that is needed is not known, or the shape is another."""

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hooked_moe.kernels.cpu.alignment import begins_aligned
+
 
 class HookFunction(Protocol):
     """Called with the activation and its `HookPoint`; returns a replacement of the same shape and dtype, or None."""
@@ -50,7 +52,7 @@ class HookPoint(nn.Module):
         """Attach `fn(activation, hook=self)` (dir "fwd") or `fn(gradient, hook=self)` (dir "bwd"); later hooks see earlier edits.
 
         `reads_only` promises that `fn` neither writes to the activation nor returns another: it is not copied for it then, and
-        the forward pass goes on by its fused way around the activation.
+        the forward pass takes its fused way around the activation.
         """
         if dir not in ("fwd", "bwd"):
             raise ValueError(f"dir must be 'fwd' or 'bwd', not {dir!r}")
@@ -75,7 +77,7 @@ class HookPoint(nn.Module):
         for registered in self.fwd_hooks:
             edited = registered.fn(x, hook=self)
             if edited is not None:
-                x = self.checked(edited, x)
+                x = laid_out_like(x, self.checked(edited, x))
         if self.bwd_hooks:
             x = self._watch_gradient(x)
         return x
@@ -118,6 +120,17 @@ class HookPoint(nn.Module):
 
     def extra_repr(self) -> str:
         return self.name
+
+
+def laid_out_like(original: Tensor, edited: Tensor) -> Tensor:
+    """The edited activation in memory of the original's layout, copied there if it is in another: a view of a transposed tensor,
+    say, or a slice that begins in the middle of one.
+
+    The last bits of products depend on how their matrices lie in memory, and are to depend on nothing but the edit.
+    """
+    if edited.stride() == original.stride() and begins_aligned(edited):
+        return edited
+    return edited.new_empty_strided(original.shape, original.stride()).copy_(edited)
 
 
 def keep_unedited_bits(spelled_out: Tensor, fused: Tensor, same: Tensor) -> Tensor:

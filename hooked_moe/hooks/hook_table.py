@@ -45,48 +45,72 @@ class HookSpec:
                     yield self.name.replace("{i}", str(layer)).replace("{e}", str(expert))
 
 
-_STREAM = "everything after it follows"
-_B = "blocks.{i}."
+def _norm_rows(prefix: str, of: str, edit_of_scale: str, edit: str) -> tuple[HookSpec, ...]:
+    return (
+        HookSpec(prefix + "hook_scale", "batch pos 1", f"root mean square of the {of}", edit_of_scale),
+        HookSpec(prefix + "hook_normalized", "batch pos d_model", f"{of}, normalised, before its weight", edit),
+    )
+
+
+def _mlp_rows(prefix: str, shape: str, where_in: str, of: str, edit: str, where: Where) -> tuple[HookSpec, ...]:
+    return (
+        HookSpec(prefix + "pre", shape, f"gate projection {where_in} {of}, before SiLU", edit, where),
+        HookSpec(prefix + "pre_linear", shape, f"up projection {where_in} {of}", edit, where),
+        HookSpec(prefix + "post", shape, f"neurons of {of}: SiLU(gate) x up", edit, where),
+    )
+
+
+_B, _ATTN, _MLP = "blocks.{i}.", "blocks.{i}.attn.", "blocks.{i}.mlp."
+_STREAM = "batch pos d_model"
+_FOLLOWS = "everything after it follows"
+_LOOKS, _FOUND = "changes where the position looks", "changes what the position is found by"
+_RESCALES, _EXPERT, _SHARED_OUT = "rescales the normalised input", "changes the expert's output", "changes their output"
 HOOK_TABLE: tuple[HookSpec, ...] = (
-    HookSpec("hook_embed", "batch pos d_model", "token embeddings", _STREAM),
-    HookSpec(_B + "hook_resid_pre", "batch pos d_model", "residual stream before the block", _STREAM),
-    HookSpec(_B + "ln1.hook_scale", "batch pos 1", "root mean square of the attention input", "rescales the normalised input"),
-    HookSpec(_B + "ln1.hook_normalized", "batch pos d_model", "attention input, normalised, before its weight", "changes what attention reads"),
-    HookSpec(_B + "attn.hook_kv_latent", "batch pos kv_lora_rank", "latent vector that keys and values of all heads are made of, normalised", "changes what the position is found by and passes on", _LATENT),
-    HookSpec(_B + "attn.hook_q", "batch pos head d_head", "queries as projected, before norm, clipping and rotation", "changes where the position looks"),
-    HookSpec(_B + "attn.hook_k", "batch pos kv_head d_head", "keys as projected, before norm, clipping and rotation", "changes what the position is found by"),
-    HookSpec(_B + "attn.hook_v", "batch pos kv_head d_value", "values, before clipping", "changes what the position passes on"),
-    HookSpec(_B + "attn.hook_rot_q", "batch pos head d_head", "queries as used", "changes where the position looks"),
-    HookSpec(_B + "attn.hook_rot_k", "batch pos kv_head d_head", "keys as used", "changes what the position is found by"),
-    HookSpec(_B + "attn.hook_attn_scores", "batch head query key", "scaled query-key products; -inf where masked", "the pattern follows"),
-    HookSpec(_B + "attn.hook_pattern", "batch head query key", "attention probabilities", "values are mixed by the edited pattern"),
-    HookSpec(_B + "attn.hook_z", "batch pos head d_value", "each head's mix of values", "changes the head's output"),
-    HookSpec(_B + "attn.hook_result", "batch pos head d_model", "each head's output in the residual stream", "the attention output is the sum of the edited ones"),
-    HookSpec(_B + "hook_attn_out", "batch pos d_model", "attention output", _STREAM),
-    HookSpec(_B + "hook_resid_mid", "batch pos d_model", "residual stream between attention and experts", _STREAM),
-    HookSpec(_B + "ln2.hook_scale", "batch pos 1", "root mean square of the experts' input", "rescales the normalised input"),
-    HookSpec(_B + "ln2.hook_normalized", "batch pos d_model", "experts' input, normalised, before its weight", "changes what router and experts read"),
-    HookSpec(_B + "mlp.hook_router_logits", "batch pos expert", "router logits, fp32", "re-routes: probabilities, selection and weights follow", _ROUTED),
-    HookSpec(_B + "mlp.hook_expert_indices", "batch pos slot", "selected experts, highest probability first", "re-routes: weights are taken anew at the edited experts", _ROUTED),
-    HookSpec(_B + "mlp.hook_expert_weights", "batch pos slot", "routing weights as applied", "scales each expert's contribution", _ROUTED),
-    HookSpec(_B + "mlp.hook_expert_pre", "batch pos slot d_expert", "gate projection inside each active expert, before SiLU", "changes the expert's output", _ROUTED),
-    HookSpec(_B + "mlp.hook_expert_pre_linear", "batch pos slot d_expert", "up projection inside each active expert", "changes the expert's output", _ROUTED),
-    HookSpec(_B + "mlp.hook_expert_post", "batch pos slot d_expert", "neurons of each active expert: SiLU(gate) x up", "changes the expert's output", _ROUTED),
-    HookSpec(_B + "mlp.experts.{e}.hook_out", "n d_model", 'expert e on the n tokens routed to it, before weighting; hook.ctx["tokens"] of the latest forward is [n, 2]: (batch, pos)', "changes the expert's output", _ROUTED),
-    HookSpec(_B + "mlp.hook_expert_out", "batch pos slot d_model", "each active expert's output, before weighting", "changes the routed sum", _ROUTED),
-    HookSpec(_B + "mlp.hook_routed_out", "batch pos d_model", "weighted sum over the active experts", _STREAM, _ROUTED),
-    HookSpec(_B + "mlp.shared.hook_pre", "batch pos d_shared", "gate projection inside the shared experts, before SiLU", "changes their output", _SHARED),
-    HookSpec(_B + "mlp.shared.hook_pre_linear", "batch pos d_shared", "up projection inside the shared experts", "changes their output", _SHARED),
-    HookSpec(_B + "mlp.shared.hook_post", "batch pos d_shared", "neurons of the shared experts: SiLU(gate) x up", "changes their output", _SHARED),
-    HookSpec(_B + "mlp.hook_shared_gate", "batch pos 1", "gate of the shared experts, after its sigmoid", "scales their output", _GATED),
-    HookSpec(_B + "mlp.hook_shared_out", "batch pos d_model", "output of the shared experts, gated", _STREAM, _SHARED),
-    HookSpec(_B + "mlp.hook_pre", "batch pos d_mlp", "gate projection of the dense MLP, before SiLU", "changes the MLP's output", _DENSE),
-    HookSpec(_B + "mlp.hook_pre_linear", "batch pos d_mlp", "up projection of the dense MLP", "changes the MLP's output", _DENSE),
-    HookSpec(_B + "mlp.hook_post", "batch pos d_mlp", "neurons of the dense MLP: SiLU(gate) x up", "changes the MLP's output", _DENSE),
-    HookSpec(_B + "hook_mlp_out", "batch pos d_model", "output of routed and shared experts together, or of the dense MLP", _STREAM),
-    HookSpec(_B + "hook_resid_post", "batch pos d_model", "residual stream after the block", _STREAM),
-    HookSpec("ln_final.hook_scale", "batch pos 1", "root mean square of the last residual stream", "rescales the logits"),
-    HookSpec("ln_final.hook_normalized", "batch pos d_model", "last residual stream, normalised, before its weight", "changes the logits"),
+    HookSpec("hook_embed", _STREAM, "token embeddings", _FOLLOWS),
+    HookSpec(_B + "hook_resid_pre", _STREAM, "residual stream before the block", _FOLLOWS),
+    *_norm_rows(_B + "ln1.", "attention input", _RESCALES, "changes what attention reads"),
+    HookSpec(_ATTN + "hook_kv_latent", "batch pos kv_lora_rank",
+             "latent vector that keys and values of all heads are made of, normalised", _FOUND + " and passes on", _LATENT),
+    HookSpec(_ATTN + "hook_q", "batch pos head d_head",
+             "queries as projected, before norm, clipping and rotation", _LOOKS),
+    HookSpec(_ATTN + "hook_k", "batch pos kv_head d_head",
+             "keys as projected, before norm, clipping and rotation", _FOUND),
+    HookSpec(_ATTN + "hook_v", "batch pos kv_head d_value",
+             "values, before clipping", "changes what the position passes on"),
+    HookSpec(_ATTN + "hook_rot_q", "batch pos head d_head", "queries as used", _LOOKS),
+    HookSpec(_ATTN + "hook_rot_k", "batch pos kv_head d_head", "keys as used", _FOUND),
+    HookSpec(_ATTN + "hook_attn_scores", "batch head query key",
+             "scaled query-key products; -inf where masked", "the pattern follows"),
+    HookSpec(_ATTN + "hook_pattern", "batch head query key",
+             "attention probabilities", "values are mixed by the edited pattern"),
+    HookSpec(_ATTN + "hook_z", "batch pos head d_value", "each head's mix of values", "changes the head's output"),
+    HookSpec(_ATTN + "hook_result", "batch pos head d_model",
+             "each head's output in the residual stream", "the attention output is the sum of the edited ones"),
+    HookSpec(_B + "hook_attn_out", _STREAM, "attention output", _FOLLOWS),
+    HookSpec(_B + "hook_resid_mid", _STREAM, "residual stream between attention and experts", _FOLLOWS),
+    *_norm_rows(_B + "ln2.", "experts' input", _RESCALES, "changes what router and experts read"),
+    HookSpec(_MLP + "hook_router_logits", "batch pos expert",
+             "router logits, fp32", "re-routes: probabilities, selection and weights follow", _ROUTED),
+    HookSpec(_MLP + "hook_expert_indices", "batch pos slot", "selected experts, highest probability first",
+             "re-routes: weights are taken anew at the edited experts", _ROUTED),
+    HookSpec(_MLP + "hook_expert_weights", "batch pos slot",
+             "routing weights as applied", "scales each expert's contribution", _ROUTED),
+    *_mlp_rows(_MLP + "hook_expert_", "batch pos slot d_expert", "inside", "each active expert", _EXPERT, _ROUTED),
+    HookSpec(_MLP + "experts.{e}.hook_out", "n d_model",
+             "expert e on the n tokens routed to it, before weighting; "
+             'hook.ctx["tokens"] of the latest forward is [n, 2]: (batch, pos)', _EXPERT, _ROUTED),
+    HookSpec(_MLP + "hook_expert_out", "batch pos slot d_model",
+             "each active expert's output, before weighting", "changes the routed sum", _ROUTED),
+    HookSpec(_MLP + "hook_routed_out", _STREAM, "weighted sum over the active experts", _FOLLOWS, _ROUTED),
+    *_mlp_rows(_MLP + "shared.hook_", "batch pos d_shared", "inside", "the shared experts", _SHARED_OUT, _SHARED),
+    HookSpec(_MLP + "hook_shared_gate", "batch pos 1",
+             "gate of the shared experts, after its sigmoid", "scales their output", _GATED),
+    HookSpec(_MLP + "hook_shared_out", _STREAM, "output of the shared experts, gated", _FOLLOWS, _SHARED),
+    *_mlp_rows(_MLP + "hook_", "batch pos d_mlp", "of", "the dense MLP", "changes the MLP's output", _DENSE),
+    HookSpec(_B + "hook_mlp_out", _STREAM,
+             "output of routed and shared experts together, or of the dense MLP", _FOLLOWS),
+    HookSpec(_B + "hook_resid_post", _STREAM, "residual stream after the block", _FOLLOWS),
+    *_norm_rows("ln_final.", "last residual stream", "rescales the logits", "changes the logits"),
 )  # fmt: skip
 
 

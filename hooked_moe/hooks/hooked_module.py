@@ -39,10 +39,10 @@ class HookedModule(nn.Module):
         if which is None:
             return list(self.hook_dict.values())
         if callable(which):
-            found = [point for name, point in self.hook_dict.items() if which(name)]
-            if not found:
+            accepted = [point for name, point in self.hook_dict.items() if which(name)]
+            if not accepted:
                 raise ValueError("the predicate accepts no hook point; see model.hook_dict for the names")
-            return found
+            return accepted
         names = [which] if isinstance(which, str) else which
         for name in names:
             if name not in self.hook_dict:
@@ -62,18 +62,18 @@ class HookedModule(nn.Module):
     @contextmanager
     def hooks(self, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = ()) -> Iterator[HookedModule]:
         """Attach hooks for the length of a `with` block; others stay as they are. A wrong name attaches none of them."""
-        wanted = [
+        hooks_by_point = [
             (point, fn, direction)
             for direction, hooks in (("fwd", fwd_hooks), ("bwd", bwd_hooks))
             for which, fn in hooks
             for point in self.hook_points(which)
         ]
-        with self._attached(wanted):
+        with self._attached(hooks_by_point):
             yield self
 
     @contextmanager
-    def _attached(self, wanted: list[tuple[HookPoint, Callable[..., Any], str]], reads_only: bool = False) -> Iterator[None]:
-        attached = [(point, point.add_hook(fn, direction, reads_only=reads_only)) for point, fn, direction in wanted]
+    def _attached(self, hooks: list[tuple[HookPoint, Callable[..., Any], str]], reads_only: bool = False) -> Iterator[None]:
+        attached = [(point, point.add_hook(fn, direction, reads_only=reads_only)) for point, fn, direction in hooks]
         try:
             yield
         finally:

@@ -5,9 +5,9 @@ The environment variable HOOKED_MOE_KERNELS chooses:
     (unset)      kernels for tensors on a CUDA device, torch's operations for all others
     cuda         the same, and a warning where there is no such device
     off          torch's operations everywhere
-    reference    the way of the kernels, each by its definition in torch: slow, on any device, what all else is tested against
+    reference    the same calls as with kernels, each by its definition in torch: slow, on any device; the reference of all tests
 
-Where kernels are wanted and cannot run, one warning says what is missing, and torch's operations take over.
+Where kernels are asked for and cannot run, one warning says what is missing, and torch's operations take over.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ OLDEST = (8, 0)
 
 
 class KernelWarning(RuntimeWarning):
-    """Kernels were wanted and cannot run."""
+    """Kernels were asked for and cannot run."""
 
 
 def _choice_of(value: str | None) -> Choice:
-    """Of the environment variable's value."""
+    """The choice that the value of the environment variable names."""
     for choice in get_args(Choice):
         if choice == (value or "auto"):
             return choice
@@ -57,21 +57,21 @@ def using(choice: Choice) -> Iterator[None]:
         _chosen = before
 
 
-def by_definition() -> bool:
+def use_reference() -> bool:
     """Whether operators of this package run by their definition, wherever their tensors are."""
     return _chosen == "reference"
 
 
-def by_operator(x: Tensor) -> bool:
-    """Whether operators of this package run on tensors like this one, rather than torch's. Warns once where that is wanted and
-    impossible."""
+def use_kernels(x: Tensor) -> bool:
+    """Whether operators of this package run on tensors like this one, rather than torch's. Warns once where that is asked for
+    and impossible."""
     if _chosen == "off" or (_chosen == "auto" and x.device.type != "cuda"):
         return False
-    return _chosen == "reference" or _possible(x.device, x.dtype)
+    return _chosen == "reference" or _kernels_can_run(x.device, x.dtype)
 
 
-def _possible(device: torch.device, dtype: torch.dtype) -> bool:
-    missing = obstacle(device, dtype)
+def _kernels_can_run(device: torch.device, dtype: torch.dtype) -> bool:
+    missing = why_kernels_cannot_run(device, dtype)
     if missing is not None:
         warn_once(missing)
     return missing is None
@@ -85,21 +85,21 @@ def warn_once(missing: str) -> None:
 
 
 @functools.cache
-def obstacle(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+def why_kernels_cannot_run(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """What keeps kernels from running on tensors of this device and dtype, and what to do about it; None if nothing does."""
     if device.type != "cuda":
-        there = "torch finds one: move the model there" if torch.cuda.is_available() else "torch finds none"
-        return f"the tensors are on {device}, not on a CUDA device ({there})"
+        advice = "torch finds one: move the model there" if torch.cuda.is_available() else "torch finds none"
+        return f"the tensors are on {device}, not on a CUDA device ({advice})"
     if torch.version.hip is not None:
         return "this is torch for AMD GPUs, and the kernels are for NVIDIA's"
     if dtype.is_floating_point and dtype not in DTYPES:
         known = ", ".join(name_of(known) for known in DTYPES)
         return f"there are none for {name_of(dtype)}, only for {known}"
-    return _obstacle_of_device(device)
+    return _why_device_cannot_run_them(device)
 
 
 @functools.cache
-def _obstacle_of_device(device: torch.device) -> str | None:
+def _why_device_cannot_run_them(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         return f"{device} has architecture sm_{capability[0]}{capability[1]}, and they need sm_{OLDEST[0]}{OLDEST[1]} or newer"

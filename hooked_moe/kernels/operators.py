@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooked_moe.kernels.cuda.launches import Unsupported
-from hooked_moe.kernels.dispatch import by_definition, warn_once
+from hooked_moe.kernels.dispatch import use_reference, warn_once
 
 NAMESPACE = "hooked_moe"
 
@@ -34,7 +34,7 @@ def operator(
     registered = getattr(getattr(torch.ops, NAMESPACE), name)
 
     def call(*arguments: Any) -> Any:
-        return definition(*arguments) if by_definition() else registered(*arguments)
+        return definition(*arguments) if use_reference() else registered(*arguments)
 
     return call
 
@@ -70,8 +70,8 @@ def _gradient_of(definition: Callable[..., Any]) -> Callable[..., Any]:
             output = definition(*inputs)
         outputs = output if isinstance(output, tuple) else (output,)
         pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if x.requires_grad and g is not None]
-        found = torch.autograd.grad([x for x, _ in pairs], [inputs[index] for index in needed], [g for _, g in pairs])
-        by_input = dict(zip(needed, found, strict=True))
+        computed = torch.autograd.grad([x for x, _ in pairs], [inputs[index] for index in needed], [g for _, g in pairs])
+        by_input = dict(zip(needed, computed, strict=True))
         return tuple(by_input.get(index) for index in range(len(inputs)))
 
     return backward

@@ -1,68 +1,103 @@
-"""Which experts a token goes to and with what weight, and the order that puts the copies of tokens together by expert."""
+"""Which experts a token goes to and with what weight, and the order that puts the copies of tokens together by expert.
+
+Routing is defined once, in three steps between which hooks can stand: `score`, `select`, `weigh`. `route` takes them in one go.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_moe.checks import require_defaults
 from hooked_moe.kernels.cuda import launches, nvrtc
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.operators import operator
 
 
-class Rule(NamedTuple):
-    """How a family routes, as its config says."""
+@dataclass(frozen=True)
+class RoutingRule:
+    """How a family routes, as its config says. `ValueError` for values that are not implemented yet."""
 
     slots: int
     """Experts per token."""
     renormalize: bool = False
     """Whether the weights are rescaled to sum to one."""
     scale: float = 1.0
-    """Of the weights, at last."""
+    """What the weights are multiplied by at last."""
     groups: int = 1
-    """Experts stand in so many groups of neighbours (1: they do not), ..."""
+    """Experts stand in this many groups of neighbours (1: they do not), ..."""
     groups_kept: int = 1
-    """... of which a token goes only to those with the most probable best expert (arXiv 2405.04434, section 2.2.2)."""
+    """... and a token goes only to experts of this many groups, the ones with the best score."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes an expert's score of its logit."""
+    selection_bias: bool = False
+    """Whether experts are selected by their score plus a learned bias, which the weights leave out."""
+    group_score: Literal["max", "top2"] = "max"
+    """Whether a group's score is that of its best expert or the sum of its two best."""
+
+    def __post_init__(self) -> None:
+        require_defaults(self, "score", "selection_bias", "group_score")
 
 
 def route(
-    logits: Float[Tensor, "token expert"], rule: Rule, keep: Bool[Tensor, "token expert"] | None = None
+    logits: Float[Tensor, "token expert"], rule: RoutingRule, keep: Bool[Tensor, "token expert"] | None = None
 ) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
-    """Routing weights and the experts that they are of, most probable first. Of equally probable experts the first is taken.
+    """Routing weights and the experts that they belong to, highest score first, by the operator `route`.
 
-    Where `keep` is False, an expert has no probability, so that the next one takes its slot.
+    Its kernel differs from `route_reference` at exact ties only: of experts, or groups, with equal scores it takes the first.
     """
-    return _route(logits, keep, *rule)
+    return _route(logits, keep, rule.slots, rule.renormalize, rule.scale, rule.groups, rule.groups_kept)
 
 
 def route_reference(
-    logits: Float[Tensor, "token expert"],
-    keep: Bool[Tensor, "token expert"] | None,
-    slots: int,
-    renormalize: bool,
-    scale: float,
-    groups: int,
-    groups_kept: int,
+    logits: Float[Tensor, "token expert"], rule: RoutingRule, keep: Bool[Tensor, "token expert"] | None = None
 ) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
-    """The same by its definition."""
+    """The definition of routing: score every expert, select the best, weigh them."""
+    scores = score(logits, rule, keep)
+    indices = select(scores, rule)
+    return weigh(scores, indices, rule), indices
+
+
+def score(
+    logits: Float[Tensor, "*token expert"], rule: RoutingRule, keep: Bool[Tensor, "*token expert"] | None = None
+) -> Float[Tensor, "*token expert"]:
+    """Every expert's score. Where `keep` is False it is zero, so that the next expert takes the slot."""
+    assert rule.score == "softmax"
     probabilities = logits.softmax(dim=-1)
-    if keep is not None:
-        probabilities = probabilities * keep
-    eligible = probabilities
-    if groups > 1:
-        by_group = probabilities.unflatten(-1, (groups, -1))
-        best = by_group.amax(dim=-1).sort(dim=-1, descending=True, stable=True).indices[:, :groups_kept]
-        chosen = torch.zeros(by_group.shape[:-1], dtype=torch.bool, device=logits.device).scatter(-1, best, True)
-        eligible = by_group.masked_fill(~chosen.unsqueeze(-1), -1.0).flatten(-2)
-    indices = eligible.sort(dim=-1, descending=True, stable=True).indices[:, :slots].contiguous()
-    weights = probabilities.gather(-1, indices)
-    if renormalize:
+    return probabilities if keep is None else probabilities * keep
+
+
+def select(scores: Float[Tensor, "*token expert"], rule: RoutingRule) -> Int[Tensor, "*token slot"]:
+    """The experts with the highest scores, highest first: `torch.topk`, as in transformers."""
+    if rule.groups > 1:
+        scores = _within_best_groups(scores, rule)
+    return scores.topk(rule.slots, dim=-1).indices
+
+
+def _within_best_groups(scores: Float[Tensor, "*token expert"], rule: RoutingRule) -> Float[Tensor, "*token expert"]:
+    """Scores below zero outside the token's groups (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
+
+    So an expert that `keep` removed from these groups, with a score of zero, does not give its slot to one of another group.
+    """
+    by_group = scores.unflatten(-1, (rule.groups, -1))
+    best = by_group.amax(dim=-1).topk(rule.groups_kept, dim=-1).indices
+    outside = torch.ones(by_group.shape[:-1], dtype=torch.bool, device=scores.device).scatter(-1, best, False)
+    return by_group.masked_fill(outside.unsqueeze(-1), -1.0).flatten(-2)
+
+
+def weigh(
+    scores: Float[Tensor, "*token expert"], indices: Int[Tensor, "*token slot"], rule: RoutingRule
+) -> Float[Tensor, "*token slot"]:
+    """Routing weights of the given experts: their scores, rescaled to sum to one and scaled as the family does."""
+    weights = scores.gather(-1, indices)
+    if rule.renormalize:
         total = weights.sum(dim=-1, keepdim=True)
-        weights = weights / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return weights * scale, indices
+        weights = weights / total.clamp(min=torch.finfo(total.dtype).tiny)  # zero if a mask leaves no expert
+    return weights * rule.scale
 
 
 def group_by_expert(
@@ -70,7 +105,7 @@ def group_by_expert(
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, "token slot"], Int[Tensor, " expert"]]:
     """`order`: the flat slots sorted by expert, in their old order within each; `place`, its inverse; `ends[e]`, where the rows
     of expert e end (int32). The operator waits for nothing."""
-    if by_operator(indices):
+    if use_kernels(indices):
         return _group_by_expert(indices, num_experts)
     flat = indices.flatten()
     narrow = torch.uint8 if num_experts <= 256 else torch.int16  # sorting narrow keys is several times faster
@@ -84,7 +119,7 @@ def group_by_expert(
 def group_by_expert_reference(
     indices: Int[Tensor, "token slot"], num_experts: int
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, "token slot"], Int[Tensor, " expert"]]:
-    """The same by its definition."""
+    """The definition, in plain torch."""
     flat = indices.flatten()
     order = flat.argsort(stable=True)
     ends = torch.searchsorted(flat[order], torch.arange(num_experts, device=flat.device), right=True, out_int32=True)
@@ -92,6 +127,12 @@ def group_by_expert_reference(
 
 
 # --- operators ---------------------------------------------------------------------------------------------------------------
+
+
+def _define_route(
+    logits: Tensor, keep: Tensor | None, slots: int, renormalize: bool, scale: float, groups: int, groups_kept: int
+) -> tuple[Tensor, Tensor]:
+    return route_reference(logits, RoutingRule(slots, renormalize, scale, groups, groups_kept), keep)
 
 
 def _launch_route(
@@ -137,7 +178,7 @@ def _group_by_expert_shapes(indices: Tensor, num_experts: int) -> tuple[Tensor, 
 _route = operator(
     "route",
     "(Tensor logits, Tensor? keep, int slots, bool renormalize, float scale, int groups, int groups_kept) -> (Tensor, Tensor)",
-    definition=route_reference,
+    definition=_define_route,
     launch=_launch_route,
     shapes=_route_shapes,
 )

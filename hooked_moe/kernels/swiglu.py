@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.kernels.cuda import launches, nvrtc
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.operators import operator
 
 
@@ -15,7 +15,7 @@ def gather_rows(
     x: Float[Tensor, "token d_model"], order: Int[Tensor, " n"], place: Int[Tensor, "token slot"]
 ) -> Float[Tensor, "n d_model"]:
     """`out[r] = x[order[r] // slots]`: row r is of slot `order[r] % slots` of that token. `place` is the inverse of `order`."""
-    if by_operator(x):
+    if use_kernels(x):
         return _gather_rows(x, order, place)
     return _gather_rows_reference(x, order, place)
 
@@ -26,7 +26,7 @@ def _gather_rows_reference(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
 
 def swiglu(gate_and_up: Float[Tensor, "n gate_and_up"]) -> Float[Tensor, "n d_expert"]:
     """`silu(gate) * up`, of rows whose first half is the gate."""
-    if by_operator(gate_and_up):
+    if use_kernels(gate_and_up):
         return _swiglu(gate_and_up)
     return _swiglu_reference(gate_and_up)
 

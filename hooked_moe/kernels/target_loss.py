@@ -11,10 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.kernels.cuda import launches, nvrtc
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.operators import operator
 
-IN_CACHE = 1 << 20
+CACHE_BYTES = 1 << 20
 """Bytes of logits that a CPU takes through the softmax together."""
 
 
@@ -23,7 +23,7 @@ def chunk_bytes(device: torch.device) -> int:
     return (24 if device.type == "cpu" else 256) << 20
 
 
-def rows_at_once(weight: Float[Tensor, "d_vocab d_model"], dtype: torch.dtype) -> int:
+def rows_per_chunk(weight: Float[Tensor, "d_vocab d_model"], dtype: torch.dtype) -> int:
     """How many rows of logits in `dtype` make a chunk."""
     return max(64, chunk_bytes(weight.device) // (len(weight) * dtype.itemsize))
 
@@ -38,8 +38,8 @@ class LossAndLogSum(NamedTuple):
 def cross_entropy(
     logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"], change: Float[Tensor, "n d_vocab"] | None = None
 ) -> LossAndLogSum:
-    """Of each row of `logits`, or of `logits + change`, as few rows at a time as the cache of a CPU holds."""
-    rows = max(1, IN_CACHE // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else max(1, len(logits))
+    """The loss of each row of `logits`, or of `logits + change`, as few rows at a time as the cache of a CPU holds."""
+    rows = max(1, CACHE_BYTES // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else max(1, len(logits))
     changes = [None] * -(-len(logits) // rows) if change is None else change.split(rows)
     parts = zip(logits.split(rows), changes, targets.split(rows), strict=True)
     losses, target_logits = [], []
@@ -67,11 +67,11 @@ def target_loss_and_log_sum(
     x: Float[Tensor, "n d_model"], weight: Float[Tensor, "d_vocab d_model"], targets: Int[Tensor, " n"]
 ) -> LossAndLogSum:
     """`target_loss`, and the logarithm of the sum that it divides by."""
-    if by_operator(weight):
+    if use_kernels(weight):
         return LossAndLogSum(*_target_loss(x, weight, targets))
     losses = torch.empty(len(x), dtype=x.dtype, device=x.device)
     log_sums = torch.empty(len(x), dtype=torch.float64, device=x.device)
-    rows = rows_at_once(weight, x.dtype)
+    rows = rows_per_chunk(weight, x.dtype)
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         losses[part], log_sums[part] = cross_entropy(F.linear(x[part], weight), targets[part])
@@ -112,8 +112,8 @@ def as_sum(x: Float[Tensor, "n d_model"], dtype: torch.dtype, parts: int = 2) ->
 # --- the operator ------------------------------------------------------------------------------------------------------------
 
 
-def _definition(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """By the logits of all rows, in float32 or wider."""
+def target_loss_reference(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition: the logits of all rows, in float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     logits = F.linear(x.to(wide), weight.to(wide))
     losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=-1)
@@ -141,7 +141,7 @@ def _shapes(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 _target_loss = operator(
     "target_loss",
     "(Tensor x, Tensor weight, Tensor targets) -> (Tensor, Tensor)",
-    definition=_definition,
+    definition=target_loss_reference,
     launch=_launch,
     shapes=_shapes,
 )

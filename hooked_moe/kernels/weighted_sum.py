@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.kernels.cuda import launches, nvrtc
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.operators import operator
 
 
@@ -21,7 +21,7 @@ def weighted_sum(
     Rows are added in the order of the slots, wherever they are: a permutation of `rows` changes no bit.
     """
     slots = place.shape[-1]
-    if by_operator(rows):
+    if use_kernels(rows):
         return _masked_combine(rows, place.reshape(-1, slots), weights.reshape(1, -1, slots), None)[0].unflatten(
             0, place.shape[:-1]
         )
@@ -43,7 +43,7 @@ def masked_combine(
     base: Float[Tensor, "batch pos d_model"] | None = None,
 ) -> Float[Tensor, "variant batch pos d_model"]:
     """The weighted sum under each variant's routing weights, added to `base`. On a CUDA device each row is read once for all."""
-    if by_operator(rows):
+    if use_kernels(rows):
         shape, slots = weights.shape[:3], place.shape[-1]
         flat = None if base is None else base.flatten(0, 1)
         combined = _masked_combine(rows, place.reshape(-1, slots), weights.reshape(len(weights), -1, slots), flat)

@@ -22,18 +22,18 @@ from weights_conversion.errors import CheckpointError, abbreviated
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PIECE = 2**20
-"""Bytes that are read at a time: few enough to be still in the processor's cache when they are converted and checked."""
+"""How many bytes are read at a time: few enough to be still in the processor's cache when they are converted and checked."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file's header says of one tensor."""
+    """One tensor, as a file's header describes it."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    """In the words of safetensors: "BF16"."""
+    """By its name in safetensors, such as "BF16"."""
     start: int
     """The byte of the file at which its values begin."""
 
@@ -55,10 +55,10 @@ class Checkpoint:
             self._read_shards(read_index(directory / INDEX_FILE))
         else:
             raise CheckpointError(_no_weights(directory))
-        odd = [f"{name}: {tensor.dtype}" for name, tensor in self.tensors.items() if tensor.dtype not in DTYPES]
-        if odd:
+        unsupported = [f"{name}: {tensor.dtype}" for name, tensor in self.tensors.items() if tensor.dtype not in DTYPES]
+        if unsupported:
             raise CheckpointError(
-                f"{directory} has tensors of a dtype that is not supported ({', '.join(DTYPES)} are): {abbreviated(odd)}"
+                f"{directory} has tensors of a dtype that is not supported ({', '.join(DTYPES)} are): {abbreviated(unsupported)}"
             )
 
     def _read_shards(self, weight_map: Mapping[str, str]) -> None:
@@ -67,7 +67,7 @@ class Checkpoint:
         absent = [shard for shard in shards if not (self.directory / shard).is_file()]
         if absent:
             raise CheckpointError(
-                f"{index} names shards that are not there; download them again, into the same directory:{abbreviated(absent)}"
+                f"{index} names shards that do not exist; download them again, into the same directory:{abbreviated(absent)}"
             )
         wrong = []
         for shard in shards:

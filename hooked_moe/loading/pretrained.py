@@ -96,7 +96,7 @@ def read_config(file: Path) -> tuple[Conversion, HookedMoEConfig]:
 
 
 def read_tokenizer(directory: Path, cfg: HookedMoEConfig) -> Tokenizer | None:
-    """From tokenizer.json; whether it puts BOS before a text may be said in tokenizer_config.json (DeepSeek-V2, Mixtral)."""
+    """The tokenizer in tokenizer.json. tokenizer_config.json may say whether BOS goes before a text (DeepSeek-V2, Mixtral)."""
     file, options = directory / "tokenizer.json", directory / "tokenizer_config.json"
     if not file.is_file():
         return None
@@ -107,14 +107,14 @@ def read_tokenizer(directory: Path, cfg: HookedMoEConfig) -> Tokenizer | None:
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """Which checkpoint tensor goes where. Of tied weights, `repeated` are copies that a checkpoint may hold besides."""
+    """Which checkpoint tensor goes where. `repeated` are further copies of tied weights, which a checkpoint may hold."""
 
     copied: dict[str, Slot]
     repeated: dict[str, Slot]
 
 
 def plan_copies(model: Transformer, conversion: Conversion, checkpoint: Checkpoint) -> CopyPlan:
-    """Match a checkpoint with a model, from names and shapes alone; a `CheckpointError` lists all that does not fit."""
+    """Match a checkpoint with a model, by names and shapes alone; a `CheckpointError` lists all that does not fit."""
     own = dict(model.named_parameters())
     every = dict(model.named_parameters(remove_duplicate=False))
     slots = slots_by_parameter(conversion.weights, model.cfg, every)
@@ -149,7 +149,7 @@ def plan_copies(model: Transformer, conversion: Conversion, checkpoint: Checkpoi
 
 
 def allocate(model: Transformer, device: torch.device) -> None:
-    """Give a model on the meta device memory of its own, not yet filled."""
+    """Give a model on the meta device memory of its own, which is not yet filled."""
     # `model.to_empty` would do, but for the half second and 40 MB of its detour through torch's symbolic shapes.
     model._apply(lambda parameter: torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
     if model.cfg.tie_word_embeddings:
@@ -160,11 +160,11 @@ def allocate(model: Transformer, device: torch.device) -> None:
 def copy_weights(model: Transformer, checkpoint: Checkpoint, plan: CopyPlan) -> None:
     """Fill the parameters. Raises `CheckpointError` if a repeated copy of a tied weight differs from the first."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    places = {name: slot.of(parameters[slot.parameter].detach()) for name, slot in plan.copied.items()}
+    targets = {name: slot.of(parameters[slot.parameter].detach()) for name, slot in plan.copied.items()}
     broken: dict[str, None] = {}
-    total = sum(checkpoint.tensors[name].nbytes for name in places)
+    total = sum(checkpoint.tensors[name].nbytes for name in targets)
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2.0, disable=None) as progress:
-        for name, values in checkpoint.read_into(places):
+        for name, values in checkpoint.read_into(targets):
             if not all_finite(values):
                 broken[name] = None
             progress.update(values.nbytes)

@@ -41,7 +41,7 @@ def save_pretrained(model: Transformer, path: str | PathLike[str]) -> None:
     model.require_weights("saving")
     conversion = conversion_for(cfg.model_type, "this model")
     config = conversion.to_hf(cfg)
-    parameters = dict(model.named_parameters())  # of tied weights, only the first
+    parameters = dict(model.named_parameters())  # only the first of tied weights
     slots = slots_by_parameter(conversion.weights, cfg, parameters)
     assert slots.keys() == parameters.keys(), f"no checkpoint tensor for {parameters.keys() - slots.keys()}"
     tensors = {slot.hf_name: slot.of(parameters[name].detach()) for name in parameters for slot in slots[name]}
@@ -122,7 +122,7 @@ def _write_weights(files: _Files, tensors: dict[str, Tensor]) -> None:
 
 
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The tensors in their order, cut where the next one would not fit."""
+    """The tensors in their order, divided where the next one would not fit into the shard."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

@@ -8,18 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hooked_moe.transformer import Transformer
-
 
 class SharedFile:
-    """A temporary file for all that waits at a time: there are limits to how many files may be open, not to who waits."""
+    """A temporary file that all waiting tensors share, because a process may have only a limited number of files open."""
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
         self._users = 0
 
     def enter(self, nbytes: int) -> int:
-        """Where in the file so many bytes have a place from now on. The first to come opens it, or raises `OSError`."""
+        """Reserve `nbytes` of the file, and return where they begin. The first user opens it, or raises `OSError`."""
         if not self._users:
             self.file = tempfile.TemporaryFile(prefix="hooked_moe_", suffix=".spill", dir=self._directory)  # noqa: SIM115
             self._end = 0
@@ -28,14 +26,14 @@ class SharedFile:
         return self._end - nbytes
 
     def leave(self) -> None:
-        """The last to go closes the file, and it is gone."""
+        """End the use. The last user closes the file, which removes it."""
         self._users -= 1
         if not self._users:
             self.file.close()
 
 
 class Waiting:
-    """Tensors that wait in a range of a file until `close`: one at its beginning, or several, each at its place."""
+    """Tensors that wait in a range of a file until `close`: one at its beginning, or several, each at its own offset."""
 
     def __init__(self, shared: SharedFile, nbytes: int) -> None:
         self._shared = shared
@@ -44,14 +42,14 @@ class Waiting:
         self._free = 0
 
     def place_for(self, x: Tensor) -> int:
-        """Where in the range a tensor of this size may wait from now on."""
+        """Reserve a part of the range for a tensor of this size, and return where it begins."""
         place = self._free
         self._free += x.nbytes
         return place
 
     def put(self, x: Tensor, place: int = 0) -> None:
         """Write the tensor out. Raises `OSError` where the disk is full."""
-        assert place + x.nbytes <= self._nbytes, "what waits is larger than what was claimed for it"
+        assert place + x.nbytes <= self._nbytes, "the tensor is larger than the range that was claimed for it"
         self._shared.file.seek(self._start + place)
         self._shared.file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
@@ -70,18 +68,18 @@ class Waiting:
 class Spill:
     """Decides what may wait in memory: the first tensors whose bytes fit into `allowance` together.
 
-    Of what has a memory budget, nothing: in its turn each work may fill that alone, whatever waits beside it.
+    Nothing that has a memory budget waits in memory: a task may fill its budget alone, whatever else waits.
     """
 
     def __init__(self, allowance: int, directory: Path | None = None) -> None:
         self.allowance = allowance
         self.directory = directory
         self.written = 0
-        """Bytes for which there was a place in a file, in all."""
+        """The bytes that were reserved in files, in all."""
         self._shared = SharedFile(directory)
 
     def claim(self, nbytes: int, in_file: bool = False) -> Waiting | None:
-        """None: wait in memory, and give the bytes back with `release`. Or a place in a file, as `in_file` demands."""
+        """A range of a file; or None: wait in memory, and give the bytes back with `release`. `in_file` demands a file."""
         if nbytes <= self.allowance and not in_file:
             self.allowance -= nbytes
             return None
@@ -90,8 +88,3 @@ class Spill:
 
     def release(self, nbytes: int) -> None:
         self.allowance += nbytes
-
-
-def spill_of(model: Transformer) -> Spill | None:
-    """Where a streamed model's residual streams wait between layers; None for a model that is wholly in memory."""
-    return getattr(model.blocks, "spill", None)

@@ -1,7 +1,7 @@
 """A model larger than memory: one block's weights at a time, the next read ahead.
 
-Blocks are ordinary modules whose parameters are on the meta device until the block is asked for. Whoever goes through the
-layers in order reads every weight once.
+Blocks are ordinary modules whose parameters are on the meta device until the block is asked for. A pass through the layers in
+order reads every weight once.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from hooked_moe.components.block import Block
 from hooked_moe.loading.checkpoint import Checkpoint, all_finite
 from hooked_moe.loading.spill import Spill
+from hooked_moe.transformer import Transformer
 from weights_conversion.weight_map import Slot
 
 WAITING_BYTES = 1 << 30
-"""Of residual streams that may wait in memory between layers; more of them wait in files."""
+"""The bytes of residual streams that may wait in memory between layers; beyond that, they wait in files."""
 
 
 class StreamedBlocks(nn.ModuleList):
@@ -58,7 +59,7 @@ class StreamedBlocks(nn.ModuleList):
             self._loaded = None  # before it loses the first weight: an interrupt may leave it with some of them
             for name, parameter in list(block.named_parameters()):
                 _set_parameter(block, name, torch.empty_like(parameter, device="meta"))
-        ahead, self._ahead = self._ahead, None  # if reading failed, the next to ask tries again
+        ahead, self._ahead = self._ahead, None  # if reading failed, the next request tries again
         tensors = ahead[1].result() if ahead is not None and ahead[0] == layer else self._read(layer)
         block = cast(Block, self._modules[str(layer)])
         for name, value in tensors.items():
@@ -82,6 +83,12 @@ class StreamedBlocks(nn.ModuleList):
         self._checked.add(layer)
         self.blocks_read += 1
         return tensors
+
+
+def spill_of(model: Transformer) -> Spill | None:
+    """Where a streamed model's residual streams wait between layers; None for a model that is wholly in memory."""
+    blocks: object = model.blocks  # declared as a sequence, which a ModuleList is not to a type checker
+    return blocks.spill if isinstance(blocks, StreamedBlocks) else None
 
 
 def _set_parameter(block: Block, name: str, value: Tensor) -> None:

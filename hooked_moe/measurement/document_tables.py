@@ -1,4 +1,4 @@
-"""What is measured of one document: its windows through the counterfactuals, and the rows that come of it.
+"""What is measured of one document: its windows through the counterfactuals, and the rows of its tables.
 
 Each part of a measurement makes tables of its own: `TABLES` says which.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from operator import itemgetter
 
 import pyarrow as pa
 import torch
@@ -16,14 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_moe.corpus import Window
-from hooked_moe.counterfactuals import Order, Scope, expert_effects, expert_observations, progressive_effects
+from hooked_moe.counterfactuals import Scope, expert_effects, expert_observations, progressive_effects
 from hooked_moe.counterfactuals.engine.steps import Steps
 from hooked_moe.counterfactuals.first_order import first_order_effects
 from hooked_moe.counterfactuals.results import ExpertEffects
-from hooked_moe.expert_mask import RemovalName
+from hooked_moe.measurement.part_spec import Part, PartSpec
 from hooked_moe.measurement.window_rows import (
     Batch,
-    Positions,
     effect_rows,
     removal_rows,
     routing_of_document,
@@ -33,9 +31,8 @@ from hooked_moe.measurement.window_rows import (
 from hooked_moe.tables import EFFECTS, EFFECTS_SEQUENCE, PROGRESSIVE, ROUTING, TOKENS
 from hooked_moe.transformer import Transformer
 
-WINDOWS_AT_ONCE = 4
+WINDOWS_PER_BATCH = 4
 
-Part = Literal["position", "sequence", "progressive"]
 TABLES: dict[Part, dict[str, pa.Schema]] = {
     "position": {"tokens": TOKENS, "effects": EFFECTS, "routing": ROUTING},
     "sequence": {"effects_sequence": EFFECTS_SEQUENCE},
@@ -44,36 +41,24 @@ TABLES: dict[Part, dict[str, pa.Schema]] = {
 """The tables of each part, with a row or more for every document."""
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """One part of a measurement, and how much of it."""
-
-    part: Part
-    layers: tuple[int, ...]
-    removal: RemovalName = "zero"
-    positions: Positions | None = None
-    """Where to remove experts; None: wherever there is a next token. Routing is observed everywhere in any case."""
-    orders: tuple[Order, ...] = ()
-    """Of part "progressive"."""
-    seed: int = 0
-    """Of the random order."""
-    first_order: bool = True
-    """Of part "position": whether its column of that name is measured. It takes a backward pass, so all weights in memory."""
-
-
 def measure_document(
-    model: Transformer, windows: list[Window], first: int, wanted: Wanted, budget: int | None
+    model: Transformer, windows: list[Window], first: int, spec: PartSpec, budget: int | None
 ) -> Steps[dict[str, pa.Table]]:
     """Every table of one document, in the order of its positions. `first` is where a window's own tokens begin."""
-    rows_of = {"position": _position_rows, "sequence": _sequence_rows, "progressive": _progressive_rows}[wanted.part]
-    parts: dict[str, list[tuple[int, pa.Table]]] = defaultdict(list)
+    rows_of = {"position": _position_rows, "sequence": _sequence_rows, "progressive": _progressive_rows}[spec.part]
+    by_window: dict[str, list[tuple[int, pa.Table]]] = defaultdict(list)
     for numbers in _equal_lengths(windows):
         batch = Batch(windows, numbers, first)
-        found = yield from rows_of(model, batch, wanted, budget)
-        for name, tables in found.items():
-            parts[name] += zip(numbers, tables, strict=True)
-    in_order = {name: [table for _, table in sorted(some, key=lambda p: p[0])] for name, some in parts.items()}
-    return {name: routing_of_document(some) if name == "routing" else pa.concat_tables(some) for name, some in in_order.items()}
+        rows = yield from rows_of(model, batch, spec, budget)
+        for name, tables in rows.items():
+            by_window[name] += zip(numbers, tables, strict=True)
+    in_order = {name: [table for _, table in sorted(pairs, key=itemgetter(0))] for name, pairs in by_window.items()}
+    return {name: _of_document(name, tables) for name, tables in in_order.items()}
+
+
+def _of_document(name: str, windows: list[pa.Table]) -> pa.Table:
+    """The table of a document, from those of its windows: routing is summed, all else is listed."""
+    return routing_of_document(windows) if name == "routing" else pa.concat_tables(windows)
 
 
 def _equal_lengths(windows: list[Window]) -> Iterator[list[int]]:
@@ -82,22 +67,20 @@ def _equal_lengths(windows: list[Window]) -> Iterator[list[int]]:
     for number, window in enumerate(windows):
         by_length[len(window.tokens)].append(number)
     for numbers in by_length.values():
-        for start in range(0, len(numbers), WINDOWS_AT_ONCE):
-            yield numbers[start : start + WINDOWS_AT_ONCE]
+        for start in range(0, len(numbers), WINDOWS_PER_BATCH):
+            yield numbers[start : start + WINDOWS_PER_BATCH]
 
 
-def _effects(model: Transformer, batch: Batch, wanted: Wanted, scope: Scope, budget: int | None) -> Steps[ExpertEffects]:
-    asked = batch.asked(wanted.positions)
+def _effects(model: Transformer, batch: Batch, spec: PartSpec, scope: Scope, budget: int | None) -> Steps[ExpertEffects]:
+    asked = batch.asked(spec.positions)
     if asked is not None and not asked.any():
-        return (yield from expert_observations.steps(model, batch.tokens(), wanted.layers))
-    return (
-        yield from expert_effects.steps(model, batch.tokens(), wanted.layers, scope, wanted.removal, asked, memory_budget=budget)
-    )
+        return (yield from expert_observations.steps(model, batch.tokens(), spec.layers))
+    return (yield from expert_effects.steps(model, batch.tokens(), spec.layers, scope, spec.removal, asked, memory_budget=budget))
 
 
-def _position_rows(model: Transformer, batch: Batch, wanted: Wanted, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
-    effects = yield from _effects(model, batch, wanted, "position", budget)
-    first_order = _first_order(model, batch, effects, budget) if wanted.first_order else None
+def _position_rows(model: Transformer, batch: Batch, spec: PartSpec, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
+    effects = yield from _effects(model, batch, spec, "position", budget)
+    first_order = _first_order(model, batch, effects, budget) if spec.first_order else None
     rows = range(len(batch.numbers))
     return {
         "effects": [effect_rows(batch, row, effects, EFFECTS, first_order) for row in rows],
@@ -106,41 +89,41 @@ def _position_rows(model: Transformer, batch: Batch, wanted: Wanted, budget: int
     }
 
 
-def _sequence_rows(model: Transformer, batch: Batch, wanted: Wanted, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
-    effects = yield from _effects(model, batch, wanted, "sequence", budget)
+def _sequence_rows(model: Transformer, batch: Batch, spec: PartSpec, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
+    effects = yield from _effects(model, batch, spec, "sequence", budget)
     return {"effects_sequence": [effect_rows(batch, row, effects, EFFECTS_SEQUENCE) for row in range(len(batch.numbers))]}
 
 
-def _progressive_rows(model: Transformer, batch: Batch, wanted: Wanted, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
-    asked = batch.asked(wanted.positions)
+def _progressive_rows(model: Transformer, batch: Batch, spec: PartSpec, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
+    asked = batch.asked(spec.positions)
     if asked is not None and not asked.any():
         return {"progressive": [PROGRESSIVE.empty_table() for _ in batch.numbers]}
     by_order = []
-    for order in wanted.orders:
+    for order in spec.orders:
         effects = yield from progressive_effects.steps(
             model,
             batch.tokens(),
-            wanted.layers,
+            spec.layers,
             order,
-            wanted.removal,
+            spec.removal,
             asked,
-            seed=(wanted.seed * 1_000_003 + batch.windows[0].document) * 1_000_003 + batch.numbers[0],
+            seed=(spec.seed * 1_000_003 + batch.windows[0].document) * 1_000_003 + batch.numbers[0],
             memory_budget=budget,
         )
         by_order.append(effects)
-    return {"progressive": [removal_rows(batch, row, wanted.orders, by_order) for row in range(len(batch.numbers))]}
+    return {"progressive": [removal_rows(batch, row, spec.orders, by_order) for row in range(len(batch.numbers))]}
 
 
 def _first_order(
     model: Transformer, batch: Batch, effects: ExpertEffects, budget: int | None
 ) -> Float[Tensor, "layer batch pos slot"]:
-    """Where effects were measured; nan elsewhere."""
+    """First-order effects where effects were measured; nan elsewhere."""
     missing = torch.full_like(effects.delta_loss, float("nan"))
     measured = effects.delta_loss.isfinite()
     if not measured.any():
         return missing
-    found = first_order_effects(model, batch.tokens(), effects.layers, memory_budget=budget)
+    estimates = first_order_effects(model, batch.tokens(), effects.layers, memory_budget=budget)
     # By expert, not by slot: two runs in batches of other sizes may order experts of nearly equal weight differently.
     by_expert = missing.new_full(effects.router_probability.shape, float("nan"))
-    by_expert.scatter_(-1, found.expert_index, found.first_order.to(by_expert.dtype))
+    by_expert.scatter_(-1, estimates.expert_index, estimates.first_order.to(by_expert.dtype))
     return by_expert.gather(-1, effects.expert_index).where(measured, missing)

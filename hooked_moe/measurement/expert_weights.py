@@ -1,4 +1,4 @@
-"""What an expert's weights say of it, without any text."""
+"""Norms of each expert's weights, which need no text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from hooked_moe.components.moe import MoE
-from hooked_moe.tables import EXPERT_WEIGHTS
+from hooked_moe.tables import EXPERT_WEIGHTS, table_with_schema
 from hooked_moe.transformer import Transformer
 
 
@@ -19,9 +19,9 @@ def expert_weights(model: Transformer, layers: Sequence[int]) -> pa.Table:
 
     An expert's three matrices (gate, up and down projection) count as one vector of weights.
     """
-    pieces = [_of_layer(model.blocks[layer].mlp, layer) for layer in layers]
-    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in EXPERT_WEIGHTS.names}
-    return pa.table({f.name: pa.array(columns[f.name], f.type) for f in EXPERT_WEIGHTS}, schema=EXPERT_WEIGHTS)
+    layer_columns = [_of_layer(model.blocks[layer].mlp, layer) for layer in layers]
+    joined = {name: np.concatenate([columns[name] for columns in layer_columns]) for name in EXPERT_WEIGHTS.names}
+    return table_with_schema(EXPERT_WEIGHTS, joined)
 
 
 def _of_layer(moe: torch.nn.Module, layer: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What exactly was measured: checksums and versions for a manifest."""
+"""What exactly was measured: the model, its checksum and the versions of the software, for a manifest."""
 
 from __future__ import annotations
 
@@ -29,10 +29,20 @@ def weights_sha256(model: Transformer) -> str:
     return digest.hexdigest()
 
 
+def model_fingerprint(model: Transformer) -> dict[str, Any]:
+    """The model of a measurement: where it comes from, its weights and its configuration."""
+    return {
+        "name": model.cfg.model_name,
+        "revision": model.cfg.revision,
+        "weights_sha256": weights_sha256(model),
+        "config": config_values(model.cfg),
+    }
+
+
 def versions() -> dict[str, str]:
-    """Of this package, of Python and of what computes the numbers."""
-    found = {package: metadata.version(package) for package in _PACKAGES}
-    return {"hooked_moe": __version__, "python": platform.python_version(), **found}
+    """The versions of this package, of Python and of the packages that compute the numbers."""
+    installed = {package: metadata.version(package) for package in _PACKAGES}
+    return {"hooked_moe": __version__, "python": platform.python_version(), **installed}
 
 
 def config_values(cfg: HookedMoEConfig) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The directory of a run: one plan, one writer, and nothing half-written.
 
-`plan.json` says what the directory holds; `claim` refuses it to another plan, and to a second writer.
+`plan.json` says what the directory holds; `claim` refuses the directory to another plan and to a second writer.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from hooked_moe.tables import remove_temporaries, write_json_atomic
 
 
 def digest(value: dict[str, Any]) -> str:
-    """SHA-256 of a JSON object, whatever the order of its keys."""
+    """SHA-256 of a JSON object; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def claim(directory: Path, plan: dict[str, Any]) -> filelock.BaseFileLock:
-    """Make the directory, or take it up, for a plan of JSON values, and keep other writers out until the lock is released.
+    """Make a directory for a plan of JSON values, or reopen it, and keep other writers out until the lock is released.
 
-    The lock goes with the process that holds it, however that ends. What killed writers left half-written is removed.
+    The lock ends with the process that holds it, even a killed one. Half-written files of killed writers are removed.
     Raises `ValueError` if the directory was begun with another plan, `BlockingIOError` while another process writes there, and
     `OSError` where it cannot be made.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"cannot make the directory {directory}: {error.strerror}; give another one for results, that can be written"
+        reason = f"cannot make the directory {directory}: {error.strerror}; give a directory for results that can be written to"
         raise OSError(error.errno, reason) from error
     lock = filelock.FileLock(directory / "writer.lock")
     try:
@@ -48,24 +48,24 @@ def claim(directory: Path, plan: dict[str, Any]) -> filelock.BaseFileLock:
 
 
 def _check_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, or compare it with the one that is there."""
+    """Write the plan, or compare it with the one that was written before."""
     if not path.exists():
         write_json_atomic(plan, path)
-    found = read_json(path)
-    if found != plan:
-        changed = sorted(key for key in {*found, *plan} if found.get(key) != plan.get(key))
+    existing = read_json(path)
+    if existing != plan:
+        changed = sorted(key for key in {*existing, *plan} if existing.get(key) != plan.get(key))
         raise ValueError(
             f"{path.parent} was begun with another {' and '.join(changed)}: give another name to the run, or remove the "
-            "directory to start anew"
+            "directory to begin again"
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `ValueError` for anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); remove the directory to start anew") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object; remove the directory to start anew")
-    return found
+        raise ValueError(f"{path} is not readable JSON ({error}); remove the directory to begin again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; remove the directory to begin again")
+    return value

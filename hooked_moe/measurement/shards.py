@@ -1,8 +1,8 @@
 """One part of a measurement, document by document into files.
 
-Each document is a unit of work of its own: a parquet shard of each table, written atomically. A run that is killed goes on with
-the first document that lacks one, and ends with the same bytes. Every shard says which measurement it is of, and shards of
-another are refused.
+Each document is measured on its own, into a parquet shard of each table, which is written atomically. A run that was killed
+resumes with the first document that lacks a shard, and ends with the same bytes. Every shard names the measurement that it
+belongs to, and shards of another measurement are refused.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch
 from tqdm import tqdm
 
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
-from hooked_moe.counterfactuals.engine.steps import Steps, side_by_side
-from hooked_moe.counterfactuals.engine.steps import run_without_grad as complete
-from hooked_moe.counterfactuals.first_order import least_budget as least_of_gradient
-from hooked_moe.loading.spill import spill_of
-from hooked_moe.measurement.document_tables import TABLES, Wanted, measure_document
+from hooked_moe.counterfactuals.engine.steps import Steps, run_without_grad, side_by_side
+from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
+from hooked_moe.loading.streaming import spill_of
+from hooked_moe.measurement.document_tables import TABLES, measure_document
+from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.tables import atomic_path, write_parquet_atomic
 from hooked_moe.transformer import Transformer
 
 MAX_WORKERS = 4
-"""Documents measured side by side, at most: where no budget is given, each has `requests.WAITING_BYTES` of its own."""
+"""The most documents measured side by side: where no budget is given, each has `requests.WAITING_BYTES` of its own."""
 
 Result = TypeVar("Result")
 
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 def measure_part(
     model: Transformer,
     corpus: TokenizedCorpus,
-    wanted: Wanted,
+    spec: PartSpec,
     shards: Path,
     target: Path,
     identity: dict[str, str],
@@ -47,36 +47,36 @@ def measure_part(
 ) -> None:
     """Measure every document into `shards`, and join these to `target`/<table>.parquet for each table of the part.
 
-    Shards that are there already are kept. `identity` goes into the metadata of every file; a shard with another raises
-    `ValueError`. `memory_budget` bounds the memory beside the model's weights, of all documents measured at once together: of
-    fewer, where it is small.
+    Existing shards are kept. `identity` goes into the metadata of every file; a shard with another identity raises
+    `ValueError`. `memory_budget` bounds the memory beside the model's weights of all documents together; where it is small,
+    fewer documents are measured side by side.
     """
     workers, budget = _workers(model, len(corpus.documents)), None
     if memory_budget is not None:
-        whole = parse_bytes(memory_budget)
-        workers = max(1, min(workers, whole // _least_budget(model, corpus, wanted)))
-        budget = whole // workers
+        total = parse_bytes(memory_budget)
+        workers = max(1, min(workers, total // _least_budget(model, corpus, spec)))
+        budget = total // workers
     shards.mkdir(parents=True, exist_ok=True)
-    names = list(TABLES[wanted.part])
+    names = list(TABLES[spec.part])
     lengths = corpus.lengths()
     paths = [{name: shards / f"{index:06d}.{name}.parquet" for name in names} for index in range(len(lengths))]
-    pending = [index for index, own in enumerate(paths) if not all(_is_there(path, identity) for path in own.values())]
+    pending = [index for index, own in enumerate(paths) if not all(_is_written(path, identity) for path in own.values())]
 
     def measure_documents(indices: list[int]) -> list[int]:
-        works = [measure_document(model, corpus.documents[index], corpus.first, wanted, budget) for index in indices]
-        for index, tables in zip(indices, _together(works), strict=True):
+        tasks = [measure_document(model, corpus.documents[index], corpus.first, spec, budget) for index in indices]
+        for index, tables in zip(indices, _together(tasks), strict=True):
             for name, table in tables.items():
                 write_parquet_atomic(table.replace_schema_metadata(identity), paths[index][name])
         return indices
 
-    per_token = len(wanted.layers) * model.cfg.experts_per_token * max(1, len(wanted.orders))
-    description = f"measuring, {wanted.part}"
+    per_token = len(spec.layers) * model.cfg.experts_per_token * max(1, len(spec.orders))
+    description = f"measuring, {spec.part}"
     with tqdm(total=sum(lengths), unit="tok", desc=description, disable=not progress, smoothing=0.1) as bar:
         bar.update(sum(lengths) - sum(lengths[index] for index in pending))
-        for indices in in_parallel(measure_documents, _groups(model, lengths, wanted, pending), model, workers):
+        for indices in in_parallel(measure_documents, _groups(model, lengths, spec, pending), model, workers):
             bar.update(sum(lengths[index] for index in indices))
             rate = bar.format_dict["rate"]
-            if rate and wanted.positions is None:
+            if rate and spec.positions is None:
                 bar.set_postfix_str(f"{rate * per_token:,.0f} removals/s", refresh=False)
     for name in names:
         _merge([own[name] for own in paths], target / f"{name}.parquet")
@@ -90,29 +90,29 @@ def remove_shards(shards: Path) -> None:
         shards.rmdir()
 
 
-def _is_there(shard: Path, identity: dict[str, str]) -> bool:
-    """Whether a shard has been written. Raises `ValueError` if it is one of another measurement."""
+def _is_written(shard: Path, identity: dict[str, str]) -> bool:
+    """Whether a shard has been written. Raises `ValueError` if it belongs to another measurement."""
     if not shard.exists():
         return False
     metadata = pq.read_schema(shard).metadata or {}
-    found = {name: metadata.get(name.encode(), b"").decode() for name in identity}
-    if found != identity:
+    written = {name: metadata.get(name.encode(), b"").decode() for name in identity}
+    if written != identity:
         raise ValueError(
-            f"{shard} is of another measurement ({found}) than this one ({identity}), and the two cannot be mixed: "
-            f"remove {shard.parent} to measure these documents anew"
+            f"{shard} is of another measurement ({written}) than this one ({identity}), and the two cannot be mixed: "
+            f"remove {shard.parent} to measure these documents again"
         )
     return True
 
 
-def _groups(model: Transformer, lengths: list[int], wanted: Wanted, pending: list[int]) -> list[list[int]]:
+def _groups(model: Transformer, lengths: list[int], spec: PartSpec, pending: list[int]) -> list[list[int]]:
     """Documents to measure together: one, where weights are in memory. Where they are streamed, as many as fit on half of the
     free disk while they wait between layers, so that each weight is read once for all of them.
     """
     spill = spill_of(model)
     if spill is None:
         return [[index] for index in pending]
-    each = model.cfg.experts_per_token if wanted.part != "sequence" else max(map(model.cfg.experts_in, wanted.layers))
-    per_token = len(wanted.layers) * each * variant_bytes(model.cfg)
+    each = model.cfg.experts_per_token if spec.part != "sequence" else max(map(model.cfg.experts_in, spec.layers))
+    per_token = len(spec.layers) * each * variant_bytes(model.cfg)
     room = shutil.disk_usage(spill.directory or tempfile.gettempdir()).free // 2
     groups: list[list[int]] = []
     used = room
@@ -126,31 +126,31 @@ def _groups(model: Transformer, lengths: list[int], wanted: Wanted, pending: lis
     return groups
 
 
-def _together(works: list[Steps[Result]]) -> list[Result]:
+def _together(tasks: list[Steps[Result]]) -> list[Result]:
     """What each of several measurements returns, run side by side through the layers."""
-    results: list[Result | None] = [None] * len(works)
+    results: list[Result | None] = [None] * len(tasks)
 
-    def keep(number: int, work: Steps[Result]) -> Steps[None]:
-        results[number] = yield from work
+    def keep(number: int, task: Steps[Result]) -> Steps[None]:
+        results[number] = yield from task
 
-    complete(side_by_side([keep(number, work) for number, work in enumerate(works)]))
+    run_without_grad(side_by_side([keep(number, task) for number, task in enumerate(tasks)]))
     return cast(list[Result], results)
 
 
 def in_parallel(
-    work: Callable[[list[int]], list[int]], groups: list[list[int]], model: Transformer, most: int = MAX_WORKERS
+    measure: Callable[[list[int]], list[int]], groups: list[list[int]], model: Transformer, max_workers: int = MAX_WORKERS
 ) -> Iterator[list[int]]:
-    """Run `work` on each group and yield what it returns as it is done. An exception in one stops the others.
+    """Call `measure` on each group and yield what it returns, as each is done. An exception in one stops the others.
 
     On a CPU, documents side by side use the cores better than one document on all of them, whose operations are small and
     would wait for each other's threads; the cores are shared out among a few workers.
     """
     cores = torch.get_num_threads()
-    workers = min(most, _workers(model, len(groups)))
+    workers = min(max_workers, _workers(model, len(groups)))
     per_worker = max(1, cores // workers)
     executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(per_worker,))
     try:
-        for done in as_completed([executor.submit(work, group) for group in groups]):
+        for done in as_completed([executor.submit(measure, group) for group in groups]):
             yield done.result()
     finally:
         executor.shutdown(cancel_futures=True)
@@ -158,16 +158,16 @@ def in_parallel(
 
 
 def _workers(model: Transformer, groups: int) -> int:
-    """How many groups are measured at once. Streamed weights are of one layer at a time, so all go through it together."""
+    """How many groups are measured at once. Of streamed weights one layer is in memory, so all groups go through it together."""
     alone = model.cfg.device.type != "cpu" or model.streams
     return 1 if alone else max(1, min(torch.get_num_threads(), groups, MAX_WORKERS))
 
 
-def _least_budget(model: Transformer, corpus: TokenizedCorpus, wanted: Wanted) -> int:
-    """Bytes that one document takes at least."""
+def _least_budget(model: Transformer, corpus: TokenizedCorpus, spec: PartSpec) -> int:
+    """The bytes that one document takes at least."""
     length = min(corpus.n_ctx, max(corpus.lengths()) + 1)  # a BOS token is no document's own
     least = demand_of(model.cfg, length, chunk_size=length).of_one_query(model.cfg.experts_per_token)
-    return max(least, least_of_gradient(model.cfg, length)) if wanted.first_order else least
+    return max(least, least_budget_of_gradients(model.cfg, length)) if spec.first_order else least
 
 
 def _merge(shards: list[Path], target: Path) -> None:

@@ -1,4 +1,4 @@
-"""A corpus as a model reads it: in tokens, cut into windows of its context."""
+"""A corpus as a model reads it: tokens, cut into windows that fit its context."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ import numpy as np
 import pyarrow as pa
 
 from hooked_moe.corpus import Corpus, Window, tokenize_documents
-from hooked_moe.tables import DOCUMENTS
+from hooked_moe.tables import DOCUMENTS, table_with_schema
 from hooked_moe.tokenizer import Tokenizer
 from hooked_moe.transformer import Transformer
+
+DocumentPositions = frozenset[tuple[int, int]]
+"""(document, position) pairs."""
 
 
 class TokenizedCorpus:
     """A corpus in windows of the model's context. The last token of a window is the first of the next, which predicts from it.
 
-    Where there is a BOS token, every window begins with it. It belongs to no document: positions, lengths and all statistics are
-    of the documents' own tokens.
+    Where there is a BOS token, every window begins with it. It belongs to no document: positions, lengths and all statistics
+    count the documents' own tokens.
     """
 
     def __init__(
         self, model: Transformer, corpus: Corpus, n_ctx: int, limit: int | None = None, prepend_bos: bool | None = None
     ) -> None:
-        """`limit` keeps the first so many tokens of each document, a BOS token counted. `prepend_bos` None does as the
+        """`limit` keeps the first `limit` tokens of each document, a BOS token counted. `prepend_bos` None does as the
         checkpoint's own tokenizer does.
 
         Raises `ValueError` without a tokenizer, with one that the model has no embeddings for, with documents that are empty,
@@ -60,7 +63,7 @@ class TokenizedCorpus:
         return [windows[-1].start + len(windows[-1].tokens) - self.first for windows in self.documents]
 
     def sha256(self) -> str:
-        """Of every window's document, start and tokens: the same text in another tokenizer's tokens is another corpus."""
+        """A checksum of every window's document, start and tokens: the same text in other tokens is another corpus."""
         digest = hashlib.sha256()
         for window in (window for windows in self.documents for window in windows):
             digest.update(np.array([window.document, window.start, *window.tokens], dtype="<i8").tobytes())
@@ -80,9 +83,7 @@ class TokenizedCorpus:
             "title": [d.title for d in documents],
             "n_tokens": self.lengths(),
         }
-        return pa.table(
-            {name: pa.array(values, DOCUMENTS.field(name).type) for name, values in columns.items()}, schema=DOCUMENTS
-        )
+        return table_with_schema(DOCUMENTS, columns)
 
 
 def _bos(tokenizer: Tokenizer, prepend: bool | None) -> int | None:

@@ -13,29 +13,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.counterfactuals import Scope, expert_effects
-from hooked_moe.counterfactuals.engine.clean_run import CleanBlock
-from hooked_moe.counterfactuals.engine.clean_run import as_expert_block as with_experts
+from hooked_moe.counterfactuals import LossAfter, Scope, expert_effects
+from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, as_expert_block
 from hooked_moe.counterfactuals.engine.fan_out import FanOut, fan_out
 from hooked_moe.counterfactuals.engine.padding import Packed, pack
-from hooked_moe.counterfactuals.engine.steps import run_to_end as finish
+from hooked_moe.counterfactuals.engine.steps import run_to_end
 from hooked_moe.counterfactuals.removals import Zero
+from hooked_moe.counterfactuals.results import ExpertEffects
 from hooked_moe.expert_mask import ExpertMask, RemovalName
 from hooked_moe.transformer import Transformer
 
 MINIMUM_TOKENS = 8
 SEQUENCE_TOKENS = 64
-"""Scope "sequence" is checked on the first so many tokens: it costs a forward per expert."""
+"""How many tokens scope "sequence" is checked on, the first of the sequence: it costs a forward per expert."""
+LATER_TOKENS = 4
+"""How many tokens after the measured one are compared in scope "from_position", which differs from "position" only there."""
 
 EXACTNESS: dict[Scope, str] = {
     "position": "effects are exact",
     "sequence": "effects are exact, sequence-wide",
     "from_position": "effects are exact, from the position on",
 }
-"""The name of the last check in each scope."""
+"""The last check's name in each scope."""
 
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Nats between two ways of computing the same loss. Half precision rounds every activation; its checks are that loose."""
+"""Nats between two computations of the same loss. Half precision rounds every activation, so its tolerances are that loose."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,11 @@ def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> float:
     """
 
     def nothing_removed(clean: CleanBlock) -> Float[Tensor, "1 batch pos d_model"]:
-        experts = with_experts(clean)
+        experts = as_expert_block(clean)
         return Zero().without(experts, torch.ones_like(experts.routing.weights, dtype=torch.bool)[None])
 
     def run(packed: Packed, layers: Sequence[int]) -> FanOut:
-        return finish(fan_out(model, packed.tokens, packed.targets, layers, 1, nothing_removed))
+        return run_to_end(fan_out(model, packed.tokens, packed.targets, layers, 1, nothing_removed))
 
     with torch.inference_mode():
         packed = pack(tokens.to(model.cfg.device), None)
@@ -125,7 +127,7 @@ def _no_stale_state(model: Transformer, tokens: Tensor) -> Check:
 
 
 def _losses_differ(model: Transformer, tokens: Tensor) -> Check:
-    """3. Different positions have different losses: a loss read at the wrong place would repeat."""
+    """3. Different positions have different losses: a loss read at the wrong position would repeat."""
     losses = _losses(model, tokens)[0]
     share = len(losses[~losses.isnan()].unique()) / len(losses)
     return Check("losses differ", share > 0.5, share, 0.5, "share of positions whose loss no other position has")
@@ -137,43 +139,47 @@ def _inactive_expert_has_no_effect(model: Transformer, tokens: Tensor, generator
     Before that position, up to rounding: later tokens may be routed otherwise, and products over groups of other sizes round
     otherwise.
     """
-    layer, pos = _somewhere(model, tokens, generator)
+    layer, pos = _random_place(model, tokens, generator)
     effects = expert_effects(model, tokens, layers=[layer], positions=[pos])
     active = effects.expert_index[0, 0, pos].tolist()
     experts = model.cfg.experts_in(layer)
     inactive = next(e for e in range(experts + 1) if e not in active)
     clean = _losses(model, tokens)[0]
     if inactive == experts:
-        nothing = 0.0  # every expert is active everywhere: there is no inactive one to remove
+        of_inactive = 0.0  # every expert is active everywhere: there is no inactive one to remove
     else:
-        nothing = float((_losses(model, tokens, ExpertMask.ablate([(layer, 0, pos, inactive)]))[0] - clean).abs().max())
-    something = (_losses(model, tokens, ExpertMask.ablate([(layer, 0, pos, active[0])]))[0] - clean).abs()
-    before = float(something[:pos].max()) if pos else 0.0
-    passed = nothing == 0 and before <= LOSS_TOLERANCE[model.cfg.dtype] and float(something[pos:].max()) > 0
-    other = "every expert active" if inactive == experts else f"expert {inactive} inactive"
-    detail = f"layer {layer}, position {pos}: {other}; expert {active[0]} removed moves earlier losses by {before:.1g} nats"
-    return Check("inactive expert", passed, nothing, 0.0, detail)
+        of_inactive = float((_losses(model, tokens, ExpertMask.ablate([(layer, 0, pos, inactive)]))[0] - clean).abs().max())
+    of_active = (_losses(model, tokens, ExpertMask.ablate([(layer, 0, pos, active[0])]))[0] - clean).abs()
+    before = float(of_active[:pos].max()) if pos else 0.0
+    passed = of_inactive == 0 and before <= LOSS_TOLERANCE[model.cfg.dtype] and float(of_active[pos:].max()) > 0
+    others = "every expert active" if inactive == experts else f"expert {inactive} inactive"
+    detail = f"layer {layer}, position {pos}: {others}; expert {active[0]} removed moves earlier losses by {before:.1g} nats"
+    return Check("inactive expert", passed, of_inactive, 0.0, detail)
 
 
 def _effects_equal_full_forwards(
     model: Transformer, tokens: Tensor, generator: torch.Generator, removal: RemovalName, scope: Scope, samples: int = 12
 ) -> Check:
-    """5. The fast counterfactuals equal one full forward pass per removal."""
+    """5. The fast counterfactuals equal one full forward pass per removal; from the position on, at later tokens too."""
     layers = None
     if scope == "sequence":
         tokens = tokens[:, :SEQUENCE_TOKENS]
-        layers = [_somewhere(model, tokens, generator)[0]]
-    effects = expert_effects(model, tokens, layers, scope, removal)
+        layers = [_random_place(model, tokens, generator)[0]]
+    readouts = [LossAfter(LATER_TOKENS)] if scope == "from_position" else []
+    effects = expert_effects(model, tokens, layers, scope, removal, readouts=readouts)
     clean = _losses(model, tokens)[0]
     differences = []
     for _ in range(samples):
-        layer, pos = _somewhere(model, tokens, generator)
+        layer, pos = _random_place(model, tokens, generator)
         layer = layer if layers is None else layers[0]
         slot = int(torch.randint(model.cfg.experts_per_token, (1,), generator=generator))
-        where = (effects.layers.index(layer), 0, pos, slot)
-        entry = (layer, 0, pos if scope == "position" else None, int(effects.expert_index[where]))
-        full = _losses(model, tokens, ExpertMask.ablate([entry], removal))[0, pos] - clean[pos]
-        differences.append(abs(float(full - effects.delta_loss[where])))
+        entry = (effects.layers.index(layer), 0, pos, slot)
+        full = _losses(model, tokens, _removed(model, effects, entry, removal, scope))[0] - clean
+        differences.append(float((full[pos] - effects.delta_loss[entry]).abs()))
+        if readouts:
+            expected = full[pos : pos + LATER_TOKENS + 1]  # fewer at the end of the sequence
+            later = effects.readouts[readouts[0].name][entry][: len(expected)]
+            differences[-1] = _largest([differences[-1], float((expected - later).abs().max())])
     # In half precision single removals differ by the rounding of every activation; their median must still be small.
     half = model.cfg.dtype.itemsize < 4
     value = float(torch.tensor(differences).median()) if half else _largest(differences)
@@ -182,11 +188,28 @@ def _effects_equal_full_forwards(
     return Check(EXACTNESS[scope], value <= threshold, value, threshold, detail)
 
 
+def _removed(
+    model: Transformer, effects: ExpertEffects, entry: tuple[int, int, int, int], removal: RemovalName, scope: Scope
+) -> ExpertMask:
+    """The removal of one entry of the effects, for a full forward: of its expert, at the tokens in the scope that go to it."""
+    index, batch, pos, _ = entry
+    layer, expert = effects.layers[index], int(effects.expert_index[entry])
+    served = (effects.expert_index[index, batch] == expert).any(-1)
+    if scope == "position":
+        served[pos + 1 :] = False
+    if scope != "sequence":
+        served[:pos] = False
+    keep = torch.ones(1, len(served), model.cfg.experts_in(layer), dtype=torch.bool, device=served.device)
+    keep[0, served, expert] = False
+    return ExpertMask({layer: keep}, removal)
+
+
 def _largest(values: Sequence[float]) -> float:
-    """nan if one of them is: Python's max would pass over it."""
+    """The largest value; nan if one is nan, which Python's max would pass over."""
     return float(torch.tensor(values, dtype=torch.float64).max())
 
 
-def _somewhere(model: Transformer, tokens: Tensor, generator: torch.Generator) -> tuple[int, int]:
+def _random_place(model: Transformer, tokens: Tensor, generator: torch.Generator) -> tuple[int, int]:
+    """A layer with experts, and a position that has a next token."""
     layer = model.cfg.moe_layers[int(torch.randint(len(model.cfg.moe_layers), (1,), generator=generator))]
     return layer, int(torch.randint(tokens.shape[1] - 1, (1,), generator=generator))

@@ -1,4 +1,4 @@
-"""From what was measured in windows of a document to rows of its tables."""
+"""From the counterfactuals of a document's windows to rows of its tables."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from torch import Tensor
 from hooked_moe.corpus import Window
 from hooked_moe.counterfactuals import Order
 from hooked_moe.counterfactuals.results import ExpertEffects
+from hooked_moe.measurement.tokenized_corpus import DocumentPositions
 from hooked_moe.tables import PROGRESSIVE, ROUTING, TOKENS
 from hooked_moe.transformer import Transformer
-
-Positions = frozenset[tuple[int, int]]
-"""(document, position) pairs."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Batch:
     """Windows of a document, of one length, that are run together."""
 
     windows: list[Window]
-    """All of the document."""
+    """All windows of the document."""
     numbers: list[int]
     """Which of them are in the batch."""
     first: int
@@ -40,7 +38,7 @@ class Batch:
     def tokens(self) -> Tensor:
         return torch.from_numpy(np.stack([window.tokens for window in self.members]))
 
-    def asked(self, positions: Positions | None) -> Bool[Tensor, "batch pos"] | None:
+    def asked(self, positions: DocumentPositions | None) -> Bool[Tensor, "batch pos"] | None:
         """Which positions of the windows are among those to measure. A window's last token is measured in the next one."""
         if positions is None:
             return None
@@ -58,7 +56,7 @@ class Batch:
         return slice(self.first, stop if number == len(self.windows) - 1 else stop - 1)
 
     def positions(self, row: int) -> np.ndarray:
-        """Of the tokens that it reports, in the document."""
+        """The positions in the document of the tokens that the window reports."""
         own = self.own(row)
         return self.windows[self.numbers[row]].start + np.arange(own.stop - own.start)
 

@@ -16,7 +16,7 @@ import scipy.stats
 from jaxtyping import Float
 
 from hooked_moe import statistics
-from hooked_moe.paper.published import CONTROL
+from hooked_moe.paper.published import CONTROL_RANKING
 
 ALPHA = 0.05
 
@@ -49,7 +49,7 @@ class ReleasedCell:
 def released_cells(comparisons: pa.Table, ddof: int) -> list[ReleasedCell]:
     """A cell for each ranking and layer of `tables.COMPARISONS`, in order. `ddof` is the audit's; the control's is 1.
 
-    Corrected over the audit's cells, and over the control's layers apart.
+    Tests are corrected over the audit's cells, and over the control's layers separately.
     """
     rankings, layers = (np.asarray(comparisons[name].to_pylist()) for name in ("ranking", "layer"))
     keys = list(dict.fromkeys(zip(rankings.tolist(), layers.tolist(), strict=True)))
@@ -57,8 +57,8 @@ def released_cells(comparisons: pa.Table, ddof: int) -> list[ReleasedCell]:
     for ranking, layer in keys:
         rows = (rankings == ranking) & (layers == layer)
         values = {name: comparisons[name].to_numpy()[rows] for name in ("high_delta", "low_delta", "high_score", "low_score")}
-        n_tests = sum((other == CONTROL) == (ranking == CONTROL) for other, _ in keys)
-        cells.append(_cell(ranking, layer, values, 1 if ranking == CONTROL else ddof, n_tests))
+        n_tests = sum((other == CONTROL_RANKING) == (ranking == CONTROL_RANKING) for other, _ in keys)
+        cells.append(_cell(ranking, layer, values, 1 if ranking == CONTROL_RANKING else ddof, n_tests))
     return cells
 
 
@@ -74,10 +74,10 @@ def _cell(ranking: str, layer: int, values: dict[str, Float[np.ndarray, " pair"]
     except statistics.DegenerateSample as reason:
         return ReleasedCell(**asdict(blank) | {"note": str(reason)})
     rho = nan
-    if ranking == CONTROL:
+    if ranking == CONTROL_RANKING:
         ratio = values["high_score"] / (values["low_score"] + 1e-9)
         rho = float(scipy.stats.spearmanr(ratio, high - low).statistic)
-    found = {
+    computed = {
         "mean_difference": t_test.mean_difference,
         "d": size.d,
         "d_low": size.low,
@@ -88,7 +88,7 @@ def _cell(ranking: str, layer: int, values: dict[str, Float[np.ndarray, " pair"]
         "t_test_alone": "significant" if t_test.p <= ALPHA / n_tests else "not significant",
         "agreement": statistics.agreement(t_test, ranks, n_tests, ALPHA),
     }
-    return ReleasedCell(**asdict(blank) | found)
+    return ReleasedCell(**asdict(blank) | computed)
 
 
 def released_cells_table(cells: Sequence[ReleasedCell]) -> pa.Table:

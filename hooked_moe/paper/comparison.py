@@ -1,7 +1,8 @@
 """A model's runs beside the published tables: ours, published, difference.
 
-Reads what the experiments leave in their directories; nothing is measured here. Where the model is the published one, layers are
-the published layers; any other model of the family is put beside them by relative depth, which compares shapes, not numbers.
+This module reads what the experiments leave in their directories, and measures nothing. Where the model is the published one,
+layers are the published layers; any other model of the family is put beside them by relative depth, which compares shapes, not
+numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from hooked_moe.paper.published import CONTROL, PublishedModel, PublishedValue, published_model, published_values
+from hooked_moe.paper.published import CONTROL_RANKING, PublishedModel, PublishedValue, published_model, published_values
 
 Key = tuple[str, int, int, str]
 """(ranking, removed, layer, statistic), as in `PublishedValue`."""
@@ -24,12 +25,12 @@ EXPERIMENTS = {
     "Table 1": "audit",
     "Table 2": "audit",
     "Table 3": "audit",
-    "Table 4": "routing_weight_control",
-    "Table 5": "routing_weight_control",
-    "Table 6": "routing_weight_control",
+    "Table 4": "control",
+    "Table 5": "control",
+    "Table 6": "control",
     "Table 7": "redistribution",
-    "Table 8": "progressive_ablation",
-    "Table 9": "progressive_ablation",
+    "Table 8": "progressive",
+    "Table 9": "progressive",
     "Figure 2": "redistribution",
 }
 
@@ -82,16 +83,16 @@ def compare(run: RunValues) -> list[ComparedValue]:
     published = published_model(run.model_type)
     if published is None:
         return []
-    found = []
+    compared = []
     for value in published_values():
         if value.model != published.name:
             continue
-        wanted = (value.ranking, value.removed, value.statistic)
-        layers = sorted({layer for ranking, removed, layer, statistic in run.values if (ranking, removed, statistic) == wanted})
+        quantity = (value.ranking, value.removed, value.statistic)
+        layers = sorted({layer for ranking, removed, layer, statistic in run.values if (ranking, removed, statistic) == quantity})
         layer = counterpart(value.layer, published, layers, run.n_layers)
         ours = float("nan") if layer is None else run.values[value.ranking, value.removed, layer, value.statistic]
-        found.append(ComparedValue(value, layer, ours))
-    return found
+        compared.append(ComparedValue(value, layer, ours))
+    return compared
 
 
 def counterpart(layer: int, published: PublishedModel, measured: list[int], n_layers: int) -> int | None:
@@ -108,19 +109,19 @@ def comparison_table(run: RunValues, compared: list[ComparedValue]) -> pa.Table:
     """One row per published number."""
     rows = [
         {
-            "table": one.published.table,
-            "experiment": EXPERIMENTS[one.published.table],
+            "table": value.published.table,
+            "experiment": EXPERIMENTS[value.published.table],
             "protocol": run.protocol,
-            "ranking": one.published.ranking,
-            "removed": one.published.removed,
-            "published_layer": one.published.layer,
-            "layer": one.layer,
-            "statistic": one.published.statistic,
-            "ours": one.ours,
-            "published": one.published.value,
-            "difference": one.difference,
+            "ranking": value.published.ranking,
+            "removed": value.published.removed,
+            "published_layer": value.published.layer,
+            "layer": value.layer,
+            "statistic": value.published.statistic,
+            "ours": value.ours,
+            "published": value.published.value,
+            "difference": value.difference,
         }
-        for one in compared
+        for value in compared
     ]
     return pa.Table.from_pylist(rows)
 
@@ -129,19 +130,19 @@ def comparison_table(run: RunValues, compared: list[ComparedValue]) -> pa.Table:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Of a csv file; none where it was not written, for that experiment has not been run."""
+    """The rows of a csv file; none where it was not written, because that experiment has not been run."""
     return pyarrow.csv.read_csv(path).to_pylist() if path.is_file() else []
 
 
 def _defined_values(directory: Path) -> Iterator[tuple[Key, float]]:
-    """The sample is the paper's kind of population: as many positions, each a pair."""
+    """The numbers of a defined run. Its sample is the paper's kind of population: as many positions, each a pair."""
     for row in _rows(directory / "cells.csv"):
         if (row["scope"], row["population"]) == ("position", "sample"):
             for statistic, column in (("d", "d_z"), ("p_t", "p_t"), ("p_wilcoxon", "p_wilcoxon")):
                 yield (row["ranking"], 1, row["layer"], statistic), _number(row[column])
     for row in _rows(directory / "control.csv"):
-        if (row["ranking"], row["population"]) == (CONTROL, "sample"):
-            yield (CONTROL, 1, row["layer"], "rho"), _number(row["rho_weight_ratio"])
+        if (row["ranking"], row["population"]) == (CONTROL_RANKING, "sample"):
+            yield (CONTROL_RANKING, 1, row["layer"], "rho"), _number(row["rho_weight_ratio"])
     yield from _shared_values(directory)
 
 

@@ -18,11 +18,12 @@ from jaxtyping import Bool, Float, Int
 from hooked_moe.paper.padded_rows import COORDINATES, LayerRows
 from hooked_moe.paper.protocols import Released
 
-PerExpert = Float[np.ndarray, " expert"]
+ExpertValues = Float[np.ndarray, " expert"]
+"""A number for each expert of one layer."""
 
 
-def released_criteria(rows: LayerRows, released: Released) -> dict[str, PerExpert]:
-    """Metric -> value of every expert. An expert that no row selects has 0, as released, except for mean logits."""
+def released_criteria(rows: LayerRows, released: Released) -> dict[str, ExpertValues]:
+    """Each metric's value of every expert. An expert that no row selects has 0, as released, except for mean logits."""
     counted = np.ones_like(rows.real) if released.padding else rows.real
     of_first_texts = (np.arange(len(counted)) < (released.texts_for_norms or len(counted)))[:, None]
     every, first = _Counted.of(rows, counted), _Counted.of(rows, counted & of_first_texts)
@@ -61,7 +62,7 @@ class _Counted:
         return np.bincount(self.expert.ravel(), minlength=self.n_experts)
 
 
-def _mean_logit_above_threshold(rows: _Counted) -> PerExpert:
+def _mean_logit_above_threshold(rows: _Counted) -> ExpertValues:
     """Mean of an expert's logits that reach the lowest k-th logit of any row: nearly all of its rows."""
     k = rows.expert.shape[1]
     above = rows.logits >= np.partition(rows.logits, -k, axis=1)[:, -k].min()
@@ -69,22 +70,22 @@ def _mean_logit_above_threshold(rows: _Counted) -> PerExpert:
     return np.where(count > 0, (rows.logits * above).sum(axis=0) / np.maximum(count, 1), 0.0)
 
 
-def _mean_probability(rows: _Counted) -> PerExpert:
-    """Of the softmax over all experts, not renormalised over the selected ones."""
+def _mean_probability(rows: _Counted) -> ExpertValues:
+    """The mean of the softmax over all experts, not renormalised over the selected ones."""
     selected = np.take_along_axis(scipy.special.softmax(rows.logits, axis=1), rows.expert, axis=1)
     return _mean_by_expert(rows.expert, selected, rows.n_experts)
 
 
-def _std_of_norms(rows: _Counted) -> PerExpert:
-    """ddof=1; NaN for an expert selected once, 0 for one never selected."""
+def _std_of_norms(rows: _Counted) -> ExpertValues:
+    """The std with ddof=1; NaN for an expert selected once, 0 for one never selected."""
     count = rows.selections
     centred = rows.norm - _mean_by_expert(rows.expert, rows.norm, rows.n_experts)[rows.expert]
     squares = np.bincount(rows.expert.ravel(), centred.ravel() ** 2, rows.n_experts)
     return np.where(count == 1, np.nan, np.sqrt(squares / np.maximum(count - 1, 1)))
 
 
-def _std_of_coordinates(rows: _Counted) -> PerExpert:
-    """ddof=0, over the first coordinates of all outputs of an expert together."""
+def _std_of_coordinates(rows: _Counted) -> ExpertValues:
+    """The std with ddof=0, over the first coordinates of all outputs of an expert together."""
     mean, square = (
         _mean_by_expert(rows.expert, values, rows.n_experts) / COORDINATES
         for values in (rows.coordinate_sum, rows.coordinate_square)
@@ -92,7 +93,7 @@ def _std_of_coordinates(rows: _Counted) -> PerExpert:
     return np.sqrt(np.maximum(square - mean**2, 0.0))
 
 
-_Metric = dict[str, Callable[[_Counted], PerExpert]]
+_Metric = dict[str, Callable[[_Counted], ExpertValues]]
 _UTILIZATION: _Metric = {
     "mean_logit": lambda rows: rows.logits.mean(axis=0),
     "share_of_rows": lambda rows: rows.selections / len(rows.logits),
@@ -106,7 +107,7 @@ _MEAN_WEIGHT: _Metric = {
 _SPREAD: _Metric = {"of_norms": _std_of_norms, "of_coordinates": _std_of_coordinates}
 
 
-def _mean_by_expert(expert: Int[np.ndarray, "row slot"], values: Float[np.ndarray, "row slot"], n_experts: int) -> PerExpert:
+def _mean_by_expert(expert: Int[np.ndarray, "row slot"], values: Float[np.ndarray, "row slot"], n_experts: int) -> ExpertValues:
     count = np.bincount(expert.ravel(), minlength=n_experts)
     return np.bincount(expert.ravel(), values.ravel(), n_experts) / np.maximum(count, 1)
 
@@ -115,9 +116,9 @@ class RedistributionByExpert(NamedTuple):
     """Means over the rows that select an expert; 0 for one that no row selects."""
 
     n_rows: Int[np.ndarray, " expert"]
-    routing_weight: PerExpert
-    gap_norm: PerExpert
-    relative_compensation: PerExpert
+    routing_weight: ExpertValues
+    gap_norm: ExpertValues
+    relative_compensation: ExpertValues
 
     def correlations(self) -> tuple[float, float]:
         """Spearman of (routing weight, gap norm) and of (gap norm, relative compensation) over experts."""

@@ -1,7 +1,7 @@
 """What the experts of a model do at every row of padded batches, padding included: the released code's view of a corpus.
 
-The project itself keeps padding out of everything (`engine.padding`). The released code of arXiv 2606.10703 pads all texts
-to the longest and takes its statistics over all rows, so what padding does has to be imitated:
+The project itself keeps padding out of everything (`counterfactuals.engine.padding`). The released code of arXiv 2606.10703 pads
+all texts to the longest and takes its statistics over all rows, so what padding does has to be imitated:
 
     right padding   padding tokens stand after the text and see all of it, but not one another
     left padding    padding tokens stand before the text, where every key is masked. Attention that adds one finite number to
@@ -27,8 +27,8 @@ from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.transformer import Transformer
 
 COORDINATES = 32
-"""Of an expert's output, those that the released code pools for Qwen's activation std: the first so many."""
-ROWS_AT_ONCE = 4
+"""How many coordinates of an expert's output, the first ones, the released code pools for Qwen's activation std."""
+ROWS_PER_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class PaddedTexts:
         tokens = torch.full((len(texts), width), pad_id)
         real = torch.zeros(len(texts), width, dtype=torch.bool)
         for row, ids in enumerate(texts):
-            place = slice(0, len(ids)) if padding == "right" else slice(width - len(ids), width)
-            tokens[row, place] = torch.as_tensor(ids)
-            real[row, place] = True
+            span = slice(0, len(ids)) if padding == "right" else slice(width - len(ids), width)
+            tokens[row, span] = torch.as_tensor(ids)
+            real[row, span] = True
         return cls(tokens, real, padding)
 
     def rows(self, part: slice) -> PaddedTexts:
         return PaddedTexts(self.tokens[part], self.real[part], self.padding)
 
     def hide_padding(self, scores: Float[Tensor, "batch head query key"], hook: HookPoint) -> Tensor:
-        """For `hook_attn_scores`: what padding is to attention."""
+        """A hook for `hook_attn_scores`: what attention makes of padding."""
         real = self.real.to(scores.device)
         hidden = scores.masked_fill(~real[:, None, None, :], float("-inf"))
         if self.padding == "right":
@@ -134,9 +134,9 @@ def observe_rows(model: Transformer, texts: PaddedTexts, layers: Sequence[int], 
         raise ValueError(f"texts of {width} tokens do not fit the context of {model.cfg.model_name}, {model.cfg.n_ctx} tokens")
     observers = {layer: _LayerObserver(model, layer) for layer in layers}
     hooks = [hook for observer in observers.values() for hook in observer.hooks]
-    starts = range(0, len(texts.tokens), ROWS_AT_ONCE)
+    starts = range(0, len(texts.tokens), ROWS_PER_BATCH)
     for start in tqdm(starts, desc="criteria, padding included", unit="batch", disable=not progress):
-        part = texts.rows(slice(start, start + ROWS_AT_ONCE))
+        part = texts.rows(slice(start, start + ROWS_PER_BATCH))
         attention = (lambda name: name.endswith("attn.hook_attn_scores"), part.hide_padding)
         model.run_with_hooks(part.tokens, stop_at_layer=max(layers) + 1, fwd_hooks=[attention, *hooks])
     return {layer: observer.table(texts.real.numpy()) for layer, observer in observers.items()}

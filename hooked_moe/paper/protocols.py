@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int
 
-from hooked_moe.paper.published import CONTROL, METRICS, published_model
+from hooked_moe.paper.published import CONTROL_RANKING, METRICS, published_model
 
 ProtocolName = Literal["defined", "as_released"]
 SEED = 42
@@ -31,14 +31,14 @@ Draw = Int[np.ndarray, "draw 2"]
 
 @dataclass(frozen=True)
 class TextRule:
-    """Which texts are read: paragraphs longer than so many characters, the first so many of them, cut to so many tokens."""
+    """Which texts are read: the first `first` paragraphs longer than `longer_than` characters, cut to `tokens` tokens."""
 
     longer_than: int
     first: int | None
     tokens: int
 
     def select(self, documents: Iterable[str]) -> list[str]:
-        """The paragraphs of the documents, parted by blank lines. Raises `ValueError` where there are none so long."""
+        """The paragraphs of the documents, parted by blank lines. Raises `ValueError` where none is that long."""
         paragraphs = (part for text in documents for part in re.split(r"\n\s*\n", text))
         chosen = [part for part in paragraphs if len(part.strip()) > self.longer_than]
         if not chosen:
@@ -47,17 +47,17 @@ class TextRule:
 
 
 @dataclass(frozen=True)
-class Progressive:
+class ReleasedProgressive:
     """One position per text, texts shuffled; the most heavily weighted experts go first."""
 
     texts: TextRule
     positions: int
     fewest_before: int
-    """Tokens before the one whose loss is measured."""
+    """The least number of tokens before the one whose loss is measured."""
 
 
 @dataclass(frozen=True)
-class Redistribution:
+class ReleasedRedistribution:
     """Output gaps by expert. Router rows keep padding, block outputs drop it: they are paired by number, not by token."""
 
     texts: TextRule
@@ -70,7 +70,7 @@ class Released:
 
     model_type: str
     dtype: Literal["float32", "float16", "bfloat16"]
-    """Of the audit. OLMoE's other experiments ran in float16."""
+    """The dtype of the audit. OLMoE's other experiments ran in float16."""
     texts: TextRule
     padding: Literal["right", "left"] | None
     """Where padding stands. All texts are padded to the longest, and padding rows enter every metric; None: no padding."""
@@ -80,13 +80,13 @@ class Released:
     mean_routing_weight_when_active: Literal["mean_logit_above_threshold", "mean_weight", "mean_probability"]
     activation_std: Literal["of_norms", "of_coordinates"]
     texts_for_norms: int | None
-    """Activation norm and std read only so many texts; None: all."""
+    """How many texts activation norm and std read; None: all."""
     ddof: int
-    """Of the audit's d; the control's is 1 everywhere."""
+    """The divisor of the audit's d is n - ddof; the control's ddof is 1 everywhere."""
     skips_equal_weights: bool
     """The control passes over positions whose highest and lowest weight are within 1e-6."""
-    progressive: Progressive | None
-    redistribution: Redistribution | None
+    progressive: ReleasedProgressive | None
+    redistribution: ReleasedRedistribution | None
 
 
 _AUDIT_TEXTS = TextRule(longer_than=50, first=100, tokens=512)
@@ -105,8 +105,8 @@ RELEASED: dict[str, Released] = {
         texts_for_norms=None,
         ddof=0,
         skips_equal_weights=False,
-        progressive=Progressive(TextRule(longer_than=100, first=None, tokens=256), positions=500, fewest_before=32),
-        redistribution=Redistribution(_REDISTRIBUTION_TEXTS, special_tokens=True),
+        progressive=ReleasedProgressive(TextRule(longer_than=100, first=None, tokens=256), positions=500, fewest_before=32),
+        redistribution=ReleasedRedistribution(_REDISTRIBUTION_TEXTS, special_tokens=True),
     ),
     "qwen2_moe": Released(
         model_type="qwen2_moe",
@@ -121,7 +121,7 @@ RELEASED: dict[str, Released] = {
         ddof=1,
         skips_equal_weights=False,
         progressive=None,
-        redistribution=Redistribution(_REDISTRIBUTION_TEXTS, special_tokens=False),
+        redistribution=ReleasedRedistribution(_REDISTRIBUTION_TEXTS, special_tokens=False),
     ),
     "deepseek_v2": Released(
         model_type="deepseek_v2",
@@ -191,7 +191,7 @@ def draws_per_metric_and_layer(
 
     One generator goes through all layers, and in each through all rankings, so the draws depend on the layers asked for. A draw
     for which `accept(layer, text, position)` is false is replaced by the next; after 10 n tries a cell stays short, as released.
-    Returns (ranking, layer) -> draws. Raises `ValueError` where no text is so long.
+    Returns (ranking, layer) -> draws. Raises `ValueError` where no text is that long.
     """
     usable = [j for j, m in enumerate(lengths) if m >= 4]
     _require(sum(lengths[j] - 2 for j in usable))
@@ -216,8 +216,8 @@ def audit_draws(released: Released, lengths: Sequence[int], n: int, layers: Sequ
     if released.sampling == "per_metric":
         by_metric = draws_per_metric(lengths, n)
         return {(metric, layer): draws for metric, draws in by_metric.items() for layer in layers}
-    drawn = draws_per_metric_and_layer(lengths, n, layers, (*METRICS, CONTROL))
-    return {cell: draws for cell, draws in drawn.items() if cell[0] != CONTROL}
+    drawn = draws_per_metric_and_layer(lengths, n, layers, (*METRICS, CONTROL_RANKING))
+    return {cell: draws for cell, draws in drawn.items() if cell[0] != CONTROL_RANKING}
 
 
 def control_draws(
@@ -228,13 +228,13 @@ def control_draws(
     weight_range: Callable[[int, int, int], float],
 ) -> dict[tuple[str, int], Draw]:
     """(routing_weight, layer) -> positions. `weight_range(layer, text, position)` is the highest weight minus the lowest."""
-    rankings = (CONTROL,) if released.sampling == "per_metric" else (*METRICS, CONTROL)
+    rankings = (CONTROL_RANKING,) if released.sampling == "per_metric" else (*METRICS, CONTROL_RANKING)
     accept = (lambda layer, text, pos: weight_range(layer, text, pos) >= 1e-6) if released.skips_equal_weights else None
     drawn = draws_per_metric_and_layer(lengths, n, layers, rankings, accept)
-    return {cell: draws for cell, draws in drawn.items() if cell[0] == CONTROL}
+    return {cell: draws for cell, draws in drawn.items() if cell[0] == CONTROL_RANKING}
 
 
-def progressive_draw(protocol: Progressive, lengths: Callable[[int], int], n_texts: int, n: int) -> Draw:
+def progressive_draw(protocol: ReleasedProgressive, lengths: Callable[[int], int], n_texts: int, n: int) -> Draw:
     """Texts in shuffled order, one position each, until there are `n`; `lengths(text)` counts tokens, cut to the rule's.
 
     The position is that of the token before the one drawn: removing experts there changes the prediction of the drawn token.

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 METRICS = ("utilization_rate", "activation_norm", "mean_routing_weight_when_active", "activation_std")
 """The four observational metrics of the paper, in the order in which its code drew positions for them."""
-CONTROL = "routing_weight"
+CONTROL_RANKING = "routing_weight"
+"""The ranking of the control: by the token's own routing weights, not by a metric of the expert."""
 PAIRS = 200
 """Positions behind every cell of Tables 1-6."""
 
@@ -31,7 +32,7 @@ class PublishedModel:
     model_type: str
     n_layers: int
     layers: tuple[int, ...]
-    """Those of the audit and of the control."""
+    """The layers of the audit and of the control."""
 
 
 MODELS = (
@@ -102,7 +103,7 @@ def _read(name: str) -> Any:
 
 def _cells(tables: Any) -> Iterator[PublishedValue]:
     for key, (table, model) in _CELL_TABLES.items():
-        rankings = tables[key] if key.endswith("audit") else {CONTROL: tables[key]}
+        rankings = tables[key] if key.endswith("audit") else {CONTROL_RANKING: tables[key]}
         for ranking, layers in rankings.items():
             for layer, row in layers.items():
                 for printed, value in row.items():

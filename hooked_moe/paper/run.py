@@ -6,7 +6,7 @@
         run.redistribution()     # gap norms from misaligned rows                          Table 7, Figure 2
         run.progressive()        # one to k-1 experts removed                              Tables 8-9
 
-Each writes a table into the run's directory, measured once, text by text: a killed run goes on with the first text that it lacks.
+Each writes a table into the run's directory, measured once, text by text: a killed run resumes with the first text that it lacks.
 What the released code does in place of the stated protocol is tabulated in `protocols`. One thing is not imitated:
 router, final norm, unembedding and loss are in float32 here, whatever the dtype of the weights.
 """
@@ -14,32 +14,25 @@ router, final norm, unembedding and loss are in float32 here, whatever the dtype
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from jaxtyping import Float
-from tqdm import tqdm
 
 from hooked_moe.corpus import Corpus
-from hooked_moe.counterfactuals import expert_observations
-from hooked_moe.measurement.fingerprint import config_values, versions, weights_sha256
+from hooked_moe.measurement.fingerprint import model_fingerprint, versions
 from hooked_moe.measurement.run_directory import claim, digest, read_json
-from hooked_moe.measurement.shards import in_parallel
-from hooked_moe.paper.metrics import PerExpert, released_criteria, released_redistribution
+from hooked_moe.measurement.shards import remove_shards
+from hooked_moe.paper.metrics import released_redistribution
 from hooked_moe.paper.padded_rows import LayerRows, PaddedTexts, observe_rows
 from hooked_moe.paper.protocols import (
     Draw,
     Released,
-    TextRule,
     audit_draws,
     control_draws,
     describe,
@@ -47,13 +40,15 @@ from hooked_moe.paper.protocols import (
     protocol_layers,
     released_protocol,
 )
-from hooked_moe.paper.published import CONTROL, METRICS, PAIRS
-from hooked_moe.paper.sequence_removals import SequenceRemoval, sequence_removals
+from hooked_moe.paper.published import PAIRS
+from hooked_moe.paper.ranked_removals import compare_experts, pick_experts, remove_progressively
+from hooked_moe.paper.texts import AuditTexts, encode_text, selected_texts
 from hooked_moe.tables import (
     COMPARISONS,
     RELEASED_EXPERTS,
     RELEASED_PROGRESSIVE,
     RELEASED_REDISTRIBUTION,
+    table_with_schema,
     write_json_atomic,
     write_parquet_atomic,
 )
@@ -88,31 +83,14 @@ def open_released(
 
 
 def _plan(model: Transformer, corpus: Corpus, layers: Sequence[int], released: Released) -> dict[str, Any]:
+    """What identifies a run."""
     return {
         "format": 2,
-        "model": {
-            "name": model.cfg.model_name,
-            "revision": model.cfg.revision,
-            "weights_sha256": weights_sha256(model),
-            "config": config_values(model.cfg),
-        },
+        "model": model_fingerprint(model),
         "corpus": {"name": corpus.name, "sha256": corpus.sha256, "documents": len(corpus.documents)},
         "protocol": describe(released) | {"layers": list(layers)},
         "versions": versions(),
     }
-
-
-class _Pick(NamedTuple):
-    """One comparison: which two experts are removed, where."""
-
-    layer: int
-    ranking: str
-    text: int
-    position: int
-    high: int
-    low: int
-    high_score: float
-    low_score: float
 
 
 class ReleasedRun:
@@ -137,6 +115,7 @@ class ReleasedRun:
         if (directory / "manifest.json").exists():
             self.manifest = read_json(directory / "manifest.json")
         self._corpus = corpus
+        self._texts = AuditTexts(model, corpus, released, layers, progress)
         self._lock = lock
         self._progress = progress
 
@@ -150,29 +129,18 @@ class ReleasedRun:
 
     def audit(self, n: int = PAIRS) -> pa.Table:
         """`n` positions for each metric and layer: a row each, as in `tables.COMPARISONS`. Writes audit-<n>.parquet."""
-
-        def picks() -> list[_Pick]:
-            draws = audit_draws(self.released, self._lengths(self._texts), n, self.layers)
-            return [pick for cell, draw in draws.items() for pick in self._picks(*cell, draw)]
-
-        return self._part("audit", n, COMPARISONS, lambda path: self._compare(picks(), path))
+        return self._comparisons("audit", n, lambda: audit_draws(self.released, self._texts.lengths, n, self.layers))
 
     def control(self, n: int = PAIRS) -> pa.Table:
         """The same with experts ranked by their routing weight at the position. Writes control-<n>.parquet."""
-
-        def weight_range(layer: int, text: int, position: int) -> float:
-            weights = self._rows[layer].routing_weight[text, self._row(text, position)]
-            return float(weights[0] - weights[-1])
-
-        def picks() -> list[_Pick]:
-            draws = control_draws(self.released, self._lengths(self._texts), n, self.layers, weight_range)
-            return [pick for cell, draw in draws.items() for pick in self._picks(*cell, draw)]
-
-        return self._part("control", n, COMPARISONS, lambda path: self._compare(picks(), path))
+        texts = self._texts
+        return self._comparisons(
+            "control", n, lambda: control_draws(self.released, texts.lengths, n, self.layers, texts.weight_range)
+        )
 
     def experts(self) -> pa.Table:
         """The four metrics of every expert in their released form. Writes experts.parquet."""
-        return self._part("experts", None, RELEASED_EXPERTS, lambda _: self._experts_table())
+        return self._part("experts", None, RELEASED_EXPERTS, lambda _: self._texts.experts_table())
 
     def progressive(self, n: int | None = None) -> pa.Table:
         """One to k-1 experts removed at `n` positions (None: 500). Writes progressive-<n>.parquet.
@@ -185,15 +153,15 @@ class ReleasedRun:
         count = protocol.positions if n is None else n
 
         def measure(shards: Path) -> pa.Table:
-            texts = protocol.texts.select(document.text for document in self._corpus.documents)
+            texts = selected_texts(protocol.texts, self._corpus)
             tokens: dict[int, list[int]] = {}
 
             def length(text: int) -> int:
-                tokens[text] = self._encode(texts[text], protocol.texts.tokens)
+                tokens[text] = encode_text(self.model, texts[text], protocol.texts.tokens)
                 return len(tokens[text])
 
             drawn = progressive_draw(protocol, length, len(texts), count)
-            return self._remove_progressively({text: tokens[text] for text in drawn[:, 0].tolist()}, drawn, shards)
+            return remove_progressively(self.model, self.layers, tokens, drawn, shards, self._progress)
 
         return self._part("progressive", count, RELEASED_PROGRESSIVE, measure)
 
@@ -207,145 +175,25 @@ class ReleasedRun:
             raise ValueError(f"there is no released redistribution of {self.released.model_type}; use --protocol defined")
 
         def measure(_: Path) -> pa.Table:
+            rule = protocol.texts
             texts = [
-                self._encode(text, protocol.texts.tokens, protocol.special_tokens)
-                for text in protocol.texts.select(document.text for document in self._corpus.documents)
+                encode_text(self.model, text, rule.tokens, protocol.special_tokens) for text in selected_texts(rule, self._corpus)
             ]
             padded = PaddedTexts.of(texts, self.model.require_tokenizer().pad_id, "right")
-            rows = observe_rows(self.model, padded, self.layers, self._progress)
-            return _redistribution_table(rows)
+            return _redistribution_table(observe_rows(self.model, padded, self.layers, self._progress))
 
         return self._part("redistribution", None, RELEASED_REDISTRIBUTION, measure)
 
-    # --- texts and rows ---------------------------------------------------------------------------------------------------
-
-    def _encode(self, text: str, limit: int, special_tokens: bool = True) -> list[int]:
-        """Token ids as the checkpoint's tokenizer gives them, cut to the limit and to the model's context."""
-        ids = self.model.require_tokenizer().encode(text, None if special_tokens else False)
-        return ids[: min(limit, self.model.cfg.n_ctx)]
-
-    @cached_property
-    def _texts(self) -> list[list[int]]:
-        rule: TextRule = self.released.texts
-        return [self._encode(text, rule.tokens) for text in rule.select(document.text for document in self._corpus.documents)]
-
-    @staticmethod
-    def _lengths(texts: Sequence[Sequence[int]]) -> list[int]:
-        return [len(text) for text in texts]
-
-    @cached_property
-    def _padded(self) -> PaddedTexts:
-        return PaddedTexts.of(self._texts, self.model.require_tokenizer().pad_id, self.released.padding or "right")
-
-    @cached_property
-    def _rows(self) -> dict[int, LayerRows]:
-        return observe_rows(self.model, self._padded, self.layers, self._progress)
-
-    def _row(self, text: int, position: int) -> int:
-        """Where a token of a text stands in its padded row."""
-        left = self._padded.padding == "left"
-        return position + (self._padded.tokens.shape[1] - len(self._texts[text]) if left else 0)
-
-    @cached_property
-    def _criteria(self) -> dict[int, dict[str, PerExpert]]:
-        return {layer: released_criteria(rows, self.released) for layer, rows in self._rows.items()}
-
-    def _experts_table(self) -> pa.Table:
-        parts = []
-        for layer, criteria in self._criteria.items():
-            n = len(criteria[METRICS[0]])
-            parts.append(pa.table({"layer": np.full(n, layer), "expert": np.arange(n), **criteria}).cast(RELEASED_EXPERTS))
-        return pa.concat_tables(parts)
-
-    # --- removals ---------------------------------------------------------------------------------------------------------
-
-    def _picks(self, ranking: str, layer: int, draw: Draw) -> list[_Pick]:
-        """The active experts ranked highest and lowest at every drawn position."""
-        rows, picks = self._rows[layer], []
-        for text, position in draw.tolist():
-            row = self._row(text, position)
-            experts = rows.expert[text, row]
-            if ranking == CONTROL:
-                score = rows.routing_weight[text, row].astype(np.float64)
-            else:
-                score = self._criteria[layer][ranking][experts]
-            order = np.nan_to_num(score, nan=-np.inf)  # an undefined score ranks last, as it does in pandas
-            high, low = int(order.argmax()), int(order.argmin())
-            picks.append(
-                _Pick(
-                    layer, ranking, text, position, int(experts[high]), int(experts[low]), float(score[high]), float(score[low])
-                )
-            )
-        return picks
-
-    def _compare(self, picks: list[_Pick], shards: Path) -> pa.Table:
-        """Remove both experts of every comparison."""
-        by_text: dict[int, list[int]] = defaultdict(list)
-        for number, pick in enumerate(picks):
-            by_text[pick.text].append(number)
-
-        def measure(text: int) -> Float[np.ndarray, "kind number"]:
-            own = [picks[number] for number in by_text[text]]
-            removals = [SequenceRemoval(p.layer, frozenset([e]), p.position) for p in own for e in (p.high, p.low)]
-            losses = sequence_removals(self.model, torch.tensor(self._texts[text]), removals)
-            delta = losses.removed - losses.baseline
-            return np.stack([losses.baseline[::2], delta[::2], delta[1::2]])
-
-        values = np.empty((3, len(picks)))
-        for text, found in self._text_by_text(sorted(by_text), measure, shards).items():
-            values[:, by_text[text]] = found
-        columns = dict(zip(_Pick._fields, zip(*picks, strict=True), strict=True))
-        columns |= {"high_expert": columns.pop("high"), "low_expert": columns.pop("low")}
-        measured = dict(zip(("baseline_loss", "high_delta", "low_delta"), values, strict=True))
-        return _table(COMPARISONS, columns | measured)
-
-    def _remove_progressively(self, texts: Mapping[int, list[int]], drawn: Draw, shards: Path) -> pa.Table:
-        k = self.model.cfg.experts_per_token
-
-        def measure(text: int) -> Float[np.ndarray, "kind number"]:
-            tokens = torch.tensor(texts[text])
-            (position,) = drawn[drawn[:, 0] == text, 1].tolist()
-            routed = expert_observations(self.model, tokens[None], self.layers)  # no hooks, which texts side by side would share
-            removals = []
-            for layer, indices in zip(routed.layers, routed.expert_index, strict=True):
-                active = indices[0, position].tolist()  # by falling weight
-                removals += [SequenceRemoval(layer, frozenset(active[:count]), position) for count in range(1, k)]
-            losses = sequence_removals(self.model, tokens, removals)
-            return np.stack([losses.baseline, losses.removed - losses.baseline])
-
-        found = self._text_by_text(drawn[:, 0].tolist(), measure, shards)
-        per_text = len(self.layers) * (k - 1)
-        columns = {
-            "layer": np.tile(np.repeat(self.layers, k - 1), len(drawn)),
-            "text": np.repeat(drawn[:, 0], per_text),
-            "position": np.repeat(drawn[:, 1], per_text),
-            "removed": np.tile(np.arange(1, k), len(drawn) * len(self.layers)),
-        }
-        losses = np.concatenate([found[text] for text in drawn[:, 0].tolist()], axis=1)
-        return _table(RELEASED_PROGRESSIVE, columns | {"baseline_loss": losses[0], "delta_loss": losses[1]})
-
-    def _text_by_text(
-        self, texts: Sequence[int], measure: Callable[[int], Float[np.ndarray, "kind number"]], shards: Path
-    ) -> dict[int, Float[np.ndarray, "kind number"]]:
-        """What `measure` finds in every text, kept in a shard each."""
-        shards.mkdir(parents=True, exist_ok=True)
-        paths = {text: shards / f"{text:06d}.parquet" for text in texts}
-
-        def measure_texts(some: list[int]) -> list[int]:
-            for text in some:
-                values = measure(text)
-                write_parquet_atomic(pa.table({str(kind): row for kind, row in enumerate(values)}), paths[text])
-            return some
-
-        pending = [text for text, path in paths.items() if not path.exists()]
-        with tqdm(total=len(texts), desc=f"{shards.name}, whole texts", unit="text", disable=not self._progress) as bar:
-            bar.update(len(texts) - len(pending))
-            for done in in_parallel(measure_texts, [[text] for text in pending], self.model):
-                bar.update(len(done))
-        tables = {text: pq.read_table(path, use_threads=False) for text, path in paths.items()}
-        return {text: np.stack([column.to_numpy() for column in table.columns]) for text, table in tables.items()}
-
     # --- files ------------------------------------------------------------------------------------------------------------
+
+    def _comparisons(self, name: str, n: int, draw: Callable[[], Mapping[tuple[str, int], Draw]]) -> pa.Table:
+        """A part that removes the highest- and the lowest-ranked active expert at drawn positions."""
+
+        def measure(shards: Path) -> pa.Table:
+            picks = pick_experts(self._texts, draw())
+            return compare_experts(self.model, self._texts, picks, shards, self._progress)
+
+        return self._part(name, n, COMPARISONS, measure)
 
     def _part(self, name: str, n: int | None, schema: pa.Schema, measure: Callable[[Path], pa.Table]) -> pa.Table:
         """A table from its file, or measured into it."""
@@ -355,23 +203,17 @@ class ReleasedRun:
             write_parquet_atomic(measure(shards).cast(schema), path)
         self.manifest["parts"] |= {stem: {"positions": n}}
         write_json_atomic(self.manifest, self.directory / "manifest.json")
-        if shards.exists():
-            for shard in shards.glob("*.parquet"):
-                shard.unlink()
-            shards.rmdir()
+        remove_shards(shards)
         return pq.read_table(path, use_threads=False)
 
 
-def _redistribution_table(rows: Mapping[int, LayerRows]) -> pa.Table:
-    parts = []
-    for layer, of_layer in rows.items():
+def _redistribution_table(rows_by_layer: Mapping[int, LayerRows]) -> pa.Table:
+    """Every expert with both pairings of rows, as in `tables.RELEASED_REDISTRIBUTION`."""
+    tables = []
+    for layer, rows in rows_by_layer.items():
         for pairing in ("as_released", "aligned"):
-            found = released_redistribution(of_layer, aligned=pairing == "aligned")
-            n = len(found.n_rows)
+            by_expert = released_redistribution(rows, aligned=pairing == "aligned")
+            n = len(by_expert.n_rows)
             keys = {"layer": np.full(n, layer), "expert": np.arange(n), "pairing": [pairing] * n}
-            parts.append(_table(RELEASED_REDISTRIBUTION, keys | found._asdict()))
-    return pa.concat_tables(parts)
-
-
-def _table(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
-    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
+            tables.append(table_with_schema(RELEASED_REDISTRIBUTION, keys | by_expert._asdict()))
+    return pa.concat_tables(tables)

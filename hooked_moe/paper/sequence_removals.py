@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.counterfactuals.engine.chunks import VARIANT_TOKENS_PER_CHUNK as TOKENS_AT_ONCE
+from hooked_moe.counterfactuals.engine.chunks import VARIANT_TOKENS_PER_CHUNK
 from hooked_moe.counterfactuals.engine.losses import loss_at
 from hooked_moe.expert_mask import ExpertMask
 from hooked_moe.transformer import Transformer
@@ -86,14 +86,14 @@ def _losses_of_layer(
     pending = np.argsort(-needed, kind="stable")  # longest first, so that the rows of a batch are of about one length
     while len(pending):
         length = int(needed[pending[0]])
-        rows_per_batch = max(1, TOKENS_AT_ONCE // length)
+        rows_per_batch = max(1, VARIANT_TOKENS_PER_CHUNK // length)
         batch, pending = pending[:rows_per_batch], pending[rows_per_batch:]
         mask = ExpertMask({layer: keep[torch.as_tensor(batch)]})
         read = resid[:, :length].expand(len(batch), -1, -1)
         final = model(read, start_at_layer=layer, stop_at_layer=model.cfg.n_layers, expert_mask=mask)
         served = np.flatnonzero(np.isin(rows, batch))
-        place = {row: number for number, row in enumerate(batch.tolist())}
-        of_batch = torch.tensor([place[row] for row in rows[served].tolist()], device=resid.device)
+        batch_row = {row: number for number, row in enumerate(batch.tolist())}
+        of_batch = torch.tensor([batch_row[row] for row in rows[served].tolist()], device=resid.device)
         position = torch.as_tensor(positions[served], device=resid.device)
         losses[served] = _losses(model, final[of_batch, position], tokens[position + 1])
     return losses

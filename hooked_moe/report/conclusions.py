@@ -1,4 +1,4 @@
-"""What follows from a run: about fixed criteria, about fixed rankings as such, about the very token's scores."""
+"""What follows from a run: about fixed criteria, about fixed rankings in general, and about per-token scores."""
 
 import math
 
@@ -9,7 +9,7 @@ from hooked_moe.report.readings import FIXED, best_fixed, ceiling_reading, known
 
 
 def conclude(inputs: Inputs) -> list[str]:
-    """What follows: about fixed criteria, about fixed rankings as such, about the very token's scores."""
+    """A sentence on each, where the tables allow one."""
     return [sentence for sentence in (_on_criteria(inputs), _on_rankings(inputs), _on_tokens(inputs)) if sentence]
 
 
@@ -41,22 +41,21 @@ def _on_criteria(inputs: Inputs) -> str:
 
 
 def _on_rankings(inputs: Inputs) -> str:
-    found = ceiling_reading(inputs)
-    if found is None:
+    reading = ceiling_reading(inputs)
+    if reading is None:
         return ""
-    value, best, best_share, oracle = found
-    near = not math.isnan(oracle) and best_share >= 0.5 * oracle
+    near = not math.isnan(reading.oracle_share) and reading.best_share >= 0.5 * reading.oracle_share
     misses = (
-        f"{label(best)} already takes much of what a fixed ranking can give"
+        f"{label(reading.best)} already takes much of what a fixed ranking can give"
         if near
         else "the criteria miss most of what a fixed ranking can give, so a better fixed ranking is possible"
     )
-    if value < 0.05:
+    if reading.ceiling < 0.05:
         return (
-            f"A fixed ranking can say little here: at most {share(value)} of the variance within a position is between experts. "
-            f"Of that, {misses}."
+            f"A fixed ranking can say little here: at most {share(reading.ceiling)} of the variance within a position is between "
+            f"experts. Of that, {misses}."
         )
-    return f"A fixed ranking could explain {share(value)} of the variance within a position; {misses}."
+    return f"A fixed ranking could explain {share(reading.ceiling)} of the variance within a position; {misses}."
 
 
 def _on_tokens(inputs: Inputs) -> str:
@@ -70,7 +69,7 @@ def _on_tokens(inputs: Inputs) -> str:
         return ""
     top = max(means, key=means.__getitem__)
     if means[top] <= best[1]:
-        return f"The very token's scores order the active experts no better than {label(best[0])} does."
+        return f"Per-token scores order the active experts no better than {label(best[0])} does."
     return (
         f"To tell which expert matters at a token, ask the token: its {label(top)} orders the active experts best "
         f"({signed(means[top], 3)} against {signed(best[1], 3)} for the best fixed criterion)."

@@ -1,6 +1,7 @@
 """How numbers are spelt on the page and on a console."""
 
 import math
+from typing import Any
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
@@ -63,3 +64,14 @@ def layer_list(layers: list[int]) -> str:
 def enumeration(parts: list[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def value_text(value: Any) -> str:
+    """A value of a table; numbers are rounded for reading."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if math.isnan(value):
+        return DASH
+    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1000 else f"{value:.2e}"

@@ -5,6 +5,7 @@ Verdicts are read off population "all" where it was not refused, else off the sa
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ FIXED = ("paper", "extended")  # families of rankings that are fixed for the cor
 
 
 def verdict_cells(inputs: Inputs, families: Sequence[str]) -> list[Row]:
-    """Cells of scope position that the summary goes by: over all positions, or the sample where those were all refused."""
+    """Cells of scope position that the summary reads: over all positions, or over the sample where those were all refused."""
     cells = position_cells(inputs, "all", families)
     refused = all(row["verdict"] == "refused" for row in cells)
     return (position_cells(inputs, "sample", families) or cells) if refused else cells
@@ -42,21 +43,32 @@ def best_fixed(inputs: Inputs) -> tuple[str, float] | None:
     return max(means.items(), key=lambda item: item[1]) if means else None
 
 
-def ceiling_reading(inputs: Inputs) -> tuple[float, str, float, float] | None:
-    """Mean ceiling over layers, the best criterion, its pooled share, and the oracle's (NaN without one)."""
+@dataclass(frozen=True)
+class CeilingReading:
+    """The mean ceiling over layers, the criterion that comes nearest, and the shares of it that this one and the oracle reach."""
+
+    ceiling: float
+    best: str
+    best_share: float
+    oracle_share: float
+    """NaN without an oracle."""
+
+
+def ceiling_reading(inputs: Inputs) -> CeilingReading | None:
     if "ceiling.csv" not in inputs.tables:
         return None
     table = inputs.tables["ceiling.csv"]
     shares = pooled_shares(table)
     criteria = {name: value for name, (family, value) in shares.items() if family in FIXED and not math.isnan(value)}
-    value = known_mean({row["layer"]: row["ceiling"] for row in table.to_pylist()}.values())
-    if not criteria or math.isnan(value):
+    ceiling = known_mean({row["layer"]: row["ceiling"] for row in table.to_pylist()}.values())
+    if not criteria or math.isnan(ceiling):
         return None
     best = max(criteria, key=criteria.__getitem__)
-    oracle = next((value for family, value in shares.values() if family == "oracle"), math.nan)
-    return value, best, criteria[best], oracle
+    oracle_share = next((value for family, value in shares.values() if family == "oracle"), math.nan)
+    return CeilingReading(ceiling, best, criteria[best], oracle_share)
 
 
 def known_mean(values: Iterable[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan
+    """The mean of the values that are defined; NaN where none is."""
+    defined = [value for value in values if not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan

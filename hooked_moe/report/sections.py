@@ -1,133 +1,162 @@
-"""The sections of the page beside the cells: figures, the tables next to them, checks, manifest, and what is not measured."""
+"""The sections of the page beside the verdicts: figures, the tables next to them, checks, and the manifest."""
 
 import base64
-import html
+import json
 import math
 from typing import Any
 
+from hooked_moe.report.blocks import (
+    Block,
+    Figure,
+    Heading,
+    Missing,
+    Paragraph,
+    Section,
+    Table,
+    TableCell,
+    TableRow,
+    table_row,
+)
+from hooked_moe.report.derived_files import DERIVED_FILES
 from hooked_moe.report.figures.drawing import Drawing
 from hooked_moe.report.figures.names import FAMILY_TITLES, label
-from hooked_moe.report.inputs import SOURCES, Inputs
-from hooked_moe.report.number_text import DASH, log_bayes_factor, share, signed
-from hooked_moe.report.page import Section, group_row, html_pairs, html_row, html_table, html_value
+from hooked_moe.report.inputs import Inputs
+from hooked_moe.report.number_text import DASH, log_bayes_factor, share, signed, value_text
 
 
-def not_measured(inputs: Inputs, name: str) -> str:
+def not_measured(inputs: Inputs, name: str) -> Missing:
     """What stands in the place of a derived table that is absent."""
-    why = inputs.reasons.get(name) or f"{name} is absent"
-    return (
-        f'<p class="absent"><b>Not measured</b>: {SOURCES[name].about} ({html.escape(why)}). '
-        f"Measure it with <code>{html.escape(inputs.command(name))}</code> and the settings of this run.</p>"
+    reason = inputs.reasons.get(name) or f"{name} is absent"
+    return Missing("Not measured", f"{DERIVED_FILES[name].about} ({reason}).", inputs.command(name))
+
+
+def figure(number: int, drawing: Drawing, picture: bytes) -> Figure:
+    """A drawing as a figure of the page; `picture` is its wide svg."""
+    wide, narrow = (
+        "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+        for svg in (picture, drawing.render("svg", narrow=True)["svg"])
     )
+    return Figure(number, drawing.name, drawing.title, drawing.caption, wide, narrow)
 
 
-def figure(number: int, drawing: Drawing, picture: bytes) -> str:
-    """A figure, wide and narrow, with its caption; `picture` is the wide svg."""
-    wide, narrow = (base64.b64encode(svg).decode() for svg in (picture, drawing.render("svg", narrow=True)["svg"]))
-    kind = "data:image/svg+xml;base64,"
-    title = html.escape(drawing.title) + ("" if drawing.title.endswith("?") else ".")
-    return (
-        f'<figure id="{drawing.name}"><picture><source media="(max-width: 600px)" srcset="{kind}{narrow}">'
-        f'<img src="{kind}{wide}" alt="{html.escape(drawing.title)}"></picture>'
-        f"<figcaption><b>Figure {number}. {title}</b> {html.escape(drawing.caption)} "
-        f"Numbers: <code>figures/{drawing.name}.csv</code>.</figcaption></figure>"
-    )
+def plain_table(rows: list[dict[str, Any]]) -> Table:
+    """A derived table as it is."""
+    columns = tuple(name.replace("_", " ") for name in rows[0])
+    return Table(columns, tuple(table_row(*map(value_text, row.values())) for row in rows), "plain")
 
 
-def bayes_table(rows: list[dict[str, Any]]) -> str:
-    """Plackett-Luce and stacking, a row for each ranking, the best first within its family."""
-    columns = ("ranking", "&beta;", "&plusmn; sd", "BF<sub>10</sub>", "gain", "stacking weight", "")
+# --- Bayesian comparison ------------------------------------------------------------------------------------------------
+
+
+def bayes_blocks(rows: list[dict[str, Any]]) -> tuple[Block, ...]:
+    """Plackett-Luce models and stacking, a row for each ranking, the best first within its family."""
+    columns = ("ranking", "β", "± sd", "BF₁₀", "gain", "stacking weight", "")
     note = (
         "A Plackett-Luce model of the order in which removals hurt, read from both ends alike, per standard deviation of the "
         "ranking's ranks: "
-        "&beta; and its standard deviation, clustered by document; the Bayes factor against &beta; = 0 (Savage-Dickey); the gain "
+        "β and its standard deviation, clustered by document; the Bayes factor against β = 0 (Savage-Dickey); the gain "
         "in log score over chance for documents left out, in nats per order; and the weight in the stack of fixed criteria and "
-        "chance that predicts such documents best. Scores of the very token and the oracle are not stacked."
+        "chance that predicts such documents best. Per-token scores and the oracle are not stacked."
     )
     used, available = (max(row[name] for row in rows) for name in ("n_positions_used", "n_positions_available"))
     if used < available:
         note += f" Fitted to {used:,} of {available:,} positions, evenly spread; the others were left out for time."
     lines = []
     for family in dict.fromkeys(row["family"] for row in rows):
-        lines.append(group_row(FAMILY_TITLES.get(family, family), len(columns)))
+        lines.append(TableRow(heading=FAMILY_TITLES.get(family, family)))
         members = [row for row in rows if row["family"] == family]
-        for row in sorted(
-            members, key=lambda row: -math.inf if math.isnan(row["lodo_score"]) else row["lodo_score"], reverse=True
-        ):
-            if row["note"]:
-                reason = f'<td colspan="{len(columns) - 1}" class="word">{html.escape(row["note"])}</td>'
-                lines.append(f"<tr><td>{label(row['criterion'])}</td>{reason}</tr>")
-                continue
-            weight = row["stacking_weight"]
-            bar = "" if math.isnan(weight) else f'<span class="bar" style="width:{6 * weight:.2f}rem"></span>'
-            values = (
-                label(row["criterion"]),
-                signed(row["pl_beta"], 3),
-                html_value(row["pl_sd"]),
-                log_bayes_factor(row["pl_log_bf10"]),
-                signed(row["lodo_score"], 4),
-                share(weight),
-                bar,
-            )
-            lines.append(html_row(values))
-    return f"<p>{note}</p>{html_table(columns, lines, 'bayes')}"
+        members.sort(key=lambda row: -math.inf if math.isnan(row["lodo_score"]) else row["lodo_score"], reverse=True)
+        lines += [_bayes_row(row, len(columns)) for row in members]
+    return Paragraph(note), Table(columns, tuple(lines), "bayes")
 
 
-def plain_table(rows: list[dict[str, Any]]) -> str:
-    """A derived table as it is."""
-    columns = (name.replace("_", " ") for name in rows[0])
-    return html_table(columns, [html_row(html_value(value) for value in row.values()) for row in rows], "plain")
+def _bayes_row(row: dict[str, Any], n_columns: int) -> TableRow:
+    name = label(row["criterion"])
+    if row["note"]:
+        return table_row(name, TableCell(row["note"], css="word", columns=n_columns - 1))
+    weight = row["stacking_weight"]
+    return table_row(
+        name,
+        signed(row["pl_beta"], 3),
+        value_text(row["pl_sd"]),
+        log_bayes_factor(row["pl_log_bf10"]),
+        signed(row["lodo_score"], 4),
+        share(weight),
+        TableCell("", bar=None if math.isnan(weight) else weight),
+    )
+
+
+# --- verification and manifest -------------------------------------------------------------------------------------------
 
 
 def verification(inputs: Inputs) -> Section:
     """The checks that gated the measurement, and the noise floor beside the size of an effect."""
-    parts = []
+    blocks: list[Block] = []
     checks = inputs.value("verification")
     if checks:
-        rows = []
-        for check in checks:
-            passed = check.get("passed")
-            word = "not run" if passed is None else ("passed" if passed else "<b>FAILED</b>")
-            value, threshold = (DASH if check.get(key) is None else html_value(check[key]) for key in ("value", "threshold"))
-            rows.append(
-                html_row((html.escape(check.get("name", "")), word, value, threshold, html.escape(check.get("detail", ""))))
-            )
-        parts.append(html_table(("check", "result", "value", "threshold", "detail"), rows, "words"))
+        columns = ("check", "result", "value", "threshold", "detail")
+        blocks.append(Table(columns, tuple(_check_row(check) for check in checks), "words"))
     else:
-        parts.append('<p class="absent"><b>Not recorded</b>: the manifest has no verification.</p>')
+        blocks.append(Missing("Not recorded", "the manifest has no verification."))
     floor = inputs.value("noise_floor")
     if floor:
-        parts.append(
-            "<h3>Noise floor</h3><p>The largest loss change of a removal that removes nothing, under another batch composition: "
-            "an effect of this size is rounding.</p>" + html_pairs(floor)
-        )
-        parts.append(_above_floor(inputs))
+        blocks += [
+            Heading("Noise floor"),
+            Paragraph(
+                "The largest loss change of a removal that removes nothing, under another batch composition: an effect of this "
+                "size is rounding."
+            ),
+            _pairs(floor),
+            *_above_floor(inputs),
+        ]
     else:
-        parts.append('<p class="absent"><b>Not recorded</b>: the manifest has no noise floor.</p>')
-    return Section("verification", "Verification and noise floor", "".join(parts))
+        blocks.append(Missing("Not recorded", "the manifest has no noise floor."))
+    return Section("verification", "Verification and noise floor", tuple(blocks))
 
 
-def _above_floor(inputs: Inputs) -> str:
+_CHECK_RESULTS = {True: TableCell("passed"), False: TableCell("FAILED", css="failed"), None: TableCell("not run")}
+
+
+def _check_row(check: dict[str, Any]) -> TableRow:
+    result = _CHECK_RESULTS[check.get("passed")]
+    value, threshold = (DASH if check.get(key) is None else value_text(check[key]) for key in ("value", "threshold"))
+    return table_row(str(check.get("name", "")), result, value, threshold, str(check.get("detail", "")))
+
+
+def _above_floor(inputs: Inputs) -> tuple[Block, ...]:
+    """How far effects exceed the noise floor, by layer."""
     rows = [row for row in inputs.rows("layers.csv") if row["slot"] == -1]
     if not rows or inputs.noise_floor is None:
-        return ""
-    columns = ["layer", "mean |&Delta; loss|", "times the floor"]
+        return ()
+    columns = ["layer", "mean |Δ loss|", "times the floor"]
     shares = [row.get("share_above_floor", math.nan) for row in rows]
     if not all(math.isnan(value) for value in shares):
         columns.append("removals above it")
     lines = []
     for row, above in zip(rows, shares, strict=True):
-        cells = (
-            str(row["layer"]),
-            html_value(row["mean_abs_delta"]),
-            f"{row['mean_abs_delta'] / inputs.noise_floor:,.0f}",
-            share(above),
-        )
-        lines.append(html_row(cells[: len(columns)]))
-    return html_table(columns, lines)
+        size = row["mean_abs_delta"]
+        cells = (str(row["layer"]), value_text(size), f"{size / inputs.noise_floor:,.0f}", share(above))
+        lines.append(table_row(*cells[: len(columns)]))
+    return (Table(tuple(columns), tuple(lines)),)
 
 
 def manifest(inputs: Inputs) -> Section:
-    known = {key: value for key, value in inputs.manifest.items() if key not in ("verification", "noise_floor")}
-    body = html_pairs(known) if known else '<p class="absent"><b>Not recorded</b>: this run has no manifest.json.</p>'
-    return Section("manifest", "Manifest", body)
+    """What the manifest says beside the checks and the noise floor."""
+    entries = {key: value for key, value in inputs.manifest.items() if key not in ("verification", "noise_floor")}
+    block = _pairs(entries) if entries else Missing("Not recorded", "this run has no manifest.json.")
+    return Section("manifest", "Manifest", (block,))
+
+
+def _pairs(value: dict[str, Any]) -> Table:
+    """A nested dictionary as dotted names and values."""
+    rows: list[TableRow] = []
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, dict) and node:
+            for key, inner in node.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            rows.append(table_row(prefix, node if isinstance(node, str) else json.dumps(node, ensure_ascii=False)))
+
+    walk("", value)
+    return Table((), tuple(rows), "pairs")

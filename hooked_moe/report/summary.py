@@ -1,39 +1,40 @@
 """What a run shows, in plain words: every sentence is generated from the derived tables, and says what they say."""
 
-import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from hooked_moe.report.blocks import Block, Paragraph, Summary
 from hooked_moe.report.conclusions import conclude
 from hooked_moe.report.figures.names import label
 from hooked_moe.report.inputs import Inputs
 from hooked_moe.report.number_text import enumeration, layer_list, share, signed
 from hooked_moe.report.readings import FIXED, Row, best_fixed, ceiling_reading, known_mean, position_cells, verdict_cells
+from hooked_moe.report.verdict_words import VERDICT_WORDS
 
-_NAMED = 5  # rankings named in a sentence; the others are counted
+_MOST_NAMED = 5  # rankings named in a sentence; the others are counted
 
 
-def lead(inputs: Inputs) -> str:
-    """The top of the page: what was measured, what is valid, equivalent or undecided, and what to conclude."""
-    findings = "".join(f"<li>{sentence}</li>" for finding in FINDINGS if (sentence := finding(inputs)))
-    conclusions = "".join(f"<li>{sentence}</li>" for sentence in conclude(inputs))
-    parts = [f"<p>{measured(inputs)}</p>"]
+def opening(inputs: Inputs) -> tuple[Block, ...]:
+    """The top of the page: what was measured, what to conclude, and what was found."""
+    conclusions = tuple(map(Paragraph, conclude(inputs)))
+    findings = tuple(finding for find in FINDINGS for finding in find(inputs))
+    blocks: list[Block] = [measured(inputs)]
     if conclusions:
-        parts.append(f'<div class="summary conclusion"><h2>What to conclude</h2><ul>{conclusions}</ul></div>')
+        blocks.append(Summary("What to conclude", conclusions, "conclusion"))
     if findings:
-        parts.append(f'<div class="summary"><h2>What was found</h2><ul>{findings}</ul></div>')
-    return "".join(parts)
+        blocks.append(Summary("What was found", findings))
+    return tuple(blocks)
 
 
-def measured(inputs: Inputs) -> str:
+def measured(inputs: Inputs) -> Paragraph:
     """Model, corpus and the size of one removal's effect against the noise floor."""
-    text = f"<b>{html.escape(inputs.model_name)}</b>"
+    text = ""
     if inputs.value("corpus", "name"):
-        text += f" on {html.escape(str(inputs.value('corpus', 'name')))}"
+        text += f" on {inputs.value('corpus', 'name')}"
         text += f" ({inputs.value('corpus', 'documents'):,} documents, {inputs.value('corpus', 'tokens'):,} tokens)"
     rows = [row for row in inputs.rows("layers.csv") if row["slot"] == -1]
     if not rows:
-        return f"{text}. Removals of single experts were not measured."
+        return Paragraph(f"{text}. Removals of single experts were not measured.", inputs.model_name)
     count = sum(row["n_removals"] for row in rows)
     mean, size, positive = (
         sum(row[name] * row["n_removals"] for row in rows) / count for name in ("mean_delta", "mean_abs_delta", "share_positive")
@@ -44,23 +45,21 @@ def measured(inputs: Inputs) -> str:
     )
     if inputs.noise_floor:
         text += f" The average is {size / inputs.noise_floor:,.0f} times the noise floor."
-    return text
+    return Paragraph(text, inputs.model_name)
 
 
-# --- findings: one sentence or none for each derived table ----------------------------------------------------------------------
+# --- findings: a sentence for each derived table that the run has --------------------------------------------------------------
 
 
-def fixed_criteria(inputs: Inputs) -> str:
-    """How many cells of the fixed criteria are valid, equivalent, undecided, and which predict."""
-    parts = []
+def fixed_criteria(inputs: Inputs) -> Iterable[Paragraph]:
+    """How many cells of the fixed criteria are valid, equivalent to zero or undecided, and which predict."""
     for family, name in (("paper", "The paper's four criteria"), ("extended", "Further criteria")):
         cells = verdict_cells(inputs, (family,))
         if cells:
-            parts.append(f"<b>{name}</b> ({_cell_count(cells)}): {_tally(cells)}.")
-    return " ".join(parts)
+            yield Paragraph(f" ({_cell_count(cells)}): {_tally(cells)}.", name)
 
 
-def token_scores(inputs: Inputs) -> str:
+def token_scores(inputs: Inputs) -> Iterable[Paragraph]:
     """The ladder of per-token scores and the oracle, by verdicts and rank correlation."""
     parts = []
     for ranking in ("routing_weight", "gap_norm", "first_order", "oracle"):
@@ -70,82 +69,85 @@ def token_scores(inputs: Inputs) -> str:
             valid = sum(row["verdict"] == "valid" for row in cells)
             parts.append(f"{label(ranking)} {signed(rho, 3)}, valid in {valid} of {len(cells)} layers")
     if not parts:
-        return ""
+        return
     best = best_fixed(inputs)
     against = f" The best fixed criterion, {label(best[0])}, reaches {signed(best[1], 3)}." if best else ""
     listed = "; ".join(parts)
-    return f"<b>Scores of the very token</b>, by Spearman correlation with the effect (mean over layers): {listed}.{against}"
+    text = f", by Spearman correlation with the effect (mean over layers): {listed}.{against}"
+    yield Paragraph(text, "Per-token scores")
 
 
-def sample_power(inputs: Inputs) -> str:
+def sample_power(inputs: Inputs) -> Iterable[Paragraph]:
     """What the published protocol, a sample of positions, says on the same run, and what it could not have seen."""
     cells = [row for row in position_cells(inputs, "sample", ("paper",)) if row["verdict"] != "refused"]
     if not cells:
-        return ""
+        return
     valid = sum(row["verdict"] == "valid" for row in cells)
     undecided = sum(row["verdict"] == "undecided" for row in cells)
-    first = cells[0]
-    power, needed = first["power_at_d02"], first["minimal_detectable_d"]
-    return (
-        f"<b>On {first['n']} sampled positions</b>, the published protocol, {valid} of the {len(cells)} cells of the paper's "
-        f"criteria are valid and {undecided} undecided. Such a cell detects d = 0.2 with probability {power:.2f} and needs "
-        f"d = {needed:.3f} for 0.8: its silence is no evidence of absence."
-    )
-
-
-def ceiling(inputs: Inputs) -> str:
-    """What any fixed ranking could explain, and who comes how near."""
-    found = ceiling_reading(inputs)
-    if found is None:
-        return ""
-    value, best, best_share, oracle = found
+    power, needed = cells[0]["power_at_d02"], cells[0]["minimal_detectable_d"]
     text = (
-        f"<b>Static ceiling.</b> No ranking fixed for the corpus can explain more than {share(value)} of the variance of effects "
-        f"within a position (mean over layers). The best criterion, {label(best)}, reaches {share(best_share)} of that"
+        f", the published protocol, {valid} of the {len(cells)} cells of the paper's criteria are valid and {undecided} "
+        f"undecided. Such a cell detects d = 0.2 with probability {power:.2f} and needs d = {needed:.3f} for 0.8: its silence "
+        "is no evidence of absence."
     )
-    return text + (f", the oracle {share(oracle)}." if not math.isnan(oracle) else ".")
+    yield Paragraph(text, f"On {cells[0]['n']} sampled positions")
 
 
-def bayes(inputs: Inputs) -> str:
+def ceiling(inputs: Inputs) -> Iterable[Paragraph]:
+    """What any fixed ranking could explain, and how near the criteria come to it."""
+    reading = ceiling_reading(inputs)
+    if reading is None:
+        return
+    text = (
+        f" No ranking fixed for the corpus can explain more than {share(reading.ceiling)} of the variance of effects within a "
+        f"position (mean over layers). The best criterion, {label(reading.best)}, reaches {share(reading.best_share)} of that"
+    )
+    text += "." if math.isnan(reading.oracle_share) else f", the oracle {share(reading.oracle_share)}."
+    yield Paragraph(text, "Static ceiling.")
+
+
+def bayes(inputs: Inputs) -> Iterable[Paragraph]:
     """What each kind of ranking gains over chance in documents left out, and which criteria the stack rests on."""
     rows = inputs.rows("bayes.csv")
     leaders = []
     for families in (("token",), ("oracle",), FIXED):
-        known = [row for row in rows if row["family"] in families and not math.isnan(row["lodo_score"])]
-        if known:
-            best = max(known, key=lambda row: float(row["lodo_score"]))
-            wrong_way = " (with &beta; &lt; 0)" if best["pl_beta"] < 0 else ""
+        scored = [row for row in rows if row["family"] in families and not math.isnan(row["lodo_score"])]
+        if scored:
+            best = max(scored, key=lambda row: float(row["lodo_score"]))
+            wrong_way = " (with β < 0)" if best["pl_beta"] < 0 else ""
             leaders.append(f"{label(best['criterion'])} {signed(best['lodo_score'], 4)}{wrong_way}")
     if not leaders:
-        return ""
+        return
     text = (
-        "<b>Bayesian comparison.</b> Predicting the order of effects in documents left out, the best of each kind gain over "
-        f"chance, in nats per order: {', '.join(leaders)}."
+        " Predicting the order of effects in documents left out, the best of each kind gain over chance, in nats per order: "
+        f"{', '.join(leaders)}."
     )
     heavy = [row for row in rows if row["stacking_weight"] >= 0.01]
     heavy.sort(key=lambda row: -row["stacking_weight"])
     named = [f"{label(row['criterion'])} {share(row['stacking_weight'])}" for row in heavy[:3]]
-    return text + (f" Of a stack of the fixed criteria and chance, the weight goes to {enumeration(named)}." if named else "")
+    text += f" Of a stack of the fixed criteria and chance, the weight goes to {enumeration(named)}." if named else ""
+    yield Paragraph(text, "Bayesian comparison.")
 
 
-def scope(inputs: Inputs) -> str:
+def scope(inputs: Inputs) -> Iterable[Paragraph]:
     """How far a removal from the whole sequence differs from one at the token."""
     rows = inputs.rows("scopes.csv")
     if not rows:
-        return ""
+        return
     ratios = [row["mean_abs_sequence"] / row["mean_abs_position"] for row in rows if row["mean_abs_position"]]
     correlations = [row["correlation"] for row in rows]
-    return (
-        "<b>Scope.</b> Removed from the whole sequence instead of at the token alone, the same experts change the loss "
+    text = (
+        " Removed from the whole sequence instead of at the token alone, the same experts change the loss "
         f"{_range(ratios, 2)} times as much by layer; the two effects correlate at {_range(correlations, 2)}."
     )
+    yield Paragraph(text, "Scope.")
 
 
-def several(inputs: Inputs) -> str:
+def several(inputs: Inputs) -> Iterable[Paragraph]:
     """What the order of removal does, halfway through the active experts."""
     rows = inputs.rows("progressive.csv")
     if not rows:
-        return ""
+        return
     most = max(row["removed"] for row in rows)
     half = max(1, most // 2)
     means = {
@@ -158,13 +160,22 @@ def several(inputs: Inputs) -> str:
         f"{signed(means[order, half], 3)} nats {word}" for order, word in words.items() if not math.isnan(means[order, half])
     ]
     total = next((means[order, most] for order in words if not math.isnan(means[order, most])), math.nan)
-    return (
-        f"<b>Several experts at one token.</b> With {half} of {most} removed the mean loss change over layers is "
-        f"{', '.join(parts)}; with all {most}, {signed(total, 3)}."
+    text = (
+        f" With {half} of {most} removed the mean loss change over layers is {', '.join(parts)}; with all {most}, "
+        f"{signed(total, 3)}."
     )
+    yield Paragraph(text, "Several experts at one token.")
 
 
-FINDINGS: tuple[Callable[[Inputs], str], ...] = (fixed_criteria, token_scores, sample_power, ceiling, bayes, scope, several)
+FINDINGS: tuple[Callable[[Inputs], Iterable[Paragraph]], ...] = (
+    fixed_criteria,
+    token_scores,
+    sample_power,
+    ceiling,
+    bayes,
+    scope,
+    several,
+)
 
 
 # --- wording ------------------------------------------------------------------------------------------------------------------
@@ -172,25 +183,18 @@ FINDINGS: tuple[Callable[[Inputs], str], ...] = (fixed_criteria, token_scores, s
 
 def _cell_count(cells: Sequence[Row]) -> str:
     over = "all positions" if cells[0]["population"] == "all" else f"{cells[0]['n']} sampled positions"
-    return f"{len(cells)} cells of criterion &times; layer, over {over}"
+    return f"{len(cells)} cells of criterion \N{MULTIPLICATION SIGN} layer, over {over}"
 
 
 def _tally(cells: Sequence[Row]) -> str:
     """Counts by verdict; which rankings are valid or reversed, and where."""
-    words = {
-        "valid": "valid",
-        "equivalent": "equivalent to none",
-        "undecided": "undecided",
-        "reversed": "reversed",
-        "refused": "refused",
-    }
     parts = []
-    for verdict, word in words.items():
-        found = [row for row in cells if row["verdict"] == verdict]
-        if not found and verdict in ("reversed", "refused"):
+    for verdict in ("valid", "equivalent", "undecided", "reversed", "refused"):
+        rows = [row for row in cells if row["verdict"] == verdict]
+        if not rows and verdict in ("reversed", "refused"):
             continue
-        named = f" ({_where(found)})" if found and verdict in ("valid", "reversed") else ""
-        parts.append(f"<b>{len(found)} {word}</b>{named}")
+        named = f" ({_where(rows)})" if rows and verdict in ("valid", "reversed") else ""
+        parts.append(f"{len(rows)} {VERDICT_WORDS[verdict].name}{named}")
     return ", ".join(parts)
 
 
@@ -199,13 +203,13 @@ def _where(cells: Sequence[Row]) -> str:
     for row in cells:
         layers.setdefault(row["ranking"], []).append(row["layer"])
     most_first = sorted(layers, key=lambda ranking: -len(layers[ranking]))
-    named = [f"{label(ranking)} in {layer_list(layers[ranking])}" for ranking in most_first[:_NAMED]]
-    return "; ".join(named) + (f"; and {len(layers) - _NAMED} more" if len(layers) > _NAMED else "")
+    named = [f"{label(ranking)} in {layer_list(layers[ranking])}" for ranking in most_first[:_MOST_NAMED]]
+    return "; ".join(named) + (f"; and {len(layers) - _MOST_NAMED} more" if len(layers) > _MOST_NAMED else "")
 
 
 def _range(values: Sequence[float], digits: int) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
+    defined = [value for value in values if not math.isnan(value)]
+    if not defined:
         return "an unknown number of"
-    low, high = (f"{value:.{digits}f}" for value in (min(known), max(known)))
+    low, high = (f"{value:.{digits}f}" for value in (min(defined), max(defined)))
     return low if low == high else f"{low} to {high}"

@@ -22,7 +22,8 @@ from jaxtyping import Float, Int, Num
 from hooked_moe.statistics.samples import MINIMUM_PAIRS, DegenerateSample, cluster_sums, require_finite
 
 PRIOR_SD = 0.5
-"""Of beta: in 95% of the prior a standard deviation of the metric multiplies the odds by no more than e, or 1/e."""
+"""Standard deviation of the prior of beta: in 95% of it, a standard deviation of the metric multiplies the odds by no more than
+e, or 1/e."""
 _LARGEST_LOGIT = 100.0
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Num
 
 from hooked_moe.statistics.samples import MINIMUM_PAIRS, DegenerateSample, require_finite
 
-_PATTERNS_AT_ONCE = 1024
+_PATTERNS_PER_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,13 @@ def sign_flip_max_t(difference: Float[np.ndarray, "document test"], n_patterns: 
 
 def _all_signs(documents: int) -> Iterator[Float[np.ndarray, "pattern document"]]:
     """Every pattern with the first document's sign kept; the other half has the same |t|."""
-    for start in range(0, 2 ** (documents - 1), _PATTERNS_AT_ONCE):
-        pattern = np.arange(start, min(start + _PATTERNS_AT_ONCE, 2 ** (documents - 1)))
+    for start in range(0, 2 ** (documents - 1), _PATTERNS_PER_CHUNK):
+        pattern = np.arange(start, min(start + _PATTERNS_PER_CHUNK, 2 ** (documents - 1)))
         yield 1.0 - 2.0 * (pattern[:, None] >> np.arange(documents)[::-1] & 1)
 
 
 def _random_signs(documents: int, n_patterns: int, seed: int) -> Iterator[Float[np.ndarray, "pattern document"]]:
     random = np.random.default_rng(seed)
-    for start in range(0, n_patterns, _PATTERNS_AT_ONCE):
-        size = (min(_PATTERNS_AT_ONCE, n_patterns - start), documents)
+    for start in range(0, n_patterns, _PATTERNS_PER_CHUNK):
+        size = (min(_PATTERNS_PER_CHUNK, n_patterns - start), documents)
         yield 1.0 - 2.0 * random.integers(0, 2, size, dtype=np.int8)

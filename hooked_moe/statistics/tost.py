@@ -1,4 +1,4 @@
-"""Two one-sided tests (Schuirmann, 1987): is an effect small enough to be as good as none?
+"""Two one-sided tests (Schuirmann, 1987): is an effect small enough to be equivalent to zero?
 
 The larger of the two one-sided p is the p of "the effect lies outside the bounds"; at p <= .05 the 90% interval lies
 inside them, and the other way round.

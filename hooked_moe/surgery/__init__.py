@@ -1,4 +1,4 @@
-"""Changes of a model for good."""
+"""Permanent changes of a model."""
 
 from hooked_moe.surgery.pruning import remove_experts
 

@@ -1,4 +1,4 @@
-"""Removing routed experts for good, so that a pruned model can be saved and used elsewhere."""
+"""Removing routed experts permanently, so that a pruned model can be saved and used elsewhere."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ def remove_experts(model: Transformer, experts: Mapping[int, Iterable[int]]) -> 
     """Remove routed experts and their router rows, in place; `experts` maps a layer to the experts to remove.
 
     The router's softmax then runs over the remaining experts: the same as a router logit of minus infinity for the removed ones.
-    Remaining experts are numbered anew. Returns, for every layer given, the old numbers of those that remain, in their new order.
+    Remaining experts are renumbered. Returns, for every layer given, the old numbers of those that remain, in their new order.
 
-    All is checked before anything is changed. Raises `ValueError` for layers without experts and experts that do not exist, where
-    fewer would remain than a token goes to, for experts in groups, and while hooks are attached, since names of hook points go.
-    Parameters are replaced: an optimiser made before holds the old ones.
+    Everything is checked before anything is changed. Raises `ValueError` for layers without experts, for experts that do not
+    exist, where fewer would remain than a token goes to, for experts in groups, and while hooks are attached, since hook points
+    are removed too.
+    Parameters are replaced: an optimiser that was made before holds the old ones.
     """
     model.require_weights("removing experts")
     cfg = model.cfg

@@ -20,8 +20,10 @@ from hooked_moe.tables.schemas import (
     RELEASED_EXPERTS,
     RELEASED_PROGRESSIVE,
     RELEASED_REDISTRIBUTION,
+    REMOVAL_ORDERS,
     ROUTING,
     TOKENS,
+    table_with_schema,
 )
 
 __all__ = [
@@ -34,12 +36,14 @@ __all__ = [
     "RELEASED_EXPERTS",
     "RELEASED_PROGRESSIVE",
     "RELEASED_REDISTRIBUTION",
+    "REMOVAL_ORDERS",
     "ROUTING",
     "TOKENS",
     "atomic_path",
     "read_csv",
     "remove_temporaries",
     "required_file",
+    "table_with_schema",
     "write_csv_atomic",
     "write_json_atomic",
     "write_parquet_atomic",

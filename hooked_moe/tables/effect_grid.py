@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from hooked_moe.tables.schemas import EFFECTS
 
-Source: TypeAlias = pa.Table | str | os.PathLike[str]
+TableOrPath: TypeAlias = pa.Table | str | os.PathLike[str]
 
 _KEYS = ("document", "position", "layer", "slot")
 EFFECT_VALUES = ("expert", "delta_loss", "routing_weight", "output_norm", "gap_norm")
@@ -80,34 +80,17 @@ class EffectGrid:
 _VALUES = tuple(field.name for field in fields(EffectGrid) if field.name in EFFECTS.names and field.name not in _KEYS)
 
 
-def read_effects(source: "Source | EffectGrid", columns: Sequence[str] = EFFECT_VALUES) -> EffectGrid:
-    """A whole effect table in memory: `effect_chunks`, joined. Memory is twice that of the columns kept."""
-    chunks = list(effect_chunks(source, columns))
-    if len(chunks) == 1:
-        return chunks[0]
-    joined: dict[str, Any] = {}
-    for field in fields(EffectGrid):
-        parts = [getattr(chunk, field.name) for chunk in chunks]
-        joined[field.name] = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else parts[0]
-    return EffectGrid(**joined)
-
-
-def effect_chunks(
-    source: "Source | EffectGrid", columns: Sequence[str] = EFFECT_VALUES, rows: int = CHUNK_ROWS
-) -> Iterator[EffectGrid]:
+def effect_chunks(source: TableOrPath, columns: Sequence[str] = EFFECT_VALUES, rows: int = CHUNK_ROWS) -> Iterator[EffectGrid]:
     """Read an effect table (parquet file or pyarrow table) in order, as grids of about `rows` rows.
 
     A chunk holds whole positions; a document may go on in the next chunk. Two tables of the same positions, layers and
     slots are cut at the same positions. `columns` picks the values to keep; those the table lacks stay None, except
-    expert and delta_loss, which it must have. An EffectGrid is its own only chunk.
+    expert and delta_loss, which it must have.
 
     Raises ValueError that names the first offending row where the rows are not sorted by document, position, layer,
     slot, where a position lacks a layer or slot, where delta_loss is missing for part of a position or infinite, or
     where the routing weights rise from one slot to the next.
     """
-    if isinstance(source, EffectGrid):
-        yield source
-        return
     names, batches = _open(source, dict.fromkeys((*_KEYS, "expert", "delta_loss", *columns)), rows)
     layout: _Layout | None = None
     held: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -136,7 +119,7 @@ def _past_first_position(held: dict[str, list[np.ndarray]]) -> bool:
     return any(held[name][-1][-1] != held[name][0][0] for name in ("document", "position"))
 
 
-def _open(source: Source, wanted: dict[str, None], rows: int) -> tuple[list[str], Iterator[pa.Table | pa.RecordBatch]]:
+def _open(source: TableOrPath, wanted: dict[str, None], rows: int) -> tuple[list[str], Iterator[pa.Table | pa.RecordBatch]]:
     """The wanted columns that the table has, and its rows in batches."""
     batches: Iterator[pa.Table | pa.RecordBatch]
     if isinstance(source, pa.Table):
@@ -247,10 +230,10 @@ class _Layout:
         if wrong.any():
             row = int(np.argmax(wrong))
             at = np.unravel_index(row, shape)
-            found = ", ".join(f"{name} {block[at]}" for name, block in blocks.items())
+            actual = ", ".join(f"{name} {block[at]}" for name, block in blocks.items())
             due = ", ".join(f"{name} {np.broadcast_to(expected[name], shape)[at]}" for name in blocks)
             raise ValueError(
-                f"row {first_row + row} of the effect table is {found} where {due} was due: rows must be sorted by document, "
+                f"row {first_row + row} of the effect table is {actual} where {due} was due: rows must be sorted by document, "
                 "position, layer, slot, and every position must have the same layers and slots"
             )
         documents, positions = (keys[:: self.position_rows].copy() for keys in (document, position))

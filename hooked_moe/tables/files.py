@@ -85,27 +85,27 @@ def write_parquet_atomic(table: pa.Table, path: str | os.PathLike[str], *, row_g
 
 
 def write_csv_atomic(table: pa.Table, path: str | os.PathLike[str]) -> None:
-    """Numbers in their shortest exact decimal form; missing values as empty fields, NaN as `nan`."""
+    """Write numbers in their shortest exact decimal form, missing values as empty fields, NaN as `nan`."""
     with atomic_path(path) as temporary:
         pyarrow.csv.write_csv(table, temporary, pyarrow.csv.WriteOptions(quoting_style="needed"))
 
 
 def required_file(run: Path, name: str, origin: str) -> Path:
-    """The path of a run's file; FileNotFoundError that says what it comes from where it is missing."""
+    """The path of a run's file. Raises FileNotFoundError, which says where the file comes from, if it is missing."""
     if not (run / name).is_file():
         raise FileNotFoundError(f"{run / name} does not exist; {origin}")
     return run / name
 
 
 def read_csv(path: str | os.PathLike[str], schema: pa.Schema | None = None) -> pa.Table:
-    """The inverse of `write_csv_atomic`, exact for the types in `schema` (those it does not name are inferred)."""
+    """The inverse of `write_csv_atomic`, exact for columns in `schema`; the types of others are inferred."""
     kinds = {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
     options = pyarrow.csv.ConvertOptions(column_types=kinds, null_values=[""], strings_can_be_null=False)
     return pyarrow.csv.read_csv(path, pyarrow.csv.ReadOptions(use_threads=False), convert_options=options)
 
 
 def write_json_atomic(value: Any, path: str | os.PathLike[str]) -> None:
-    """Keys sorted. Raises ValueError for NaN and infinity, which JSON has no word for."""
+    """Write a value with its keys sorted. Raises ValueError for NaN and infinity, which JSON cannot express."""
     write_text_atomic(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n", path)
 
 

@@ -1,8 +1,11 @@
 """What the columns of a run's tables mean.
 
 A schema is documentation that travels with the data: every field carries its meaning and unit in its metadata, so
-`pyarrow.parquet.read_schema(path).field("gap_norm").metadata` answers without this repository at hand.
+`pyarrow.parquet.read_schema(path).field("gap_norm").metadata` answers without this repository.
 """
+
+from collections.abc import Mapping
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -10,6 +13,14 @@ import pyarrow as pa
 def _schema(*columns: tuple[str, pa.DataType, str, str]) -> pa.Schema:
     return pa.schema([pa.field(name, kind, metadata={"meaning": meaning, "unit": unit}) for name, kind, unit, meaning in columns])
 
+
+def table_with_schema(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
+    """Columns as a table of the schema: in its order, with its types and descriptions."""
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
+
+
+REMOVAL_ORDERS: Final = ("descending", "ascending", "random")
+"""The values of the column `order` of `PROGRESSIVE`: by routing weight, highest or lowest first, or random."""
 
 _DOCUMENT = ("document", pa.int32(), "index", "document of the corpus, counted from 0")
 _POSITION = ("position", pa.int32(), "index", "token position inside the document, counted from 0")

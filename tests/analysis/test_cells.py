@@ -8,12 +8,13 @@ import pytest
 import scipy.stats
 
 from hooked_moe import statistics, tables
-from hooked_moe.analysis.cells import CONTROL, Cell, audit_cells, cells_from_table, cells_table, frozen_positions
-from hooked_moe.analysis.criteria import CRITERIA, expert_criteria
-from hooked_moe.analysis.rankings import TOKEN_LADDER
-from hooked_moe.report.cell_text import terminal_table
-from hooked_moe.tables.effect_grid import effect_chunks, read_effects
+from hooked_moe.analysis.cells import Cell, cells_from_table, cells_table
+from hooked_moe.analysis.criteria import CRITERIA
+from hooked_moe.analysis.rankings import ROUTING_WEIGHT, TOKEN_LADDER
+from hooked_moe.report.terminal_table import terminal_table
+from hooked_moe.tables.effect_grid import effect_chunks
 from tests.support.synthetic_effects import PLANTED_LAYER, synthetic_effects, synthetic_expert_weights
+from tests.support.whole_tables import audit_cells, expert_criteria, frozen_positions, read_effects
 
 N_EXPERTS = 16
 EFFECTS = synthetic_effects()
@@ -43,7 +44,7 @@ def test_a_reversed_effect_is_called_negative():
     effects = synthetic_effects(effect=-0.8)
     found = {key(cell): cell for cell in audit_cells(effects, expert_criteria(effects, n_experts=N_EXPERTS))}
     for population in ("sample", "all"):
-        assert found[population, CONTROL, PLANTED_LAYER].outcome == "negative"
+        assert found[population, ROUTING_WEIGHT, PLANTED_LAYER].outcome == "negative"
 
 
 def test_cells_come_in_order_with_their_families_counted(cells):
@@ -65,7 +66,7 @@ def slow_pairs(effects: pa.Table, criteria: pa.Table, ranking: str, layer: int) 
             positions.setdefault((row["document"], row["position"]), []).append(row)
     pairs = []
     for (document, position), rows in positions.items():
-        scores = [row[CONTROL] if ranking == CONTROL else values[layer, row["expert"]][ranking] for row in rows]
+        scores = [row[ROUTING_WEIGHT] if ranking == ROUTING_WEIGHT else values[layer, row["expert"]][ranking] for row in rows]
         if any(score is None or np.isnan(score) for score in scores):
             continue
         high, low = rows[scores.index(max(scores))], rows[scores.index(min(scores))]  # index: the first of equals
@@ -81,7 +82,9 @@ def document_means(pairs: list[tuple[int, int, float, float]]) -> tuple[np.ndarr
     return means[:, 0], means[:, 1]
 
 
-@pytest.mark.parametrize("ranking", ["activation_norm", "activation_std", "reap", "coactivation", "router_row_norm", CONTROL])
+@pytest.mark.parametrize(
+    "ranking", ["activation_norm", "activation_std", "reap", "coactivation", "router_row_norm", "routing_weight"]
+)
 def test_cells_equal_the_slow_loop(cells, ranking):
     layer = 1
     found = {key(cell): cell for cell in cells}
@@ -178,7 +181,7 @@ def test_null_cells_pass_at_no_more_than_their_level():
 def test_layers_can_be_chosen_and_shrink_the_family():
     cells = audit_cells(EFFECTS, CRITERIA_TABLE, layers=[2, 0], populations=["sample"])
     assert {cell.n_tests for cell in cells if cell.family == "paper"} == {8}
-    assert {(cell.layer, cell.n_tests) for cell in cells if cell.ranking == CONTROL} == {(0, 2), (2, 2)}
+    assert {(cell.layer, cell.n_tests) for cell in cells if cell.ranking == ROUTING_WEIGHT} == {(0, 2), (2, 2)}
 
 
 @pytest.mark.parametrize(
@@ -203,8 +206,8 @@ def test_audit_refuses_criteria_that_do_not_fit():
         audit_cells(EFFECTS, CRITERIA_TABLE.drop_columns(["activation_std"]))
     with pytest.raises(ValueError, match="each expert once"):
         audit_cells(EFFECTS, CRITERIA_TABLE.slice(1))
-    with pytest.raises(ValueError, match="no column routing_weight"):
-        audit_cells(EFFECTS.drop_columns(["routing_weight"]), CRITERIA_TABLE)
+    with pytest.raises(ValueError, match="lacks routing_weight"):
+        expert_criteria(EFFECTS.drop_columns(["routing_weight"]), n_experts=N_EXPERTS)
 
 
 def test_cells_survive_csv(cells, tmp_path):
@@ -225,7 +228,7 @@ def test_chunks_of_any_size_give_the_same_cells(cells, tmp_path, monkeypatch):
     """Chunks end within documents; sums of float64 in another order differ in their last digits."""
     tables.write_parquet_atomic(EFFECTS, tmp_path / "effects.parquet", row_group_size=700)
     small = lambda source, columns: effect_chunks(source, columns, rows=500)  # noqa: E731
-    monkeypatch.setattr("hooked_moe.analysis.cells.effect_chunks", small)
+    monkeypatch.setattr("tests.support.whole_tables.effect_chunks", small)
     for one, other in zip(cells, audit_cells(tmp_path / "effects.parquet", CRITERIA_TABLE), strict=True):
         for name, value in asdict(one).items():
             expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-7, abs=1e-12, nan_ok=True)
@@ -245,14 +248,14 @@ def test_the_verdict_is_the_rule_applied_to_what_the_cell_says(cells):
             assert inside == (low >= -0.1 and high <= 0.1)
 
 
-@pytest.mark.parametrize("ranking", ["activation_norm", "aimer", CONTROL])
+@pytest.mark.parametrize("ranking", ["activation_norm", "aimer", ROUTING_WEIGHT])
 def test_rank_correlation_and_slopes_equal_the_slow_loop(cells, ranking):
     layer = PLANTED_LAYER
     values = {(row["layer"], row["expert"]): row for row in CRITERIA_TABLE.to_pylist()}
     rank_correlations: dict[int, list[float]] = {}
     points: dict[int, list[tuple[float, float]]] = {}
     for (document, _), rows in active_experts(layer).items():
-        scores = [row[CONTROL] if ranking == CONTROL else values[layer, row["expert"]][ranking] for row in rows]
+        scores = [row[ROUTING_WEIGHT] if ranking == ROUTING_WEIGHT else values[layer, row["expert"]][ranking] for row in rows]
         delta = [row["delta_loss"] for row in rows]
         rank_correlations.setdefault(document, []).append(scipy.stats.spearmanr(scores, delta).statistic)
         points.setdefault(document, []).extend(zip(scores - np.mean(scores), delta - np.mean(delta), strict=True))

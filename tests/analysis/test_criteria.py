@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hooked_moe.analysis import criteria
 from hooked_moe.analysis.accumulators.expert_statistics import ExpertAccumulator
-from hooked_moe.analysis.criteria import CRITERIA, EXTENDED_CRITERIA, PAPER_CRITERIA, criteria_table, expert_criteria
+from hooked_moe.analysis.criteria import CRITERIA, EXTENDED_CRITERIA, PAPER_CRITERIA, criteria_table
 from hooked_moe.tables import write_parquet_atomic
-from hooked_moe.tables.effect_grid import EffectGrid, effect_chunks, read_effects
+from hooked_moe.tables.effect_grid import EffectGrid, effect_chunks
 from tests.support.synthetic_effects import synthetic_effects, synthetic_expert_weights, synthetic_routing
+from tests.support.whole_tables import audit_cells, expert_criteria, read_effects
 
 N_EXPERTS = 16
 EFFECTS = synthetic_effects(n_documents=6, n_tokens=20)
@@ -184,3 +186,19 @@ def test_what_cannot_be_counted_is_refused_by_name():
         ExpertAccumulator([0, 0], 4)
     with pytest.raises(ValueError, match="no rows"):
         expert_criteria(EFFECTS.slice(0, 0), n_experts=4)
+
+
+def test_a_criterion_of_ones_own_is_ranked_like_the_others(monkeypatch):
+    monkeypatch.setattr("hooked_moe.analysis.criteria.CRITERIA", dict(CRITERIA))
+    monkeypatch.setattr("hooked_moe.analysis.rankings.CRITERIA", criteria.CRITERIA)
+
+    @criteria.criterion(label="loudest", formula="mean ||E_e||, squared", unit="1", source="made up")
+    def loudness(statistics):
+        return statistics.mean_norm**2
+
+    table = expert_criteria(EFFECTS, n_experts=N_EXPERTS)
+    np.testing.assert_array_equal(table["loudness"].to_numpy(), table["activation_norm"].to_numpy() ** 2)
+    cells = audit_cells(EFFECTS, table, layers=[0], n_positions=60)
+    assert {cell.family for cell in cells if cell.ranking == "loudness"} == {"extended"}
+    with pytest.raises(ValueError, match=r"there is a criterion 'loudness' already \(made up\)"):
+        criteria.criterion(label="again", formula="0", unit="1", source="elsewhere")(loudness)

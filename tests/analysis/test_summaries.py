@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hooked_moe.analysis import analyse_run
 from hooked_moe.analysis.accumulators.histogram import Histogram
 from hooked_moe.analysis.summaries import LAYER_COLUMNS, ExpertEffectSummary, ScopeSummary
-from hooked_moe.tables.effect_grid import read_effects
 from tests.support.synthetic_effects import PARTS, synthetic_effects, synthetic_run
+from tests.support.whole_tables import read_effects
 
 N_EXPERTS = 16
 EFFECTS = synthetic_effects()

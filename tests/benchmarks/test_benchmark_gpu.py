@@ -31,4 +31,4 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         gpu.main(["--help"])
     assert stopped.value.code == 0
-    assert "python benchmarks/gpu.py --small" in capsys.readouterr().out
+    assert "python -m benchmarks.gpu --small" in capsys.readouterr().out

@@ -36,7 +36,7 @@ def test_help_has_examples(script: ModuleType, capsys: pytest.CaptureFixture[str
         script.main(["--help"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    assert f"python benchmarks/{script.__name__.split('.')[-1]}.py --small" in printed
+    assert f"python -m {script.__name__} --small" in printed
     assert "--threads" in printed
 
 
@@ -193,7 +193,14 @@ def test_a_checkpoint_is_written_once_and_loads(tmp_path: Path) -> None:
 def test_the_page_says_where_it_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert suite.main(["--small", "--threads", "1", "--only", "scaling", "--out", str(tmp_path / "page.md")]) == 0
     page = (tmp_path / "page.md").read_text()
-    for what in ("CPU", "memory", torch.__version__, "transformer-lens", "commit", "benchmarks/scaling.py --small --threads 1"):
+    for what in (
+        "CPU",
+        "memory",
+        torch.__version__,
+        "transformer-lens",
+        "commit",
+        "python -m benchmarks.scaling --small --threads 1",
+    ):
         assert what in page
     assert "| context | 16 to 64 |" in page
     assert "is written" in capsys.readouterr().out

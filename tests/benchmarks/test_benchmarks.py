@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import loading
 from hooked_moe import HookedMoE
-from hooked_moe.cli.published_models import PUBLISHED
+from hooked_moe.cli.published_checkpoints import PUBLISHED
 
 Patch = pytest.MonkeyPatch
 

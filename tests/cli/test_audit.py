@@ -19,16 +19,16 @@ from typing import Any
 import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
-import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hooked_moe import HookedMoE, measurement, tables
-from hooked_moe.cli import analysing, audit
+from hooked_moe.cli import audit, measured_run
 from hooked_moe.corpus import load_corpus
 from hooked_moe.measurement import verification
 from hooked_moe.measurement.fingerprint import versions, weights_sha256
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.report.figures.drawing import Drawing
+from tests.conftest import without_type_checks
 from tests.support.number_text import number_reader, number_tokenizer, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +149,7 @@ def test_the_manifest_says_what_was_measured(workplace: Path, tmp_path: Path) ->
 def test_a_sample_is_of_the_positions_that_an_exhaustive_run_analyses(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysing, "SAMPLE_SIZE", 30)
+    monkeypatch.setattr(measured_run, "SAMPLE_SIZE", 30)
     frozen = []
     for name, positions in (("all", "all"), ("sample", "30"), ("fewer", "10")):
         directory = run_audit(tmp_path / name, "--positions", positions)
@@ -201,8 +201,10 @@ def forked(work: Callable[[], int], seconds: float | None = None) -> int:
     child = os.fork()
     if not child:
         code = 70
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` and a shell's `&` may have switched off
         try:
-            code = work()
+            with without_type_checks():  # of the run that each test here makes in its own process too
+                code = work()
         finally:
             os._exit(code)
     if seconds is not None:
@@ -271,7 +273,8 @@ def test_a_run_killed_around_any_write_goes_on_to_the_same_bytes(uninterrupted: 
 def test_a_run_killed_at_random_times_goes_on_to_the_same_bytes(uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
     directory, moments = tmp_path / "model" / "run", random.Random(0)
     started = time.perf_counter()
-    run_audit(tmp_path / "timed", "--scope", "both")
+    with without_type_checks():  # as it is run below
+        run_audit(tmp_path / "timed", "--scope", "both")
     seconds = time.perf_counter() - started
     for _ in range(4):
         forked(lambda: audit.main(settings(tmp_path, "--scope", "both")), seconds=moments.uniform(0, seconds))
@@ -285,7 +288,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
     uninterrupted: dict[str, bytes], event: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert forked(lambda: signalled_at(event, signal.SIGINT, tmp_path)) == 130
-    assert capfd.readouterr().err.endswith("\ninterrupted; the same command goes on from here\n")
+    assert capfd.readouterr().err.endswith("\ninterrupted; the same command resumes from here\n")
     assert not list(tmp_path.rglob("*.tmp"))
     assert_files_are_whole(tmp_path)
     run_audit(tmp_path, "--scope", "both")
@@ -493,10 +496,9 @@ def test_the_module_runs_as_a_command_and_its_figures_are_the_same_in_every_proc
 ) -> None:
     paths = {"--model": workplace / "model", "--corpus": workplace / "corpus.jsonl", "--results": tmp_path / "a"}
     given = [str(part) for pair in paths.items() for part in pair]
-    done = command("-m", "hooked_moe.cli.audit", *given, directory=ROOT)
+    done = command("-m", "hooked_moe", "audit", *given, directory=ROOT)
     assert done.returncode == 0, done.stderr
     assert "report: " in done.stdout.splitlines()[-1]
     monkeypatch.undo()
-    torch.set_num_threads(1)
     assert audit.main([*given, "--results", str(tmp_path / "b")]) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")

@@ -24,7 +24,7 @@ from torch import Tensor
 from hooked_moe import HookedMoE
 from hooked_moe.cli import parity_checks, verify
 from hooked_moe.cli.parity_checks import Agreement, Result, Run
-from hooked_moe.cli.published_models import PUBLISHED, Published
+from hooked_moe.cli.published_checkpoints import PUBLISHED, Published
 from tests.support.hf_models import FAMILIES, random_tokens, save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -454,7 +454,9 @@ def test_a_text_longer_than_the_documents_is_refused(tmp_path: Path, capsys: pyt
 
 def test_it_runs_as_a_script_from_any_directory(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "experiments" / "verify.py"), "--model", "tiny-olmo"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: unknown model 'tiny-olmo'; did you mean 'tiny-olmoe'")
     assert len(done.stderr.splitlines()) == 1

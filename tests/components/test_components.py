@@ -27,7 +27,9 @@ from hooked_moe.components.rotary import rotation
 from hooked_moe.components.router import Router
 from hooked_moe.config import YarnScaling
 from hooked_moe.hooks.hook_point import keep_unedited_bits
+from hooked_moe.kernels import routing
 from hooked_moe.kernels.cpu import grouped_matmul as kernel
+from hooked_moe.kernels.routing import RoutingRule
 from hooked_moe.kernels.weighted_sum import weighted_sum, weighted_sum_reference
 from tests.conftest import EVERY_ARCHITECTURE, random_config, random_model
 
@@ -272,12 +274,35 @@ def test_routing_within_groups_is_that_of_transformers(groups: int, groups_per_t
     with torch.no_grad():
         theirs.weight.copy_(ours.W.normal_())
         logits, weights, indices = theirs(x)
-        probabilities = ours(x).softmax(-1)
-        chosen = ours.select(probabilities)
+        scores = routing.score(ours(x), ours.rule)
+        chosen = routing.select(scores, ours.rule)
     weights, order = weights.sort(dim=-1, descending=True)  # theirs are in no order
     torch.testing.assert_close(ours(x).flatten(0, 1), logits)
     assert torch.equal(chosen.flatten(0, 1), indices.gather(-1, order))
-    torch.testing.assert_close(ours.weigh(probabilities, chosen).flatten(0, 1), weights)
+    torch.testing.assert_close(routing.weigh(scores, chosen, ours.rule).flatten(0, 1), weights)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"router_score": "sigmoid"},
+        {"selection_bias": True},
+        {"group_score": "top2"},
+        {"attention_sink": True},
+        {"sliding_window": 128},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_that_are_not_implemented_are_refused_with_the_value_that_is(option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(ValueError, match=rf"{name}=.* is not implemented yet: only {name}=('softmax'|False|'max'|None) is"):
+        random_config(**option)
+
+
+def test_a_routing_rule_refuses_what_is_not_implemented() -> None:
+    for option in ({"score": "sigmoid"}, {"selection_bias": True}, {"group_score": "top2"}):
+        with pytest.raises(ValueError, match="is not implemented yet"):
+            RoutingRule(2, **option)
 
 
 def test_a_gated_mlp_is_that_of_transformers() -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hooked_moe.corpus import Corpus, Document, load_corpus, tokenize_documents
-from hooked_moe.loading import hub
+from hooked_moe.corpus import Corpus, Document, corpora, load_corpus, tokenize_documents
 
 HELD_OUT_SHA256 = "53a6de2a24931c85a1269ad78ff00cbaa335abfc6fbc81c64d7d5bf68807edad"
 DOMAINS = {"address", "commentary", "novel", "reference", "scripture", "whaling"}
@@ -183,7 +182,7 @@ def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[obje
         requests.append(request)
         return path
 
-    monkeypatch.setattr(hub, "download_file", download_file)
+    monkeypatch.setattr(corpora, "download_file", download_file)
     return requests
 
 

@@ -20,7 +20,7 @@ from hooked_moe.counterfactuals import expert_effects
 from hooked_moe.counterfactuals import first_order as attribution
 from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.first_order import first_order_effects
-from tests.conftest import EVERY_ARCHITECTURE, random_model
+from tests.conftest import EVERY_ARCHITECTURE, random_model, without_type_checks
 from tests.counterfactuals.test_counterfactuals import PADDING, architectures
 
 POSITIONS = 11
@@ -36,7 +36,7 @@ def slope(model: HookedMoE, tokens: Tensor, mask: Tensor | None, layer: int, bat
     for scale in (1 - step, 1 + step):
         keep = torch.ones(*tokens.shape, model.cfg.experts_in(layer), dtype=torch.float64)
         keep[batch, pos, expert] = scale
-        with torch.no_grad():
+        with torch.no_grad(), without_type_checks():
             options: dict[str, Any] = {"attention_mask": mask, "expert_mask": ExpertMask({layer: keep})}
             losses.append(float(model(tokens, "loss", loss_per_token=True, **options)[batch, pos]))
     return (losses[0] - losses[1]) / (2 * step)

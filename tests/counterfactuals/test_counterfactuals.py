@@ -23,7 +23,7 @@ from hooked_moe.counterfactuals.means import expert_means
 from hooked_moe.counterfactuals.readouts import KL
 from hooked_moe.counterfactuals.results import ExpertEffects
 from hooked_moe.kernels import prefix_attention
-from tests.conftest import ARCHITECTURES, EVERY_ARCHITECTURE, random_model
+from tests.conftest import ARCHITECTURES, EVERY_ARCHITECTURE, random_model, without_type_checks
 from tests.support.hf_models import OPTIONS, random_tokens, save, tiny
 from tests.support.number_text import number_reader
 
@@ -458,6 +458,7 @@ def some_tokens() -> Tensor:
 
 
 @torch.no_grad()
+@without_type_checks()
 def losses_of(model: HookedMoE, tokens: Tensor, expert_mask: ExpertMask | None = None, mask: Tensor | None = None) -> Tensor:
     return model(tokens, return_type="loss", loss_per_token=True, expert_mask=expert_mask, attention_mask=mask)
 

@@ -21,7 +21,7 @@ from hooked_moe.counterfactuals.engine.memory import Demand, demand_of, divide, 
 from hooked_moe.counterfactuals.engine.padding import pack
 from hooked_moe.counterfactuals.means import expert_means
 from hooked_moe.counterfactuals.readouts import KL, Displacement, LogitDifference, LossAfter
-from tests.conftest import random_model
+from tests.conftest import random_model, without_type_checks
 from tests.support.number_text import number_reader
 
 NATS = 1e-5
@@ -46,7 +46,7 @@ class Forward:
     def __init__(self, model: HookedMoE, tokens: Tensor, mask: Tensor | None, **options: Any) -> None:
         hooks = options.pop("hooks", [])
         final = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-        with torch.no_grad(), model.hooks(hooks):
+        with torch.no_grad(), without_type_checks(), model.hooks(hooks):
             (self.logits, loss), cache = model.run_with_cache(
                 tokens, return_type="both", loss_per_token=True, attention_mask=mask, names_filter=final, **options
             )

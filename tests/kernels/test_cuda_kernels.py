@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hooked_moe.components.experts import ExpertGroups
-from hooked_moe.components.router import Router
+from hooked_moe.kernels import routing
 from hooked_moe.kernels.cuda import launches
-from tests.conftest import random_config
+from hooked_moe.kernels.routing import RoutingRule
 from tests.kernels.cuda import host
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -121,66 +121,68 @@ def test_a_row_is_read_16_bytes_at_a_time_and_tokens_share_a_block_where_rows_ar
 
 
 def routed(
-    run: Any,
-    logits: Tensor,
-    slots: int,
-    *,
-    keep: Tensor | None = None,
-    groups: int = 1,
-    groups_per_token: int = 1,
-    renormalize: bool = False,
-    scaling: float = 1.0,
-    dtype: torch.dtype = torch.float32,
+    run: Any, logits: Tensor, rule: RoutingRule, keep: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = logits.shape
-    indices, weights = host.empty(tokens, slots, dtype=torch.int64), host.empty(tokens, slots, dtype=dtype)
+    indices, weights = host.empty(tokens, rule.slots, dtype=torch.int64), host.empty(tokens, rule.slots, dtype=dtype)
     aligned = launches.rows_are_aligned(logits)
-    launch = launches.route(tokens=tokens, experts=experts, slots=slots, groups=groups, weights=dtype, aligned=aligned)
-    sizes = (tokens, experts, slots, groups, groups_per_token, int(renormalize))
-    run(launch, indices, weights, logits, keep, *sizes, float(scaling))
+    sizes = {"tokens": tokens, "experts": experts, "slots": rule.slots, "groups": rule.groups}
+    launch = launches.route(**sizes, weights=dtype, aligned=aligned)
+    run(launch, indices, weights, logits, keep, *sizes.values(), rule.groups_kept, int(rule.renormalize), float(rule.scale))
     return indices, weights
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "slots", "changes", "dtype"),
+    ("tokens", "experts", "rule", "dtype"),
     [
-        (33, 64, 8, {}, torch.float32),
-        (33, 64, 8, {}, torch.bfloat16),
-        (70, 60, 4, {"norm_topk_prob": True}, torch.float16),
-        (5, 8, 2, {"norm_topk_prob": True, "routed_scaling_factor": 2.5}, torch.float32),
-        (1, 1, 1, {}, torch.float32),
-        (3, 7, 7, {"routed_scaling_factor": 0.5}, torch.float32),
-        (9, 160, 6, {"n_expert_groups": 8, "groups_per_token": 3, "routed_scaling_factor": 16.0}, torch.float32),
-        (40, 6, 3, {"n_expert_groups": 3, "groups_per_token": 2}, torch.float32),
-        (6, 301, 10, {"norm_topk_prob": True}, torch.float32),
-        (2, 1024, 130, {}, torch.float32),
-        (0, 64, 8, {}, torch.float32),
+        (33, 64, RoutingRule(8), torch.float32),
+        (33, 64, RoutingRule(8), torch.bfloat16),
+        (70, 60, RoutingRule(4, renormalize=True), torch.float16),
+        (5, 8, RoutingRule(2, renormalize=True, scale=2.5), torch.float32),
+        (1, 1, RoutingRule(1), torch.float32),
+        (3, 7, RoutingRule(7, scale=0.5), torch.float32),
+        (9, 160, RoutingRule(6, groups=8, groups_kept=3, scale=16.0), torch.float32),
+        (40, 6, RoutingRule(3, groups=3, groups_kept=2), torch.float32),
+        (6, 301, RoutingRule(10, renormalize=True), torch.float32),
+        (2, 1024, RoutingRule(130), torch.float32),
+        (0, 64, RoutingRule(8), torch.float32),
     ],
+    ids=str,
 )
-def test_route_selects_and_weighs_as_the_router_does(
-    run: Any, tokens: int, experts: int, slots: int, changes: dict[str, Any], dtype: torch.dtype
-) -> None:
-    cfg = random_config(num_experts=experts, experts_per_token=slots, **changes)
-    router = Router(cfg, experts)
-    logits, keep = 3 * torch.randn(tokens, experts), torch.rand(tokens, experts) < 0.8
-    for mask in (None, keep):
-        probabilities = logits.softmax(-1) * (1.0 if mask is None else mask)
-        indices, weights = routed(
-            run,
-            logits,
-            slots,
-            keep=mask,
-            groups=cfg.n_expert_groups,
-            groups_per_token=cfg.groups_per_token,
-            renormalize=cfg.norm_topk_prob,
-            scaling=cfg.routed_scaling_factor,
-            dtype=dtype,
-        )
-        kept = probabilities.gather(-1, indices) > 0  # which of the removed fill the last slots is for `route` alone to say
-        expected = router.select(probabilities[None])
-        assert torch.equal(indices[kept], expected[0][kept])
-        assert torch.equal(kept, probabilities.gather(-1, expected[0]) > 0)
-        assert_rounded_once(weights, router.weigh(probabilities[None], indices[None])[0].double())
+def test_route_is_what_its_definition_says(run: Any, tokens: int, experts: int, rule: RoutingRule, dtype: torch.dtype) -> None:
+    logits, some = 3 * torch.randn(tokens, experts), torch.rand(tokens, experts) < 0.8
+    for keep in (None, some):
+        indices, weights = routed(run, logits, rule, keep, dtype)
+        expected_weights, expected = routing.route_reference(logits, rule, keep)
+        kept = expected_weights > 0  # removed experts are all tied, at zero: which of them fill the last slots does not matter
+        assert torch.equal(indices[kept], expected[kept])
+        assert_rounded_once(weights, expected_weights.double())
+
+
+@pytest.mark.parametrize("rule", [RoutingRule(5), RoutingRule(3, groups=5, groups_kept=2)], ids=["experts", "groups"])
+def test_route_differs_from_its_definition_at_exact_ties_only(run: Any, rule: RoutingRule) -> None:
+    """Of equals, `torch.topk` takes what it takes, the kernel the lowest index."""
+    tokens, experts = 300, 20
+    distinct = torch.rand(tokens, experts).argsort(-1) / 4
+    tied = torch.randint(0, 6, (tokens, experts)).float()
+    differing = []
+    for logits in (distinct, tied):
+        indices, _ = routed(run, logits, rule)
+        scores = routing.score(logits, rule)
+        lowest_index_wins = scores * (1 - 1e-5 * torch.arange(experts))
+        assert torch.equal(indices, routing.select(lowest_index_wins, rule))
+        differing.append(int((indices != routing.select(scores, rule)).any(-1).sum()))
+    assert differing[0] == 0
+    assert 0 < differing[1] <= tokens
+
+
+@pytest.mark.parametrize("experts", [5, 64, 130])
+def test_of_equally_probable_experts_the_lowest_index_comes_first(run: Any, experts: int) -> None:
+    logits = torch.randint(0, 3, (50, experts)).float()
+    logits[0] = 0.0
+    indices, _ = routed(run, logits, RoutingRule(5))
+    assert torch.equal(indices, stable_top(logits, 5))
+    assert indices[0].tolist() == [0, 1, 2, 3, 4]
 
 
 def stable_top(probabilities: Tensor, slots: int) -> Tensor:
@@ -188,24 +190,15 @@ def stable_top(probabilities: Tensor, slots: int) -> Tensor:
     return probabilities.sort(dim=-1, descending=True, stable=True).indices[:, :slots]
 
 
-@pytest.mark.parametrize("experts", [5, 64, 130])
-def test_of_equally_probable_experts_the_lowest_index_comes_first(run: Any, experts: int) -> None:
-    logits = torch.randint(0, 3, (50, experts)).float()
-    logits[0] = 0.0
-    indices, _ = routed(run, logits, 5)
-    assert torch.equal(indices, stable_top(logits, 5))
-    assert indices[0].tolist() == [0, 1, 2, 3, 4]
-
-
 def test_groups_that_are_equally_probable_are_taken_from_the_first(run: Any) -> None:
     logits = torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.5, 0.5]])
-    indices, _ = routed(run, logits, 3, groups=4, groups_per_token=2)
+    indices, _ = routed(run, logits, RoutingRule(3, groups=4, groups_kept=2))
     assert indices.tolist() == [[1, 3, 0]]
 
 
 def test_experts_of_other_groups_come_last_where_a_tokens_own_groups_are_too_small(run: Any) -> None:
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
-    indices, weights = routed(run, logits, 4, groups=2, groups_per_token=1)
+    indices, weights = routed(run, logits, RoutingRule(4, groups=2, groups_kept=1))
     assert indices.tolist() == [[1, 0, 2, 3]]
     torch.testing.assert_close(weights, logits.softmax(-1).gather(-1, indices))
 
@@ -215,7 +208,7 @@ def test_not_a_number_stays_in_its_row_and_routes_to_experts_that_exist(run: Any
     logits[1, [3, 7]] = torch.tensor([0x7FC00001, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # two that differ in bits
     logits[2] = float("-inf")
     logits[3, :10] = float("-inf")
-    indices, weights = routed(run, logits, 3)
+    indices, weights = routed(run, logits, RoutingRule(3))
     good = torch.tensor([0, 3])
     assert torch.equal(indices[good], stable_top(logits[good].softmax(-1), 3))
     torch.testing.assert_close(weights[good], logits[good].softmax(-1).gather(-1, indices[good]))
@@ -225,14 +218,15 @@ def test_not_a_number_stays_in_its_row_and_routes_to_experts_that_exist(run: Any
 
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_a_token_whose_experts_are_all_removed_weighs_nothing(run: Any, renormalize: bool) -> None:
-    indices, weights = routed(run, torch.randn(2, 9), 4, keep=torch.zeros(2, 9, dtype=torch.bool), renormalize=renormalize)
+    none = torch.zeros(2, 9, dtype=torch.bool)
+    indices, weights = routed(run, torch.randn(2, 9), RoutingRule(4, renormalize=renormalize), none)
     assert indices.tolist() == [[0, 1, 2, 3]] * 2
     assert weights.eq(0).all()
 
 
 def test_route_does_not_need_aligned_logits(run: Any) -> None:
     logits = torch.randn(10, 64)
-    for ours, theirs in zip(routed(run, logits, 8), routed(run, shifted(logits), 8), strict=True):
+    for ours, theirs in zip(routed(run, logits, RoutingRule(8)), routed(run, shifted(logits), RoutingRule(8)), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -56,10 +56,11 @@ def test_every_row_is_the_mlp_of_its_expert(
     torch.testing.assert_close(rows.double(), definition(*inputs, ends), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, HALF])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, HALF])
 @settings(max_examples=25, deadline=None)
 @given(experts, widths)
+@example([1, 2], (5, 3))
 @example([700, 43, 0, 31], (40, 33))
 def test_stage_by_stage_gives_the_same_bits(dtype: torch.dtype, threads: int, counts: list[int], width: tuple[int, int]) -> None:
     x, token, W_in, W_out, ends = drawn(counts, *width, dtype)
@@ -101,7 +102,7 @@ def test_a_thread_has_its_own_scratch() -> None:
 @given(experts, st.sampled_from([torch.float32, HALF]))
 def test_the_last_block_over_a_row_is_that_of_its_expert(counts: list[int], dtype: torch.dtype) -> None:
     ends = torch.tensor(counts).cumsum(0).tolist()
-    owner = torch.full((sum(counts) + kernel.ROOM,), -1)
+    owner = torch.full((sum(counts) + kernel.ROW_MULTIPLE,), -1)
     for expert, rows in kernel.blocks_of(ends, dtype):
         assert rows.stop <= len(owner)
         owner[rows] = expert
@@ -110,18 +111,23 @@ def test_the_last_block_over_a_row_is_that_of_its_expert(counts: list[int], dtyp
 
 def test_half_precision_meets_few_numbers_of_rows() -> None:
     sizes = {rows.stop - rows.start for n in range(1, 500) for _, rows in kernel.blocks_of([n], HALF)}
-    assert len(sizes) <= kernel.ROOM // 2 + 500 // kernel.ROOM + 1
+    assert len(sizes) <= kernel.ROW_MULTIPLE // 2 + 500 // kernel.ROW_MULTIPLE + 1
     assert {rows.stop for n in range(1, 500) for _, rows in kernel.blocks_of([n], torch.float32)} == set(range(1, 500))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("worth", [0.0, math.inf], ids=["by block", "grouped"])
+@pytest.mark.parametrize("width", [(64, 48), (31, 13)], ids=["aligned rows", "odd widths"])
 @torch.no_grad()
 def test_looking_into_the_experts_changes_no_bit(
-    dtype: torch.dtype, worth: float, make_model: Callable[..., HookedMoE], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    worth: float,
+    width: tuple[int, int],
+    make_model: Callable[..., HookedMoE],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernel, "WORTH_A_BLOCK", worth)
-    options: dict[str, Any] = {"d_model": 64, "d_expert": 48, "n_ctx": 300, "dtype": dtype}
+    monkeypatch.setattr(kernel, "MIN_FLOPS_PER_EXPERT", worth)
+    options: dict[str, Any] = {"d_model": width[0], "d_expert": width[1], "n_ctx": 300, "dtype": dtype}
     model = make_model(**options)
     tokens = torch.randint(model.cfg.d_vocab, (2, 300))
     logits = model(tokens)

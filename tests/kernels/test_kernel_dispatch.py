@@ -26,7 +26,7 @@ def forget() -> Iterator[None]:
     """What was found out about devices, and what was said."""
 
     def clear() -> None:
-        for cached in (dispatch.obstacle, dispatch._obstacle_of_device, dispatch.warn_once):
+        for cached in (dispatch.why_kernels_cannot_run, dispatch._why_device_cannot_run_them, dispatch.warn_once):
             cached.cache_clear()
 
     clear()
@@ -51,7 +51,7 @@ def test_on_a_cpu_torch_runs_and_nothing_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert weigh().tolist() == [[3, 3]]
-    assert not dispatch.by_operator(torch.ones(1))
+    assert not dispatch.use_kernels(torch.ones(1))
 
 
 def test_kernels_that_are_asked_for_without_a_device_are_refused_once_and_torch_runs() -> None:
@@ -64,8 +64,8 @@ def test_kernels_that_are_asked_for_without_a_device_are_refused_once_and_torch_
 
 
 def test_where_nothing_is_missing_kernels_run(gpu: None) -> None:
-    assert dispatch.obstacle(GPU) is None
-    assert [dispatch.obstacle(GPU, dtype) for dtype in (*dispatch.DTYPES, torch.int64)] == [None] * 4
+    assert dispatch.why_kernels_cannot_run(GPU) is None
+    assert [dispatch.why_kernels_cannot_run(GPU, dtype) for dtype in (*dispatch.DTYPES, torch.int64)] == [None] * 4
 
 
 def missing(error: Exception) -> Any:
@@ -90,20 +90,20 @@ def test_one_warning_names_what_is_missing(
 ) -> None:
     monkeypatch.setattr(nvrtc, what, replacement)
     with pytest.warns(dispatch.KernelWarning, match=says):
-        assert not dispatch._possible(GPU, torch.float32)
+        assert not dispatch._kernels_can_run(GPU, torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not dispatch._possible(GPU, torch.bfloat16)
+        assert not dispatch._kernels_can_run(GPU, torch.bfloat16)
 
 
 def test_an_old_device_and_a_dtype_without_kernels_are_named(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "none for float64, only for float32, bfloat16, float16" in str(dispatch.obstacle(GPU, torch.float64))
+    assert "none for float64, only for float32, bfloat16, float16" in str(dispatch.why_kernels_cannot_run(GPU, torch.float64))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "sm_75, and they need sm_80 or newer" in str(dispatch.obstacle(GPU))
+    assert "sm_75, and they need sm_80 or newer" in str(dispatch.why_kernels_cannot_run(GPU))
 
 
 def test_sizes_without_a_kernel_are_named_once_and_the_definition_runs() -> None:
-    run = launched_or_by_definition(routing._launch_route, routing.route_reference)
+    run = launched_or_by_definition(routing._launch_route, routing._define_route)
     arguments = torch.randn(2, 2000), None, 3, False, 1.0, 1, 1
     with pytest.warns(dispatch.KernelWarning, match="route takes .* experts, not 2000"):
         weights, indices = run(*arguments)
@@ -112,13 +112,13 @@ def test_sizes_without_a_kernel_are_named_once_and_the_definition_runs() -> None
 
 def test_amd_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert "AMD" in str(dispatch.obstacle(GPU))
+    assert "AMD" in str(dispatch.why_kernels_cannot_run(GPU))
 
 
 def test_without_cuda_core_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    assert "install the extra: pip install 'hooked-moe[cuda]'" in str(dispatch.obstacle(GPU))
+    assert "install the extra: pip install 'hooked-moe[cuda]'" in str(dispatch.why_kernels_cannot_run(GPU))
 
 
 def test_without_a_display_driver_it_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_without_a_display_driver_it_is_said_in_a_sentence(monkeypatch: pytest.M
     if torch.cuda.is_available():
         pytest.skip("there is one")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert "the display driver was not found" in str(dispatch.obstacle(GPU))
+    assert "the display driver was not found" in str(dispatch.why_kernels_cannot_run(GPU))
 
 
 def test_the_package_imports_nothing_of_cuda_and_the_environment_chooses() -> None:
@@ -147,9 +147,9 @@ def test_another_choice_is_refused_with_those_there_are() -> None:
 def test_off_takes_no_kernel_even_on_a_gpu(gpu: None) -> None:
     on_gpu = torch.empty(1, device="meta")  # its device is not a CPU either
     with dispatch.using("off"):
-        assert not dispatch.by_operator(on_gpu)
+        assert not dispatch.use_kernels(on_gpu)
     with dispatch.using("reference"):
-        assert dispatch.by_operator(on_gpu)
+        assert dispatch.use_kernels(on_gpu)
 
 
 # --- NVRTC -------------------------------------------------------------------------------------------------------------------

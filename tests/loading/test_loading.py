@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hooked_moe import HookedMoE, HookedMoEConfig
+from hooked_moe.loading import from_pretrained
 from tests.support.hf_models import CASES, FAMILIES, Options, logits_of, pair_of, random_tokens, save, tiny_olmoe
 from weights_conversion import CONVERSIONS, CheckpointError, HFConfig
 from weights_conversion.weight_map import slots_by_parameter
@@ -108,6 +109,28 @@ def test_weights_are_converted_to_the_asked_dtype(dtype: torch.dtype, directory:
     assert torch.equal(model.blocks[2].mlp.experts.W_in[7, 1], stored["model.layers.2.mlp.experts.7.up_proj.weight"].to(dtype))
 
 
+class OwnModel(HookedMoE):
+    """A user's model: one more method, and a forward of its own."""
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return super().forward(*inputs, **options) + 1
+
+    def clean_logits(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_subclass_loads_as_that_subclass(stream: bool, directory: Path) -> None:
+    model = OwnModel.from_pretrained(directory, stream=stream)
+    assert type(model) is OwnModel
+    assert type(from_pretrained(OwnModel, directory, stream=stream)) is OwnModel
+    assert type(HookedMoE.from_pretrained(directory, stream=stream)) is HookedMoE
+    with torch.no_grad():
+        expected = HookedMoE.from_pretrained(directory)(random_tokens())
+        assert torch.equal(model.clean_logits(random_tokens()), expected)
+        assert torch.equal(model(random_tokens()), expected + 1)
+
+
 def test_a_loaded_model_can_be_trained(directory: Path) -> None:
     model = HookedMoE.from_pretrained(directory)
     model(random_tokens(), return_type="loss").backward()
@@ -140,7 +163,7 @@ import hooked_moe.loading
 def memory(which):
     return 1024 * int(open("/proc/self/status").read().split(which + ":")[1].split()[0])
 HookedMoE.from_pretrained(sys.argv[1])  # what is imported or allocated once, whatever the size of the model
-open("/proc/self/clear_refs", "w").write("5")  # start the high-water mark anew
+open("/proc/self/clear_refs", "w").write("5")  # reset the high-water mark
 before = memory("VmRSS")
 model = HookedMoE.from_pretrained(sys.argv[2], dtype=torch.bfloat16)
 parameters = list(model.parameters())
@@ -668,7 +691,7 @@ def test_missing_shards_are_named(sharded: Path) -> None:
     gone = [file.name for file in shards_of(sharded)[2:4]]
     for name in gone:
         (sharded / name).unlink()
-    refusal(sharded, "index.json names shards that are not there", *gone)
+    refusal(sharded, "index.json names shards that do not exist", *gone)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}'])

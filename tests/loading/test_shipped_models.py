@@ -27,6 +27,7 @@ def test_it_is_small_enough_to_ship(shipped: HookedMoE) -> None:
     assert {"README.md", "config.json", "tokenizer.json", "evaluation.json", "recipe.json"} <= {file.name for file in files}
 
 
+@pytest.mark.usefixtures("unchecked")  # of the same call over and over
 def test_its_held_out_loss_and_expert_load_are_those_of_its_card(shipped: HookedMoE) -> None:
     evaluation = json.loads((DIRECTORY / shipped.cfg.model_name / "evaluation.json").read_text())
     corpus = TokenizedCorpus(shipped, load_corpus(), shipped.cfg.n_ctx)
@@ -52,7 +53,7 @@ def test_its_held_out_loss_and_expert_load_are_those_of_its_card(shipped: Hooked
     assert f"| all | {evaluation['loss_nats']['all']['model']:.3f} |" in card
 
 
-def test_transformers_loads_it_with_equal_logits_and_tokens(shipped: HookedMoE) -> None:
+def test_transformers_loads_it_with_equal_logits_losses_and_tokens(shipped: HookedMoE) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory = DIRECTORY / shipped.cfg.model_name
@@ -61,7 +62,12 @@ def test_transformers_loads_it_with_equal_logits_and_tokens(shipped: HookedMoE) 
     tokens = shipped.to_tokens(text)
     assert AutoTokenizer.from_pretrained(directory)(text).input_ids == tokens[0].tolist()
     with torch.no_grad():
-        torch.testing.assert_close(shipped(tokens), reference(tokens).logits, atol=5e-5, rtol=0)
+        expected = reference(tokens).logits
+        logits, losses = shipped(tokens, return_type="both", loss_per_token=True)
+    torch.testing.assert_close(logits, expected, atol=5e-5, rtol=0)
+    expected_losses = torch.nn.functional.cross_entropy(expected[0, :-1], tokens[0, 1:], reduction="none")
+    torch.testing.assert_close(losses[0], expected_losses, atol=2e-5, rtol=0)
+    torch.testing.assert_close(losses.mean(), expected_losses.mean(), atol=2e-6, rtol=0)
 
 
 def test_saving_it_again_writes_the_same_weights(shipped: HookedMoE, tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ from hooked_moe.counterfactuals.readouts import LossAfter
 from hooked_moe.loading import streaming
 from hooked_moe.loading.spill import Spill, Waiting
 from hooked_moe.loading.streaming import StreamedBlocks
-from hooked_moe.measurement.document_tables import TABLES, Wanted
+from hooked_moe.measurement.document_tables import TABLES
 from hooked_moe.measurement.fingerprint import weights_sha256
+from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.tokenizer import Tokenizer
@@ -219,8 +220,8 @@ def corpus_of(model: HookedMoE) -> TokenizedCorpus:
 
 
 def measure(model: HookedMoE, directory: Path) -> Path:
-    wanted = Wanted("position", tuple(model.cfg.moe_layers), first_order=model.spill is None)
-    measure_part(model, corpus_of(model), wanted, directory / "shards", directory, {"plan": "p"}, progress=False)
+    spec = PartSpec("position", tuple(model.cfg.moe_layers), first_order=not model.streams)
+    measure_part(model, corpus_of(model), spec, directory / "shards", directory, {"plan": "p"}, progress=False)
     return directory
 
 
@@ -266,7 +267,7 @@ def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
 ) -> None:
     spill = blocks_of(streamed).spill = Spill(0, tmp_path)
     measure(streamed, tmp_path / "straight")
-    monkeypatch.setattr(shards, "_groups", lambda model, lengths, wanted, pending: [[index] for index in pending])
+    monkeypatch.setattr(shards, "_groups", lambda model, lengths, spec, pending: [[index] for index in pending])
     original, left = getattr(owner, name), iter(range(calls))
 
     def faulty(*inputs: Any, **options: Any) -> Any:

@@ -18,14 +18,16 @@ from hooked_moe.corpus import Corpus
 from hooked_moe.counterfactuals import Scope
 from hooked_moe.counterfactuals.first_order import first_order_effects
 from hooked_moe.expert_mask import RemovalName
-from hooked_moe.measurement import ORDERS, document_tables, shards
-from hooked_moe.measurement.document_tables import TABLES, Part, Wanted
+from hooked_moe.measurement import document_tables, shards
+from hooked_moe.measurement.document_tables import TABLES
 from hooked_moe.measurement.expert_weights import expert_weights
+from hooked_moe.measurement.part_spec import Part, PartSpec
 from hooked_moe.measurement.shards import measure_part, remove_shards
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
-from hooked_moe.tables import EFFECTS, EXPERT_WEIGHTS, TOKENS
-from hooked_moe.tables.effect_grid import read_effects
+from hooked_moe.tables import EFFECTS, EXPERT_WEIGHTS, REMOVAL_ORDERS, TOKENS
+from tests.conftest import without_type_checks
 from tests.support.number_text import number_corpus, number_reader, number_tokenizer, token_ids
+from tests.support.whole_tables import read_effects
 
 N_CTX = 8
 KEYS = ["document", "position", "layer", "slot"]
@@ -49,11 +51,12 @@ def run(
     directory.mkdir(exist_ok=True)
     tokenized = TokenizedCorpus(model, corpus, N_CTX, limit, prepend_bos)
     for part in parts or ("position",):
-        wanted = Wanted(part, **({"layers": (0, 1, 2)} | options))  # type: ignore[arg-type]
-        measure_part(model, tokenized, wanted, directory / "shards" / part, directory, {"plan": "p"}, progress=False)
+        spec = PartSpec(part, **({"layers": (0, 1, 2)} | options))  # type: ignore[arg-type]
+        measure_part(model, tokenized, spec, directory / "shards" / part, directory, {"plan": "p"}, progress=False)
     return {path.stem: pq.read_table(path).to_pandas() for path in directory.glob("*.parquet")}
 
 
+@without_type_checks()
 def reference(
     model: HookedMoE, lengths: Sequence[int], layers: Sequence[int], scope: Scope, removal: RemovalName
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -116,11 +119,11 @@ def test_every_row_equals_one_full_forward_per_removal(reader: HookedMoE, remova
         assert np.nanmax(np.abs(tables[name]["delta_loss"])) > 0.01
 
 
-@pytest.mark.parametrize("windows_at_once", [1, 2, 4])
+@pytest.mark.parametrize("windows_per_batch", [1, 2, 4])
 def test_every_token_is_reported_once_and_predicted_once_whatever_the_lengths(
-    reader: HookedMoE, windows_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: HookedMoE, windows_per_batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document_tables, "WINDOWS_AT_ONCE", windows_at_once)
+    monkeypatch.setattr(document_tables, "WINDOWS_PER_BATCH", windows_per_batch)
     lengths = (2, 7, 8, 9, 14, 15, 16, 50)
     tables = run(reader, number_corpus(tmp_path, lengths), tmp_path, layers=(1,))
     tokens, effects = tables["tokens"], tables["effects"]
@@ -143,9 +146,9 @@ def test_how_many_windows_run_together_changes_rounding_only(
 ) -> None:
     corpus = number_corpus(tmp_path, (40, 9))
     expected = run(reader, corpus, tmp_path / "four", *TABLES, orders=("descending",))
-    for at_once in (1, 3):
-        monkeypatch.setattr(document_tables, "WINDOWS_AT_ONCE", at_once)
-        found = run(reader, corpus, tmp_path / str(at_once), *TABLES, orders=("descending",))
+    for windows in (1, 3):
+        monkeypatch.setattr(document_tables, "WINDOWS_PER_BATCH", windows)
+        found = run(reader, corpus, tmp_path / str(windows), *TABLES, orders=("descending",))
         assert found.keys() == expected.keys()
         for name in expected:
             assert_equal(found[name], expected[name], atol=1e-5)
@@ -205,7 +208,7 @@ def test_other_dtypes_give_numbers_too(make_model: Callable[..., HookedMoE], dty
         assert measured["delta_loss"].abs().max() > 0.01
 
 
-def test_a_measurement_goes_on_with_the_documents_that_lack_a_shard(
+def test_a_measurement_resumes_with_the_documents_that_lack_a_shard(
     reader: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = number_corpus(tmp_path, (12, 9, 20, 5))
@@ -234,9 +237,10 @@ def test_a_small_budget_has_fewer_documents_measured_side_by_side(
     reader: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenized = TokenizedCorpus(reader, number_corpus(tmp_path, (20, 3, 10, 20)), N_CTX)
-    wanted = Wanted("position", (0, 1, 2))
-    least = shards._least_budget(reader, tokenized, wanted)
+    spec = PartSpec("position", (0, 1, 2))
+    least = shards._least_budget(reader, tokenized, spec)
     monkeypatch.setattr(shards.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(shards.torch, "set_num_threads", lambda count: None)  # three threads must not outlast this test
     workers: list[int] = []
     original = shards.ThreadPoolExecutor
     monkeypatch.setattr(shards, "ThreadPoolExecutor", lambda n, **options: workers.append(n) or original(n, **options))
@@ -244,13 +248,11 @@ def test_a_small_budget_has_fewer_documents_measured_side_by_side(
         target = tmp_path / str(times)
         target.mkdir()
         measure_part(
-            reader, tokenized, wanted, target / "shards", target, {"plan": "p"}, progress=False, memory_budget=times * least
+            reader, tokenized, spec, target / "shards", target, {"plan": "p"}, progress=False, memory_budget=times * least
         )
     assert workers == [1, 2, 3]
     with pytest.raises(ValueError, match="memory_budget"):
-        measure_part(
-            reader, tokenized, wanted, tmp_path / "no", tmp_path, {"plan": "p"}, progress=False, memory_budget=least // 2
-        )
+        measure_part(reader, tokenized, spec, tmp_path / "no", tmp_path, {"plan": "p"}, progress=False, memory_budget=least // 2)
 
 
 def test_shards_of_another_measurement_are_refused(reader: HookedMoE, tmp_path: Path) -> None:
@@ -317,7 +319,7 @@ def test_routing_is_summed_over_each_documents_own_tokens(make_model: Callable[.
                 rows.append((document, layer, expert, len(token), length, *sums, largest))
     expected = pd.DataFrame(rows, columns=tables["routing"].columns)
     assert_equal(tables["routing"], expected)
-    assert expected["max_activation"].isna().any(), "an expert that nobody selects has no activation"
+    assert expected["max_activation"].isna().any(), "an expert that no token selects has no activation"
 
 
 def test_expert_weights_are_norms_of_the_published_matrices(make_model: Callable[..., HookedMoE], tmp_path: Path) -> None:
@@ -358,7 +360,9 @@ def test_progressive_rows_are_the_effects_of_removing_ever_more_experts(reader: 
         positions=sample,
     )
     found, effects = tables["progressive"], tables["effects"]
-    every = [(d, p, layer, order, m) for d, p in sorted(sample) for layer in (0, 2) for order in ORDERS for m in (1, 2, 3)]
+    every = [
+        (d, p, layer, order, m) for d, p in sorted(sample) for layer in (0, 2) for order in REMOVAL_ORDERS for m in (1, 2, 3)
+    ]
     assert list(found[["document", "position", "layer", "order", "removed"]].itertuples(index=False, name=None)) == every
     for row in found.itertuples():
         start = row.position // (N_CTX - 1) * (N_CTX - 1)
@@ -369,7 +373,7 @@ def test_progressive_rows_are_the_effects_of_removing_ever_more_experts(reader: 
         deltas = []
         for order in sets:
             gone = ExpertMask.ablate([(row.layer, 0, row.position - start, expert) for expert in order[: row.removed]])
-            with torch.no_grad():
+            with torch.no_grad(), without_type_checks():
                 loss = [reader(window, "loss", loss_per_token=True, expert_mask=mask)[0] for mask in (gone, None)]
             deltas.append(float((loss[0] - loss[1])[row.position - start]))
             assert row.baseline_loss == pytest.approx(float(loss[1][row.position - start]), abs=1e-5)

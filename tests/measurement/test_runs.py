@@ -1,4 +1,4 @@
-"""A run measures each part once, on demand, for one writer, and says how much of it there is."""
+"""A run measures each part once, on demand, for one writer, and says how much of it has been measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from hooked_moe import HookedMoE, measurement
 from hooked_moe.measurement import Run, measured_positions, open_measurement
-from hooked_moe.measurement.document_tables import Wanted
+from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from tests.support.number_text import number_corpus, number_reader
 
@@ -36,14 +36,14 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
-    """What is measured, as it goes along."""
-    asked: list[Wanted] = []
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[PartSpec]:
+    """The parts that are measured, in order."""
+    asked: list[PartSpec] = []
     original = measurement.run.measure_part
 
-    def recorded(model: HookedMoE, corpus: TokenizedCorpus, wanted: Wanted, *rest: Any, **options: Any) -> None:
-        asked.append(wanted)
-        original(model, corpus, wanted, *rest, **options | {"progress": False})
+    def recorded(model: HookedMoE, corpus: TokenizedCorpus, spec: PartSpec, *rest: Any, **options: Any) -> None:
+        asked.append(spec)
+        original(model, corpus, spec, *rest, **options | {"progress": False})
 
     monkeypatch.setattr(measurement.run, "measure_part", recorded)
     return asked
@@ -60,7 +60,7 @@ def table(run: Run, name: str) -> pd.DataFrame:
 
 
 def test_each_part_is_measured_once_and_reopening_finds_it(
-    opened: Callable[..., Run], measured: list[Wanted], tmp_path: Path
+    opened: Callable[..., Run], measured: list[PartSpec], tmp_path: Path
 ) -> None:
     for _ in range(2):
         with opened(tmp_path) as run:
@@ -68,7 +68,7 @@ def test_each_part_is_measured_once_and_reopening_finds_it(
             run.require("sequence", SOME)
             run.require("progressive", SOME, layers=[1], orders=["random"], seed=3)
             run.require("position", SOME)
-    assert [wanted.part for wanted in measured] == ["position", "sequence", "progressive"]
+    assert [spec.part for spec in measured] == ["position", "sequence", "progressive"]
     parts = json.loads((run.directory / "manifest.json").read_text())["parts"]
     assert parts["position"] == {"layers": [0, 1], "positions": "all"}
     assert (parts["sequence"]["positions"], parts["progressive"]["orders"], parts["progressive"]["seed"]) == (3, ["random"], 3)
@@ -77,7 +77,7 @@ def test_each_part_is_measured_once_and_reopening_finds_it(
     assert names == {f"{name}.parquet" for name in tables} | {"plan.json", "manifest.json", "writer.lock"}
 
 
-def test_more_positions_are_measured_along_with_those_there_were(run: Run, measured: list[Wanted]) -> None:
+def test_more_positions_are_measured_along_with_those_there_were(run: Run, measured: list[PartSpec]) -> None:
     effects = run.directory / "effects.parquet"
     run.require("position", SOME)
     assert measured_positions(effects) == set(SOME)
@@ -87,15 +87,15 @@ def test_more_positions_are_measured_along_with_those_there_were(run: Run, measu
     run.require("position", SOME + OTHERS)
     run.require("position", run.tokenized.valid_positions())
     run.require("position")
-    assert [wanted.positions for wanted in measured] == [frozenset(SOME), frozenset(SOME + OTHERS), None]
+    assert [spec.positions for spec in measured] == [frozenset(SOME), frozenset(SOME + OTHERS), None]
     assert measured_positions(effects) == set(run.tokenized.valid_positions())
 
 
-def test_more_orders_and_layers_are_measured_along_with_those_there_were(run: Run, measured: list[Wanted]) -> None:
+def test_more_orders_and_layers_are_measured_along_with_those_there_were(run: Run, measured: list[PartSpec]) -> None:
     run.require("progressive", SOME, layers=[1], orders=["random"])
     run.require("progressive", SOME, layers=[0], orders=["descending"])
     run.require("progressive", SOME, orders=["random"])
-    assert [(wanted.layers, wanted.orders) for wanted in measured] == [
+    assert [(spec.layers, spec.orders) for spec in measured] == [
         ((1,), ("random",)),
         ((0, 1), ("descending", "random")),
     ]
@@ -152,13 +152,13 @@ def test_scopes_are_verified_before_they_are_measured_and_only_once(run: Run, mo
 
 
 def first_order_there(run: Run) -> float:
-    """Of the rows with an effect, how many have a first-order effect."""
+    """The share of the rows with an effect that have a first-order effect."""
     rows = table(run, "effects").dropna(subset="delta_loss")
     return float(rows["first_order"].notna().mean())
 
 
 def test_streamed_and_in_memory_measurements_are_not_mixed(
-    make_model: Callable[..., HookedMoE], measured: list[Wanted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., HookedMoE], measured: list[PartSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model(n_layers=2, model_type="olmoe").save_pretrained(tmp_path / "model")
     corpus = number_corpus(tmp_path, LENGTHS)
@@ -180,14 +180,14 @@ def test_streamed_and_in_memory_measurements_are_not_mixed(
     with opened(stream=False) as run:
         run.require("position", SOME)
         assert first_order_there(run) == 1
-    assert [wanted.first_order for wanted in measured] == [True, False, True]
+    assert [spec.first_order for spec in measured] == [True, False, True]
     with opened(stream=True) as run:
         run.require("position", SOME)  # all there
         with pytest.raises(ValueError, match=r"has first-order effects, .* open the model without stream=True, or give another"):
             run.require("position", OTHERS)
         run.require("sequence", SOME)
     assert first_order_there(run) == 1
-    assert [wanted.part for wanted in measured[3:]] == ["sequence"]
+    assert [spec.part for spec in measured[3:]] == ["sequence"]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_streamed_and_in_memory_measurements_are_not_mixed(
     ],
 )
 def test_what_cannot_be_measured_is_refused(
-    run: Run, measured: list[Wanted], part: Any, options: dict[str, Any], message: str, unchecked: None
+    run: Run, measured: list[PartSpec], part: Any, options: dict[str, Any], message: str, unchecked: None
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run.require(part, **options)

@@ -16,7 +16,7 @@ from torch import Tensor
 import hooked_moe.components.losses
 from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.components.moe import combine_onto
-from hooked_moe.counterfactuals import Zero, removals
+from hooked_moe.counterfactuals import LossAfter, Zero, expert_removal, removals
 from hooked_moe.counterfactuals.engine import fan_out, losses
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.measurement import verification
@@ -26,6 +26,7 @@ from tests.conftest import EVERY_ARCHITECTURE
 
 CHECKS = ["loss", "no stale state", "losses differ", "inactive expert", "effects are exact"]
 BOTH_SCOPES = [*CHECKS, "effects are exact, sequence-wide"]
+FROM_POSITION = "effects are exact, from the position on"
 Patch = pytest.MonkeyPatch
 
 
@@ -35,7 +36,7 @@ def sequence() -> Tensor:
 
 
 def failed(checks: list[Check]) -> list[str]:
-    assert [check.name for check in checks] in (CHECKS, BOTH_SCOPES)
+    assert [check.name for check in checks] in (CHECKS, BOTH_SCOPES, [*CHECKS[:-1], FROM_POSITION])
     return [check.name for check in checks if not check.passed]
 
 
@@ -69,6 +70,14 @@ def test_a_sound_model_passes_with_every_removal_in_both_scopes(model: HookedMoE
     checks = verify(model, sequence, removal, ("position", "sequence"))
     assert failed(checks) == []
     assert [check.name for check in checks] == BOTH_SCOPES
+
+
+@pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+@EVERY_ARCHITECTURE
+def test_a_sound_model_passes_from_the_position_on(model: HookedMoE, removal: Any, sequence: Tensor) -> None:
+    checks = verify(model, sequence, removal, ("from_position",))
+    assert failed(checks) == []
+    assert checks[-1].name == FROM_POSITION
 
 
 def test_the_same_sequence_gives_the_same_checks(model: HookedMoE, sequence: Tensor) -> None:
@@ -205,6 +214,37 @@ def test_effects_are_compared_for_the_removal_and_the_scopes_to_be_measured(
     asked = {"reroute": ("reroute", ("position",)), "sequence": ("zero", ("position", "sequence"))}[fault]
     found = {"reroute": "effects are exact", "sequence": "effects are exact, sequence-wide"}[fault]
     assert failed(verify(model, sequence, *asked)) == [found]  # type: ignore[arg-type]
+
+
+@EVERY_ARCHITECTURE
+@pytest.mark.parametrize("fault", ["at the position only", "one token too many", "everywhere"])
+def test_effects_that_stop_or_go_too_far_fail_from_the_position_on(
+    model: HookedMoE, fault: str, sequence: Tensor, monkeypatch: Patch
+) -> None:
+    """An engine that restores the expert after the position, removes another one too, or whatever expert serves a later token."""
+    original = expert_removal.each_slot_removed_from_here_on
+
+    def faulty(clean: Any, width: int) -> Tensor:
+        keep = original(clean, width).unflatten(2, (-1, width)).clone()
+        if fault == "at the position only":
+            keep[..., 1:, :] = True
+        elif fault == "everywhere":
+            keep[..., 1:, :] = False
+        else:
+            keep[..., 2, 0] = False
+        return keep.flatten(2, 3)
+
+    monkeypatch.setattr(expert_removal, "each_slot_removed_from_here_on", faulty)
+    assert failed(verify(model, sequence, "zero", ("from_position",))) == [FROM_POSITION]
+    assert failed(verify(model, sequence)) == []  # nothing is amiss at the position itself
+
+
+def test_losses_of_later_tokens_that_are_not_read_fail_from_the_position_on(
+    model: HookedMoE, sequence: Tensor, monkeypatch: Patch
+) -> None:
+    original = LossAfter.__call__
+    monkeypatch.setattr(LossAfter, "__call__", lambda self, final: original(self, final) * torch.tensor([1.0, *[math.nan] * 4]))
+    assert failed(verify(model, sequence, "zero", ("from_position",))) == [FROM_POSITION]
 
 
 def test_a_model_without_effects_at_all_does_not_pass(make_model: Callable[..., HookedMoE], sequence: Tensor) -> None:

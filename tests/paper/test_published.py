@@ -17,7 +17,7 @@ from hooked_moe.paper.published import (
 )
 
 LAYERS = (0, 4, 7, 11, 15)
-ROW = 430  # every released OLMoE text is padded to so many tokens
+ROW = 430  # the tokens that every released OLMoE text is padded to
 
 
 @pytest.fixture(scope="module")

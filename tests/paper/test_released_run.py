@@ -1,4 +1,4 @@
-"""Runs of the released protocol: what they measure, what they leave behind, how they go on; and the scripts around them."""
+"""Runs of the released protocol: what they measure, what they leave behind, how they resume; and the scripts around them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ import torch
 
 from hooked_moe import ExpertMask, HookedMoE, HookPoint
 from hooked_moe import statistics as stat
-from hooked_moe.cli import analysing, audit, redistribution
+from hooked_moe.cli import audit, measured_run, progressive, redistribution
 from hooked_moe.cli import compare as compare_published
 from hooked_moe.cli import control as routing_weight_control
-from hooked_moe.cli import progressive as progressive_ablation
-from hooked_moe.cli.releasing import released_positions
+from hooked_moe.cli.released_run import released_positions
 from hooked_moe.corpus import Corpus, Document
-from hooked_moe.paper import open_released, released_cells
-from hooked_moe.paper import run as run_module
+from hooked_moe.paper import open_released, ranked_removals, released_cells
 from hooked_moe.paper.cells import released_cells_table
 from hooked_moe.paper.comparison import compare, counterpart, read_run
 from hooked_moe.paper.published import METRICS, MODELS
@@ -102,13 +100,13 @@ def test_texts_side_by_side_share_no_hooks(model, corpus, tmp_path, monkeypatch)
         run.progressive(4)
 
 
-def test_a_run_that_was_killed_goes_on_with_the_texts_that_it_lacks_to_the_same_bytes(model, corpus, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_resumes_with_the_texts_that_it_lacks_to_the_same_bytes(model, corpus, tmp_path, monkeypatch):
     with open_released(model, corpus, results=tmp_path / "whole", progress=False) as run:
         run.audit(6)
         whole = (run.directory / "audit-6.parquet").read_bytes()
 
     measured: list[int] = []
-    real = run_module.sequence_removals
+    real = ranked_removals.sequence_removals
 
     def dying(*arguments):
         if len(measured) == 3:
@@ -116,10 +114,10 @@ def test_a_run_that_was_killed_goes_on_with_the_texts_that_it_lacks_to_the_same_
         measured.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(run_module, "sequence_removals", dying)
+    monkeypatch.setattr(ranked_removals, "sequence_removals", dying)
     with open_released(model, corpus, results=tmp_path / "cut", progress=False) as run, pytest.raises(KeyboardInterrupt):
         run.audit(6)
-    monkeypatch.setattr(run_module, "sequence_removals", lambda *arguments: measured.append(2) or real(*arguments))
+    monkeypatch.setattr(ranked_removals, "sequence_removals", lambda *arguments: measured.append(2) or real(*arguments))
     with open_released(model, corpus, results=tmp_path / "cut", progress=False) as run:
         run.audit(6)
         assert measured.count(2) == len(LENGTHS) - 3
@@ -239,14 +237,14 @@ def test_comparing_writes_a_row_for_every_published_number_and_says_what_was_not
     assert compare_published.main(["--results", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "layers are matched by relative depth" in out
-    assert "Table 1: not measured; python -m hooked_moe.cli.audit" in out
+    assert "Table 1: not measured; hooked-moe audit" in out
     table = pyarrow.csv.read_csv(directory / "published.csv").to_pandas()
     last = table[(table["table"] == "Table 9") & (table["published_layer"] == 15) & (table["statistic"] == "p95")]
     assert last["ours"].item() == 2.0
     assert last["difference"].item() == pytest.approx(2.0 - 2.633)
     assert compare_published.main(["--results", str(tmp_path), "--brief"]) == 0
     assert compare_published.main(["--results", str(tmp_path / "empty")]) == 1
-    assert "run hooked_moe.cli.audit first" in capsys.readouterr().err
+    assert "run `hooked-moe audit` first" in capsys.readouterr().err
     assert compare_published.main([str(tmp_path)]) == 1
     assert "not the directory of a run" in capsys.readouterr().err
 
@@ -259,7 +257,7 @@ def results(tmp_path_factory):
     return tmp_path_factory.mktemp("results")
 
 
-@pytest.mark.parametrize("script", [audit, routing_weight_control, progressive_ablation, redistribution])
+@pytest.mark.parametrize("script", [audit, routing_weight_control, progressive, redistribution])
 def test_every_script_runs_as_released_in_one_directory(script, results, capsys):
     sampled = [] if script is redistribution else ["--positions", "6"]
     arguments = ["--model", "tiny-olmoe", "--documents", "1", "--layers", "1", "--protocol", "as_released"]
@@ -276,12 +274,12 @@ def test_options_that_the_released_protocol_fixes_are_refused_by_name(capsys):
         released_positions("2")
 
 
-@pytest.mark.parametrize("script", [audit, routing_weight_control, progressive_ablation, redistribution, compare_published])
+@pytest.mark.parametrize("script", [audit, routing_weight_control, progressive, redistribution, compare_published])
 def test_help_shows_examples(script, capsys):
     with pytest.raises(SystemExit) as end:
         script.main(["--help"])
     assert end.value.code == 0
-    assert f"python -m experiments.{script.__name__.rpartition('.')[2]}" in capsys.readouterr().out
+    assert f"hooked-moe {script.__name__.rpartition('.')[2]}" in capsys.readouterr().out
 
 
 def test_the_defined_scripts_share_one_measurement(make_model, tmp_path, monkeypatch):
@@ -289,11 +287,11 @@ def test_the_defined_scripts_share_one_measurement(make_model, tmp_path, monkeyp
         (run / "report.html").write_text("")
         return run / "report.html"
 
-    monkeypatch.setattr(analysing, "write_report", page)
+    monkeypatch.setattr(measured_run, "write_report", page)
     number_reader(make_model, n_layers=2, n_ctx=16).save_pretrained(tmp_path / "model")
     corpus = write_corpus(tmp_path / "corpus.jsonl", (40, 31))
     common = ["--model", str(tmp_path / "model"), "--corpus", str(corpus), "--results", str(tmp_path / "results")]
-    assert progressive_ablation.main([*common, "--positions", "5"]) == 0
+    assert progressive.main([*common, "--positions", "5"]) == 0
     assert routing_weight_control.main(common) == 0
     assert redistribution.main(common) == 0
     (directory,) = (tmp_path / "results" / "model").iterdir()

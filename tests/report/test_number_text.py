@@ -15,6 +15,7 @@ from hooked_moe.report.number_text import (
     p_value,
     share,
     signed,
+    value_text,
 )
 
 NAN = math.nan
@@ -47,6 +48,12 @@ NAN = math.nan
         (layer_list([0, 1, 2, 5]), f"layers 0{DASH}2 and 5"),
         (enumeration(["a"]), "a"),
         (enumeration(["a", "b", "c"]), "a, b and c"),
+        (value_text(12345), "12,345"),
+        (value_text(0.25), "0.2500"),
+        (value_text(2.1e-6), "2.10e-06"),
+        (value_text(NAN), DASH),
+        (value_text(True), "True"),
+        (value_text("address"), "address"),
     ],
 )
 def test_numbers_are_spelt_for_people(spelt, text):

@@ -5,7 +5,10 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import matplotlib.image
 import numpy as np
@@ -16,16 +19,18 @@ import pytest
 from hooked_moe import tables
 from hooked_moe.analysis import analyse_run
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
-from hooked_moe.report import write_report
+from hooked_moe.report import blocks, write_report
+from hooked_moe.report.blocks import Paragraph
+from hooked_moe.report.derived_files import DERIVED_FILES
 from hooked_moe.report.figures.ceiling import pooled_shares
 from hooked_moe.report.figures.drawing import DOTS_PER_INCH, WIDE, Drawing
 from hooked_moe.report.figures.effect_size import effect_size
 from hooked_moe.report.figures.experts import MINIMUM_REMOVALS, draw_experts, experts
 from hooked_moe.report.figures.names import PAPER_LINES, SCORE_LINES
 from hooked_moe.report.figures.progressive import draw_progressive
-from hooked_moe.report.inputs import SOURCES, Inputs, read_inputs
-from hooked_moe.report.page import STYLE
-from hooked_moe.report.summary import conclude, lead
+from hooked_moe.report.inputs import Inputs, read_inputs
+from hooked_moe.report.page import render_page, style_sheet
+from hooked_moe.report.summary import conclude, opening
 from tests.support.synthetic_effects import PARTS, synthetic_run
 from tests.support.synthetic_report import synthetic_report
 
@@ -107,9 +112,9 @@ def changed(run: Path, directory: Path, name: str, change) -> Path:
 
 
 def texts(run: Path) -> tuple[str, str]:
-    """The findings and the conclusions of a run, as plain text."""
+    """The top of the page and the conclusions of a run, as plain text."""
     inputs = read_inputs(run)
-    return Page(lead(inputs)).text, Page(" ".join(conclude(inputs))).text
+    return Page(render_page(blocks.Page("made-up", opening(inputs), ()))).text, " ".join(conclude(inputs))
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -146,16 +151,21 @@ def test_a_page_is_the_same_bytes_each_time(measured, tmp_path):
     assert pages[0] == pages[1]
 
 
+def test_the_report_is_read_and_written_without_torch():
+    script = "import sys, hooked_moe.report, hooked_moe.report.terminal_table; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.usefixtures("unpainted")
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", DERIVED_FILES)
 def test_what_was_not_measured_is_named_with_the_command_that_measures_it(measured, tmp_path, name):
     run = shutil.copytree(measured, tmp_path / "run")
     (run / name).unlink()
     tables.write_json_atomic({"not_measured": {name: "this run has no such part"}}, run / "analysis.json")
     write_report(run)
     text = page_of(run).text
-    assert f"Not measured: {SOURCES[name].about} (this run has no such part)" in text
-    assert "python " + SOURCES[name].command.format(model="made-up-moe") in text
+    assert f"Not measured: {DERIVED_FILES[name].about} (this run has no such part)" in text
+    assert DERIVED_FILES[name].command.format(model="made-up-moe") in text
 
 
 @pytest.mark.usefixtures("unpainted")
@@ -164,7 +174,7 @@ def test_a_run_of_one_part_alone_is_reported(measured, tmp_path):
     write_report(tmp_path)
     text = page_of(tmp_path).text
     assert "unnamed model" in text
-    assert text.count("Not measured") == len(SOURCES) - 1
+    assert text.count("Not measured") == len(DERIVED_FILES) - 1
     for absent in ("no verification", "no noise floor", "no manifest.json"):
         assert absent in text
 
@@ -232,8 +242,8 @@ def test_refused_cells_say_why_and_tables_drop_columns_without_numbers(measured,
 
     text = page_of(write_report(changed(measured, tmp_path / "run", "cells.csv", without_documents)).parent).text
     assert "refused: all 72 differences equal 0; without variance there is no test" in text
-    assert text.count("pmax T") == 2 * 4  # both scopes of population all, four families
-    assert text.count("pTOST") == 4 * 4
+    assert text.count("p, max T") == 2 * 4  # both scopes of population all, four families
+    assert text.count("p, TOST") == 4 * 4
 
 
 @pytest.mark.usefixtures("unpainted")
@@ -258,7 +268,7 @@ def test_the_summary_counts_the_verdicts_of_the_tables(measured):
         f"(24 cells of criterion {TIMES} layer, over all positions): {paper['valid']} valid (activation norm in layers 4, 5)"
         in findings
     )
-    assert f"{paper['equivalent']} equivalent to none" in findings
+    assert f"{paper['equivalent']} equivalent to zero" in findings
     assert f"{extended['undecided']} undecided, 1 reversed (routing entropy in layer 0), 1 refused" in findings
     token = frame[frame.ranking == "first_order"].spearman.mean()
     assert f"first-order estimate {token:+.3f}, valid in 6 of 6 layers" in findings
@@ -337,11 +347,41 @@ def test_the_conclusion_about_token_scores_can_go_against_them(measured, tmp_pat
     assert "no better than activation norm does" in text
 
 
-def test_names_from_files_are_escaped(measured):
-    inputs = read_inputs(measured)
-    inputs.manifest["model"]["name"] = "<script>moe</script>"
-    assert "<script>" not in lead(inputs)
-    assert "made-up <corpus>" not in lead(inputs)
+@pytest.mark.usefixtures("unpainted")
+def test_names_from_files_are_escaped(measured, tmp_path):
+    run = shutil.copytree(measured, tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["model"]["name"] = "<script>moe</script>"
+    tables.write_json_atomic(manifest, run / "manifest.json")
+    body = write_report(run).read_text(encoding="utf-8")
+    assert "<script" not in body
+    assert "made-up <corpus>" not in body
+    text = page_of(run).text
+    assert "Removing one expert at one token: <script>moe</script>" in text
+    assert "made-up <corpus>" in text
+
+
+def test_every_text_of_a_block_stays_text():
+    """Each kind of block, with markup in each of its texts: the page shows it, and the browser sees no tag."""
+    markup = "<b>bold</b>"
+    cells = blocks.table_row(
+        markup, blocks.TableCell(markup, css="valid", small=markup, title=markup), blocks.TableCell(markup, badge=True)
+    )
+    every = (
+        Paragraph(markup, markup),
+        blocks.Heading(markup),
+        blocks.Missing(markup, markup, markup),
+        blocks.Summary(markup, (Paragraph(markup, markup),)),
+        blocks.Key((blocks.KeyEntry(markup, "valid", markup),)),
+        blocks.Table((markup,), (cells, blocks.TableRow(heading=markup))),
+        blocks.Figure(1, "name", markup, markup, "data:wide", "data:narrow"),
+    )
+    assert {block.kind for block in every} | {"folded"} == {kind.kind for kind in get_args(blocks.Block)}
+    page = blocks.Page(markup, every, (blocks.Section("anchor", markup, (blocks.Folded(markup, every, on_paper=True),)),))
+    rendered = render_page(page)
+    assert "<b>bold" not in rendered
+    titles, texts_of_blocks = 2 + 2 + 1, 19  # titles of the page and the section, twice each, and of the fold
+    assert Page(rendered).text.count(markup) == titles + 2 * texts_of_blocks
 
 
 # --- figures -------------------------------------------------------------------------------------------------------------
@@ -403,7 +443,9 @@ def test_progressive_curves_of_a_deep_model_fit_a_page_and_a_phone(tmp_path):
 def test_lines_differ_without_colour_and_text_stands_out_from_its_ground():
     for lines in (SCORE_LINES.values(), PAPER_LINES):
         assert len({marker for _, marker in lines}) == len(lines)
-    pairs = re.findall(r"\.(?:valid|reversed|equivalent|undecided|refused) \{ background: (#\w+); color: (#\w+); \}", STYLE)
+    pairs = re.findall(
+        r"\.(?:valid|reversed|equivalent|undecided|refused) \{ background: (#\w+); color: (#\w+); \}", style_sheet()
+    )
     assert len(pairs) == 5
     assert all(contrast(*pair) >= 4.5 for pair in pairs)
 
@@ -427,7 +469,7 @@ def test_the_made_up_files_have_the_columns_of_an_analysed_run_which_is_reported
     run = synthetic_run(tmp_path / "run", parts=PARTS)
     analyse_run(run, n_experts=16)
     real, made_up = read_inputs(run), read_inputs(measured)
-    assert set(real.tables) == set(made_up.tables) == set(SOURCES)
+    assert set(real.tables) == set(made_up.tables) == set(DERIVED_FILES)
     for name, table in real.tables.items():
         assert set(table.column_names) == set(made_up.tables[name].column_names), name
     write_report(run)

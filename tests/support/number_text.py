@@ -35,7 +35,7 @@ def token_ids(length: int, seed: int) -> list[int]:
 
 
 def write_corpus(path: Path, lengths: Sequence[int]) -> Path:
-    """A .jsonl file of documents with so many tokens each, in two domains by turns."""
+    """A .jsonl file of documents of these lengths in tokens, in two domains by turns."""
     records = [
         {"id": f"d{n}", "domain": "ab"[n % 2], "title": f"Title {n}", "text": " ".join(map(str, token_ids(length, n)))}
         for n, length in enumerate(lengths)

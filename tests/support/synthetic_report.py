@@ -2,7 +2,7 @@
 
 The numbers are plausible and their truth is known: the token's own scores predict (the more, the deeper), `activation_norm`
 predicts in the last layers, `routing_entropy` points the wrong way in layer 0, `router_row_norm` was refused there, the rest
-is equivalent to no ranking or undecided.
+is equivalent to zero or undecided.
 """
 
 from pathlib import Path

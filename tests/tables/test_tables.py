@@ -11,8 +11,8 @@ from hooked_moe import tables
 from hooked_moe.analysis.accumulators.expert_statistics import ExpertAccumulator
 from hooked_moe.analysis.cells import cells_table
 from hooked_moe.analysis.criteria import criteria_table
-from hooked_moe.tables.effect_grid import read_effects
 from tests.support.synthetic_effects import synthetic_effects
+from tests.support.whole_tables import read_effects
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_no_rubbish(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from hooked_moe.analysis.accumulators.rows import row_batches
-from hooked_moe.tables.effect_grid import EffectGrid, Source
+from hooked_moe.tables.effect_grid import EffectGrid, TableOrPath
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ class ExpertAccumulator:
     def _add_coactivations(self, layer: int, expert: Int[np.ndarray, "P K"]) -> None:
         size = self.n_experts**2
         counts = self._coactivations[layer].reshape(-1)
-        for one in range(expert.shape[1]):
-            for other in range(one):
-                counts += np.bincount(expert[:, one] * self.n_experts + expert[:, other], minlength=size)
+        for slot in range(expert.shape[1]):
+            for other in range(slot):
+                counts += np.bincount(expert[:, slot] * self.n_experts + expert[:, other], minlength=size)
 
-    def statistics(self, routing: Source | None = None, expert_weights: Source | None = None) -> ExpertStatistics:
+    def statistics(self, routing: TableOrPath | None = None, expert_weights: TableOrPath | None = None) -> ExpertStatistics:
         """The statistics so far, with those of routing.parquet and expert_weights.parquet where they are given.
 
         Raises ValueError where no token was seen, and where these tables are of another measurement.
@@ -134,7 +134,7 @@ class ExpertAccumulator:
             rms_weight=rms,
         )
 
-    def _routing(self, source: Source | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _routing(self, source: TableOrPath | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean probability, mean entropy and maximal activation, from one row per document, layer and expert."""
         if source is None:
             unmeasured = np.full(self._n.shape, np.nan)
@@ -158,7 +158,7 @@ class ExpertAccumulator:
         mean_entropy = np.divide(entropy, n_tokens, out=np.full(never.shape, np.nan), where=~never)
         return probability / tokens, mean_entropy, np.where(never, np.nan, highest.reshape(never.shape))
 
-    def _weights(self, source: Source | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _weights(self, source: TableOrPath | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Router-row norm, weight norm, mean |w| and rms w, from one row per layer and expert."""
         names = ("router_row_norm", "weight_norm", "mean_abs_weight", "rms_weight")
         values = {name: np.full(self._n.size, np.nan) for name in names}
@@ -178,7 +178,7 @@ class ExpertAccumulator:
         return row_norm, weight_norm, mean_abs, rms
 
     def _key(self, rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Of the rows of these layers: which (layer, expert) each is of, and which rows these are."""
+        """Which (layer, expert) each row of these layers is of, and which rows these are."""
         layer, expert = (rows[name].astype(np.int64) for name in ("layer", "expert"))
         axis = np.searchsorted(self.layers, layer).clip(max=len(self.layers) - 1)
         known = np.asarray(self.layers)[axis] == layer

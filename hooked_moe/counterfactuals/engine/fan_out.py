@@ -25,7 +25,7 @@ from hooked_moe.counterfactuals.engine.readout import Final, Readout
 from hooked_moe.counterfactuals.engine.steps import Steps
 from hooked_moe.counterfactuals.engine.windows import Windows
 from hooked_moe.kernels.cpu.scratch import Scratch
-from hooked_moe.kernels.dispatch import by_operator
+from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.prefix_attention import window_attention
 from hooked_moe.loading.spill import Waiting
 from hooked_moe.transformer import Transformer
@@ -115,7 +115,7 @@ def fan_out(
     change = prediction_change(model, *streams, final.targets[:, :: windows.width])
     losses, kl = (values.unflatten(0, split) for values in change)
     readings = {name: readout(final).unflatten(0, split) for name, readout in (readouts or {}).items()}
-    if by_operator(model.unembed.W_U):  # the two ways to a loss differ in their last bits: the clean run takes its variants'
+    if use_kernels(model.unembed.W_U):  # the two ways to a loss differ in their last bits: the clean run takes its variants'
         baseline = prediction_change(model, resid[None], resid, targets).losses[0]
     else:
         baseline = loss_at(model, resid[None], targets)[0]

@@ -19,8 +19,14 @@ from torch import Tensor
 
 from hooked_moe.components.precision import at_least_float32
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
-from hooked_moe.kernels.dispatch import by_operator
-from hooked_moe.kernels.target_loss import cross_entropy, rows_at_once, shifted_target_loss, target_loss, target_loss_and_log_sum
+from hooked_moe.kernels.dispatch import use_kernels
+from hooked_moe.kernels.target_loss import (
+    cross_entropy,
+    rows_per_chunk,
+    shifted_target_loss,
+    target_loss,
+    target_loss_and_log_sum,
+)
 from hooked_moe.transformer import Transformer
 
 
@@ -37,7 +43,7 @@ def loss_at(
 ) -> Float[Tensor, "variant batch pos"]:
     """Loss of final residual streams at their targets; nan where the target is -1."""
     weight = model.unembed.W_U
-    if by_operator(weight):  # at all positions: to pick those with a target, the device would have to be waited for
+    if use_kernels(weight):  # at all positions: to pick those with a target, the device would have to be waited for
         variants = max(1, chunk_size_on(resid.device) // targets.numel())
         normalised = (model.ln_final(at_least_float32(chunk)).flatten(0, 2) for chunk in resid.split(variants))
         parts = [target_loss(x, weight, targets.flatten().repeat(len(x) // targets.numel())) for x in normalised]
@@ -61,7 +67,7 @@ def prediction_change(
     losses, kl = (variants.new_full(variants.shape[:-1], float("nan"), dtype=wide) for _ in range(2))
     row, position = _measured(targets)
     if variants.numel() and len(row):
-        chunk = rows_at_once(model.unembed.W_U, torch.float32)
+        chunk = rows_per_chunk(model.unembed.W_U, torch.float32)
         for rows, positions in zip(row.split(chunk), position.split(chunk), strict=True):
             prediction = CleanPrediction(model, clean[rows, positions], targets[rows, positions].clamp(min=0))
             per_group = 1 if variants.device.type == "cpu" else max(1, chunk_size_on(variants.device) // len(rows))
@@ -87,7 +93,7 @@ class CleanPrediction:
         unembedding = model.unembed.W_U
         wide = at_least_float32(unembedding)
         self.model, self.targets = model, targets
-        self.fused = by_operator(unembedding) and unembedding.dtype != torch.bfloat16
+        self.fused = use_kernels(unembedding) and unembedding.dtype != torch.bfloat16
         self.weight = unembedding if self.fused or unembedding.dtype == torch.bfloat16 else wide
         self.x = model.ln_final(at_least_float32(resid))
         self.logits = F.linear(self.x, wide)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hooked_moe.checks import as_whole
+from hooked_moe.checks import as_int_or_none
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.padding import Packed
@@ -25,7 +25,7 @@ def parse_bytes(amount: int | str) -> int:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", amount)
         if match and match[2].upper() in _UNITS:
             amount = int(float(match[1]) * _UNITS[match[2].upper()])
-    nbytes = as_whole(amount)
+    nbytes = as_int_or_none(amount)
     if nbytes is None or nbytes < 1:
         raise ValueError(f"a memory budget is a number of bytes, or text such as '4GB' or '512MiB', not {amount!r}")
     return nbytes

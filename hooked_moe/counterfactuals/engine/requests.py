@@ -10,12 +10,13 @@ from typing import Any
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_moe.checks import as_whole
+from hooked_moe.checks import as_int_or_none
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.memory import Demand, demand_of, demand_within, divide, parse_bytes
 from hooked_moe.counterfactuals.engine.padding import Packed, pack
 from hooked_moe.counterfactuals.engine.readout import Readout, by_name
-from hooked_moe.loading.spill import Waiting, spill_of
+from hooked_moe.loading.spill import Waiting
+from hooked_moe.loading.streaming import spill_of
 from hooked_moe.transformer import Transformer
 
 WAITING_BYTES = 1 << 30
@@ -105,10 +106,10 @@ def _checked_layers(model: Transformer, layers: Sequence[int] | None, dense: boo
     cfg = model.cfg
     if layers is None:
         return list(range(cfg.n_layers)) if dense else cfg.moe_layers
-    if as_whole(layers) is not None:
+    if as_int_or_none(layers) is not None:
         raise ValueError(f"layers must be a list of layers, as in [{layers}], not the number {layers}")
     try:
-        numbers = [(layer, as_whole(layer)) for layer in layers]
+        numbers = [(layer, as_int_or_none(layer)) for layer in layers]
     except TypeError as error:
         raise ValueError(f"layers must be a list of whole numbers, as in {cfg.moe_layers}, not {layers!r}") from error
     wrong = [layer for layer, number in numbers if number is None]
@@ -127,5 +128,5 @@ def _checked_layers(model: Transformer, layers: Sequence[int] | None, dense: boo
 
 def check_n_variants(n_variants: Any) -> None:
     """Raise `ValueError` unless it is a number of variants to measure."""
-    if (as_whole(n_variants) or 0) < 1:
+    if (as_int_or_none(n_variants) or 0) < 1:
         raise ValueError(f"the number of variants must be a whole number from 1, not {n_variants!r}")

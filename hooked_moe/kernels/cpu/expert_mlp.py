@@ -1,7 +1,7 @@
 """The experts' MLPs on a CPU, one expert after another: what one of them reads and makes stays in the cache.
 
 Made in one go (`expert_mlp`) or stage by stage, for hooks to look in between: the operations on every block of rows are the same,
-and so is every bit of the result.
+on memory that is aligned alike, and so is every bit of the result.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.kernels.cpu.alignment import begins_aligned
 from hooked_moe.kernels.cpu.scratch import Scratch
-from hooked_moe.kernels.dispatch import by_definition
+from hooked_moe.kernels.dispatch import use_reference
 from hooked_moe.kernels.swiglu import swiglu
 
-ROOM = 32
+ROW_MULTIPLE = 32
 """Half-precision products of more than half as many rows have a multiple of it: oneDNN compiles one for every number of rows
 that it meets, in the time of several products."""
 
 Blocks = list[tuple[int, slice]]
 """Each expert that serves tokens, and its rows. Where they are more than it serves, the next expert's overwrite the rest: blocks
-must be computed in order, into a tensor with `ROOM` rows more."""
+must be computed in order, into a tensor with `ROW_MULTIPLE` rows more."""
 
 
-WORTH_A_BLOCK = 25e6
+MIN_FLOPS_PER_EXPERT = 25e6
 """Floating-point operations of an average expert from which on the calls for each cost less than they spare."""
 
 
@@ -34,9 +35,9 @@ def runs_by_block(rows: int, W_out: Float[Tensor, "expert d_model d_expert"], *o
     """Whether experts run one after another: on a CPU, with enough to do, where no gradient is wanted and products are in the
     tensors' dtype."""
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (W_out, *others))
-    enough = 6 * rows * W_out.numel() >= WORTH_A_BLOCK * len(W_out) ** 2
+    enough = 6 * rows * W_out.numel() >= MIN_FLOPS_PER_EXPERT * len(W_out) ** 2
     plain = W_out.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return enough and plain and not needs_gradient and not by_definition()
+    return enough and plain and not needs_gradient and not use_reference()
 
 
 def blocks_of(ends: Sequence[int], dtype: torch.dtype) -> Blocks:
@@ -45,8 +46,8 @@ def blocks_of(ends: Sequence[int], dtype: torch.dtype) -> Blocks:
     for expert, end in enumerate(ends):
         if end > start:
             rows = end - start
-            if dtype.itemsize < 4 and rows > ROOM // 2:
-                rows += -rows % ROOM
+            if dtype.itemsize < 4 and rows > ROW_MULTIPLE // 2:
+                rows += -rows % ROW_MULTIPLE
             blocks.append((expert, slice(start, start + rows)))
             start = end
     return blocks
@@ -61,28 +62,28 @@ def expert_mlp(
     scratch: Scratch | None = None,
 ) -> Float[Tensor, "n d_model"]:
     """`out[r] = W_out[e] @ swiglu(W_in[e] @ x[token[r]])` for the rows r of every expert e; in `scratch`, where it is given."""
-    out = (scratch or Scratch()).matrix(len(token) + ROOM, W_out.shape[1], like=x)
-    token = F.pad(token, (0, ROOM))
+    out = (scratch or Scratch()).matrix(len(token) + ROW_MULTIPLE, W_out.shape[1], like=x)
+    token = F.pad(token, (0, ROW_MULTIPLE))
     to_hidden, to_out = W_in.mT.unbind(0), W_out.mT.unbind(0)
     for expert, rows in blocks:
         post = swiglu(x.index_select(0, token[rows]) @ to_hidden[expert])
-        torch.mm(post, to_out[expert], out=out[rows])
-    return out[: len(out) - ROOM]
+        _multiply(post, to_out[expert], out[rows])
+    return out[: len(out) - ROW_MULTIPLE]
 
 
 def product_by_block(
     x: Float[Tensor, "n d_in"], weight: Float[Tensor, "expert d_out d_in"], blocks: Blocks
 ) -> Float[Tensor, "n d_out"]:
     """`out[r] = weight[e] @ x[r]` for the rows r of every expert e."""
-    out, factors = x.new_empty(len(x) + ROOM, weight.shape[1]), weight.mT.unbind(0)
+    out, factors = x.new_empty(len(x) + ROW_MULTIPLE, weight.shape[1]), weight.mT.unbind(0)
     for expert, rows in blocks:
-        torch.mm(_rows_of(x, rows), factors[expert], out=out[rows])
+        _multiply(_rows_of(x, rows), factors[expert], out[rows])
     return out[: len(x)]
 
 
 def swiglu_by_block(gate_and_up: Float[Tensor, "n gate_and_up"], blocks: Blocks) -> Float[Tensor, "n d_expert"]:
     """`swiglu` of every row. Torch's silu has a last bit that depends on how many rows there are."""
-    out = gate_and_up.new_empty(len(gate_and_up) + ROOM, gate_and_up.shape[1] // 2)
+    out = gate_and_up.new_empty(len(gate_and_up) + ROW_MULTIPLE, gate_and_up.shape[1] // 2)
     for _, rows in blocks:
         out[rows] = swiglu(_rows_of(gate_and_up, rows))
     return out[: len(gate_and_up)]
@@ -92,3 +93,12 @@ def _rows_of(x: Float[Tensor, "n width"], rows: slice) -> Float[Tensor, "block w
     """With rows of zeros where `x` has no more."""
     missing = rows.stop - len(x)
     return x[rows] if missing <= 0 else F.pad(x[rows], (0, 0, 0, missing))
+
+
+def _multiply(x: Float[Tensor, "block d_in"], factor: Float[Tensor, "d_in d_out"], out: Float[Tensor, "block d_out"]) -> None:
+    """`out = x @ factor`, rounded alike wherever in their matrices the two blocks begin."""
+    x = x if begins_aligned(x) else x.clone()
+    if begins_aligned(out):
+        torch.mm(x, factor, out=out)
+    else:
+        out.copy_(x @ factor)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.kernels.dispatch import by_definition
+from hooked_moe.kernels.dispatch import use_reference
 
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,7 +20,7 @@ def grouped_matmul(
     torch's `grouped_mm` takes float32, bfloat16 and float16 whose rows are whole numbers of 16 bytes; the loop takes the rest.
     """
     whole_rows = all(width * x.itemsize % 16 == 0 for width in weight.shape[1:])  # both: one is a row of the gradient
-    if x.dtype in _FUSED_DTYPES and whole_rows and len(x) and x.stride(1) == 1 and not by_definition():
+    if x.dtype in _FUSED_DTYPES and whole_rows and len(x) and x.stride(1) == 1 and not use_reference():
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     return grouped_matmul_loop(x, weight, ends)
 

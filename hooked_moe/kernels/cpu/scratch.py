@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 class Scratch(threading.local):
-    """Memory for one matrix at a time, used again: the system maps what it hands out anew page by page, which for the outputs of
-    all experts takes a good part of the time that computing them does. Each thread has its own.
+    """Memory for one matrix at a time, used again: the system maps new memory page by page, which for the outputs of all experts
+    takes a good part of the time that computing them does. Each thread has its own.
     """
 
     def __init__(self) -> None:

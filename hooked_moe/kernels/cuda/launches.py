@@ -1,6 +1,6 @@
 """How each CUDA kernel is launched: shapes in, grid and compile-time constants out.
 
-One function per kernel. Whoever runs a kernel, on a GPU or in the tests on a CPU, asks here: so what the tests run is what a
+One function per kernel. Everything that runs a kernel, on a GPU or in the tests on a CPU, asks here: so the tests run what a
 GPU runs. A kernel's arguments stand in its source: tensors as pointers (None as null), whole numbers as `long long`, others as
 `float`, in that order of its signature.
 """
@@ -27,7 +27,7 @@ SHARED_BYTES = 48 << 10
 
 
 MOST_PARTS = 512
-"""Of what is counted: a few for each multiprocessor."""
+"""Into how many parts the rows to sort are divided at most: a few for each multiprocessor."""
 
 
 class Unsupported(ValueError):
@@ -206,7 +206,7 @@ def vocabulary_span(*, rows: int, vocabulary: int, dtype: torch.dtype) -> int:
 
 _TILE_THREADS = 128
 _SHARED_BYTES = 99 << 10
-"""Of a block, at most: what compute capability 8.6 has; beyond 48 KiB the launcher must ask for it."""
+"""The most that a block can have, on compute capability 8.6; beyond 48 KiB the launcher must ask for it."""
 _ROW_BYTES = 24  # Row in prefix_attention.cu
 _VALUE_WIDTH = 256  # half of a thread's registers
 _BUSY_BLOCKS = 1024  # a few waves

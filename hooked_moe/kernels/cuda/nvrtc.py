@@ -29,7 +29,7 @@ _PLAIN_SHARED_BYTES = 48 << 10
 
 Defines = tuple[tuple[str, str | int], ...]
 Argument = Tensor | int | float | None
-"""Of a kernel: `T*` (None is the null pointer), `long long`, `float`."""
+"""An argument of a kernel: `T*` (None is the null pointer), `long long`, `float`."""
 
 
 class Stream:
@@ -117,7 +117,7 @@ def compiled(source: str, defines: Defines, arch: str, log: Any = None) -> bytes
 
 
 def compiler_version() -> tuple[int, int]:
-    """Of NVRTC. Raises `ImportError` without cuda-core or cuda-bindings, `RuntimeError` without the library."""
+    """The version of NVRTC. Raises `ImportError` without cuda-core or cuda-bindings, `RuntimeError` without the library."""
     import cuda.core  # noqa: F401  (what compiles and launches; it says if cuda-bindings is missing)
     from cuda.bindings import nvrtc
 

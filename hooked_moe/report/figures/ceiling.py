@@ -32,8 +32,10 @@ _CLIP = (-0.5, 1.5)  # shares beyond are noise over a small ceiling; bars are cu
 
 
 def pooled_shares(ceiling: pa.Table) -> dict[str, tuple[str, float]]:
-    """Per criterion: family, and its share of the static ceiling with layers pooled (sum over sum, so that a layer with
-    hardly any ceiling hardly counts). NaN where the ceiling is not above 0."""
+    """The family of each criterion, and its share of the static ceiling with layers pooled.
+
+    Sums are divided by sums, so that a layer with a small ceiling has little weight. NaN where the ceiling is not above 0.
+    """
     shares = {}
     for criterion in distinct(ceiling, "criterion"):
         rows = rows_where(ceiling, criterion=criterion)
@@ -50,10 +52,10 @@ def static_ceiling(ceiling: pa.Table) -> Drawing:
     return Drawing(
         "ceiling",
         "How much could any fixed ranking explain?",
-        "Left: the static ceiling, the share of the variance of effects within a position that lies between experts, "
-        "cross-fitted over documents (bars: one standard error); no ranking fixed for the corpus can explain more. Right: the "
-        "share of that ceiling which each criterion reaches, layers pooled; dots are single layers whose ceiling exceeds two "
-        "standard errors. The oracle ranks experts by their mean effect in other documents.",
+        "First panel: the static ceiling, which is the share of the variance of effects within a position that lies between "
+        "experts, cross-fitted over documents (bars: one standard error); no ranking fixed for the corpus can explain more. "
+        "Second panel: the share of that ceiling which each criterion reaches, layers pooled; dots are single layers whose "
+        "ceiling exceeds two standard errors. The oracle ranks experts by their mean effect in other documents.",
         ceiling.append_column("share_of_ceiling_pooled", pooled),
         draw_static_ceiling,
     )
@@ -66,14 +68,14 @@ def draw_static_ceiling(numbers: pa.Table, narrow: bool) -> Figure:
         figure = Figure(figsize=(NARROW, height + 3.3), layout=ConstrainedLayoutEngine(h_pad=0.1))
         parts: Any = figure.subfigures(2, 1, height_ratios=[2.4, height + 0.9])  # apart, so that labels do not align
         lower = parts[1]
-        left, right = parts[0].subplots(), lower.subplots()
+        ceiling, reached = parts[0].subplots(), lower.subplots()
     else:
         figure = lower = Figure(figsize=(WIDE, max(height, 3.0)), layout=ConstrainedLayoutEngine(w_pad=0.08))
-        left, right = figure.subplots(1, 2, width_ratios=[1, 1.5])
+        ceiling, reached = figure.subplots(1, 2, width_ratios=[1, 1.5])
 
     first = rows_where(numbers, criterion=distinct(numbers, "criterion")[0])
-    left.bar(first["layer"], first["ceiling"].astype(float), color="#9a9a9a", zorder=2, width=0.7)
-    left.errorbar(
+    ceiling.bar(first["layer"], first["ceiling"].astype(float), color="#9a9a9a", zorder=2, width=0.7)
+    ceiling.errorbar(
         first["layer"],
         first["ceiling"].astype(float),
         first["ceiling_se"].astype(float),
@@ -83,26 +85,26 @@ def draw_static_ceiling(numbers: pa.Table, narrow: bool) -> Figure:
         capsize=2,
         zorder=3,
     )
-    zero_line(left)
-    layer_axis(left, np.unique(first["layer"]))
-    left.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%".replace("-", MINUS))
-    left.set(ylabel="share of variance", title="static ceiling")
+    zero_line(ceiling)
+    layer_axis(ceiling, np.unique(first["layer"]))
+    ceiling.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%".replace("-", MINUS))
+    ceiling.set(ylabel="share of variance", title="static ceiling")
 
     for at, criterion in enumerate(criteria):
         rows = rows_where(numbers, criterion=criterion)
         family, pooled = rows["family"][0], float(rows["share_of_ceiling_pooled"][0])
-        right.barh(at, np.clip(pooled, *_CLIP), color=_COLOURS[family], alpha=0.85, height=0.66, zorder=2)
+        reached.barh(at, np.clip(pooled, *_CLIP), color=_COLOURS[family], alpha=0.85, height=0.66, zorder=2)
         trusted = rows["ceiling"].astype(float) > 2 * rows["ceiling_se"].astype(float)
         dots = np.clip(rows["share_of_ceiling"].astype(float)[trusted], *_CLIP)
-        right.plot(dots, np.full(len(dots), at), ".", color="#222222", markersize=4, markeredgewidth=0, alpha=0.7, zorder=4)
-    right.set_yticks(range(len(criteria)), [label(criterion) for criterion in criteria], fontsize=SMALL)
-    right.invert_yaxis()
-    right.axvline(0, color="#222222", linewidth=0.8, zorder=3)
-    right.axvline(1, color="#222222", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    low, high = right.get_xlim()
-    right.set(xlim=(max(low, _CLIP[0]), min(max(high, 1.05), _CLIP[1])), xlabel="share of the static ceiling")
-    right.set_title("what each criterion reaches", x=-0.5 if narrow else 0)
-    right.xaxis.set_major_formatter(PercentFormatter(1))
+        reached.plot(dots, np.full(len(dots), at), ".", color="#222222", markersize=4, markeredgewidth=0, alpha=0.7, zorder=4)
+    reached.set_yticks(range(len(criteria)), [label(criterion) for criterion in criteria], fontsize=SMALL)
+    reached.invert_yaxis()
+    reached.axvline(0, color="#222222", linewidth=0.8, zorder=3)
+    reached.axvline(1, color="#222222", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    low, high = reached.get_xlim()
+    reached.set(xlim=(max(low, _CLIP[0]), min(max(high, 1.05), _CLIP[1])), xlabel="share of the static ceiling")
+    reached.set_title("what each criterion reaches", x=-0.5 if narrow else 0)
+    reached.xaxis.set_major_formatter(PercentFormatter(1))
     families = [family for family in _COLOURS if family in numbers.column("family").to_pylist()]
     handles = [Patch(color=_COLOURS[family], alpha=0.85) for family in families]
     lower.legend(handles, [FAMILY_TITLES[family] for family in families], ncols=1 if narrow else 3, **LEGEND_BELOW)

@@ -1,4 +1,4 @@
-"""How figures are drawn, whatever they show: style, panels, axes and colours, and files that repeat byte for byte.
+"""How all figures are drawn: style, panels, axes and colours, and files that repeat byte for byte.
 
 Drawings come wide (panels side by side, for a page) and narrow (stacked, for a phone). Colours are Okabe and Ito's
 (2008), lines differ in marker as well as in colour, and the files carry no date, so that a rerun gives the same bytes.
@@ -93,10 +93,10 @@ def panel_row(
 ) -> tuple[Figure, Sequence[Axes]]:
     """`count` panels in a row, or stacked when narrow; `height` in inches, of one row.
 
-    `legend_lines` of a legend below, when wide and when narrow, are given room beside the panels'.
+    `legend_lines` is how many lines a legend below has, when wide and when narrow; they add to the height.
     """
-    room = 0.2 * legend_lines[narrow] + (0.1 if legend_lines[narrow] else 0)
-    size = (NARROW, height * count * 0.92 + room) if narrow else (WIDE, height + room)
+    legend = 0.2 * legend_lines[narrow] + (0.1 if legend_lines[narrow] else 0)
+    size = (NARROW, height * count * 0.92 + legend) if narrow else (WIDE, height + legend)
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1 if narrow else 0.04))
     rows, columns = (count, 1) if narrow else (1, count)
     axes = figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[call-overload]
@@ -142,7 +142,7 @@ def line_with_band(
 
 
 def marker_step(points: int) -> int:
-    """Every how many points a line has a marker: all of a few, a dozen of many."""
+    """The step from a marker to the next: every point of a short line has one, a dozen points of a long line."""
     return max(1, points // 12)
 
 
@@ -167,9 +167,9 @@ def depth_axes(axes: Axes, layers: Int[np.ndarray, " layer"], n_layers: int) -> 
     depth = layers / max(n_layers - 1, 1)
     axes.set(xlim=(-0.04, 1.04), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="relative depth")
     top = axes.twiny()
-    some = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), 9)).round().astype(int))
-    top.set(xlim=axes.get_xlim(), xticks=depth[some])
-    top.set_xticklabels([str(layer) for layer in layers[some]])
+    labelled = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), 9)).round().astype(int))
+    top.set(xlim=axes.get_xlim(), xticks=depth[labelled])
+    top.set_xticklabels([str(layer) for layer in layers[labelled]])
     top.tick_params(length=2.5, pad=1, labelsize=SMALL, colors=GREY)
     top.spines["top"].set(visible=True, color="#bbbbbb")
     top.annotate("layer", (1, 1), (0, 14), "axes fraction", "offset points", ha="right", fontsize=SMALL, color=GREY)

@@ -1,11 +1,11 @@
-"""Effect size by relative depth: the criteria as a grey band, the routing weight of the very token on top."""
+"""Effect size by relative depth: the criteria as a grey band, the token's own routing weight on top."""
 
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hooked_moe.analysis.rankings import CONTROL
+from hooked_moe.analysis.rankings import ROUTING_WEIGHT
 from hooked_moe.report.figures.drawing import (
     BLUE,
     LEGEND_BELOW,
@@ -30,9 +30,9 @@ _KEPT = (
 
 
 def effect_size(cells: pa.Table, n_layers: int) -> Drawing:
-    """Of the paper's criteria and the control, scope position; `n_layers` counts the model's layers."""
+    """Effect sizes of the paper's criteria and the control, scope position; `n_layers` counts the model's layers."""
     shown = [
-        row["scope"] == "position" and (row["family"] == "paper" or row["ranking"] == CONTROL)
+        row["scope"] == "position" and (row["family"] == "paper" or row["ranking"] == ROUTING_WEIGHT)
         for row in cells.select(["scope", "family", "ranking"]).to_pylist()
     ]
     numbers = cells.filter(pa.array(shown)).select(_KEPT)
@@ -41,10 +41,10 @@ def effect_size(cells: pa.Table, n_layers: int) -> Drawing:
         "Does the ranking point at the expert that matters?",
         "As the paper's Figure 1: standardised difference d in loss change between removing the active expert that a ranking "
         "puts highest and the one it puts lowest, over single positions. Dark grey: the range of the paper's four criteria, "
-        "each a thin line; light grey: the range of their 95% intervals. Vermillion: the routing weight of the very token, "
+        "each a thin line; light grey: the range of their 95% intervals. Vermillion: the token's own routing weight, "
         "with its 95% interval (for the sample exact if positions were independent, for all positions by jackknife over "
         "documents). Dashed: the size that the sample detects with 80% power after correction. Dotted: the bound within which "
-        "an effect counts as equivalent to none.",
+        "an effect counts as equivalent to zero.",
         with_relative_depth(numbers, n_layers),
         draw_effect_size,
     )
@@ -60,7 +60,7 @@ def draw_effect_size(numbers: pa.Table, narrow: bool) -> Figure:
         depth = depth_axes(axes, layers, round(layers.max() / last) + 1 if last else 1)
         zero_line(axes)
         _draw_criteria(axes, numbers, population, depth)
-        control = rows_where(numbers, population=population, ranking=CONTROL)
+        control = rows_where(numbers, population=population, ranking=ROUTING_WEIGHT)
         if len(control["layer"]):
             line_with_band(
                 axes,
@@ -92,32 +92,32 @@ def _draw_criteria(axes: Axes, numbers: pa.Table, population: str, depth: np.nda
     by_criterion = [
         rows_where(numbers, population=population, ranking=ranking)
         for ranking in distinct(numbers, "ranking")
-        if ranking != CONTROL
+        if ranking != ROUTING_WEIGHT
     ]
     if not by_criterion:
         return
     d, low, high = (
-        np.array([one[name] for one in by_criterion], float) for name in ("d_position", "d_position_low", "d_position_high")
+        np.array([rows[name] for rows in by_criterion], float) for name in ("d_position", "d_position_low", "d_position_high")
     )
-    known = np.isfinite(d).any(axis=0)
+    defined = np.isfinite(d).any(axis=0)
     for floor, roof, shade, text in (
         (low, high, "#e6e6e6", "criteria: 95% intervals"),
         (d, d, "#c4c4c4", "criteria: range of d"),
     ):
-        bottom = np.where(np.isfinite(floor), floor, np.inf).min(axis=0)[known]
-        top = np.where(np.isfinite(roof), roof, -np.inf).max(axis=0)[known]
-        axes.fill_between(depth[known], bottom, top, color=shade, linewidth=0, zorder=2, label=text)
-    for one, (colour, marker) in zip(by_criterion, PAPER_LINES, strict=False):
+        bottom = np.where(np.isfinite(floor), floor, np.inf).min(axis=0)[defined]
+        top = np.where(np.isfinite(roof), roof, -np.inf).max(axis=0)[defined]
+        axes.fill_between(depth[defined], bottom, top, color=shade, linewidth=0, zorder=2, label=text)
+    for rows, (colour, marker) in zip(by_criterion, PAPER_LINES, strict=False):
         axes.plot(
             depth,
-            one["d_position"].astype(float),
+            rows["d_position"].astype(float),
             color=colour,
             marker=marker,
             markersize=3.5,
             markevery=marker_step(len(depth)),
             linewidth=1,
             zorder=4,
-            label=label(one["ranking"][0]),
+            label=label(rows["ranking"][0]),
         )
 
 

@@ -16,7 +16,7 @@ def experts(table: pa.Table) -> Drawing:
         "experts",
         "Mean effect of every expert",
         "Mean loss change from removing an expert, over the tokens that select it. Orange: the model is worse without it; "
-        f"purple: better; grey: fewer than {MINIMUM_REMOVALS} removals. The scale is clipped at the 98th percentile.",
+        f"purple: it is better; grey: fewer than {MINIMUM_REMOVALS} removals. The scale is clipped at the 98th percentile.",
         table.select(["layer", "expert", "n_removals", "mean_delta"]),
         draw_experts,
     )
@@ -39,7 +39,7 @@ def draw_experts(numbers: pa.Table, narrow: bool) -> Figure:
         values, aspect="auto", cmap="PuOr_r", norm=TwoSlopeNorm(0, -limit, limit), interpolation="nearest", origin="upper"
     )
     step = 1 if len(layers) <= 16 else 4
-    axes.set_yticks(range(0, len(layers), step), [str(one) for one in layers[::step]])
+    axes.set_yticks(range(0, len(layers), step), [str(number) for number in layers[::step]])
     axes.set(xlabel="expert", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(9 if narrow else 17, integer=True))
     for side in ("left", "bottom"):

@@ -6,12 +6,12 @@ from hooked_moe.report.figures.drawing import BLACK, BLUE, GREEN, VERMILLION
 FAMILY_TITLES = {
     "paper": "criteria of the paper",
     "extended": "further criteria",
-    "token": "scores of the very token",
+    "token": "per-token scores",
     "oracle": "oracle",
     "chance": "no ranking",
 }
 
-# Colour and marker of what is no fixed criterion, and the greys of the paper's four.
+# Colour and marker of the rankings that are not fixed criteria, and the greys of the paper's four.
 SCORE_LINES = {
     "routing_weight": (VERMILLION, "o"),
     "gap_norm": (BLUE, "s"),

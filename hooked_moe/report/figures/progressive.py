@@ -37,8 +37,8 @@ def progressive(table: pa.Table) -> Drawing:
         "Removing several experts at one token",
         f"Change of the next token's loss when the first 1, 2, ... active experts are removed together, over {n:,} positions: "
         "highest routing weight first, lowest first, or in random order. Bands: 95% intervals by bootstrap over documents. "
-        "All orders meet where every active expert is gone. Up to six layers are drawn, spread over the depth; all are in the "
-        "csv.",
+        "All orders meet where every active expert is removed. Up to six layers are drawn, spread over the depth; the csv has "
+        "all of them.",
         table,
         draw_progressive,
     )
@@ -51,18 +51,18 @@ def draw_progressive(numbers: pa.Table, narrow: bool) -> Figure:
     width = NARROW if narrow else max(WIDE * min(1, 0.15 + 0.17 * len(layers)), NARROW)
     figure = Figure(figsize=(width, 5.8 if narrow else 5.4), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.05))
     grid = figure.subplots(len(STATISTICS), len(layers), sharex=True, sharey="row", squeeze=False)
-    for row, (statistic, title) in zip(grid, STATISTICS.items(), strict=True):
-        for axes, layer in zip(row, layers, strict=True):
+    for panels, (statistic, title) in zip(grid, STATISTICS.items(), strict=True):
+        for axes, layer in zip(panels, layers, strict=True):
             zero_line(axes)
             for above, order in enumerate(order for order in ORDERS if order in distinct(numbers, "order")):
                 colour, marker, text = ORDERS[order]
-                one = rows_where(numbers, layer=layer, order=order)
-                values = (one[name].astype(float) for name in (statistic, f"{statistic}_low", f"{statistic}_high"))
+                rows = rows_where(numbers, layer=layer, order=order)
+                values = (rows[name].astype(float) for name in (statistic, f"{statistic}_low", f"{statistic}_high"))
                 line_with_band(
-                    axes, one["removed"], *values, colour=colour, marker=marker, label=text, above=3 + above, markersize=3
+                    axes, rows["removed"], *values, colour=colour, marker=marker, label=text, above=3 + above, markersize=3
                 )
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        row[0].set_ylabel(f"{title} (nats)")
+        panels[0].set_ylabel(f"{title} (nats)")
     for axes, layer in zip(grid[0], layers, strict=True):
         axes.set_title(f"layer {layer}")
     for axes in grid[-1]:

@@ -27,13 +27,13 @@ _LINES = {
 
 
 def redistribution(table: pa.Table, n_layers: int) -> Drawing:
-    """Of all layers, on aligned rows; `n_layers` counts the model's layers."""
+    """The correlations in every layer, on aligned rows; `n_layers` counts the model's layers."""
     return Drawing(
         "redistribution",
         "How far a removal moves the block, and what makes up for it",
-        "Left: mean gap norm g‖E‖, the length of the removed contribution, as the paper's Figure 2. Right: Spearman "
-        "correlations within an expert, mean over experts with 95% intervals. Gap norm contains the routing weight, so their "
-        "correlation is in part an identity; that of the weight with the output norm is not. Relative compensation, ‖r‖ "
+        "First panel: mean gap norm g‖E‖, the length of the removed contribution, as in the paper's Figure 2. Second panel: "
+        "Spearman correlations within an expert, mean over experts with 95% intervals. Gap norm contains the routing weight, so "
+        "their correlation is in part an identity; that of the weight with the output norm is not. Relative compensation, ‖r‖ "
         "max(cos(r, c), 0) / ‖c‖, is what the rest r of the routed sum holds in the direction of the removed contribution c; "
         "it divides by the gap norm ‖c‖, which alone lowers their correlation, and the alignment cos(r, c) does not.",
         with_relative_depth(table, n_layers),

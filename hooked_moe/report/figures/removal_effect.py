@@ -41,8 +41,8 @@ def draw_removal_effect(numbers: pa.Table, narrow: bool) -> Figure:
     line: Any = {"linewidth": 1.8, "markersize": 4, "markevery": marker_step(len(total["layer"]))}
     for axes, name, text in ((loss, "mean_abs_delta", "mean |Δ loss|"), (gap, "mean_gap_norm", "gap norm")):
         for slot in slots:
-            one = rows_where(numbers, slot=slot)
-            axes.plot(one["layer"], one[name], color=ordered_colour(slot, len(slots)), linewidth=0.9, zorder=2)
+            rows = rows_where(numbers, slot=slot)
+            axes.plot(rows["layer"], rows[name], color=ordered_colour(slot, len(slots)), linewidth=0.9, zorder=2)
         axes.plot(total["layer"], total[name], **(line | {"linewidth": 2.2}), color="black", marker="o", label=text)
         layer_axis(axes, total["layer"], label=not narrow or axes is gap)
     loss.plot(total["layer"], total["mean_delta"], **line, color=VERMILLION, marker="s", label="mean Δ loss")
@@ -61,8 +61,8 @@ def slots(table: pa.Table) -> Drawing:
     return Drawing(
         "slots",
         "Does the effect follow the rank by routing weight?",
-        "Mean loss change from removing the expert of each rank by routing weight; rank 0 has the highest. Black: all layers "
-        "together, with a 95% interval over documents; coloured: single layers.",
+        "Mean loss change from removing the expert of each rank by routing weight; rank 0 has the highest weight. Black: all "
+        "layers together, with a 95% interval over documents; coloured: single layers.",
         table,
         draw_slots,
     )
@@ -72,8 +72,8 @@ def draw_slots(numbers: pa.Table, narrow: bool) -> Figure:
     figure, (axes,) = panel_row(narrow, 1, 3.1)
     layers = sorted(set(numbers.column("layer").to_pylist()) - {-1})
     for i, layer in enumerate(layers):
-        one = rows_where(numbers, layer=layer)
-        axes.plot(one["slot"], one["mean_delta"], color=ordered_colour(i, len(layers)), linewidth=1.1, zorder=2)
+        rows = rows_where(numbers, layer=layer)
+        axes.plot(rows["slot"], rows["mean_delta"], color=ordered_colour(i, len(layers)), linewidth=1.1, zorder=2)
     total = rows_where(numbers, layer=-1)
     middle, low, high = (total[name].astype(float) for name in ("mean_delta", "mean_delta_low", "mean_delta_high"))
     axes.errorbar(
@@ -95,12 +95,12 @@ def draw_slots(numbers: pa.Table, narrow: bool) -> Figure:
 
 
 def slot_distribution(table: pa.Table, noise_floor: float | None) -> Drawing:
-    """`noise_floor` in nats; None draws none."""
+    """The distribution of each rank's effects, and the noise floor (nats) where it is known."""
     return Drawing(
         "slot_distribution",
         "Distribution of the loss change by rank",
         "All layers together. Boxes run from the 25th to the 75th percentile with the median in white, whiskers to the 5th and "
-        "95th, diamonds at the mean. Tails: share of removals that change the loss by more than x, either way.",
+        "95th, diamonds at the mean. Tails: share of removals that change the loss by more than x, up or down.",
         table,
         functools.partial(draw_slot_distribution, noise_floor=noise_floor),
     )

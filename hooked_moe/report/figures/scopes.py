@@ -25,8 +25,8 @@ def scopes(table: pa.Table) -> Drawing:
         "scopes",
         "At the token alone, or in the whole sequence",
         "The same expert removed at one token, and at every token of its sequence that selects it; both read at the same "
-        "position. Left: mean absolute loss change of either, and of their difference. Right: how well the one tells the "
-        "other. In the last layer the two are the same.",
+        "position. First panel: mean absolute loss change of each, and of their difference. Second panel: how well one predicts "
+        "the other. In the last layer the two are the same.",
         table,
         draw_scopes,
     )

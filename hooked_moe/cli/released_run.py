@@ -1,4 +1,4 @@
-"""`--protocol as_released`: the arguments that it takes, the run that it opens, the cells that it prints."""
+"""`--protocol as_released`: the options that it takes, the run that it opens, the cells that it prints."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hooked_moe import HookedMoE
-from hooked_moe.cli.measuring import DTYPES, check_run_name, choose_device, first_documents, parse_layers
+from hooked_moe.cli.options import DTYPES, check_run_name, choose_device, first_documents, parse_layers
 from hooked_moe.corpus import load_corpus
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.pretrained import read_config
 from hooked_moe.loading.registry import locate
+from hooked_moe.model import HookedMoE
 from hooked_moe.paper import ReleasedCell, ReleasedRun, open_released, released_cells, released_cells_table
 from hooked_moe.paper.protocols import Released, released_protocol
 from hooked_moe.paper.published import PAIRS, published_model, released_comparisons

@@ -1,4 +1,4 @@
-"""What every experiment asks first: which model, which text, which layers. One measurement serves them all."""
+"""The options that say what is measured: which model, which text, which layers, and what their values mean."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from pathlib import Path
 
 import torch
 
-from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.analysis.cells import sample_positions
-from hooked_moe.corpus import Corpus, load_corpus
-from hooked_moe.measurement import Run, open_measurement
-from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.config import HookedMoEConfig
+from hooked_moe.corpus import Corpus
+from hooked_moe.measurement.tokenized_corpus import DocumentPositions
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
-from hooked_moe.measurement.window_rows import Positions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SEED = 42
@@ -37,7 +35,7 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="begin every window with the BOS token, which is in no statistic (default: as the model's tokenizer does)",
     )
-    parser.add_argument("--documents", type=int, help="only the first so many documents of the corpus")
+    parser.add_argument("--documents", type=int, metavar="N", help="only the first N documents of the corpus")
     parser.add_argument(
         "--dtype",
         choices=sorted(DTYPES),
@@ -53,44 +51,6 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="commit or branch of the model on the hub")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where results go (default: %(default)s)")
     parser.add_argument("--run", help="name of the run (default: from its settings, so that the same settings find it again)")
-
-
-def open_run(args: argparse.Namespace) -> Run:
-    """The measurement that the arguments name, new or to be continued; says what it is.
-
-    Raises `ValueError` and `OSError` that say what to do.
-    """
-    check_run_name(args.run)
-    model = HookedMoE.from_pretrained(
-        args.model,
-        dtype=DTYPES[args.dtype or "float32"],
-        device=choose_device(args.device),
-        revision=args.revision,
-        stream=args.stream,
-    )
-    corpus = first_documents(load_corpus(args.corpus), args.documents)
-    n_ctx = min(model.cfg.n_ctx, 512) if args.context is None else args.context
-    if args.context is not None and not MINIMUM_TOKENS <= n_ctx <= model.cfg.n_ctx:
-        raise ValueError(
-            f"--context {n_ctx}: give a number from {MINIMUM_TOKENS} to {model.cfg.n_ctx}, the context of {args.model}"
-        )
-    tokenized = TokenizedCorpus(model, corpus, n_ctx, parse_tokens(args.tokens), args.bos)
-    longest = max(tokenized.lengths()) + tokenized.first
-    if args.context is not None and n_ctx > longest:
-        raise ValueError(
-            f"--context {n_ctx}: the longest document of {corpus.name!r} has {longest} tokens (--tokens {args.tokens}): no "
-            "window is as long; give a shorter context or longer documents"
-        )
-    layers = parse_layers(args.layers, model.cfg)
-    run = open_measurement(model, tokenized, layers, args.removal, results=args.results, name=args.run, say=print)
-    shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"
-    print(
-        f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active"
-        f"{shared}"
-    )
-    extent = "" if args.tokens == "all" else f" (of each the first {args.tokens} at most)"
-    print(f"{corpus.name}: {len(corpus.documents)} documents, {sum(tokenized.lengths()):,} tokens{extent}")
-    return run
 
 
 def first_documents(corpus: Corpus, n: int | None) -> Corpus:
@@ -144,7 +104,7 @@ def parse_tokens(text: str) -> int | None:
     return int(text)
 
 
-def parse_sample(text: str, valid: list[tuple[int, int]]) -> Positions | None:
+def parse_sample(text: str, valid: list[tuple[int, int]]) -> DocumentPositions | None:
     """The positions to measure: None for all, or the paper's kind of sample, frozen by its seed."""
     if text == "all":
         return None

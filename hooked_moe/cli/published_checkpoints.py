@@ -42,7 +42,7 @@ PUBLISHED = {
     "qwen3-30b-a3b": Published("Qwen/Qwen3-30B-A3B-Base", parameters=30_532_122_624, stored_bytes=61_064_245_248, tensors=18_867),
     "mixtral-8x7b": Published("mistralai/Mixtral-8x7B-v0.1", parameters=46_702_792_704, stored_bytes=93_405_585_408, tensors=995),
 }
-"""By the names that `--expect` of `experiments/verify.py` takes."""
+"""By the names that `hooked-moe verify --expect` takes."""
 
 
 def published(hub_id: str | None) -> Published | None:

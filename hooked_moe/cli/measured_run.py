@@ -1,0 +1,78 @@
+"""A run of the defined protocol: opened from the options, analysed, reported. All experiments share its measurement."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hooked_moe.analysis import analyse_run
+from hooked_moe.cli.options import DTYPES, SEED, check_run_name, choose_device, first_documents, parse_layers, parse_tokens
+from hooked_moe.corpus import load_corpus
+from hooked_moe.measurement import Run, open_measurement
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.measurement.verification import MINIMUM_TOKENS
+from hooked_moe.model import HookedMoE
+from hooked_moe.report import write_report
+from hooked_moe.tables import required_file
+
+SAMPLE_SIZE = 200
+MEASURED = ("effects", "effects_sequence", "progressive", "routing", "expert_weights", "documents")
+
+
+def open_run(args: argparse.Namespace) -> Run:
+    """The measurement that the arguments name, new or to be continued; says what it is.
+
+    Raises `ValueError` and `OSError` that say what to do.
+    """
+    check_run_name(args.run)
+    model = HookedMoE.from_pretrained(
+        args.model,
+        dtype=DTYPES[args.dtype or "float32"],
+        device=choose_device(args.device),
+        revision=args.revision,
+        stream=args.stream,
+    )
+    corpus = first_documents(load_corpus(args.corpus), args.documents)
+    n_ctx = min(model.cfg.n_ctx, 512) if args.context is None else args.context
+    if args.context is not None and not MINIMUM_TOKENS <= n_ctx <= model.cfg.n_ctx:
+        raise ValueError(
+            f"--context {n_ctx}: give a number from {MINIMUM_TOKENS} to {model.cfg.n_ctx}, the context of {args.model}"
+        )
+    tokenized = TokenizedCorpus(model, corpus, n_ctx, parse_tokens(args.tokens), args.bos)
+    longest = max(tokenized.lengths()) + tokenized.first
+    if args.context is not None and n_ctx > longest:
+        raise ValueError(
+            f"--context {n_ctx}: the longest document of {corpus.name!r} has {longest} tokens (--tokens {args.tokens}): no "
+            "window is as long; give a shorter context or longer documents"
+        )
+    layers = parse_layers(args.layers, model.cfg)
+    run = open_measurement(model, tokenized, layers, args.removal, results=args.results, name=args.run, log=print)
+    shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"
+    print(
+        f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active"
+        f"{shared}"
+    )
+    extent = "" if args.tokens == "all" else f" (of each the first {args.tokens} at most)"
+    print(f"{corpus.name}: {len(corpus.documents)} documents, {sum(tokenized.lengths()):,} tokens{extent}")
+    return run
+
+
+def analyse(run: Run) -> Path:
+    """Derive what the run's measured tables give, unless that was done since they were written; returns the report's path."""
+    required_file(run.directory, "effects.parquet", "no removals were measured yet")
+    done = run.directory / "analysis.json"
+    tables = [run.directory / f"{name}.parquet" for name in MEASURED]
+    newest = max(path.stat().st_mtime_ns for path in tables if path.is_file())
+    report = run.directory / "report.html"
+    if not (done.is_file() and report.is_file() and done.stat().st_mtime_ns >= newest):
+        positions = run.manifest["parts"]["position"]["positions"]
+        available = len(run.tokenized.valid_positions()) if positions == "all" else int(positions)
+        analyse_run(
+            run.directory,
+            n_experts=run.model.cfg.num_experts,
+            layers=run.layers,
+            n_positions=min(SAMPLE_SIZE, available),
+            seed=SEED,
+        )
+        report = write_report(run.directory)
+    return report
