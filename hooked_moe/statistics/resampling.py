@@ -93,7 +93,7 @@ _RATIOS_PER_CHUNK = 256
 
 def ratio_bootstrap(
     numerator: Num[np.ndarray, "document *shape"],
-    denominator: Num[np.ndarray, "document *shape"],
+    denominator: Num[np.ndarray, "document *#shape"],
     *,
     confidence: float = 0.95,
     n_resamples: int = 2000,

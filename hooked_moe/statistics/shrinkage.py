@@ -22,10 +22,10 @@ def shrunk_means(total: Num[np.ndarray, "document group"], count: Num[np.ndarray
     """Empirical-Bayes means of groups (experts) from each document's sums and counts of observations.
 
     A mean of n observations has variance v / n, v being what an observation adds to it when the observations of a document are as
-    alike as they are (clustered). Each group's v is its own, moderated by that of all groups as if this came from `PRIOR_DOCUMENTS`
-    documents more: experts that cost much vary much. The variance between groups is by moments (DerSimonian and Laird, 1986).
-    The cheapest of many raw means is cheap in part by luck, and the more so the fewer its observations: chosen by these, it is
-    not.
+    alike as they are (clustered). Each group's v is its own, moderated by that of all groups as if this came from
+    `PRIOR_DOCUMENTS` documents more: experts that cost much vary much. The variance between groups is by moments (DerSimonian
+    and Laird, 1986). The cheapest of many raw means is cheap in part by luck, and the more so the fewer its observations:
+    chosen by these, it is not.
 
     Where the groups' differences are no larger than noise, all but nothing of them is left, in the order of their evidence.
 

@@ -9,8 +9,8 @@ from hooked_moe.analysis.accumulators.effect_sums import ExpertEffectSums
 from hooked_moe.statistics import StaticCeiling
 from hooked_moe.tables.effect_grid import EffectGrid
 
-SMALLEST_KL = 1e-8
-"""nats; what is below is rounding, in float32, and taken for this much."""
+SMALLEST_KL = 1e-6
+"""nats; rounding in float32 is as large, so what is below is taken for this much."""
 
 
 class Survey:
