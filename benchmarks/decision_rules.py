@@ -64,9 +64,9 @@ def _tested(
     t, ranks = stat.paired_t(difference, nothing), stat.wilcoxon_signed_rank(difference, nothing)
     outcome = stat.agreement(t, ranks, family, ALPHA)
     same = stat.equivalence(effect, BOUND) if unit == "documents" else stat.equivalence_dz(t.t, t.n, BOUND)
-    verdict = stat.verdict(outcome, same)
+    verdict = stat.verdict(outcome)
     said = {"agreement": outcome in ("positive", "negative"), "equivalent": same.equivalent}
-    said |= {f"verdict {name}": verdict == name for name in ("valid", "equivalent", "undecided", "reversed")}
+    said |= {f"verdict {name}": verdict == name for name in ("valid", "undecided", "reversed")}
     return {f"{unit}: t": t.p, f"{unit}: Wilcoxon": ranks.p}, {f"{unit}: {rule}": value for rule, value in said.items()}
 
 

@@ -1,7 +1,8 @@
 """Synthetic effect tables whose truth is known: heavy tails, documents that are alike within, rankings that see or do not.
 
 Loss changes are made of
-    hardness      t with 5 degrees of freedom, times exp(0.8 N) per position (most tokens barely move), times exp(0.25 N) per
+    hardness      t with 5 degrees of freedom, what raises the loss twice as large as what lowers it, less the mean of that, times
+                  exp(0.8 N) per position (most tokens barely move), times exp(0.25 N) per
                   document and layer (some texts move more);
     favours       what a document adds to an expert, whatever the token: positions of a document are alike by it. Its mean over
                   documents is 0, so no ranking is right about it;
@@ -18,9 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import gamma
 
-TAIL, HARDNESS, MOOD = 5, 0.8, 0.25
-NOISE_VARIANCE = TAIL / (TAIL - 2) * np.exp(2 * HARDNESS**2) * np.exp(2 * MOOD**2)
+TAIL, HARDNESS, MOOD, SKEW = 5, 0.8, 0.25, 2.0
+_MEAN_SIZE = 2 * np.sqrt(TAIL) * gamma((TAIL + 1) / 2) / (np.sqrt(np.pi) * (TAIL - 1) * gamma(TAIL / 2))  # of |t|
+SKEW_MEAN = (SKEW - 1) / 2 * _MEAN_SIZE
+NOISE_VARIANCE = ((SKEW**2 + 1) / 2 * TAIL / (TAIL - 2) - SKEW_MEAN**2) * np.exp(2 * HARDNESS**2) * np.exp(2 * MOOD**2)
 FAVOUR_VARIANCE = 0.07 * NOISE_VARIANCE
 SLOTS, EXPERTS = 4, 16
 
@@ -59,6 +63,7 @@ def planted_table(
     score = random.permuted(np.tile(np.arange(EXPERTS, dtype=float), (layers, rankings, 1)), axis=2)
 
     noise = random.standard_t(TAIL, (layers, positions, SLOTS))
+    noise = np.where(noise > 0, SKEW * noise, noise) - SKEW_MEAN
     noise *= np.exp(HARDNESS * random.normal(size=(layers, positions, 1)))
     noise *= np.exp(MOOD * random.normal(size=(layers, documents, 1)))[:, document]
     favour = np.sqrt(FAVOUR_VARIANCE) * random.normal(size=(layers, documents, EXPERTS))

@@ -1,5 +1,7 @@
 """From the measured tables of a run to the derived ones: numpy tables in, tables out, no model."""
 
+from hooked_moe.analysis.criteria import criterion
+from hooked_moe.analysis.pruning import PruningForecast, choose_experts, predict_pruning
 from hooked_moe.analysis.run import analyse_run
 
-__all__ = ["analyse_run"]
+__all__ = ["PruningForecast", "analyse_run", "choose_experts", "criterion", "predict_pruning"]

@@ -1,27 +1,29 @@
-"""How much of the loss changes could any fixed ranking explain, and how much do the criteria: ceiling.csv."""
+"""How much variance of the effects could any number per expert explain, and how much do the criteria: ceiling.csv,
+ceiling_kl.csv."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from hooked_moe.analysis.accumulators.survey import Survey
 from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.analysis.rankings import ORACLE, criterion_values, family_of, is_measured
-from hooked_moe.statistics import DegenerateSample, StaticShare
+from hooked_moe.statistics import DegenerateSample, StaticCeiling, StaticShare
 from hooked_moe.tables.effect_grid import TableOrPath
 
 
-def ceiling_table(survey: Survey, criteria: TableOrPath) -> pa.Table:
-    """One row per layer and fixed ranking: its share of the variance of the loss change between a position's active experts.
+def ceiling_table(layers: Sequence[int], ceilings: Sequence[StaticCeiling], criteria: TableOrPath) -> pa.Table:
+    """One row per layer and list of scores: its share of the variance of the effect between a position's active experts.
 
-    `ceiling` is the largest share that any number per expert could have; all shares are cross-fitted over documents, with
-    jackknife errors over the folds (`statistics.StaticCeiling`). Numbers are NaN, and `note` says why, where there are none.
+    `ceiling` is the largest share that any number per expert could have, by least squares: a ceiling of explained variance. It
+    is not what the best ranking saves, which savings.csv has: where tails are heavy, a few removals hold the variance. "oracle"
+    is the least squares of other documents. All shares are cross-fitted over documents, with jackknife errors over the folds
+    (`statistics.StaticCeiling`). Numbers are NaN, and `note` says why, where there are none.
     """
     values = criterion_values(criteria)
     rows = []
-    for layer, sums in zip(survey.layers, survey.ceilings, strict=True):
+    for layer, sums in zip(layers, ceilings, strict=True):
         ceiling, why_no_ceiling = _share(sums.ceiling)
         for name in (*CRITERIA, ORACLE):
             score = None if name == ORACLE else values[name][layer]

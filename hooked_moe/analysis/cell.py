@@ -10,7 +10,8 @@ import pyarrow as pa
 from hooked_moe.analysis.rankings import family_of
 
 EQUIVALENCE_BOUND = 0.1
-"""Of d_position: a ranking whose picks differ by less than a tenth of a standard deviation is as good as none."""
+"""d_position that `p_tost` is about. It decides nothing: d is in standard deviations of single loss changes, whose tails are
+heavy, and a small d can be a large saving (savings.csv)."""
 
 
 def _column(unit: str, meaning: str) -> Any:
@@ -23,7 +24,11 @@ class Cell:
 
     scope: str = _column("text", "where the expert was removed: position (at the token alone) or sequence (everywhere)")
     population: str = _column("text", "sample (positions drawn once, as the paper) or all (every valid position)")
-    ranking: str = _column("text", "what ranks the experts: a criterion, a per-token score (the controls), or the oracle")
+    ranking: str = _column(
+        "text",
+        "what ranks the experts: a criterion (the expert ranked lowest is the one that its source prunes first), a per-token "
+        "score (the controls), or the oracle",
+    )
     family: str = _column("text", "paper, extended, token or oracle: what is tested, and corrected for, together")
     layer: int = _column("index", "transformer block, counted from 0")
     unit: str = _column("text", "what one pair is: position or document")
@@ -58,20 +63,23 @@ class Cell:
         "agreement rule on the Bonferroni-adjusted p: positive or negative (both tests pass, one sign), tests_disagree, "
         "not_detected, or refused (see note)",
     )
-    equivalence_bound: float = _column("1", "d_position within this bound, either side, is as good as none")
-    p_tost: float = _column("1", "p of d_position outside the bound: the larger of two one-sided tests")
+    equivalence_bound: float = _column("1", "d_position that p_tost is about")
+    p_tost: float = _column(
+        "1", "p of d_position outside the bound, the larger of two one-sided tests; no verdict follows from it"
+    )
     verdict: str = _column(
         "text",
-        "equivalent (90% interval of d_position inside the bound: as good as no ranking), else valid or reversed (outcome "
-        "positive or negative), else undecided; refused as outcome",
+        "the paper's agreement rule: valid or reversed (outcome positive or negative), else undecided; refused as outcome",
     )
     spearman: float = _column("1", "within-position rank correlation of ranking and loss change, mean over documents; all")
     spearman_low: float = _column("1", "lower end of its 95% interval, bootstrap over documents")
     spearman_high: float = _column("1", "upper end")
     bf10: float = _column("1", "JZS Bayes factor of the documents' slopes of loss change on score against none; population all")
     bf_directional: float = _column("1", "the same for a slope above 0, the right way round, against none")
-    power_at_d02: float = _column("1", "chance that this t-test detects a d_z of 0.2 at alpha / n_tests")
-    minimal_detectable_d: float = _column("1", "d_z that this t-test detects with 80% power")
+    power_at_d02: float = _column(
+        "1", "chance that this t-test detects a d_z of 0.2 at alpha / n_tests; of the sample, where d_z is over positions"
+    )
+    minimal_detectable_d: float = _column("1", "d_z that this t-test detects with 80% power; of the sample")
     note: str = _column("text", "why the cell was refused; empty otherwise")
 
 

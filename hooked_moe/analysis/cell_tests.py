@@ -53,7 +53,15 @@ def document_cell(blank: Cell, sums: ContrastSums) -> Cell:
         single = statistics.clustered_dz_from_sums(n, (sums.high - sums.low)[kept], sums.square[kept])
     except statistics.DegenerateSample as reason:
         return replace(blank, n=cell.n, n_positions=cell.n_positions, n_undefined=cell.n_undefined, note=str(reason))
-    cell = replace(cell, d_position=single.d, d_position_low=single.low, d_position_high=single.high)
+    cell = replace(
+        cell,
+        d_position=single.d,
+        d_position_low=single.low,
+        d_position_high=single.high,
+        # they are of a d over documents, and would be read as of the d over positions that stands beside them
+        power_at_d02=np.nan,
+        minimal_detectable_d=np.nan,
+    )
     return _judged(_with_slopes(cell, sums), statistics.equivalence(single, cell.equivalence_bound))
 
 
@@ -87,7 +95,7 @@ def _tested(cell: Cell, high: Float[np.ndarray, " unit"], low: Float[np.ndarray,
 
 def _judged(cell: Cell, equivalence: statistics.Equivalence) -> Cell:
     outcome: Any = cell.outcome
-    return replace(cell, p_tost=equivalence.p, verdict=statistics.verdict(outcome, equivalence))
+    return replace(cell, p_tost=equivalence.p, verdict=statistics.verdict(outcome))
 
 
 def _with_slopes(cell: Cell, sums: ContrastSums) -> Cell:

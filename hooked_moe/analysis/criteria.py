@@ -22,6 +22,7 @@ from hooked_moe.analysis.accumulators.expert_statistics import ExpertStatistics
 PerExpert = Float[np.ndarray, "layer expert"]
 Formula = Callable[[ExpertStatistics], PerExpert]
 Family = Literal["paper", "extended"]
+Direction = Literal["prune lowest", "prune highest", "none published"]
 
 EFFECTS_FILE, ROUTING_FILE, WEIGHTS_FILE = "effects.parquet", "routing.parquet", "expert_weights.parquet"
 
@@ -33,6 +34,8 @@ class Criterion:
     formula: str
     unit: str
     source: str
+    direction: Direction
+    """Which end its source prunes first. Where none is published, the lowest is taken to go first, and either end may help."""
     family: Family
     """Which criteria are tested, and corrected for, together."""
     measured_in: str
@@ -45,7 +48,14 @@ CRITERIA: dict[str, Criterion] = {}
 
 
 def criterion(
-    *, label: str, formula: str, unit: str, source: str, family: Family = "extended", measured_in: str = EFFECTS_FILE
+    *,
+    label: str,
+    formula: str,
+    unit: str,
+    source: str,
+    direction: Direction = "prune lowest",
+    family: Family = "extended",
+    measured_in: str = EFFECTS_FILE,
 ) -> Callable[[Formula], Formula]:
     """Enter the decorated function into CRITERIA under its own name. Raises ValueError for a name that is taken."""
 
@@ -53,7 +63,7 @@ def criterion(
         name = compute.__name__
         if name in CRITERIA:
             raise ValueError(f"there is a criterion {name!r} already ({CRITERIA[name].source}); choose another name")
-        CRITERIA[name] = Criterion(name, label, formula, unit, source, family, measured_in, compute)
+        CRITERIA[name] = Criterion(name, label, formula, unit, source, direction, family, measured_in, compute)
         return compute
 
     return register
@@ -153,11 +163,15 @@ def reap(statistics: ExpertStatistics) -> PerExpert:
     label="max activation",
     formula="max over S_e of the largest |coordinate| of E_e(x_t)",
     unit=_NORM,
-    source="arXiv 2507.23279 (super experts)",
+    source="arXiv 2507.23279 (super experts, those that must not be pruned)",
     measured_in=ROUTING_FILE,
 )
 def max_activation(statistics: ExpertStatistics) -> PerExpert:
-    """Largest |coordinate| of E_e(x_t) over S_e; NaN for an expert never selected. Super experts, arXiv 2507.23279."""
+    """Largest |coordinate| of E_e(x_t) over S_e; NaN for an expert never selected. After arXiv 2507.23279.
+
+    Its super experts are those whose value exceeds the 99.5th percentile of all layers and a tenth of the largest, in the layers
+    that make massive activations: a set of a few experts rather than a ranking, so what it is defined by stands for it here.
+    """
     return statistics.max_activation
 
 
@@ -166,6 +180,7 @@ def max_activation(statistics: ExpertStatistics) -> PerExpert:
     formula="mean over S_e of -sum_j p_j(t) ln p_j(t)",
     unit="nats",
     source="Shannon (1948)",
+    direction="none published",
     measured_in=ROUTING_FILE,
 )
 def routing_entropy(statistics: ExpertStatistics) -> PerExpert:
@@ -198,11 +213,15 @@ def expert_weight_norm(statistics: ExpertStatistics) -> PerExpert:
     label="AIMER",
     formula="mean |w| / rms w over the expert's matrices",
     unit="1",
-    source="arXiv 2603.18492 (AIMER)",
+    source="arXiv 2603.18492 (AIMER), whose released code prunes the highest first",
+    direction="prune highest",
     measured_in=WEIGHTS_FILE,
 )
 def aimer(statistics: ExpertStatistics) -> PerExpert:
-    """mean |w| / rms w over the expert's three matrices together: AIMER, arXiv 2603.18492."""
+    """mean |w| / rms w over the expert's three matrices together: AIMER, arXiv 2603.18492.
+
+    High where the weights are alike in size. Its authors remove the experts with the highest score.
+    """
     return statistics.mean_abs_weight / statistics.rms_weight
 
 
@@ -214,6 +233,7 @@ def aimer(statistics: ExpertStatistics) -> PerExpert:
     formula="max over e' != e of |S_e and S_e'| / |S_e|",
     unit="1",
     source="arXiv 2409.02060 (OLMoE), section 5.2",
+    direction="none published",
 )
 def coactivation(statistics: ExpertStatistics) -> PerExpert:
     """Largest over e' != e of |S_e and S_e'| / |S_e|: how much of e's work one other expert shares. OLMoE, arXiv 2409.02060,

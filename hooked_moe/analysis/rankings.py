@@ -4,7 +4,7 @@ Families are tested, and corrected for, apart:
   paper     the four criteria of arXiv 2606.10703, over criteria x layers
   extended  the criteria that others prune by, over criteria x layers
   token     a ladder of per-token scores, the controls: each by itself, over layers
-  oracle    the effects of the experts in other documents, over layers: the best that a fixed ranking could know
+  oracle    the mean effects of the experts in other documents, over layers: the best fixed ranking that these could teach
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
+from hooked_moe.analysis.accumulators.effect_sums import ExpertEffectSums
 from hooked_moe.analysis.criteria import CRITERIA
-from hooked_moe.statistics import DegenerateSample, StaticCeiling
+from hooked_moe.analysis.oracle import fold_of, oracle_scores
+from hooked_moe.analysis.orders import oriented
 from hooked_moe.tables.effect_grid import EffectGrid, TableOrPath
 
 Family = Literal["paper", "extended", "token", "oracle"]
@@ -53,11 +55,14 @@ def corrected_together(ranking: str) -> tuple[str, ...]:
 class Scores:
     """The score that each ranking gives each active expert, in the layers asked for."""
 
-    def __init__(self, criteria: TableOrPath, layers: Sequence[int], ceilings: Sequence[StaticCeiling]) -> None:
-        """`criteria` has columns layer, expert and one per name in CRITERIA; `ceilings` have seen all the data, by layer."""
-        self._values = criterion_values(criteria)
+    def __init__(self, criteria: TableOrPath, sums: ExpertEffectSums, layers: Sequence[int]) -> None:
+        """`criteria` has columns layer, expert and one per name in CRITERIA; `sums` are over all documents."""
+        self._values = {
+            name: oriented(by_layer, CRITERIA[name].direction == "prune highest")
+            for name, by_layer in criterion_values(criteria).items()
+        }
         self.layers = tuple(layers)
-        self._oracles = [_oracle(ceiling) for ceiling in ceilings]
+        self._oracles = oracle_scores(sums, "delta_loss")[[sums.layers.index(layer) for layer in self.layers]]
         self._absent: set[str] = set()  # token scores whose columns the chunks seen so far lack
 
     def unmeasured(self, ranking: str) -> str:
@@ -68,8 +73,15 @@ class Scores:
             return f"not measured: the effect table has no column {ranking}"
         return ""
 
+    def by_expert(self, criterion: str, layer: int) -> Float[np.ndarray, " expert"]:
+        """A criterion's scores in its published direction: the lowest is pruned first."""
+        return self._values[criterion][layer]
+
     def of(self, chunk: EffectGrid, layer: int) -> Iterator[tuple[str, Float[np.ndarray, "position slot"] | None]]:
-        """Every ranking in the order of `rankings()`, with its scores at a chunk's positions; None where it was not measured."""
+        """Every ranking in the order of `rankings()`, with its scores at a chunk's positions; None where it was not measured.
+
+        Criteria are in their published direction: the expert that is pruned first has the lowest score.
+        """
         axis = chunk.layer_axis(layer)
         expert = chunk.expert[:, axis]
         for name, by_layer in self._values.items():
@@ -83,20 +95,12 @@ class Scores:
                 self._absent.add(name)
             yield name, None if values is None else values[:, axis].astype(np.float64)
         oracle = self._oracles[self.layers.index(layer)]
-        yield ORACLE, oracle[(chunk.document.astype(np.int64) % len(oracle))[:, None], expert]
+        yield ORACLE, oracle[fold_of(chunk.document)[:, None], expert]
 
 
 def is_measured(criterion: str, values: Float[np.ndarray, " expert"]) -> bool:
     """Whether the file was there that a criterion comes from: what it leaves is undefined for every expert without it."""
     return CRITERIA[criterion].measured_in == "effects.parquet" or not bool(np.isnan(values).all())
-
-
-def _oracle(ceiling: StaticCeiling) -> Float[np.ndarray, "fold expert"]:
-    """Effects of the experts outside each fold; NaN where there are too few documents to leave some out."""
-    try:
-        return ceiling.oracle_scores()
-    except DegenerateSample:
-        return np.full((ceiling.n_folds, ceiling.n_experts), np.nan)
 
 
 def criterion_values(criteria: TableOrPath) -> dict[str, dict[int, Float[np.ndarray, " expert"]]]:

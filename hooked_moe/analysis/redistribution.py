@@ -122,7 +122,8 @@ def _spearman(one: Float[np.ndarray, " token"], two: Float[np.ndarray, " token"]
     one, two = one[both], two[both]
     if len(one) < MINIMUM_TOKENS or not np.ptp(one) or not np.ptp(two):
         return float("nan")
-    return float(scipy.stats.spearmanr(one, two).statistic)
+    ranks = [scipy.stats.rankdata(values) for values in (one, two)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def _median(values: Float[np.ndarray, " token"]) -> float:

@@ -1,7 +1,9 @@
 """From the measured tables of a run to the derived ones: no model, bounded memory, and the same bytes each time.
 
-    effects.parquet            -> experts.parquet, cells.csv, positions.csv, layers.csv, slots.csv, slot_distribution.csv,
-                                  ceiling.csv, bayes.csv, redistribution.csv, redistribution_experts.csv
+    effects.parquet            -> experts.parquet, savings.csv, cells.csv, positions.csv, layers.csv, slots.csv,
+                                  slot_distribution.csv, ceiling.csv, bayes.csv, expert_effect_sums.parquet,
+                                  redistribution.csv, redistribution_experts.csv
+      its column kl            -> ceiling_kl.csv, and the rows of effect kl in savings.csv
     routing.parquet            -> criteria of routing, in experts.parquet
     expert_weights.parquet     -> criteria of the weights, in experts.parquet
     effects_sequence.parquet   -> scopes.csv, and the cells of the sequence scope
@@ -32,11 +34,13 @@ from hooked_moe.analysis.criteria import criteria_table
 from hooked_moe.analysis.progressive import progressive_table
 from hooked_moe.analysis.rankings import Scores
 from hooked_moe.analysis.redistribution import RedistributionAccumulator, layer_redistribution
-from hooked_moe.analysis.summaries import DomainSummary, ExpertEffectSummary, LayerSummary, ScopeSummary, SlotSummary
+from hooked_moe.analysis.saving_table import saving_table
+from hooked_moe.analysis.savings import SavingAudit
+from hooked_moe.analysis.summaries import DomainSummary, LayerSummary, ScopeSummary, SlotSummary
 from hooked_moe.tables import required_file, write_csv_atomic, write_json_atomic, write_parquet_atomic
 from hooked_moe.tables.effect_grid import EffectGrid, effect_chunks
 
-_COLUMNS = (*AUDIT_COLUMNS, "rest_cosine", "rest_norm")
+_COLUMNS = (*AUDIT_COLUMNS, "kl", "rest_cosine", "rest_norm")
 
 
 def analyse_run(
@@ -50,7 +54,7 @@ def analyse_run(
     """Derive every table of a run from its measured ones and return the cells.
 
     `n_experts` counts the routed experts of a layer, so that those never selected have their row. `layers` restricts the
-    cells, ceiling.csv and bayes.csv, not the other tables. What a run has not measured is named in analysis.json.
+    savings, cells, ceilings and bayes.csv, not the other tables. What a run has not measured is named in analysis.json.
 
     Raises FileNotFoundError without effects.parquet, ValueError for unknown layers, for a sample larger than the corpus and for
     tables that are not of one measurement.
@@ -98,19 +102,26 @@ def _derive(
 
     missing = {name: "this run has not measured it" for name, path in optional.items() if path is None}
     experts = second.criteria
-    for name, values in second.experts.columns().items():
+    survey = first.surveys["position"]
+    for name, values in survey.sums.mean_delta().items():
         experts = experts.append_column(_EXPERT_COLUMNS[name], [values])
     cells = [cell for audit in second.audits.values() for cell in audit.cells()]
     derived = {
         "experts.parquet": experts,
+        "savings.csv": saving_table(second.savings),
+        "expert_effect_sums.parquet": survey.sums.table(),
         "cells.csv": cells_table(cells),
         "positions.csv": second.audits["position"].frozen_positions(),
         "layers.csv": second.layers.table(),
         "slots.csv": second.slots.table(),
         "slot_distribution.csv": second.layers.slot_distribution(),
-        "ceiling.csv": ceiling_table(first.surveys["position"], second.criteria),
+        "ceiling.csv": ceiling_table(survey.layers, survey.ceilings, second.criteria),
         "bayes.csv": second.choices.table(),
     }
+    if "kl" in survey.sums.effects:
+        derived["ceiling_kl.csv"] = ceiling_table(survey.layers, survey.log_kl_ceilings, second.criteria)
+    else:
+        missing["ceiling_kl.csv"] = "the effect table has no column kl"
     if second.redistribution.unmeasured:
         missing["redistribution.csv"] = second.redistribution.unmeasured
     else:
@@ -150,7 +161,7 @@ class _FirstPass:
             if experts is None:
                 experts = ExpertAccumulator(chunk.observed.layers, n_experts)
                 wanted = chosen_layers(chunk.observed, layers)
-                self.surveys = {scope: Survey(wanted, n_experts) for scope in chunk.measured}
+                self.surveys = {scope: Survey(wanted, n_experts, grid.layers) for scope, grid in chunk.measured.items()}
                 self.n_slots = chunk.observed.n_slots
             experts.update(chunk.observed)
             for scope, grid in chunk.measured.items():
@@ -165,16 +176,17 @@ class _SecondPass:
     def __init__(self, run: Path, first: _FirstPass, statistics: ExpertStatistics, n_positions: int, seed: int) -> None:
         survey = first.surveys["position"]
         documents = survey.documents()
-        layers, n_experts = first.experts.layers, first.experts.n_experts
+        layers = first.experts.layers
         self.criteria = criteria_table(statistics)
         self.audits = {}
         for scope, surveyed in first.surveys.items():
-            scores = Scores(self.criteria, surveyed.layers, surveyed.ceilings)
+            scores = Scores(self.criteria, surveyed.sums, surveyed.layers)
             # a scope that was measured at fewer positions than the sample has is sampled whole
             n = n_positions if scope == "position" else min(n_positions, surveyed.n_measured)
             self.audits[scope] = CellAudit(surveyed, scores, n, seed, scope)
-        self.choices = ChoiceData(self.audits["position"].scores, survey.n_measured, len(survey.layers))
-        self.experts = ExpertEffectSummary(layers, n_experts)
+        scores = self.audits["position"].scores
+        self.savings = SavingAudit(scores, survey.sums, documents, first.n_slots, survey.n_measured, seed)
+        self.choices = ChoiceData(scores, survey.n_measured, len(survey.layers))
         self.layers = LayerSummary(layers, first.n_slots, _noise_floor(run))
         self.slots = SlotSummary(layers, first.n_slots, documents)
         self.redistribution = RedistributionAccumulator(layers, statistics.n_tokens)
@@ -188,7 +200,7 @@ class _SecondPass:
         for scope, grid in chunk.measured.items():
             self.audits[scope].update(grid)
         self.choices.update(measured)
-        self.experts.update(measured)
+        self.savings.update(measured)
         self.layers.update(chunk.observed, measured)
         self.slots.update(measured)
         self.redistribution.update(chunk.observed)

@@ -14,7 +14,15 @@ from hooked_moe.statistics.choice_model import (
     plackett_luce,
     standardised,
 )
-from hooked_moe.statistics.decisions import Outcome, Verdict, agreement, verdict
+from hooked_moe.statistics.decisions import (
+    NEGLIGIBLE_SHARE,
+    Outcome,
+    SavingOutcome,
+    Verdict,
+    agreement,
+    saving_outcome,
+    verdict,
+)
 from hooked_moe.statistics.effect_size import (
     ClusteredEffect,
     EffectSize,
@@ -25,16 +33,32 @@ from hooked_moe.statistics.effect_size import (
 )
 from hooked_moe.statistics.multiplicity import benjamini_hochberg, bonferroni, holm
 from hooked_moe.statistics.paired import PairedT, SignedRank, paired_t, wilcoxon_signed_rank
+from hooked_moe.statistics.permutation import PermutationTest, permutation_test
 from hooked_moe.statistics.power import minimal_detectable_d, minimum_documents, power_paired_t
-from hooked_moe.statistics.rank_correlation import spearman_of_ranks, within_position_ranks, within_position_spearman
-from hooked_moe.statistics.resampling import BootstrapInterval, SignFlip, cluster_bootstrap, sign_flip_max_t
+from hooked_moe.statistics.rank_correlation import (
+    correlation_of_ranks,
+    spearman_of_ranks,
+    twice_centred_ranks,
+    within_position_ranks,
+    within_position_spearman,
+)
+from hooked_moe.statistics.resampling import (
+    BootstrapInterval,
+    RatioInterval,
+    SignFlip,
+    cluster_bootstrap,
+    ratio_bootstrap,
+    sign_flip_max_t,
+)
 from hooked_moe.statistics.samples import MINIMUM_PAIRS, DegenerateSample, paired_differences
+from hooked_moe.statistics.shrinkage import ShrunkMeans, shrunk_means
 from hooked_moe.statistics.stacking import Stacking, stacking_weights
 from hooked_moe.statistics.static_ceiling import StaticCeiling, StaticShare
 from hooked_moe.statistics.tost import Equivalence, equivalence, equivalence_dz, tost_paired
 
 __all__ = [
     "MINIMUM_PAIRS",
+    "NEGLIGIBLE_SHARE",
     "BootstrapInterval",
     "ClusteredEffect",
     "DegenerateSample",
@@ -43,7 +67,11 @@ __all__ = [
     "Equivalence",
     "Outcome",
     "PairedT",
+    "PermutationTest",
     "PlackettLuce",
+    "RatioInterval",
+    "SavingOutcome",
+    "ShrunkMeans",
     "SignFlip",
     "SignedRank",
     "Stacking",
@@ -57,6 +85,7 @@ __all__ = [
     "clustered_dz",
     "clustered_dz_from_sums",
     "cohens_dz",
+    "correlation_of_ranks",
     "dz_interval",
     "equivalence",
     "equivalence_dz",
@@ -68,13 +97,18 @@ __all__ = [
     "minimum_documents",
     "paired_differences",
     "paired_t",
+    "permutation_test",
     "plackett_luce",
     "power_paired_t",
+    "ratio_bootstrap",
+    "saving_outcome",
+    "shrunk_means",
     "sign_flip_max_t",
     "spearman_of_ranks",
     "stacking_weights",
     "standardised",
     "tost_paired",
+    "twice_centred_ranks",
     "verdict",
     "wilcoxon_signed_rank",
     "within_position_ranks",

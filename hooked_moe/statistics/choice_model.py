@@ -22,8 +22,7 @@ from jaxtyping import Float, Int, Num
 from hooked_moe.statistics.samples import MINIMUM_PAIRS, DegenerateSample, cluster_sums, require_finite
 
 PRIOR_SD = 0.5
-"""Standard deviation of the prior of beta: in 95% of it, a standard deviation of the metric multiplies the odds by no more than
-e, or 1/e."""
+"""Standard deviation of the prior of beta: in 95% of it a standard deviation of the metric multiplies the odds by e at most."""
 _LARGEST_LOGIT = 100.0
 
 
@@ -165,20 +164,24 @@ def _terms(
 def _from_the_top(
     beta: Float[np.ndarray, " position"], ordered: Float[np.ndarray, "position slot"]
 ) -> tuple[Float[np.ndarray, " position"], ...]:
-    """The same for one direction of choice."""
-    utility = beta[:, None] * ordered
-    utility -= utility.max(axis=1, keepdims=True)
-    weight = np.exp(utility)
-    left = _sum_of_rest(weight)
-    mean, second, third = (_sum_of_rest(weight * ordered**power) / left for power in (1, 2, 3))
-    skew = third - 3 * mean * second + 2 * mean**3  # cumulants of the score among those left
-    log_probability = (utility - np.log(left)).sum(axis=1)
-    return log_probability, (ordered - mean).sum(axis=1), (second - mean**2).sum(axis=1), skew.sum(axis=1)
-
-
-def _sum_of_rest(values: Float[np.ndarray, "position slot"]) -> Float[np.ndarray, "position slot"]:
-    """Over this slot and all after it: those not yet chosen."""
-    return np.cumsum(values[:, ::-1], axis=1)[:, ::-1]
+    """The same for one direction of choice: slots are gone through from the last chosen, whose rivals are those after it."""
+    columns = np.ascontiguousarray(ordered.T)
+    utility = columns * beta
+    utility -= utility.max(axis=0)
+    left, first, second, third = (np.zeros(len(ordered)) for _ in range(4))  # sums of weight x score^0 to 3 over those left
+    terms = [np.zeros(len(ordered)) for _ in range(4)]
+    for score, own in zip(columns[::-1], utility[::-1], strict=True):
+        weight = np.exp(own)
+        for total in (left, first, second, third):
+            total += weight
+            weight *= score
+        mean, square = first / left, second / left
+        variance = square - mean**2
+        terms[0] += own - np.log(left)
+        terms[1] += score - mean
+        terms[2] += variance
+        terms[3] += third / left - mean * (3 * square - 2 * mean**2)  # third cumulant
+    return tuple(terms)
 
 
 def _savage_dickey(estimate: float, variance: float, prior_variance: float) -> float:

@@ -6,10 +6,13 @@ import numpy as np
 
 from hooked_moe.statistics.multiplicity import bonferroni
 from hooked_moe.statistics.paired import PairedT, SignedRank
-from hooked_moe.statistics.tost import Equivalence
 
 Outcome = Literal["positive", "negative", "tests_disagree", "not_detected"]
-Verdict = Literal["valid", "equivalent", "undecided", "reversed"]
+Verdict = Literal["valid", "undecided", "reversed"]
+SavingOutcome = Literal["helps", "harms", "negligible", "undecided"]
+
+NEGLIGIBLE_SHARE = 0.1
+"""A tenth of what removing an active expert at random costs: a criterion that saves less is not worth following."""
 
 
 def agreement(t_test: PairedT, wilcoxon: SignedRank, n_tests: int, alpha: float = 0.05) -> Outcome:
@@ -27,15 +30,30 @@ def agreement(t_test: PairedT, wilcoxon: SignedRank, n_tests: int, alpha: float 
     return "positive" if t_test.sign > 0 else "negative"
 
 
-def verdict(outcome: Outcome, equivalence: Equivalence) -> Verdict:
-    """What a cell may be said to show.
-
-    "equivalent": the 90% interval of the effect lies inside the bound, so the ranking is as good as none, however small
-    the p of a test against exactly 0. Otherwise the agreement rule speaks: "valid" where it finds the ranking right,
-    "reversed" where it finds it the wrong way round, and "undecided" where the data allow neither conclusion.
-    """
-    if equivalence.equivalent:
-        return "equivalent"
+def verdict(outcome: Outcome) -> Verdict:
+    """The paper's protocol in a word: "valid" where the agreement rule finds the ranking right, "reversed" where it finds it
+    the wrong way round, and "undecided" where it finds neither, which is no evidence of absence."""
     if outcome == "positive":
         return "valid"
     return "reversed" if outcome == "negative" else "undecided"
+
+
+def saving_outcome(low: float, high: float, p: float, bound: float = NEGLIGIBLE_SHARE, alpha: float = 0.05) -> SavingOutcome:
+    """What a criterion may be said to do, by its saving as a share of the cost of removing an active expert at random.
+
+    `low` and `high` are the ends of the saving's 95% interval over documents, `p` that of the permutation over experts, corrected
+    for the criteria shown; NaN where a ranking has none (per-token scores), and then the interval decides alone.
+
+    "helps": the whole interval lies above `bound`, and scores dealt at random would not do as well. "harms": the same below minus
+    the bound. "negligible": the whole interval lies within the bound on either side, so that following the criterion
+    changes the cost by less than that share. "undecided": the rest. More documents of one kind narrow the interval around one
+    number: they can turn "undecided" into any of the others, but "helps" into "negligible" only if it was wrong.
+    """
+    if np.isnan(low) or np.isnan(high):
+        return "undecided"
+    shown = np.isnan(p) or p <= alpha
+    if low > bound and shown:
+        return "helps"
+    if high < -bound and shown:
+        return "harms"
+    return "negligible" if -bound <= low and high <= bound else "undecided"

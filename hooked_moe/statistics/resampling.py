@@ -1,6 +1,6 @@
-"""Inference that resamples whole documents: a bootstrap interval and a sign-flip test over many cells at once.
+"""Inference that resamples whole documents: bootstrap intervals and a sign-flip test over many cells at once.
 
-Both are matrix products of a table of resamples with a table of per-document sums, so their cost does not depend on how
+All are matrix products of a table of resamples with a table of per-document sums, so their cost does not depend on how
 many positions the documents have.
 """
 
@@ -77,6 +77,86 @@ def _ratio(
     residual = drawn @ total**2 - 2 * mean * (drawn @ (total * count[:, None])) + mean**2 * (drawn @ count**2)[:, None]
     documents = drawn.shape[1]
     return mean, np.sqrt(np.maximum(residual, 0) * documents / (documents - 1)) / weight
+
+
+@dataclass(frozen=True)
+class RatioInterval:
+    """Any shape; NaN where there is no interval."""
+
+    estimate: Float[np.ndarray, "*shape"]
+    low: Float[np.ndarray, "*shape"]
+    high: Float[np.ndarray, "*shape"]
+
+
+_RATIOS_PER_CHUNK = 256
+
+
+def ratio_bootstrap(
+    numerator: Num[np.ndarray, "document *shape"],
+    denominator: Num[np.ndarray, "document *#shape"],
+    *,
+    confidence: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> RatioInterval:
+    """sum(numerator) / sum(denominator) over documents, each with an interval from resampling documents jointly.
+
+    `cluster_bootstrap` for many ratios at once, each with a denominator of its own, which may vary in sign: a cost as a share of
+    another cost. The interval is the same bootstrap-t; the same resamples serve all ratios. There is none (NaN) with fewer than
+    three documents, for ratios that are alike in all of them, and where the denominator is not positive in more resamples than
+    lie beyond either end of the interval: a share of what may be nothing has no bounds.
+    """
+    shape = np.broadcast_shapes(numerator.shape, denominator.shape)
+    over, under = (np.broadcast_to(x, shape).reshape(shape[0], -1).astype(np.float64) for x in (numerator, denominator))
+    require_finite("numerator", over)
+    require_finite("denominator", under)
+    documents, n = over.shape
+    result = np.full((3, n), np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result[0] = over.sum(axis=0) / under.sum(axis=0)
+    result[0, under.sum(axis=0) == 0] = np.nan
+    if documents >= MINIMUM_PAIRS:
+        random = np.random.default_rng(seed)
+        drawn = random.multinomial(documents, np.full(documents, 1 / documents), size=n_resamples).astype(np.float64)
+        for start in range(0, n, _RATIOS_PER_CHUNK):
+            chunk = slice(start, start + _RATIOS_PER_CHUNK)
+            result[1:, chunk] = _studentised_interval(drawn, over[:, chunk], under[:, chunk], (1 - confidence) / 2)
+    estimate, low, high = (values.reshape(shape[1:]) for values in result)
+    return RatioInterval(estimate, low, high)
+
+
+def _studentised_interval(
+    drawn: Float[np.ndarray, "resample document"],
+    over: Float[np.ndarray, "document statistic"],
+    under: Float[np.ndarray, "document statistic"],
+    tail: float,
+) -> Float[np.ndarray, "end statistic"]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        estimate = over.sum(axis=0) / under.sum(axis=0)
+        residual = over - estimate * under  # about the estimate, so that rounding is of the deviations
+        _, (se,), _ = _deviations(np.ones((1, len(over))), residual, under)
+        deviations, errors, positive = _deviations(drawn, residual, under)
+        studentised = deviations / errors
+    studentised[(errors <= 1e-6 * se) | ~positive] = np.nan  # one document drawn n times over has no error but rounding
+    defined = (se > 1e-12 * np.abs(estimate)) & (np.mean(~positive, axis=0) <= tail)
+    ends = np.full((2, len(estimate)), np.nan)
+    if defined.any():
+        upper, lower = np.nanquantile(studentised[:, defined], [1 - tail, tail], axis=0)
+        ends[:, defined] = estimate[defined] - upper * se[defined], estimate[defined] - lower * se[defined]
+    return ends
+
+
+def _deviations(
+    drawn: Float[np.ndarray, "resample document"],
+    residual: Float[np.ndarray, "document statistic"],
+    under: Float[np.ndarray, "document statistic"],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ratio less estimate of each resample, its linearised clustered standard error, and whether the denominator is above 0."""
+    total = drawn @ under
+    deviation = drawn @ residual / total
+    square = drawn @ residual**2 - 2 * deviation * (drawn @ (residual * under)) + deviation**2 * (drawn @ under**2)
+    documents = len(residual)
+    return deviation, np.sqrt(np.maximum(square, 0) * documents / (documents - 1)) / np.abs(total), total > 0
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """How much of the loss changes could any fixed ranking of a layer's experts explain, and how much does a given one?
 
 At a position with k active experts let c be the loss change of removing an expert less the mean over the k: all that a
-choice among them can depend on. A fixed score s per expert predicts c by s less its mean over the k. The best s is the
-least-squares expert effect, and its share of the variance of c is the static ceiling: no ranking by a criterion, being
-one number per expert, can explain more. With x the k-centred indicators of the experts, S = x'c and G = x'x,
+choice among them can depend on. A fixed score s per expert predicts c by s less its mean over the k. The
+least-squares expert effect explains most, and its share of the variance of c is the static ceiling: no criterion, being
+one number per expert, can explain more of the variance. (It is not the ranking that saves most, where a few removals hold the
+variance.) With x the k-centred indicators of the experts, S = x'c and G = x'x,
 
     ceiling = S' G^+ S / c'c,    share of a score z = (z'S)^2 / (z'G z) / c'c,    both between 0 and 1,
 
@@ -46,6 +47,7 @@ class StaticCeiling:
         self._together = np.zeros((n_folds, n_experts, n_experts), np.int64)
         self._square = np.zeros(n_folds)
         self._slots = 0
+        self._ceilings: tuple[float, np.ndarray] | None = None  # of all folds and of all but one, as of the last `add`
 
     def add(
         self,
@@ -62,7 +64,7 @@ class StaticCeiling:
             )
         if len(expert) and not (expert.min() >= 0 and expert.max() < self.n_experts):
             raise ValueError(f"experts must be 0 to {self.n_experts - 1}, got {expert.min()} to {expert.max()}")
-        self._slots = slots
+        self._slots, self._ceilings = slots, None
         fold = self.fold(document)
         centred = delta - delta.mean(axis=1, dtype=np.float64, keepdims=True)
         place = fold[:, None] * self.n_experts + expert
@@ -77,7 +79,7 @@ class StaticCeiling:
 
     def ceiling(self) -> StaticShare:
         """The share that the best fixed score would explain; its slope is 1 by definition."""
-        share, replicates = self._replicated(self._ceiling_of)
+        share, replicates = self._replicated_ceiling()
         return StaticShare(share, _jackknife(replicates), 1.0, 0.0, 1.0, 0)
 
     def share(self, score: Num[np.ndarray, " expert"]) -> StaticShare:
@@ -142,6 +144,12 @@ class StaticCeiling:
         present = self._present()
         return statistic(present), np.array([statistic([f for f in present if f != left_out]) for left_out in present])
 
+    def _replicated_ceiling(self) -> tuple[float, Float[np.ndarray, " fold"]]:
+        """Every score is compared with it, and it takes a decomposition for each fold: computed once."""
+        if self._ceilings is None:
+            self._ceilings = self._replicated(self._ceiling_of)
+        return self._ceilings
+
     def _ceiling_of(self, folds: list[int]) -> float:
         inverse = np.linalg.pinv(self._design(folds), rcond=1e-10, hermitian=True)
         return self._between_folds(inverse, folds)
@@ -159,7 +167,7 @@ class StaticCeiling:
         return float((total @ form @ total - within) / (1 - lost) / self._square[folds].sum())
 
     def _relative(self, share: float, replicates: Float[np.ndarray, " fold"], slope: float, n_undefined: int) -> StaticShare:
-        ceiling, ceilings = self._replicated(self._ceiling_of)
+        ceiling, ceilings = self._replicated_ceiling()
         if ceiling <= 0 or ceilings.min() <= 0:
             return StaticShare(share, _jackknife(replicates), np.nan, np.nan, slope, n_undefined)
         return StaticShare(share, _jackknife(replicates), share / ceiling, _jackknife(replicates / ceilings), slope, n_undefined)

@@ -19,6 +19,8 @@ from hooked_moe.tables.schemas import EFFECTS
 TableOrPath: TypeAlias = pa.Table | str | os.PathLike[str]
 
 _KEYS = ("document", "position", "layer", "slot")
+_TYPES: dict[str, pa.DataType] = {"kl": pa.float32(), **{field.name: field.type for field in EFFECTS}}
+"""Type of each column that is read; tables of before `kl` was measured lack it."""
 EFFECT_VALUES = ("expert", "delta_loss", "routing_weight", "output_norm", "gap_norm")
 CHUNK_ROWS = 1 << 20
 """Rows read at a time: some 30 MB a column in what is computed from them."""
@@ -40,6 +42,9 @@ class EffectGrid:
     rest_cosine: Float[np.ndarray, "P L K"] | None = None
     rest_norm: Float[np.ndarray, "P L K"] | None = None
     first_order: Float[np.ndarray, "P L K"] | None = None
+    kl: Float[np.ndarray, "P L K"] | None = None
+    """nats; KL divergence from the intact model's next-token distribution to the changed one's: the expected effect over next
+    tokens drawn from the intact model. A number where delta_loss is one, and at times at a document's last token."""
 
     @property
     def n_slots(self) -> int:
@@ -51,7 +56,7 @@ class EffectGrid:
         return self.layers.index(layer)
 
     def with_effects_of(self, other: "EffectGrid") -> "EffectGrid":
-        """This grid with the other's delta_loss, say another scope's, in the other's layers.
+        """This grid with the other's effects, say another scope's, in the other's layers.
 
         Raises ValueError unless all keys agree and the other's layers are among these.
         """
@@ -60,7 +65,7 @@ class EffectGrid:
         for name in ("document", "position", "expert"):
             if not np.array_equal(getattr(mine, name), getattr(other, name)):
                 raise ValueError(f"the two effect tables differ in {name}; they are not two views of one measurement")
-        return replace(mine, delta_loss=other.delta_loss, valid=other.valid)
+        return replace(mine, delta_loss=other.delta_loss, kl=other.kl, valid=other.valid)
 
     def measured(self) -> "EffectGrid":
         """The positions whose removals were measured."""
@@ -77,7 +82,7 @@ class EffectGrid:
         return replace(self, layers=layers, **taken, **keys)
 
 
-_VALUES = tuple(field.name for field in fields(EffectGrid) if field.name in EFFECTS.names and field.name not in _KEYS)
+_VALUES = tuple(field.name for field in fields(EffectGrid) if field.name in _TYPES and field.name not in _KEYS)
 
 
 def effect_chunks(source: TableOrPath, columns: Sequence[str] = EFFECT_VALUES, rows: int = CHUNK_ROWS) -> Iterator[EffectGrid]:
@@ -140,7 +145,7 @@ def column_values(batch: pa.Table | pa.RecordBatch, name: str) -> np.ndarray:
     column = batch.column(name)
     if column.null_count:
         raise ValueError(f"column {name} of the effect table has {column.null_count} nulls; write NaN or leave rows out")
-    column = column.cast(EFFECTS.field(name).type)
+    column = column.cast(_TYPES[name])
     return column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
 
 
@@ -194,6 +199,13 @@ class _Layout:
         document, position, shape = self._keys(*(columns.pop(name) for name in _KEYS))
         values = {name: array.reshape(shape) for name, array in columns.items()}
         valid = _valid_positions(values["delta_loss"], document, position)
+        if "kl" in values:
+            torn = np.flatnonzero(valid & ~np.isfinite(values["kl"]).all(axis=(1, 2)))
+            if len(torn):
+                where = f"document {document[torn[0]]}, position {position[torn[0]]}"
+                raise ValueError(
+                    f"kl is NaN or infinite where delta_loss is a number, at {where}; the measurement is broken there"
+                )
         if "routing_weight" in values:
             rises = np.flatnonzero((np.diff(values["routing_weight"], axis=2) > 1e-6).any(axis=(1, 2)))
             if len(rises):

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooked_moe.analysis import analyse_run
+from hooked_moe.analysis.accumulators.effect_sums import ExpertEffectSums
 from hooked_moe.analysis.accumulators.histogram import Histogram
-from hooked_moe.analysis.summaries import LAYER_COLUMNS, ExpertEffectSummary, ScopeSummary
+from hooked_moe.analysis.summaries import LAYER_COLUMNS, ScopeSummary
 from tests.support.synthetic_effects import PARTS, synthetic_effects, synthetic_run
 from tests.support.whole_tables import read_effects
 
@@ -103,14 +104,16 @@ def test_experts_have_the_mean_loss_change_of_their_removal_and_its_clustered_er
 
 
 def test_a_document_may_go_on_in_the_next_chunk():
-    whole = ExpertEffectSummary((0, 1, 2), N_EXPERTS)
-    grid = read_effects(EFFECTS).measured()
+    whole = ExpertEffectSums((0, 1, 2), N_EXPERTS)
+    grid = read_effects(EFFECTS, ("expert", "delta_loss", "kl")).measured()
     whole.update(grid)
-    pieces = ExpertEffectSummary((0, 1, 2), N_EXPERTS)
+    pieces = ExpertEffectSums((0, 1, 2), N_EXPERTS)
     for some in np.array_split(np.arange(len(grid.document)), 50):
         pieces.update(grid.at_positions(some))
-    for name, values in pieces.columns().items():
-        np.testing.assert_allclose(values, whole.columns()[name], rtol=1e-9, err_msg=name)
+    for name, values in pieces.mean_delta().items():
+        np.testing.assert_allclose(values, whole.mean_delta()[name], rtol=1e-9, err_msg=name)
+    for name in ("document", "layer", "expert", "n_positions", "n_removals", "sum_delta_loss", "sum_kl"):
+        np.testing.assert_allclose(pieces.table()[name].to_numpy(), whole.table()[name].to_numpy(), rtol=1e-9, err_msg=name)
 
 
 def test_scopes_are_compared_row_by_row(run):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import calibration
+from benchmarks import calibration, saving_rules
 from benchmarks.planted_effects import EXPERTS, planted_table
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # as the script runs it
@@ -96,3 +96,24 @@ def test_the_page_has_a_row_for_every_rule(capsys):
     shown = " ".join(row[0] for table in tables for row in table.rows)
     for rule in ("Wilcoxon", "sign flip", "bootstrap-t", "max-T", "Holm", "BH", "agreement", "JZS", "Plackett-Luce"):
         assert rule in shown
+
+
+def test_savings_are_told_as_planted_and_nonsense_is_not_believed():
+    said = [saving_rules.told(12, run, np.random.default_rng(run)) for run in range(12)]
+    mean = {name: float(np.mean([one[name] for one in said])) for name in said[0]}
+    assert mean[f"{saving_rules.KNOWING}: helps"] > 0.9
+    assert mean[f"{saving_rules.REVERSED}: harms"] > 0.5
+    assert mean[f"{saving_rules.KNOWING}: interval misses"] <= 0.25
+    assert mean["nonsense: any helps"] <= 0.17  # two of twelve
+    assert mean["nonsense: p <= .05"] < 0.12
+    assert mean["oracle: harms"] == 0
+
+
+def test_the_costs_planted_are_those_that_the_rules_are_judged_by():
+    truths = saving_rules.true_shares()
+    assert truths[saving_rules.KNOWING] > 0.4 > truths[saving_rules.BARELY] > 0 > truths[saving_rules.REVERSED]
+    grid = saving_rules.drawn_documents(np.random.default_rng(1), 400)
+    exact = saving_rules.drawn_documents(np.random.default_rng(1), 400, expected_only=True)
+    np.testing.assert_array_equal(grid.expert, exact.expert)
+    assert grid.kl.mean() == pytest.approx(exact.kl.mean(), rel=0.1)
+    assert grid.delta_loss.mean() == pytest.approx(exact.kl.mean(), rel=0.1)

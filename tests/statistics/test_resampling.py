@@ -149,3 +149,39 @@ def test_within_position_spearman_agrees_with_scipy(seed, slots, tied):
 def test_spearman_of_a_position_with_an_undefined_score_is_undefined():
     score = np.array([[1.0, np.nan, 3], [1, 2, 3]])
     np.testing.assert_allclose(stat.within_position_spearman(score, np.array([[1.0, 2, 3], [3, 2, 1]])), [np.nan, -1])
+
+
+def test_a_ratio_with_one_denominator_has_the_interval_of_the_bootstrap_of_means():
+    random = np.random.default_rng(4)
+    count = random.integers(1, 9, 25).astype(float)
+    total = count[:, None] * random.standard_t(4, (25, 3)) + 0.3
+    means = stat.cluster_bootstrap(total, count)
+    ratios = stat.ratio_bootstrap(total, count[:, None])
+    for name in ("estimate", "low", "high"):
+        np.testing.assert_allclose(getattr(ratios, name), getattr(means, name), rtol=1e-6, atol=1e-9)
+
+
+def test_ratios_of_any_shape_are_those_of_each_alone_and_have_no_interval_where_the_denominator_may_be_nothing():
+    random = np.random.default_rng(5)
+    over, under = random.normal(1, 1, (20, 2, 3)), random.normal(2, 1, (20, 2, 3))
+    under[:, 1, 2] -= under[:, 1, 2].mean() - 0.01  # its sum is above 0 by luck
+    over[:, 0, 1] = 0.5 * under[:, 0, 1]  # the same in all documents
+    found = stat.ratio_bootstrap(over, under)
+    np.testing.assert_allclose(found.estimate, over.sum(axis=0) / under.sum(axis=0))
+    assert np.isnan(found.low[[0, 1], [1, 2]]).all()
+    for at in ((0, 0), (0, 2), (1, 0), (1, 1)):
+        alone = stat.ratio_bootstrap(over[(slice(None), *at)], under[(slice(None), *at)])
+        np.testing.assert_allclose((found.low[at], found.high[at]), (alone.low, alone.high), rtol=1e-9)
+        assert found.low[at] < found.estimate[at] < found.high[at]
+    few = stat.ratio_bootstrap(over[:2], under[:2])
+    assert np.isfinite(few.estimate).all()
+    assert np.isnan(few.low).all()
+
+
+def test_intervals_of_a_share_hold_it_as_often_as_they_should_though_tails_are_skewed():
+    random = np.random.default_rng(6)
+    cost = random.lognormal(0, 0.4, (1000, 24, 1)) * random.lognormal(0, 0.7, (1000, 24, 2))
+    # of each run: the first of two costs as a share of both; half, on average of numerator and denominator
+    found = stat.ratio_bootstrap(np.moveaxis(cost[..., 0], 0, 1), np.moveaxis(cost.sum(axis=2), 0, 1), n_resamples=800)
+    missed = (found.low > 0.5) | (found.high < 0.5)
+    assert abs(missed.mean() - 0.05) < 0.025

@@ -206,10 +206,74 @@ def test_the_agreement_rule_wants_both_tests_and_one_sign(p_t, sign_t, p_w, sign
 
 
 @pytest.mark.parametrize("outcome", ["positive", "negative", "tests_disagree", "not_detected"])
-def test_a_verdict_of_equivalence_goes_before_the_agreement_rule(outcome):
-    inside, outside = stat.Equivalence(0.05, -0.09, 0.1, (-0.1, 0.1)), stat.Equivalence(0.06, -0.09, 0.11, (-0.1, 0.1))
-    assert stat.verdict(outcome, inside) == "equivalent"
-    assert stat.verdict(outcome, outside) == {"positive": "valid", "negative": "reversed"}.get(outcome, "undecided")
+def test_the_verdict_of_the_papers_protocol_is_its_agreement_rule(outcome):
+    assert stat.verdict(outcome) == {"positive": "valid", "negative": "reversed"}.get(outcome, "undecided")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "expected"),
+    [
+        (0.11, 0.5, 0.05, "helps"),
+        (0.11, 0.5, 0.051, "undecided"),  # other scores would have done as well
+        (0.11, 0.5, np.nan, "helps"),  # no permutation: the interval decides
+        (0.09, 0.5, 0.001, "undecided"),
+        (-0.5, -0.11, 0.01, "harms"),
+        (-0.5, -0.11, 0.2, "undecided"),
+        (-0.1, 0.1, 0.001, "negligible"),
+        (0.02, 0.09, 0.001, "negligible"),  # surely above 0, and not worth following
+        (-0.2, 0.05, 1.0, "undecided"),
+        (np.nan, np.nan, 0.001, "undecided"),
+    ],
+)
+def test_a_saving_is_judged_by_its_interval_and_its_permutation(low, high, p, expected):
+    assert stat.saving_outcome(low, high, p) == expected
+
+
+def test_a_permutation_is_two_sided_exact_and_counts_the_observed():
+    permuted = np.arange(-49.0, 50.0)  # 99 of them
+    found = stat.permutation_test(47.0, permuted)
+    assert (found.p, found.n) == (2 * 4 / 100, 99)  # 47, 48, 49 and itself
+    assert found.z == pytest.approx(47 / permuted.std(ddof=1))
+    assert stat.permutation_test(-1000.0, permuted).p == 2 / 100
+    assert stat.permutation_test(0.0, permuted).p == 1.0
+    assert np.isnan(stat.permutation_test(1.0, np.zeros(9)).z)
+    random = np.random.default_rng(0)
+    reached = [stat.permutation_test(x[0], x[1:]).p <= 0.05 for x in random.normal(size=(4000, 80))]
+    assert abs(np.mean(reached) - 0.05) < 0.012
+
+
+def test_shrunk_means_are_nearer_the_truth_and_keep_those_never_seen_average():
+    random = np.random.default_rng(1)
+    error = {"raw": 0.0, "mean": 0.0}
+    for _ in range(30):
+        truth = random.normal(0.02, 0.01, 24)
+        count = random.poisson(np.geomspace(0.2, 20, 24), (30, 24))
+        count[:, 0] = 0
+        total = truth * count + 0.08 * np.sqrt(count) * random.normal(size=count.shape)
+        found = stat.shrunk_means(total, count)
+        grand = total.sum() / count.sum()
+        assert np.isnan(found.raw[0])
+        assert found.mean[0] == pytest.approx(grand)
+        seen = count.sum(axis=0) > 0
+        np.testing.assert_allclose(found.raw[seen], total.sum(axis=0)[seen] / count.sum(axis=0)[seen])
+        for name in error:
+            error[name] += np.square(getattr(found, name) - truth)[seen].mean()
+    assert error["mean"] < 0.75 * error["raw"]
+
+
+def test_means_without_noise_are_not_shrunk_and_those_without_difference_are_ordered_by_evidence():
+    count = np.tile([1, 2, 3], (4, 1))
+    exact = stat.shrunk_means(count * np.array([0.1, 0.2, 0.3]), count)
+    np.testing.assert_allclose(exact.mean, [0.1, 0.2, 0.3])
+    random = np.random.default_rng(2)
+    count = np.tile([4, 400, 40, 40], (50, 1))
+    noise = stat.shrunk_means(np.sqrt(count) * random.normal(size=count.shape), count)
+    if noise.between == 0:
+        np.testing.assert_allclose(noise.mean, noise.mean.mean(), atol=1e-6)
+    assert len(set(noise.mean)) == 4
+    assert abs(noise.mean[0] - noise.mean.mean()) < abs(noise.raw[0] - noise.raw.mean())
+    with pytest.raises(stat.DegenerateSample, match="2 documents"):
+        stat.shrunk_means(np.ones((2, 3)), np.ones((2, 3)))
 
 
 def test_power_and_minimal_detectable_effect_have_their_reference_values():

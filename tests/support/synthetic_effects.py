@@ -25,6 +25,9 @@ from hooked_moe.tables import (
 PLANTED_LAYER = 2
 DOMAINS = ("novel", "address", "reference")
 PARTS = ("position", "sequence", "progressive")
+EFFECTS_WITH_KL = (
+    EFFECTS if "kl" in EFFECTS.names else EFFECTS.insert(EFFECTS.get_field_index("delta_loss") + 1, pa.field("kl", pa.float32()))
+)
 ORDERS = ("descending", "ascending", "random")
 
 
@@ -37,7 +40,7 @@ def synthetic_effects(
     effect: float = 0.8,
     seed: int = 0,
 ) -> pa.Table:
-    """An EFFECTS table. Expert n_experts - 1 is never selected; `effect` is nats per unit of routing weight."""
+    """An EFFECTS table with kl. Expert n_experts - 1 is never selected; `effect` is nats per unit of routing weight."""
     random = np.random.default_rng(seed)
     n_positions, n_layers = n_documents * n_tokens, len(layers)
     shape = (n_positions, n_layers, k)
@@ -62,6 +65,9 @@ def synthetic_effects(
     delta[last], baseline[last] = np.nan, np.nan
 
     first_order = 0.7 * delta + 0.01 * random.standard_t(5, size=shape)  # NaN at a document's end, as delta
+    kl = 0.012 * random.gamma(1.5, size=shape) * np.exp(0.4 * mood)
+    if PLANTED_LAYER in layers:
+        kl[:, layers.index(PLANTED_LAYER)] *= np.exp(4 * effect * weight[:, layers.index(PLANTED_LAYER)])
     every = {
         "document": np.broadcast_to(document[:, None, None], shape),
         "position": np.broadcast_to(position[:, None, None], shape),
@@ -76,8 +82,10 @@ def synthetic_effects(
         "baseline_loss": baseline,
         "delta_loss": delta,
         "first_order": first_order,
+        "kl": kl,  # also at a document's end, as measured
     }
-    return pa.table([every[field.name].ravel().astype(field.type.to_pandas_dtype()) for field in EFFECTS], schema=EFFECTS)
+    columns = [every[field.name].ravel().astype(field.type.to_pandas_dtype()) for field in EFFECTS_WITH_KL]
+    return pa.table(columns, schema=EFFECTS_WITH_KL)
 
 
 def synthetic_sequence(effects: pa.Table, seed: int = 2) -> pa.Table:

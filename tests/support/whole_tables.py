@@ -65,10 +65,10 @@ def audit_cells(
     survey = None
     n_experts = max(int(chunk.expert.max()) + 1 for chunk in effect_chunks(effects, ("expert", "delta_loss")))
     for chunk in effect_chunks(effects, ("expert", "delta_loss")):
-        survey = survey or Survey(chosen_layers(chunk, layers), n_experts)
+        survey = survey or Survey(chosen_layers(chunk, layers), n_experts, chunk.layers)
         survey.update(chunk.measured())
     assert survey is not None  # effect_chunks refuses an empty table
-    scores = Scores(criteria, survey.layers, survey.ceilings)
+    scores = Scores(criteria, survey.sums, survey.layers)
     audit = CellAudit(survey, scores, n_positions, seed, scope)
     for chunk in effect_chunks(effects, AUDIT_COLUMNS):
         audit.update(chunk.measured())

@@ -1,0 +1,80 @@
+"""The saving of orders drawn at random: what a criterion would save if its scores were dealt to the experts by chance.
+
+A strict order whose scores are dealt at random is a uniformly random order, whatever the criterion was. So one set of random
+orders in each layer serves all criteria and both effects, exactly. Only the positions that a criterion leaves out, for an active
+expert without a score, make a difference: they are left out of its random orders too.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from hooked_moe.analysis.accumulators.documents import Documents
+from hooked_moe.analysis.orders import random_orders
+
+N_ORDERS = 1999
+"""p is two-sided, and 0.001 at the least: after Holm's correction over 25 criteria still below 0.05."""
+MAXIMUM_POSITIONS = 40_000
+"""Of a longer corpus every n-th document is taken, for the criteria as for the random orders, so that time stays bounded."""
+_ORDERS_PER_CHUNK, _POSITIONS_PER_CHUNK = 128, 2048
+
+
+class RandomOrders:
+    """Savings of `N_ORDERS` random orders in every layer, summed over positions."""
+
+    def __init__(
+        self,
+        documents: Documents,
+        undefined: Bool[np.ndarray, "pattern layer expert"],
+        n_slots: int,
+        n_measured: int,
+        effects: tuple[str, ...],
+        seed: int = 0,
+        n_orders: int = N_ORDERS,
+    ) -> None:
+        """`undefined` has one row for each set of experts without a score that a criterion has."""
+        self.undefined, self.n_slots = undefined, n_slots
+        n_patterns, n_layers, n_experts = undefined.shape
+        self.chosen = np.arange(len(documents)) % max(1, -(-n_measured // MAXIMUM_POSITIONS)) == 0
+        self._chosen_ids = documents.ids[self.chosen]
+        self._orders = [random_orders(n_orders, n_experts, (seed, axis)) for axis in range(n_layers)]
+        self._savings = {name: np.zeros((n_patterns, n_layers, n_orders)) for name in effects}
+
+    def update(
+        self,
+        axis: int,
+        document: Int[np.ndarray, " position"],
+        expert: Int[np.ndarray, "slot position"],
+        effects: dict[str, Float[np.ndarray, "slot position"]],
+    ) -> None:
+        """Add a chunk's measured positions in the layer with this number."""
+        here = np.flatnonzero(np.isin(document, self._chosen_ids))
+        experts = np.ascontiguousarray(expert[:, here].T).astype(np.intp)
+        tables = {name: np.ascontiguousarray(values[:, here].T) for name, values in effects.items()}
+        for start in range(0, len(experts), _POSITIONS_PER_CHUNK):
+            rows = slice(start, start + _POSITIONS_PER_CHUNK)
+            self._add(axis, experts[rows], {name: table[rows] for name, table in tables.items()})
+
+    def _add(
+        self, axis: int, expert: Int[np.ndarray, "position slot"], effects: dict[str, Float[np.ndarray, "position slot"]]
+    ) -> None:
+        n_slots, orders = self.n_slots, self._orders[axis]
+        left_out = [undefined[axis][expert].any(axis=1) for undefined in self.undefined]
+        first_slot = np.arange(len(expert))[:, None] * n_slots
+        kind = np.dtype(np.int16 if orders.shape[1] * n_slots < 2**15 else np.int32)
+        for start in range(0, len(orders), _ORDERS_PER_CHUNK):
+            chunk = slice(start, start + _ORDERS_PER_CHUNK)
+            rank = np.ascontiguousarray(orders[chunk].T * n_slots).astype(kind)  # [expert, order]; the slot is added
+            key = rank[expert[:, 0]]
+            for slot in range(1, n_slots):
+                np.minimum(key, (rank + kind.type(slot))[expert[:, slot]], out=key)
+            lowest = first_slot + key % kind.type(n_slots)
+            for name, effect in effects.items():
+                cost, mean = effect.ravel()[lowest], effect.mean(axis=1, dtype=np.float64)
+                total = mean.sum() - cost.sum(axis=0, dtype=np.float64)
+                for pattern, mask in enumerate(left_out):
+                    lost = mean[mask].sum() - cost[mask].sum(axis=0, dtype=np.float64) if mask.any() else 0.0
+                    self._savings[name][pattern, axis, chunk] += total - lost
+
+    def savings(self, effect: str, patterns: Int[np.ndarray, " layer"]) -> Float[np.ndarray, "layer order"]:
+        """Of a criterion with these patterns, one for each layer, in nats, summed over the positions of the chosen documents."""
+        return self._savings[effect][patterns, np.arange(len(patterns))]
