@@ -31,7 +31,7 @@ class Inputs:
 
     def command(self, name: str) -> str:
         """The command line that measures an absent table."""
-        return "python " + DERIVED_FILES[name].command.format(model=self.value("model", "name") or "MODEL")
+        return DERIVED_FILES[name].command.format(model=self.value("model", "name") or "MODEL")
 
     def value(self, *keys: str) -> Any:
         """The value that the manifest has under nested keys; None where it lacks one of them."""
@@ -51,7 +51,11 @@ class Inputs:
         if isinstance(n_layers, int):
             return n_layers
         measured = [
-            layer for table in self.tables.values() if "layer" in table.column_names for layer in table["layer"].to_pylist()
+            layer
+            for table in self.tables.values()
+            if "layer" in table.column_names
+            for layer in table["layer"].to_pylist()
+            if isinstance(layer, int)
         ]
         return max(measured, default=0) + 1
 

@@ -6,7 +6,7 @@ from hooked_moe.analysis.cells import CONTROL, POPULATIONS, Cell
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
 from hooked_moe.analysis.rankings import RANKINGS
 from hooked_moe.report.number_text import p_value
-from hooked_moe.report.verdict_words import VERDICT_WORDS
+from hooked_moe.report.outcome_words import PROTOCOL_WORDS
 
 WIDTH = 100
 
@@ -16,7 +16,7 @@ def terminal_table(cells: Sequence[Cell]) -> str:
     lines = []
     for scope in dict.fromkeys(cell.scope for cell in cells):
         lines += _scope_lines(scope, [cell for cell in cells if cell.scope == scope])
-    lines.append(" ".join(f"{words.mark} {words.short};" for words in VERDICT_WORDS.values()).rstrip(";"))
+    lines.append(" ".join(f"{words.mark} {words.name};" for words in PROTOCOL_WORDS.values()).rstrip(";"))
     return "\n".join(lines) + "\n"
 
 
@@ -39,14 +39,14 @@ def _scope_lines(scope: str, cells: Sequence[Cell]) -> list[str]:
     lines.append(f"other rankings, a mark for each layer ({titles[populations[-1]]})")
     for ranking in RANKINGS:
         if ranking not in (*PAPER_CRITERIA, CONTROL):
-            marks = " ".join(VERDICT_WORDS[by_key[populations[-1], ranking, layer].verdict].mark for layer in layers)
+            marks = " ".join(PROTOCOL_WORDS[by_key[populations[-1], ranking, layer].outcome].mark for layer in layers)
             lines.append(f"  {ranking:<24} {marks}"[:WIDTH])
     return lines
 
 
 def _terminal_cell(cell: Cell) -> str:
-    mark = VERDICT_WORDS[cell.verdict].mark
-    if cell.verdict == "refused":
+    mark = PROTOCOL_WORDS[cell.outcome].mark
+    if cell.outcome == "refused":
         return f"{'refused, see cells.csv':<40} {mark}"
     interval = f"[{cell.d_position_low:+.3f},{cell.d_position_high:+.3f}]"
     return f"{cell.d_position:+6.3f} {interval:<16} {p_value(cell.p_t):>7} {p_value(cell.p_wilcoxon):>7} {mark}"
