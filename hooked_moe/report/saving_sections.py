@@ -40,8 +40,8 @@ def _definition(savings: Savings) -> str:
         f"{nats(row['random_cost'])} nats here: 100% means that the removal is free, 0% that the criterion chooses no better "
         f"than chance. Intervals are 95% bootstrap intervals over {row['n_documents']:,} documents "
         f"({row['n_positions']:,} positions, counted in every layer). The realised loss is that of the token that followed; the "
-        "expected loss is its mean over tokens drawn from the model, which is the KL divergence between the model's predictions with and without "
-        "the expert."
+        "expected loss is its mean over tokens drawn from the model, which is the KL divergence between the model's predictions "
+        "with and without the expert."
     )
 
 
