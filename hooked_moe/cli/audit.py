@@ -30,7 +30,7 @@ from hooked_moe.cli.released_run import (
     released_positions,
     write_released_cells,
 )
-from hooked_moe.report.terminal_table import terminal_table
+from hooked_moe.report.terminal_savings import terminal_savings
 from hooked_moe.statistics import minimum_documents
 from hooked_moe.tables import read_csv
 
@@ -73,7 +73,8 @@ def audit(args: argparse.Namespace) -> Path:
 
         report = analyse(run)
         cells = cells_from_table(read_csv(run.directory / "cells.csv", cells_table([]).schema))
-    print(terminal_table(cells))
+        savings = read_csv(run.directory / "savings.csv")
+    print(terminal_savings(savings, cells))
     print(f"\n{removals:,} removals; {time.perf_counter() - started:.0f} s in all\nreport: {report}")
     return run.directory
 

@@ -29,7 +29,7 @@ from hooked_moe.cli.released_run import (
     write_released_cells,
 )
 from hooked_moe.report.number_text import p_value
-from hooked_moe.report.verdict_words import VERDICT_WORDS
+from hooked_moe.report.outcome_words import PROTOCOL_WORDS
 from hooked_moe.tables import read_csv, write_csv_atomic
 
 
@@ -80,7 +80,7 @@ def print_control(table: pa.Table) -> None:
             print(TOKEN_LADDER[ranking])
         interval = f"[{row['d_position_low']:+.3f},{row['d_position_high']:+.3f}]"
         rho = f"{row['rho_weight_ratio']:+.3f}" if row["ranking"] == ROUTING_WEIGHT else "      "
-        mark = VERDICT_WORDS[row["verdict"]].mark
+        mark = PROTOCOL_WORDS[row["outcome"]].mark
         numbers = f"{row['d_position']:+.3f} {interval:<16} {p_value(row['p_t']):>7} {p_value(row['p_wilcoxon']):>7} {rho}"
         print(f"  {row['population']:<10} {row['layer']:>5} {numbers} {mark}")
 

@@ -1,11 +1,13 @@
 """One self-contained page about an analysed run: report.html and figures/.
 
-The page depends on the derived tables and the manifest alone, not on the clock, so a rerun gives the same bytes. It names
-what was not measured, with the command that measures it.
+The page depends on the derived tables and the manifest alone, not on the clock, so a rerun gives the same bytes. It begins with
+the verdict: which criterion to prune by, what that saves, and how sure it is. It ends with what was not measured, and with the
+commands that measure it.
 """
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hooked_moe.report import sections
@@ -16,14 +18,20 @@ from hooked_moe.report.figures.drawing import Drawing
 from hooked_moe.report.figures.effect_size import effect_size
 from hooked_moe.report.figures.experts import experts
 from hooked_moe.report.figures.progressive import progressive
+from hooked_moe.report.figures.pruning import pruning
 from hooked_moe.report.figures.rank_correlation import rank_correlation
 from hooked_moe.report.figures.redistribution import redistribution
 from hooked_moe.report.figures.removal_effect import removal_effect, slot_distribution, slots
+from hooked_moe.report.figures.savings import savings as savings_figure
 from hooked_moe.report.figures.scopes import scopes
 from hooked_moe.report.inputs import Inputs, read_inputs
 from hooked_moe.report.page import render_page
+from hooked_moe.report.protocol import protocol_sections
+from hooked_moe.report.pruning_sections import pruning_section
+from hooked_moe.report.reread import reread_section
+from hooked_moe.report.saving_sections import savings_section
+from hooked_moe.report.savings import MARGIN, read_savings
 from hooked_moe.report.summary import opening
-from hooked_moe.report.verdicts import verdict_sections
 from hooked_moe.tables import write_text_atomic
 
 __all__ = ["write_report"]
@@ -37,50 +45,92 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     run = Path(run_dir)
     inputs = read_inputs(run)
     (run / "figures").mkdir(exist_ok=True)
+    figures = _Figures(inputs, run / "figures")
+    first = figures.drawn("savings.csv", savings_figure, MARGIN)
     title = f"Removing one expert at one token: {inputs.model_name}"
-    page = Page(title, opening(inputs), tuple(_sections(inputs, run / "figures")))
+    page = Page(title, opening(inputs, first), tuple(_sections(inputs, figures)))
     write_text_atomic(render_page(page), run / "report.html")
     return run / "report.html"
 
 
-def _sections(inputs: Inputs, directory: Path) -> Iterator[Section]:
-    """The page from top to bottom. Drawings are saved in `directory` as they come, and numbered."""
-    numbers = iter(range(1, 100))
+@dataclass
+class _Figures:
+    """The figures of the page, numbered and saved as they are drawn."""
 
-    def drawn(name: str, draw: Callable[..., Drawing], *extra: object) -> Block:
-        if name not in inputs.tables:
-            return sections.not_measured(inputs, name)
-        drawing = draw(inputs.tables[name], *extra)
-        return sections.figure(next(numbers), drawing, drawing.save(directory))
+    inputs: Inputs
+    directory: Path
+    numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 100)))
 
-    cells = inputs.rows("cells.csv")
-    n_layers = inputs.n_layers
-    criteria = [drawn("cells.csv", effect_size, n_layers)]
-    if cells:
-        criteria.append(drawn("cells.csv", rank_correlation))
-    yield Section("criteria", "Do rankings predict the effect of a removal?", tuple(criteria))
-    yield from verdict_sections([row for row in cells if row["scope"] == "position"])
-    yield Section("ceiling", "How much could any fixed ranking explain?", (drawn("ceiling.csv", static_ceiling),))
-    bayes = inputs.rows("bayes.csv")
-    blocks = sections.bayes_blocks(bayes) if bayes else (sections.not_measured(inputs, "bayes.csv"),)
-    yield Section("bayes", "Bayesian comparison of the criteria", blocks)
-    effects = (
-        drawn("layers.csv", removal_effect),
-        drawn("slots.csv", slots),
-        drawn("slot_distribution.csv", slot_distribution, inputs.noise_floor),
-    )
-    yield Section("effects", "What one removal does", effects)
-    yield Section("experts", "Every expert", (drawn("experts.parquet", experts),))
-    yield Section("redistribution", "Redistribution", (drawn("redistribution.csv", redistribution, n_layers),))
-    yield Section("progressive", "Several experts at one token", (drawn("progressive.csv", progressive),))
-    yield Section("scopes", "One token or the whole sequence", (drawn("scopes.csv", scopes),))
-    yield from verdict_sections([row for row in cells if row["scope"] != "position"])
-    domains = inputs.rows("domains.csv")
-    by_domain = (Paragraph(DOMAIN_NOTE), sections.plain_table(domains)) if domains else None
-    yield Section("domains", "By kind of text", by_domain or (sections.not_measured(inputs, "domains.csv"),))
+    def drawn(self, name: str, draw: Callable[..., Drawing], *extra: object) -> tuple[Block, ...]:
+        """The figure of a derived table, as a block; nothing where the run lacks the table."""
+        if name not in self.inputs.tables:
+            return ()
+        drawing = draw(self.inputs.tables[name], *extra)
+        return (sections.figure(next(self.numbers), drawing, drawing.save(self.directory)),)
+
+
+def _sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
+    """The page from the verdict down. A section whose tables are absent is left out, and named at the end."""
+    yield from _verdict_sections(inputs, figures)
+    yield from _protocol_sections(inputs, figures)
+    yield from _effect_sections(inputs, figures)
     yield sections.verification(inputs)
     yield sections.manifest(inputs)
     yield definitions()
+    absent = sections.not_measured(inputs)
+    if absent:
+        yield absent
+
+
+def _verdict_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
+    """What criteria save, what prunings cost, and how well rankings order."""
+    savings = read_savings(inputs)
+    if savings.rows:
+        yield savings_section(savings)
+    prunings = inputs.rows("pruning.csv")
+    if prunings:
+        summary = inputs.rows("pruning_summary.csv")
+        yield pruning_section(prunings, summary, figures.drawn("pruning.csv", pruning))
+    yield from _section("order", "How well a ranking orders experts", figures.drawn("savings.csv", rank_correlation))
+
+
+def _protocol_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
+    """The protocol of arXiv 2606.10703 on this run, and its released data."""
+    cells = inputs.rows("cells.csv")
+    drawn = figures.drawn("cells.csv", effect_size, inputs.n_layers)
+    yield from _section("protocol", "The paper's protocol", drawn)
+    yield from protocol_sections(cells)
+    reread = inputs.rows("reread.csv")
+    if reread:
+        yield reread_section(reread)
+
+
+def _effect_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
+    """Effects as such: their size, their variance, where they occur."""
+    effects = (
+        *figures.drawn("layers.csv", removal_effect),
+        *figures.drawn("slots.csv", slots),
+        *figures.drawn("slot_distribution.csv", slot_distribution, inputs.noise_floor),
+    )
+    yield from _section("effects", "What one removal does", effects)
+    yield from _section("experts", "Every expert", figures.drawn("experts.parquet", experts))
+    ceiling = (*figures.drawn("ceiling.csv", static_ceiling), *figures.drawn("ceiling_kl.csv", static_ceiling, True))
+    yield from _section("ceiling", "How much of the variance lies between experts?", ceiling)
+    bayes = inputs.rows("bayes.csv")
+    yield from _section("bayes", "Bayesian comparison of the criteria", sections.bayes_blocks(bayes) if bayes else ())
+    n_layers = inputs.n_layers
+    yield from _section("redistribution", "Redistribution", figures.drawn("redistribution.csv", redistribution, n_layers))
+    yield from _section("progressive", "Several experts at one token", figures.drawn("progressive.csv", progressive))
+    yield from _section("scopes", "One token or the whole sequence", figures.drawn("scopes.csv", scopes))
+    domains = inputs.rows("domains.csv")
+    by_domain = (Paragraph(DOMAIN_NOTE), sections.plain_table(domains)) if domains else ()
+    yield from _section("domains", "By kind of text", by_domain)
+
+
+def _section(anchor: str, title: str, blocks: tuple[Block, ...]) -> Iterator[Section]:
+    """A section, where there is something in it."""
+    if blocks:
+        yield Section(anchor, title, blocks)
 
 
 DOMAIN_NOTE = (

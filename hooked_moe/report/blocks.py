@@ -17,6 +17,15 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
+class Lead:
+    """The first words of the page: the verdict in a sentence, and how sure it is."""
+
+    kind: ClassVar[str] = "lead"
+    headline: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Heading:
     """A heading inside a section."""
 
@@ -119,7 +128,7 @@ class Folded:
     on_paper: bool
 
 
-Block = Paragraph | Heading | Missing | Summary | Key | Table | Figure | Folded
+Block = Paragraph | Lead | Heading | Missing | Summary | Key | Table | Figure | Folded
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DerivedFile:
-    """What a derived table answers, the columns that the report reads, and the arguments of the command that measures it."""
+    """What a derived table answers, the columns that the report reads, and the command that measures it."""
 
     about: str
     columns: tuple[str, ...]
@@ -18,19 +18,56 @@ def _interval(*names: str) -> tuple[str, ...]:
 
 
 _AUDIT = "hooked-moe audit --model {model}"
+_PRUNE = "hooked-moe prune --model {model}"
 
 DERIVED_FILES = {
-    "cells.csv": DerivedFile(
-        "whether each ranking of experts points at the one whose removal costs more",
+    "savings.csv": DerivedFile(
+        "what one saves by removing the expert that a criterion ranks for pruning first",
         (
-            *("scope", "population", "family", "ranking", "layer", "n", "n_positions", "n_undefined", "n_tests", "alpha"),
-            *_interval("d_position", "spearman"),
-            *("mean_high", "mean_low", "mean_difference", "t", "p_t", "p_wilcoxon", "p_t_bonferroni", "p_wilcoxon_bonferroni"),
-            *("p_t_holm", "p_t_bh", "p_max_t", "p_tost", "equivalence_bound", "verdict"),
-            *("power_at_d02", "minimal_detectable_d"),
-            *("bf10", "bf_directional", "note"),
+            *("effect", "layer", "ranking", "family", "direction", "n_documents", "n_positions"),
+            *("random_cost", "lowest_cost", "highest_cost"),
+            *_interval("saving", "saving_share"),
+            *("mean_layer_share", "contrast_share", "share_of_best", "z", "p", "p_family", "outcome"),
+            *_interval("within_slot_contrast"),
+            "slot_share",
+            *_interval("spearman"),
+            "note",
         ),
         _AUDIT,
+    ),
+    "pruning.csv": DerivedFile(
+        "what pruning for good costs, beside what the effect table predicts",
+        (
+            *("ranking", "per", "share", "n_documents"),
+            *_interval("rise"),
+            *("random_rise", "share_of_random"),
+            *_interval("predicted"),
+            "kind",
+        ),
+        _PRUNE,
+    ),
+    "pruning_summary.csv": DerivedFile(
+        "how well the effect table predicts what a pruning costs",
+        ("share", "population", "spearman", "ratio", "coverage"),
+        _PRUNE,
+    ),
+    "cells.csv": DerivedFile(
+        "what the paper's protocol says of each ranking of experts",
+        (
+            *("scope", "population", "family", "ranking", "layer", "n", "n_positions", "n_undefined", "n_tests", "alpha"),
+            *_interval("d_position"),
+            *("p_t", "p_wilcoxon", "p_max_t", "outcome", "power_at_d02", "minimal_detectable_d", "note"),
+        ),
+        _AUDIT,
+    ),
+    "reread.csv": DerivedFile(
+        "what the paper's released raw data say when they are read in nats",
+        (
+            *("model", "metric", "n_paragraphs", "high", "low"),
+            *_interval("difference"),
+            *("p_sign_flip", "p_t"),
+        ),
+        "hooked-moe compare --reread",
     ),
     "layers.csv": DerivedFile(
         "how large the effect of one removal is",
@@ -49,6 +86,11 @@ DERIVED_FILES = {
     "domains.csv": DerivedFile("how the effect differs between kinds of text", ("domain",), _AUDIT),
     "ceiling.csv": DerivedFile(
         "how much any fixed ranking of experts could explain",
+        ("layer", "family", "criterion", "share_of_variance", "se", "share_of_ceiling", "ceiling", "ceiling_se"),
+        _AUDIT,
+    ),
+    "ceiling_kl.csv": DerivedFile(
+        "how much of the variance of expected effects any fixed ranking could explain",
         ("layer", "family", "criterion", "share_of_variance", "se", "share_of_ceiling", "ceiling", "ceiling_se"),
         _AUDIT,
     ),

@@ -51,7 +51,11 @@ class Inputs:
         if isinstance(n_layers, int):
             return n_layers
         measured = [
-            layer for table in self.tables.values() if "layer" in table.column_names for layer in table["layer"].to_pylist()
+            layer
+            for table in self.tables.values()
+            if "layer" in table.column_names
+            for layer in table["layer"].to_pylist()
+            if isinstance(layer, int)
         ]
         return max(measured, default=0) + 1
 

@@ -27,7 +27,22 @@ def share(value: float) -> str:
     """A share in percent, with a decimal where it is small."""
     if math.isnan(value):
         return DASH
-    return f"{100 * value:.{1 if abs(value) < 0.095 else 0}f}%".replace("-", MINUS)
+    text = f"{100 * value:.{1 if abs(value) < 0.095 else 0}f}%".replace("-", MINUS)
+    return text if any(digit in text for digit in "123456789") else text.removeprefix(MINUS)  # no sign on a zero
+
+
+def preset_share(value: float) -> str:
+    """A share that was chosen, not measured: "12.5%", "25%"."""
+    return f"{100 * value:g}%"
+
+
+def share_interval(low: float, high: float) -> str:
+    return DASH if math.isnan(low) or math.isnan(high) else f"[{share(low)}, {share(high)}]"
+
+
+def nats(value: float) -> str:
+    """Nats without a sign on a positive value."""
+    return DASH if math.isnan(value) else f"{value:.4f}".replace("-", MINUS)
 
 
 def bayes_factor(value: float) -> str:
@@ -59,6 +74,11 @@ def layer_list(layers: list[int]) -> str:
             runs.append([layer])
     parts = [f"{run[0]}{DASH}{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
     return ("layer " if len(layers) == 1 else "layers ") + enumeration(parts)
+
+
+def sentence_case(text: str) -> str:
+    """The text with a capital first letter, to begin a sentence with a name."""
+    return text[:1].upper() + text[1:]
 
 
 def enumeration(parts: list[str]) -> str:

@@ -9,6 +9,8 @@ from hooked_moe.report.blocks import (
     Block,
     Figure,
     Heading,
+    Key,
+    KeyEntry,
     Missing,
     Paragraph,
     Section,
@@ -22,12 +24,30 @@ from hooked_moe.report.figures.drawing import Drawing
 from hooked_moe.report.figures.names import FAMILY_TITLES, label
 from hooked_moe.report.inputs import Inputs
 from hooked_moe.report.number_text import DASH, log_bayes_factor, share, signed, value_text
+from hooked_moe.report.outcome_words import OutcomeWords
+
+MOST_LAYERS_WITH_NUMBERS = 12
+"""Of a map by layers; beyond, it shows the marks alone."""
 
 
-def not_measured(inputs: Inputs, name: str) -> Missing:
-    """What stands in the place of a derived table that is absent."""
-    reason = inputs.reasons.get(name) or f"{name} is absent"
-    return Missing("Not measured", f"{DERIVED_FILES[name].about} ({reason}).", inputs.command(name))
+def not_measured(inputs: Inputs) -> Section | None:
+    """Every derived table that the run lacks, and the command that measures it; None where it lacks none."""
+    absent = [name for name in DERIVED_FILES if name not in inputs.tables]
+    blocks = tuple(
+        Missing(
+            "Not measured",
+            f"{DERIVED_FILES[name].about} ({inputs.reasons.get(name) or f'{name} is absent'}).",
+            inputs.command(name),
+        )
+        for name in absent
+    )
+    return Section("absent", "What was not measured", blocks) if absent else None
+
+
+def outcome_key(words_by_outcome: dict[str, OutcomeWords]) -> Key:
+    """What the marks of a map mean."""
+    entries = (KeyEntry(words.mark, words.css, f"{words.name}: {words.meaning}.") for words in words_by_outcome.values())
+    return Key(tuple(entries))
 
 
 def figure(number: int, drawing: Drawing, picture: bytes) -> Figure:

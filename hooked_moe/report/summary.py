@@ -3,24 +3,29 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from hooked_moe.analysis.rankings import ROUTING_WEIGHT
 from hooked_moe.report.blocks import Block, Paragraph, Summary
 from hooked_moe.report.conclusions import conclude
-from hooked_moe.report.figures.names import label
+from hooked_moe.report.figures.names import FIXED_FAMILIES, label
 from hooked_moe.report.inputs import Inputs
+from hooked_moe.report.lead import lead
 from hooked_moe.report.number_text import enumeration, layer_list, share, signed
-from hooked_moe.report.readings import FIXED, Row, best_fixed, ceiling_reading, known_mean, position_cells, verdict_cells
-from hooked_moe.report.verdict_words import VERDICT_WORDS
+from hooked_moe.report.readings import Row, ceiling_reading, known_mean, position_cells
+from hooked_moe.report.reread import reread_sentences
+from hooked_moe.report.savings import read_savings
 
 _MOST_NAMED = 5  # rankings named in a sentence; the others are counted
+_SMALLEST_CEILING = 0.001  # shares of a smaller ceiling are noise
 
 
-def opening(inputs: Inputs) -> tuple[Block, ...]:
-    """The top of the page: what was measured, what to conclude, and what was found."""
-    conclusions = tuple(map(Paragraph, conclude(inputs)))
-    findings = tuple(finding for find in FINDINGS for finding in find(inputs))
-    blocks: list[Block] = [measured(inputs)]
+def opening(inputs: Inputs, figure: tuple[Block, ...]) -> tuple[Block, ...]:
+    """The top of the page: the verdict, its picture, what to conclude, what was measured, and what was found."""
+    verdict = lead(read_savings(inputs))
+    conclusions, findings = conclude(inputs), tuple(finding for find in FINDINGS for finding in find(inputs))
+    blocks: list[Block] = [*([verdict] if verdict else []), *figure]
     if conclusions:
         blocks.append(Summary("What to conclude", conclusions, "conclusion"))
+    blocks.append(measured(inputs))
     if findings:
         blocks.append(Summary("What was found", findings))
     return tuple(blocks)
@@ -51,66 +56,48 @@ def measured(inputs: Inputs) -> Paragraph:
 # --- findings: a sentence for each derived table that the run has --------------------------------------------------------------
 
 
-def fixed_criteria(inputs: Inputs) -> Iterable[Paragraph]:
-    """How many cells of the fixed criteria are valid, equivalent to zero or undecided, and which predict."""
-    for family, name in (("paper", "The paper's four criteria"), ("extended", "Further criteria")):
-        cells = verdict_cells(inputs, (family,))
-        if cells:
-            yield Paragraph(f" ({_cell_count(cells)}): {_tally(cells)}.", name)
+def paper_protocol(inputs: Inputs) -> Iterable[Paragraph]:
+    """What the agreement rule detects, on the paper's sample and over all positions, and what the sample could not have seen."""
+    sample = _detected(inputs, "sample")
+    if sample:
+        first = next(row for row in position_cells(inputs, "sample", ("paper",)) if row["outcome"] != "refused")
+        text = (
+            f" On {first['n']} sampled positions, its agreement rule detects a difference in {sample}. Such a cell detects "
+            f"d = 0.2 with probability {first['power_at_d02']:.2f} and needs d = {first['minimal_detectable_d']:.3f} for 0.8: "
+            "its silence is no evidence of absence."
+        )
+        yield Paragraph(text, "The paper's protocol.")
+    whole = _detected(inputs, "all")
+    if whole:
+        yield Paragraph(f" Over all positions, with documents as the unit, it detects one in {whole}.", "The same tests.")
 
 
-def token_scores(inputs: Inputs) -> Iterable[Paragraph]:
-    """The ladder of per-token scores and the oracle, by verdicts and rank correlation."""
-    parts = []
-    for ranking in ("routing_weight", "gap_norm", "first_order", "oracle"):
-        cells = [row for row in verdict_cells(inputs, ("token", "oracle")) if row["ranking"] == ranking]
-        rho = known_mean(row["spearman"] for row in cells)
-        if cells and not math.isnan(rho):
-            valid = sum(row["verdict"] == "valid" for row in cells)
-            parts.append(f"{label(ranking)} {signed(rho, 3)}, valid in {valid} of {len(cells)} layers")
-    if not parts:
-        return
-    best = best_fixed(inputs)
-    against = f" The best fixed criterion, {label(best[0])}, reaches {signed(best[1], 3)}." if best else ""
-    listed = "; ".join(parts)
-    text = f", by Spearman correlation with the effect (mean over layers): {listed}.{against}"
-    yield Paragraph(text, "Per-token scores")
-
-
-def sample_power(inputs: Inputs) -> Iterable[Paragraph]:
-    """What the published protocol, a sample of positions, says on the same run, and what it could not have seen."""
-    cells = [row for row in position_cells(inputs, "sample", ("paper",)) if row["verdict"] != "refused"]
-    if not cells:
-        return
-    valid = sum(row["verdict"] == "valid" for row in cells)
-    undecided = sum(row["verdict"] == "undecided" for row in cells)
-    power, needed = cells[0]["power_at_d02"], cells[0]["minimal_detectable_d"]
-    text = (
-        f", the published protocol, {valid} of the {len(cells)} cells of the paper's criteria are valid and {undecided} "
-        f"undecided. Such a cell detects d = 0.2 with probability {power:.2f} and needs d = {needed:.3f} for 0.8: its silence "
-        "is no evidence of absence."
-    )
-    yield Paragraph(text, f"On {cells[0]['n']} sampled positions")
+def released_data(inputs: Inputs) -> Iterable[Paragraph]:
+    """What the paper's released raw data say when they are read in nats."""
+    for sentence in reread_sentences(inputs.rows("reread.csv")):
+        yield Paragraph(f" {sentence}", "The paper's released data.")
 
 
 def ceiling(inputs: Inputs) -> Iterable[Paragraph]:
-    """What any fixed ranking could explain, and how near the criteria come to it."""
+    """What any fixed ranking could explain, and what the criteria explain when they are used linearly."""
     reading = ceiling_reading(inputs)
     if reading is None:
         return
     text = (
-        f" No ranking fixed for the corpus can explain more than {share(reading.ceiling)} of the variance of effects within a "
-        f"position (mean over layers). The best criterion, {label(reading.best)}, reaches {share(reading.best_share)} of that"
+        f" {share(reading.ceiling)} of the variance of realised effects within a position lies between experts (mean over "
+        "layers): no ranking fixed for the corpus can explain more of it."
     )
-    text += "." if math.isnan(reading.oracle_share) else f", the oracle {share(reading.oracle_share)}."
-    yield Paragraph(text, "Static ceiling.")
+    if reading.ceiling >= _SMALLEST_CEILING:
+        text += f" Used linearly, {label(reading.best)} explains {share(reading.best_share)} of that"
+        text += "." if math.isnan(reading.oracle_share) else f", the oracle {share(reading.oracle_share)}."
+    yield Paragraph(text + " Savings are means; a share of variance does not bound them.", "Static ceiling.")
 
 
 def bayes(inputs: Inputs) -> Iterable[Paragraph]:
     """What each kind of ranking gains over chance in documents left out, and which criteria the stack rests on."""
     rows = inputs.rows("bayes.csv")
     leaders = []
-    for families in (("token",), ("oracle",), FIXED):
+    for families in (("token",), ("oracle",), FIXED_FAMILIES):
         scored = [row for row in rows if row["family"] in families and not math.isnan(row["lodo_score"])]
         if scored:
             best = max(scored, key=lambda row: float(row["lodo_score"]))
@@ -167,35 +154,23 @@ def several(inputs: Inputs) -> Iterable[Paragraph]:
     yield Paragraph(text, "Several experts at one token.")
 
 
-FINDINGS: tuple[Callable[[Inputs], Iterable[Paragraph]], ...] = (
-    fixed_criteria,
-    token_scores,
-    sample_power,
-    ceiling,
-    bayes,
-    scope,
-    several,
-)
+FINDINGS: tuple[Callable[[Inputs], Iterable[Paragraph]], ...] = (paper_protocol, released_data, ceiling, bayes, scope, several)
 
 
 # --- wording ------------------------------------------------------------------------------------------------------------------
 
 
-def _cell_count(cells: Sequence[Row]) -> str:
-    over = "all positions" if cells[0]["population"] == "all" else f"{cells[0]['n']} sampled positions"
-    return f"{len(cells)} cells of criterion \N{MULTIPLICATION SIGN} layer, over {over}"
-
-
-def _tally(cells: Sequence[Row]) -> str:
-    """Counts by verdict; which rankings are valid or reversed, and where."""
+def _detected(inputs: Inputs, population: str) -> str:
+    """How many cells of the paper's criteria, and of the control, the agreement rule detects; empty where all were refused."""
     parts = []
-    for verdict in ("valid", "equivalent", "undecided", "reversed", "refused"):
-        rows = [row for row in cells if row["verdict"] == verdict]
-        if not rows and verdict in ("reversed", "refused"):
-            continue
-        named = f" ({_where(rows)})" if rows and verdict in ("valid", "reversed") else ""
-        parts.append(f"{len(rows)} {VERDICT_WORDS[verdict].name}{named}")
-    return ", ".join(parts)
+    for name, families, rankings in (("the paper's criteria", ("paper",), None), ("the control", ("token",), (ROUTING_WEIGHT,))):
+        cells = [row for row in position_cells(inputs, population, families) if rankings is None or row["ranking"] in rankings]
+        tested = [row for row in cells if row["outcome"] != "refused"]
+        if tested:
+            detected = [row for row in tested if row["outcome"] in ("positive", "negative")]
+            where = f" ({_where(detected)})" if detected and rankings is None else ""
+            parts.append(f"{len(detected)} of {len(tested)} cells of {name}{where}")
+    return " and ".join(parts) if any("criteria" in part for part in parts) else ""
 
 
 def _where(cells: Sequence[Row]) -> str:

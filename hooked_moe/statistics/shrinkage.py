@@ -7,7 +7,6 @@ from jaxtyping import Float, Num
 
 from hooked_moe.statistics.samples import MINIMUM_PAIRS, DegenerateSample, require_finite
 
-
 PRIOR_DOCUMENTS = 10
 
 

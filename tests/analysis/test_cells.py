@@ -11,7 +11,6 @@ from hooked_moe import statistics, tables
 from hooked_moe.analysis.cells import Cell, cells_from_table, cells_table
 from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.analysis.rankings import ROUTING_WEIGHT, TOKEN_LADDER
-from hooked_moe.report.terminal_table import terminal_table
 from hooked_moe.tables.effect_grid import effect_chunks
 from tests.support.synthetic_effects import PLANTED_LAYER, synthetic_effects, synthetic_expert_weights
 from tests.support.whole_tables import audit_cells, expert_criteria, frozen_positions, read_effects
@@ -317,13 +316,3 @@ def test_the_oracle_ranks_by_other_documents_and_finds_experts_that_matter():
     effects = EFFECTS.set_column(EFFECTS.schema.get_field_index("delta_loss"), "delta_loss", pa.array(delta))
     cells = audit_cells(effects, CRITERIA_TABLE, layers=[0, 1])
     assert {cell.verdict for cell in cells if cell.ranking == "oracle"} == {"valid"}
-
-
-def test_the_terminal_table_fits_a_hundred_columns(cells):
-    lines = terminal_table(cells).splitlines()
-    assert max(map(len, lines)) <= 100
-    planted = next(
-        line for line in lines[lines.index("routing_weight (control: the token's own)") :] if line.startswith("      2")
-    )
-    assert planted.count("+ |") == 1
-    assert planted.endswith("+")

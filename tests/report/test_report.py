@@ -29,16 +29,17 @@ from hooked_moe.report.figures.experts import MINIMUM_REMOVALS, draw_experts, ex
 from hooked_moe.report.figures.names import PAPER_LINES, SCORE_LINES
 from hooked_moe.report.figures.progressive import draw_progressive
 from hooked_moe.report.inputs import Inputs, read_inputs
+from hooked_moe.report.outcome_words import PROTOCOL_WORDS
 from hooked_moe.report.page import render_page, style_sheet
-from hooked_moe.report.summary import conclude, opening
+from hooked_moe.report.summary import FINDINGS
 from tests.support.synthetic_effects import PARTS, synthetic_run
 from tests.support.synthetic_report import synthetic_report
 
 FIGURES = (
-    *("effect_size", "rank_correlation", "ceiling", "removal_effect", "slots", "slot_distribution", "experts"),
-    *("redistribution", "progressive", "scopes"),
+    *("savings", "pruning", "effect_size", "rank_correlation", "ceiling", "ceiling_kl", "removal_effect", "slots"),
+    *("slot_distribution", "experts", "redistribution", "progressive", "scopes"),
 )
-TIMES = "\N{MULTIPLICATION SIGN}"
+NOT_BY_ANALYSIS = {"pruning.csv", "pruning_summary.csv", "reread.csv"}
 VOID = {"meta", "img", "source", "br"}
 
 
@@ -111,10 +112,10 @@ def changed(run: Path, directory: Path, name: str, change) -> Path:
     return directory
 
 
-def texts(run: Path) -> tuple[str, str]:
-    """The top of the page and the conclusions of a run, as plain text."""
+def findings_of(run: Path) -> str:
+    """What was found, as plain text."""
     inputs = read_inputs(run)
-    return Page(render_page(blocks.Page("made-up", opening(inputs), ()))).text, " ".join(conclude(inputs))
+    return " ".join(finding.strong + finding.text for find in FINDINGS for finding in find(inputs))
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def test_a_page_is_the_same_bytes_each_time(measured, tmp_path):
 
 
 def test_the_report_is_read_and_written_without_torch():
-    script = "import sys, hooked_moe.report, hooked_moe.report.terminal_table; sys.exit('torch' in sys.modules)"
+    script = "import sys, hooked_moe.report, hooked_moe.report.terminal_savings; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -165,7 +166,7 @@ def test_what_was_not_measured_is_named_with_the_command_that_measures_it(measur
     write_report(run)
     text = page_of(run).text
     assert f"Not measured: {DERIVED_FILES[name].about} (this run has no such part)" in text
-    assert DERIVED_FILES[name].command.format(model="made-up-moe") in text
+    assert f"Measure it with {DERIVED_FILES[name].command.format(model='made-up-moe')} and the settings of this run" in text
 
 
 @pytest.mark.usefixtures("unpainted")
@@ -180,10 +181,10 @@ def test_a_run_of_one_part_alone_is_reported(measured, tmp_path):
 
 
 def test_without_any_table_or_with_one_of_another_version_it_refuses_by_name(measured, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none of the derived tables cells\.csv.* analyse the run first"):
+    with pytest.raises(FileNotFoundError, match=r"none of the derived tables savings\.csv.* analyse the run first"):
         write_report(tmp_path)
-    run = changed(measured, tmp_path / "old", "cells.csv", lambda frame: frame.drop(columns=["verdict", "bf10"]))
-    with pytest.raises(ValueError, match=r"cells\.csv lacks column verdict, bf10; analyse the run again"):
+    run = changed(measured, tmp_path / "old", "cells.csv", lambda frame: frame.drop(columns=["outcome", "p_max_t"]))
+    with pytest.raises(ValueError, match=r"cells\.csv lacks column p_max_t, outcome; analyse the run again"):
         write_report(run)
 
 
@@ -218,32 +219,34 @@ def test_failed_checks_are_shown_as_such(measured, tmp_path):
 
 
 @pytest.mark.usefixtures("unpainted")
-def test_the_map_of_verdicts_shows_every_cell(measured):
+def test_the_map_of_the_protocol_shows_every_cell(measured):
     write_report(measured)
     frame = tables.read_csv(measured / "cells.csv").to_pandas()
-    marks = {"valid": "+", "reversed": "\N{MINUS SIGN}", "equivalent": "=", "undecided": "?", "refused": "x"}
-    maps = [row for row in page_of(measured).rows if row and row[0] in ("activation norm", "routing entropy", "router-row norm")]
-    order = [("position", "all"), ("position", "sample"), ("sequence", "all"), ("sequence", "sample")]
+    marks = {outcome: words.mark for outcome, words in PROTOCOL_WORDS.items()}
+    names = ("activation norm", "routing entropy", "router-row norm")
+    maps = [row for row in page_of(measured).rows if row and row[0] in names and "%" not in "".join(row)]
+    order = [("position", "sample"), ("position", "all"), ("sequence", "sample"), ("sequence", "all")]
     shown = [row for row in maps if any(cell.strip() in marks.values() for cell in row[1:])]
     assert len(shown) == 3 * len(order)
     for i, (scope, population) in enumerate(order):
         for row, ranking in zip(shown[3 * i :], ("activation_norm", "routing_entropy", "router_row_norm"), strict=False):
             cells = frame[(frame.scope == scope) & (frame.population == population) & (frame.ranking == ranking)]
             found = [cell.strip() for cell in row[1:] if cell.strip() in marks.values()]
-            assert found == [marks[verdict] for verdict in cells.sort_values("layer").verdict]
+            assert found == [marks[outcome] for outcome in cells.sort_values("layer").outcome]
 
 
 @pytest.mark.usefixtures("unpainted")
 def test_refused_cells_say_why_and_tables_drop_columns_without_numbers(measured, tmp_path):
     def without_documents(frame: pd.DataFrame) -> pd.DataFrame:
         sample = frame.population == "sample"
-        frame.loc[sample, ["p_max_t", "spearman", "spearman_low", "spearman_high", "bf10", "bf_directional"]] = np.nan
+        frame.loc[sample, "p_max_t"] = np.nan
         return frame
 
     text = page_of(write_report(changed(measured, tmp_path / "run", "cells.csv", without_documents)).parent).text
     assert "refused: all 72 differences equal 0; without variance there is no test" in text
     assert text.count("p, max T") == 2 * 4  # both scopes of population all, four families
-    assert text.count("p, TOST") == 4 * 4
+    assert text.count("power at d = 0.2") == 2 * 4  # beside the samples alone, whose tests it is of
+    assert "TOST" not in text
 
 
 @pytest.mark.usefixtures("unpainted")
@@ -252,33 +255,41 @@ def test_a_model_of_many_layers_has_marks_alone_in_its_map(tmp_path):
     write_report(run)
     body = (run / "report.html").read_text(encoding="utf-8")
     assert "<small>" not in body
-    assert body.count('class="map deep"') == 2
+    assert body.count('class="map deep"') == 2 + 2  # savings in both effects, the protocol on both populations
 
 
-# --- summary and conclusions -------------------------------------------------------------------------------------------
+# --- what was found ----------------------------------------------------------------------------------------------------
 
 
-def test_the_summary_counts_the_verdicts_of_the_tables(measured):
-    findings, _ = texts(measured)
+def test_the_summary_counts_what_the_papers_protocol_detects(measured):
+    findings = findings_of(measured)
     frame = tables.read_csv(measured / "cells.csv").to_pandas()
-    frame = frame[(frame.scope == "position") & (frame.population == "all")]
-    counts = frame.groupby("family").verdict.value_counts()
-    paper, extended = counts["paper"], counts["extended"]
-    assert (
-        f"(24 cells of criterion {TIMES} layer, over all positions): {paper['valid']} valid (activation norm in layers 4, 5)"
-        in findings
-    )
-    assert f"{paper['equivalent']} equivalent to zero" in findings
-    assert f"{extended['undecided']} undecided, 1 reversed (routing entropy in layer 0), 1 refused" in findings
-    token = frame[frame.ranking == "first_order"].spearman.mean()
-    assert f"first-order estimate {token:+.3f}, valid in 6 of 6 layers" in findings
+    for population in ("sample", "all"):
+        cells = frame[(frame.scope == "position") & (frame.population == population)]
+        paper, control = cells[cells.family == "paper"], cells[cells.ranking == "routing_weight"]
+        detected = [int(part.outcome.isin(["positive", "negative"]).sum()) for part in (paper, control)]
+        assert f"{detected[0]} of 24 cells of the paper's criteria" in findings
+        assert f"{detected[1]} of 6 cells of the control" in findings
+    sample = frame[(frame.population == "sample") & (frame.family == "paper")].iloc[0]
+    assert f"d = 0.2 with probability {sample.power_at_d02:.2f}" in findings
+    assert "no evidence of absence" in findings
+
+
+def test_where_documents_are_too_few_the_sample_alone_is_summed_up(measured, tmp_path):
+    def refuse_all(frame: pd.DataFrame) -> pd.DataFrame:
+        frame.loc[frame.population == "all", "outcome"] = "refused"
+        return frame
+
+    findings = findings_of(changed(measured, tmp_path / "run", "cells.csv", refuse_all))
+    assert "On 200 sampled positions" in findings
+    assert "Over all positions" not in findings
 
 
 def test_the_summary_reads_ceiling_scope_and_progressive_off_their_tables(measured):
-    findings, _ = texts(measured)
+    findings = findings_of(measured)
     ceiling = tables.read_csv(measured / "ceiling.csv").to_pandas()
     value = ceiling.groupby("layer").ceiling.first().mean()
-    assert f"more than {100 * value:.1f}% of the variance" in findings
+    assert f"{100 * value:.1f}% of the variance of realised effects" in findings
     scopes = tables.read_csv(measured / "scopes.csv").to_pandas()
     ratio = scopes.mean_abs_sequence / scopes.mean_abs_position
     assert f"{ratio.min():.2f} to {ratio.max():.2f} times as much" in findings
@@ -287,64 +298,6 @@ def test_the_summary_reads_ceiling_scope_and_progressive_off_their_tables(measur
     assert f"{half['descending']:+.3f} nats highest weight first" in findings
     assert f"{half['ascending']:+.3f} nats lowest weight first" in findings
     assert f"all 8, {progressive[progressive.removed == 8]['mean'].mean():+.3f}" in findings
-
-
-def set_verdicts(verdict: str):
-    def change(frame: pd.DataFrame) -> pd.DataFrame:
-        frame.loc[frame.family.isin(["paper", "extended"]) & (frame.population == "all"), "verdict"] = verdict
-        return frame
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("verdict", "conclusion"),
-    [
-        ("undecided", "Most cells (96 of 96) are undecided"),
-        ("equivalent", "No statistic fixed for the corpus tells which active expert matters at a token: in 96 of 96 cells"),
-        ("valid", "Fixed statistics predict in 96 of 96 cells"),
-        ("reversed", "in 0 of 96 cells the effect is shown to lie within d = 0.1, 96 point the wrong way"),
-    ],
-)
-def test_the_conclusion_follows_the_verdicts(measured, tmp_path, verdict, conclusion):
-    run = changed(measured, tmp_path / "run", "cells.csv", set_verdicts(verdict))
-    assert conclusion in texts(run)[1]
-
-
-def test_where_documents_are_too_few_the_sample_is_summed_up_and_said_so(measured, tmp_path):
-    def refuse_all(frame: pd.DataFrame) -> pd.DataFrame:
-        frame.loc[frame.population == "all", "verdict"] = "refused"
-        return frame
-
-    findings, _ = texts(changed(measured, tmp_path / "run", "cells.csv", refuse_all))
-    assert f"24 cells of criterion {TIMES} layer, over 200 sampled positions" in findings
-
-
-def test_the_conclusion_about_fixed_rankings_follows_the_ceiling(measured, tmp_path):
-    low = texts(measured)[1]
-    assert "A fixed ranking can say little here: at most 2.2% of the variance" in low
-    assert "the criteria miss most of what a fixed ranking can give" in low
-
-    def high(frame: pd.DataFrame) -> pd.DataFrame:
-        good = frame.criterion.isin(["activation_norm", "oracle"])
-        frame["ceiling"] *= 10
-        frame["share_of_variance"] = np.where(good, 0.8, 0.02) * frame["ceiling"]
-        return frame
-
-    text = texts(changed(measured, tmp_path / "run", "ceiling.csv", high))[1]
-    assert "A fixed ranking could explain 22% of the variance" in text
-    assert "activation norm already takes much of what a fixed ranking can give" in text
-
-
-def test_the_conclusion_about_token_scores_can_go_against_them(measured, tmp_path):
-    assert "ask the token: its first-order estimate orders the active experts best" in texts(measured)[1]
-
-    def blind(frame: pd.DataFrame) -> pd.DataFrame:
-        frame.loc[frame.family == "token", "spearman"] = 0.0
-        return frame
-
-    text = texts(changed(measured, tmp_path / "run", "cells.csv", blind))[1]
-    assert "no better than activation norm does" in text
 
 
 @pytest.mark.usefixtures("unpainted")
@@ -369,6 +322,7 @@ def test_every_text_of_a_block_stays_text():
     )
     every = (
         Paragraph(markup, markup),
+        blocks.Lead(markup, markup),
         blocks.Heading(markup),
         blocks.Missing(markup, markup, markup),
         blocks.Summary(markup, (Paragraph(markup, markup),)),
@@ -380,7 +334,7 @@ def test_every_text_of_a_block_stays_text():
     page = blocks.Page(markup, every, (blocks.Section("anchor", markup, (blocks.Folded(markup, every, on_paper=True),)),))
     rendered = render_page(page)
     assert "<b>bold" not in rendered
-    titles, texts_of_blocks = 2 + 2 + 1, 19  # titles of the page and the section, twice each, and of the fold
+    titles, texts_of_blocks = 2 + 2 + 1, 21  # titles of the page and the section, twice each, and of the fold
     assert Page(rendered).text.count(markup) == titles + 2 * texts_of_blocks
 
 
@@ -394,8 +348,11 @@ def test_figures_show_the_numbers_of_their_tables(reported):
     np.testing.assert_array_equal(drawn.d_position, expected.d_position)
     np.testing.assert_allclose(drawn.relative_depth, expected.layer / 5)
     correlated = tables.read_csv(reported / "figures" / "rank_correlation.csv").to_pandas()
-    np.testing.assert_array_equal(correlated.spearman, cells[(cells.scope == "position") & (cells.population == "all")].spearman)
-    for name in ("progressive", "scopes", "slots"):
+    savings = tables.read_csv(reported / "savings.csv").to_pandas()
+    np.testing.assert_array_equal(correlated.spearman, savings[savings.layer != "all"].spearman)
+    saved = tables.read_csv(reported / "figures" / "savings.csv").to_pandas()
+    np.testing.assert_array_equal(saved.saving_share_low, savings[savings.layer == "all"].saving_share_low)
+    for name in ("progressive", "scopes", "slots", "pruning"):
         assert tables.read_csv(reported / "figures" / f"{name}.csv").equals(tables.read_csv(reported / f"{name}.csv"))
 
 
@@ -406,9 +363,9 @@ def test_relative_depth_counts_the_layers_of_the_model_not_those_audited():
         "family": "paper",
         "ranking": "activation_norm",
         "n": 9,
-        "verdict": "valid",
+        "outcome": "positive",
     }
-    numbers = dict.fromkeys(("d_position", "d_position_low", "d_position_high", "minimal_detectable_d", "equivalence_bound"), 0.1)
+    numbers = dict.fromkeys(("d_position", "d_position_low", "d_position_high", "minimal_detectable_d"), 0.1)
     table = pa.Table.from_pylist([{**cells, **numbers, "layer": layer} for layer in (1, 7, 13)])
     assert effect_size(table, 27).numbers.column("relative_depth").to_pylist() == [1 / 26, 7 / 26, 13 / 26]
     assert Inputs({"cells.csv": table}, {"model": {"config": {"n_layers": 27}}}, {}).n_layers == 27
@@ -443,9 +400,7 @@ def test_progressive_curves_of_a_deep_model_fit_a_page_and_a_phone(tmp_path):
 def test_lines_differ_without_colour_and_text_stands_out_from_its_ground():
     for lines in (SCORE_LINES.values(), PAPER_LINES):
         assert len({marker for _, marker in lines}) == len(lines)
-    pairs = re.findall(
-        r"\.(?:valid|reversed|equivalent|undecided|refused) \{ background: (#\w+); color: (#\w+); \}", style_sheet()
-    )
+    pairs = re.findall(r"\.(?:good|bad|neutral|open|absent) \{ background: (#\w+); color: (#\w+); \}", style_sheet())
     assert len(pairs) == 5
     assert all(contrast(*pair) >= 4.5 for pair in pairs)
 
@@ -469,12 +424,13 @@ def test_the_made_up_files_have_the_columns_of_an_analysed_run_which_is_reported
     run = synthetic_run(tmp_path / "run", parts=PARTS)
     analyse_run(run, n_experts=16)
     real, made_up = read_inputs(run), read_inputs(measured)
-    assert set(real.tables) == set(made_up.tables) == set(DERIVED_FILES)
+    assert set(made_up.tables) == set(DERIVED_FILES)
+    assert set(DERIVED_FILES) - set(real.tables) <= NOT_BY_ANALYSIS
     for name, table in real.tables.items():
         assert set(table.column_names) == set(made_up.tables[name].column_names), name
     write_report(run)
     text = page_of(run).text
-    assert "Not measured" not in text
+    assert text.count("Not measured") == len(set(DERIVED_FILES) - set(real.tables))
     assert not re.search(r"\bnan\b", text)
 
 
@@ -484,5 +440,5 @@ def test_a_corpus_too_small_for_inference_over_documents_is_reported_as_such(tmp
     analyse_run(run, n_experts=16)
     write_report(run)
     text = page_of(run).text
-    assert "over 200 sampled positions" in text
+    assert "On 200 sampled positions" in text
     assert "refused: 1 documents; tests over documents" in text

@@ -14,6 +14,7 @@ import pyarrow as pa
 from hooked_moe.analysis.criteria import EXTENDED_CRITERIA, PAPER_CRITERIA
 from hooked_moe.analysis.rankings import ORACLE, TOKEN_LADDER
 from hooked_moe.tables import write_csv_atomic, write_json_atomic, write_parquet_atomic
+from tests.support.synthetic_savings import SCENARIOS, pruning_rows, pruning_summary_rows, reread_rows, savings_rows
 
 FAMILIES = {"paper": PAPER_CRITERIA, "extended": EXTENDED_CRITERIA, "token": tuple(TOKEN_LADDER), "oracle": (ORACLE,)}
 BOUND = 0.1
@@ -21,17 +22,28 @@ N_DOCUMENTS, POSITIONS_PER_DOCUMENT = 72, 511
 
 
 def synthetic_report(
-    directory: Path, n_layers: int = 6, n_experts: int = 64, k: int = 8, scopes: tuple[str, ...] = ("position", "sequence")
+    directory: Path,
+    n_layers: int = 6,
+    n_experts: int = 64,
+    k: int = 8,
+    scopes: tuple[str, ...] = ("position", "sequence"),
+    scenario: str = "helpful",
 ) -> Path:
-    """Every derived file and the manifest, in `directory`; returns it."""
+    """Every derived file and the manifest, in `directory`; returns it. `scenario` is one of `synthetic_savings.SCENARIOS`."""
     directory.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(7)
+    truth = SCENARIOS[scenario]
     tables = {
+        "savings.csv": savings_rows(truth, n_layers),
+        "pruning.csv": pruning_rows(truth),
+        "pruning_summary.csv": pruning_summary_rows(),
+        "reread.csv": reread_rows(),
         "cells.csv": _cells(random, n_layers, scopes),
         "layers.csv": _layers(random, n_layers, k),
         "slots.csv": _slots(n_layers, k),
         "slot_distribution.csv": _slot_distribution(k),
         "ceiling.csv": _ceiling(random, n_layers),
+        "ceiling_kl.csv": _ceiling(random, n_layers),
         "bayes.csv": _bayes(random),
         "redistribution.csv": _redistribution(n_layers, n_experts),
         "progressive.csv": _progressive(n_layers, k),

@@ -46,16 +46,19 @@ def pooled_shares(ceiling: pa.Table) -> dict[str, tuple[str, float]]:
     return shares
 
 
-def static_ceiling(ceiling: pa.Table) -> Drawing:
+def static_ceiling(ceiling: pa.Table, of_kl: bool = False) -> Drawing:
+    """The ceiling of realised effects, or `of_kl`: that of the logarithm of expected ones."""
     shares = pooled_shares(ceiling)
     pooled = pa.array([shares[criterion][1] for criterion in ceiling.column("criterion").to_pylist()])
+    effect = "the logarithm of expected effects (KL)" if of_kl else "realised effects"
     return Drawing(
-        "ceiling",
-        "How much could any fixed ranking explain?",
-        "First panel: the static ceiling, which is the share of the variance of effects within a position that lies between "
-        "experts, cross-fitted over documents (bars: one standard error); no ranking fixed for the corpus can explain more. "
-        "Second panel: the share of that ceiling which each criterion reaches, layers pooled; dots are single layers whose "
-        "ceiling exceeds two standard errors. The oracle ranks experts by their mean effect in other documents.",
+        "ceiling_kl" if of_kl else "ceiling",
+        f"How much of the variance of {effect} lies between experts?",
+        f"First panel: the static ceiling, which is the share of the variance of {effect} within a position that lies between "
+        "experts, cross-fitted over documents (bars: one standard error); no fixed ranking can explain more of it. "
+        "Second panel: the share of that ceiling which each criterion reaches when it is used linearly, layers pooled; dots are "
+        "single layers whose ceiling exceeds two standard errors. The oracle ranks experts by their mean effect in other "
+        "documents.",
         ceiling.append_column("share_of_ceiling_pooled", pooled),
         draw_static_ceiling,
     )

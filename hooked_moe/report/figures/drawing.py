@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from hooked_moe.tables import atomic_path, write_csv_atomic
 
 BLACK, BLUE, SKY, GREEN, VERMILLION, GREY = "#000000", "#0072B2", "#56B4E9", "#007a5a", "#D55E00", "#666666"
+PURPLE = "#8f4a75"
 SMALL = 8  # points; nothing in a figure is smaller
 WIDE, NARROW = 7.4, 3.9  # inches
 DOTS_PER_INCH = 200  # of the PNG

@@ -1,5 +1,7 @@
 """Effect size by relative depth: the criteria as a grey band, the token's own routing weight on top."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
@@ -25,7 +27,7 @@ from hooked_moe.report.figures.names import PAPER_LINES, label
 
 _KEPT = (
     *("population", "family", "ranking", "layer", "n", "d_position", "d_position_low", "d_position_high"),
-    *("minimal_detectable_d", "equivalence_bound", "verdict"),
+    *("minimal_detectable_d", "outcome"),
 )
 
 
@@ -38,13 +40,13 @@ def effect_size(cells: pa.Table, n_layers: int) -> Drawing:
     numbers = cells.filter(pa.array(shown)).select(_KEPT)
     return Drawing(
         "effect_size",
-        "Does the ranking point at the expert that matters?",
+        "The paper's effect size, by depth",
         "As the paper's Figure 1: standardised difference d in loss change between removing the active expert that a ranking "
         "puts highest and the one it puts lowest, over single positions. Dark grey: the range of the paper's four criteria, "
         "each a thin line; light grey: the range of their 95% intervals. Vermillion: the token's own routing weight, "
         "with its 95% interval (for the sample exact if positions were independent, for all positions by jackknife over "
-        "documents). Dashed: the size that the sample detects with 80% power after correction. Dotted: the bound within which "
-        "an effect counts as equivalent to zero.",
+        "documents). Dashed: the size that the sample detects with 80% power after correction. d divides by the scatter of one "
+        "realised token.",
         with_relative_depth(numbers, n_layers),
         draw_effect_size,
     )
@@ -74,9 +76,7 @@ def draw_effect_size(numbers: pa.Table, narrow: bool) -> Figure:
         if np.isnan(rows["d_position"].astype(float)).all():
             axes.text(0.5, 0.5, "refused: see the table", transform=axes.transAxes, ha="center", va="center")
         elif population == "sample":
-            _mark(axes, float(np.nanmean(rows["minimal_detectable_d"])), "80% power", (4.0, 3.0))
-        else:
-            _mark(axes, float(np.nanmean(rows["equivalence_bound"])), "equivalence bound", (1.0, 1.5))
+            _mark_power(axes, float(np.nanmean(rows["minimal_detectable_d"])))
         n = rows["n"].max()
         title = f"{n} sampled positions" if population == "sample" else f"all positions (n = {n} documents)"
         axes.set_title(title, pad=18)
@@ -121,10 +121,10 @@ def _draw_criteria(axes: Axes, numbers: pa.Table, population: str, depth: np.nda
         )
 
 
-def _mark(axes: Axes, size: float, text: str, dashes: tuple[float, float]) -> None:
-    """Lines at plus and minus a size that d is to be compared with."""
+def _mark_power(axes: Axes, size: float) -> None:
+    """Lines at plus and minus the d that the sample detects with 80% power."""
     for sign in (-1, 1):
-        axes.axhline(sign * size, color=BLUE, linewidth=1, linestyle=(0, dashes), zorder=1)
-    at = (0.01, -size)
-    axes.annotate(text, at, (0, -2), ("axes fraction", "data"), "offset points", va="top", fontsize=SMALL, color=BLUE, zorder=7)
+        axes.axhline(sign * size, color=BLUE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    style: Any = {"va": "top", "fontsize": SMALL, "color": BLUE, "zorder": 7}
+    axes.annotate("80% power", (0.01, -size), (0, -2), ("axes fraction", "data"), "offset points", **style)
     axes.set_ylim(bottom=min(axes.get_ylim()[0], -1.3 * size))

@@ -1,7 +1,10 @@
 """How rankings of experts are named and drawn, alike in every figure and table."""
 
 from hooked_moe.analysis.criteria import CRITERIA
-from hooked_moe.report.figures.drawing import BLACK, BLUE, GREEN, VERMILLION
+from hooked_moe.report.figures.drawing import BLACK, BLUE, GREEN, PURPLE, VERMILLION
+
+FIXED_FAMILIES = ("paper", "extended")
+"""Families of rankings that are fixed for the corpus, which one can prune by."""
 
 FAMILY_TITLES = {
     "paper": "criteria of the paper",
@@ -16,6 +19,7 @@ SCORE_LINES = {
     "routing_weight": (VERMILLION, "o"),
     "gap_norm": (BLUE, "s"),
     "first_order": (GREEN, "^"),
+    "kl": (PURPLE, "v"),
     "oracle": (BLACK, "D"),
 }
 PAPER_LINES = (("#303030", "o"), ("#606060", "s"), ("#808080", "^"), ("#9a9a9a", "D"))
@@ -24,7 +28,10 @@ _LABELS = {
     "routing_weight": "routing weight",
     "gap_norm": "gap norm",
     "first_order": "first-order estimate",
+    "kl": "exact expected effect (KL)",
     "oracle": "oracle",
+    "mean_effect": "mean effect in other documents",
+    "sum_effect": "sum of effects in other documents",
 }
 
 

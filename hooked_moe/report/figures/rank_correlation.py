@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hooked_moe.analysis.rankings import ORACLE, ROUTING_WEIGHT
 from hooked_moe.report.figures.drawing import (
     LEGEND_BELOW,
     Drawing,
@@ -19,54 +19,59 @@ from hooked_moe.report.figures.drawing import (
 )
 from hooked_moe.report.figures.names import PAPER_LINES, SCORE_LINES, label
 
-_KEPT = ("family", "ranking", "layer", "spearman", "spearman_low", "spearman_high")
+_KEPT = ("effect", "family", "ranking", "layer", "spearman", "spearman_low", "spearman_high")
+_EFFECTS = {"delta_loss": "realised loss", "kl": "expected loss (KL)"}
 
 
-def rank_correlation(cells: pa.Table) -> Drawing:
-    """The correlations of every ranking over all positions, scope position."""
-    keys = cells.select(["scope", "population"]).to_pylist()
-    numbers = cells.filter(pa.array([row == {"scope": "position", "population": "all"} for row in keys])).select(_KEPT)
+def rank_correlation(savings: pa.Table) -> Drawing:
+    """The correlations of every ranking with both effects, layer by layer."""
+    numbers = savings.select(_KEPT).filter(pa.array([layer != "all" for layer in savings.column("layer").to_pylist()]))
+    layers = pa.array([int(layer) for layer in numbers.column("layer").to_pylist()])
     return Drawing(
         "rank_correlation",
-        "How well does it order all active experts?",
-        "Spearman correlation, within a position and over all its active experts, between a ranking and the loss change of "
-        "each removal; mean over documents with a 95% interval by bootstrap over documents. First panel: per-token scores, and "
-        "the oracle, which ranks experts by their effect in other documents. Second panel, at another scale: criteria fixed "
-        "for the whole corpus, with the routing weight and the oracle again; light lines are the further criteria.",
-        numbers,
+        "How well does a ranking order all active experts?",
+        "Spearman correlation, within a position and over all its active experts, between a ranking and the effect of each "
+        "removal; mean over documents with a 95% interval by bootstrap over documents. First panel: the loss of the token that "
+        "followed. Second panel, at another scale: its expectation, the KL divergence. Light lines are the further criteria. "
+        "Criteria are taken in the direction in which they prune, so above 0 the order is the right one. The first-order "
+        "estimate knows the token that followed; no other ranking does.",
+        numbers.set_column(numbers.schema.get_field_index("layer"), "layer", layers),
         draw_rank_correlation,
     )
 
 
 def draw_rank_correlation(numbers: pa.Table, narrow: bool) -> Figure:
-    figure, (scores, fixed) = panel_row(narrow, 2, 2.9, (3, 9))
-    layers = np.unique(numbers.column("layer").to_numpy())
-    for ranking, (colour, marker) in SCORE_LINES.items():
-        rows = rows_where(numbers, ranking=ranking)
-        line_with_band(scores, rows["layer"], *_interval(rows), colour=colour, marker=marker, label=label(ranking))
-        if ranking in (ROUTING_WEIGHT, ORACLE):  # to compare with, at the scale of the criteria
-            line_with_band(fixed, rows["layer"], *_interval(rows), colour=colour, marker=marker, label=None)
-    further = numbers.filter(pa.array([family == "extended" for family in numbers.column("family").to_pylist()]))
-    for i, ranking in enumerate(distinct(further, "ranking")):
-        rows = rows_where(further, ranking=ranking)
-        text = "further criteria, a line each" if i == 0 else None
-        fixed.plot(rows["layer"], rows["spearman"].astype(float), color="#c9c9c9", linewidth=1, zorder=2, label=text)
-    for ranking, (colour, marker) in zip(_paper(numbers), PAPER_LINES, strict=False):
-        rows = rows_where(numbers, ranking=ranking)
-        thin: Any = {"linewidth": 1.2, "markersize": 3.5}
-        line_with_band(fixed, rows["layer"], *_interval(rows), colour=colour, marker=marker, label=label(ranking), **thin)
-    for axes, title in ((scores, "per-token scores"), (fixed, "criteria fixed for the corpus")):
+    effects = distinct(numbers, "effect")
+    figure, panels = panel_row(narrow, len(effects), 2.9, (4, 10))
+    for axes, effect in zip(panels, effects, strict=True):
+        _draw_effect(axes, numbers.filter(pa.array([name == effect for name in numbers.column("effect").to_pylist()])))
         zero_line(axes)
-        axes.set(title=title, ylabel="Spearman correlation")
-        layer_axis(axes, layers)
-    figure.legend(ncols=1 if narrow else 3, **LEGEND_BELOW)
+        axes.set(title=_EFFECTS[effect], ylabel="Spearman correlation")
+        layer_axis(axes, np.unique(numbers.column("layer").to_numpy()))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=1 if narrow else 3, **LEGEND_BELOW)
     return figure
 
 
-def _interval(rows: dict[str, np.ndarray]) -> list[np.ndarray]:
-    return [rows[name].astype(float) for name in ("spearman", "spearman_low", "spearman_high")]
+def _draw_effect(axes: Axes, numbers: pa.Table) -> None:
+    thin: Any = {"linewidth": 1.2, "markersize": 3.5}
+    for i, ranking in enumerate(_of_family(numbers, "extended")):
+        rows = rows_where(numbers, ranking=ranking)
+        text = "further criteria, a line each" if i == 0 else None
+        axes.plot(rows["layer"], rows["spearman"].astype(float), color="#c9c9c9", linewidth=1, zorder=2, label=text)
+    for ranking, (colour, marker) in zip(_of_family(numbers, "paper"), PAPER_LINES, strict=False):
+        _draw_line(axes, numbers, ranking, colour, marker, **thin)
+    for ranking, (colour, marker) in SCORE_LINES.items():
+        if ranking in distinct(numbers, "ranking"):
+            _draw_line(axes, numbers, ranking, colour, marker)
 
 
-def _paper(numbers: pa.Table) -> list[str]:
+def _draw_line(axes: Axes, numbers: pa.Table, ranking: str, colour: str, marker: str, **style: Any) -> None:
+    rows = rows_where(numbers, ranking=ranking)
+    ends = [rows[name].astype(float) for name in ("spearman", "spearman_low", "spearman_high")]
+    line_with_band(axes, rows["layer"], *ends, colour=colour, marker=marker, label=label(ranking), **style)
+
+
+def _of_family(numbers: pa.Table, family: str) -> list[str]:
     rows = numbers.select(["family", "ranking"]).to_pylist()
-    return list(dict.fromkeys(row["ranking"] for row in rows if row["family"] == "paper"))
+    return list(dict.fromkeys(row["ranking"] for row in rows if row["family"] == family))

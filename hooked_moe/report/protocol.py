@@ -1,4 +1,4 @@
-"""The cells on the page: a map of verdicts, rankings by layers, and the tables behind it."""
+"""The paper's protocol on the page: a map of its outcomes, rankings by layers, and the tables behind it."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +8,6 @@ from hooked_moe.report.blocks import (
     Block,
     Folded,
     Key,
-    KeyEntry,
     Paragraph,
     Section,
     Table,
@@ -17,24 +16,24 @@ from hooked_moe.report.blocks import (
     table_row,
 )
 from hooked_moe.report.figures.names import FAMILY_TITLES, label
-from hooked_moe.report.number_text import bayes_factor, interval, p_value, signed
-from hooked_moe.report.verdict_words import VERDICT_WORDS
+from hooked_moe.report.number_text import interval, p_value, signed
+from hooked_moe.report.outcome_words import PROTOCOL_WORDS
+from hooked_moe.report.sections import MOST_LAYERS_WITH_NUMBERS, outcome_key
 
 Row = dict[str, Any]  # of cells.csv
 
-_POPULATION_TITLES = {"all": "every position", "sample": "sampled positions"}
-_MOST_LAYERS_WITH_NUMBERS = 12  # beyond, the map shows the marks alone
+_POPULATION_TITLES = {"sample": "sampled positions", "all": "every position"}
 
 
-def verdict_sections(cells: Sequence[Row]) -> Iterable[Section]:
-    """One section for each scope and population, all positions first."""
+def protocol_sections(cells: Sequence[Row]) -> Iterable[Section]:
+    """One section for each scope and population, the paper's sample first."""
     for scope in dict.fromkeys(row["scope"] for row in cells):
         for population, name in _POPULATION_TITLES.items():
             rows = [row for row in cells if (row["scope"], row["population"]) == (scope, population)]
             if rows:
-                title = f"Verdicts: {name}" + ("" if scope == "position" else f", removed in the whole {scope}")
-                blocks = _blocks(rows, on_paper=(scope, population) == ("position", "all"))
-                yield Section(f"verdicts-{scope}-{population}", title, blocks)
+                title = f"The paper's tests: {name}" + ("" if scope == "position" else f", removed in the whole {scope}")
+                blocks = _blocks(rows, on_paper=(scope, population) == ("position", "sample"))
+                yield Section(f"protocol-{scope}-{population}", title, blocks)
 
 
 def _blocks(cells: Sequence[Row], on_paper: bool) -> tuple[Block, ...]:
@@ -61,34 +60,34 @@ def _unit(cells: Sequence[Row]) -> str:
 
 
 def _rule(cells: Sequence[Row]) -> str:
-    """When a cell is valid, and when it is equivalent to zero."""
+    """When an outcome is positive, and what the p-values do not say."""
     families = ", ".join(
         f"{row['alpha']:g}/{row['n_tests']} for the {FAMILY_TITLES.get(family, family)}"
         for family, (row, *_) in _by(cells, "family")
     )
+    power = (
+        " Power is the probability that the t-test detects d = 0.2 at this level, and the d for 0.8 is what it detects with "
+        "probability 0.8: a sample that detects nothing shows no absence."
+        if cells[0]["population"] == "sample"
+        else ""
+    )
     return (
-        "Agreement rule: the t-test and Wilcoxon's test pass with one sign at the Bonferroni level, "
-        f"{families}. A d within \N{PLUS-MINUS SIGN}{cells[0]['equivalence_bound']:g} counts as equivalent to zero, "
-        "whatever its p. Power and the d for 0.8 are those of the t-test, at the unit that it tests. The tables have every "
-        "number. Their p-values are uncorrected, but for the one of max T: the sign flip over documents that corrects for its "
-        "family. More is in cells.csv."
+        "Agreement rule of the paper: the t-test and Wilcoxon's test pass with one sign at the Bonferroni level, "
+        f"{families}.{power} The p-values in the tables are uncorrected, but for the one of max T: the sign flip over documents "
+        "that corrects for its family. They say whether experts that a ranking separates differ on other tokens like these, not "
+        "whether the criterion is better than a nonsense one, for which the unit is the expert: see the savings. d divides by "
+        "the scatter of one realised token, so it does not tell what a pruning costs. More is in cells.csv."
     )
 
 
 def _key(cells: Sequence[Row]) -> Key:
-    verdicts = {row["verdict"] for row in cells}
-    return Key(
-        tuple(
-            KeyEntry(words.mark, verdict, f"{words.name}: {words.meaning}.")
-            for verdict, words in VERDICT_WORDS.items()
-            if verdict in verdicts
-        )
-    )
+    outcomes = {row["outcome"] for row in cells}
+    return outcome_key({outcome: words for outcome, words in PROTOCOL_WORDS.items() if outcome in outcomes})
 
 
 def _map(cells: Sequence[Row]) -> Table:
     layers = sorted({row["layer"] for row in cells})
-    numbers = len(layers) <= _MOST_LAYERS_WITH_NUMBERS
+    numbers = len(layers) <= MOST_LAYERS_WITH_NUMBERS
     rows = []
     for family, members in _by(cells, "family"):
         rows.append(TableRow(heading=FAMILY_TITLES.get(family, family)))
@@ -101,40 +100,44 @@ def _map(cells: Sequence[Row]) -> Table:
 def _mark(row: Row | None, numbers: bool) -> TableCell:
     if row is None:
         return TableCell("")
-    words, d = VERDICT_WORDS[row["verdict"]], signed(row["d_position"], 2)
-    small = d if numbers and row["verdict"] != "refused" else ""
-    return TableCell(words.mark, css=row["verdict"], small=small, title=f"{words.name}, d = {d}")
+    words, d = PROTOCOL_WORDS[row["outcome"]], signed(row["d_position"], 2)
+    small = d if numbers and row["outcome"] != "refused" else ""
+    return TableCell(words.mark, css=words.css, small=small, title=f"{words.name}, d = {d}")
+
+
+def _outcome(row: Row) -> TableCell:
+    words = PROTOCOL_WORDS[row["outcome"]]
+    return TableCell(words.name, css=words.css, badge=True)
 
 
 # Title, the value that tells whether there is anything to show, and how it is shown.
 _COLUMNS: tuple[tuple[str, str, Callable[[Row], str | TableCell]], ...] = (
     ("layer", "layer", lambda row: str(row["layer"])),
-    ("verdict", "layer", lambda row: TableCell(row["verdict"], css=row["verdict"], badge=True)),
+    ("outcome", "layer", _outcome),
     ("d", "d_position", lambda row: signed(row["d_position"], 3)),
     ("95% interval", "d_position_low", lambda row: interval(row["d_position_low"], row["d_position_high"], 3)),
     ("p, t-test", "p_t", lambda row: p_value(row["p_t"])),
     ("p, Wilcoxon", "p_wilcoxon", lambda row: p_value(row["p_wilcoxon"])),
     ("p, max T", "p_max_t", lambda row: p_value(row["p_max_t"])),
-    ("p, TOST", "p_tost", lambda row: p_value(row["p_tost"])),
-    ("Spearman", "spearman", lambda row: signed(row["spearman"], 3)),
-    ("95% interval", "spearman_low", lambda row: interval(row["spearman_low"], row["spearman_high"], 3)),
-    ("BF₁₀", "bf10", lambda row: bayes_factor(row["bf10"])),
-    ("BF₊₀", "bf_directional", lambda row: bayes_factor(row["bf_directional"])),
-    ("power at 0.2", "power_at_d02", lambda row: f"{row['power_at_d02']:.2f}"),
+)
+# Of d over single positions, which is what a sample tests; over all positions the tests have documents as their unit.
+_POWER_COLUMNS: tuple[tuple[str, str, Callable[[Row], str | TableCell]], ...] = (
+    ("power at d = 0.2", "power_at_d02", lambda row: f"{row['power_at_d02']:.2f}"),
     ("d for 0.8", "minimal_detectable_d", lambda row: f"{row['minimal_detectable_d']:.3f}"),
 )
 
 
 def _table(cells: Sequence[Row]) -> Table:
     """Every number of the cells; columns that are undefined throughout (the sample has no document) are left out."""
-    tested = [row for row in cells if row["verdict"] != "refused"]
-    columns = [column for column in _COLUMNS if not all(math.isnan(row[column[1]]) for row in tested)]
+    tested = [row for row in cells if row["outcome"] != "refused"]
+    known = (*_COLUMNS, *_POWER_COLUMNS) if cells[0]["population"] == "sample" else _COLUMNS
+    columns = [column for column in known if not all(math.isnan(row[column[1]]) for row in tested)]
     columns = columns or list(_COLUMNS[:2])
     rows = []
     for ranking, line in _by(cells, "ranking"):
         rows.append(TableRow(heading=label(ranking)))
         for row in line:
-            if row["verdict"] == "refused":
+            if row["outcome"] == "refused":
                 rows.append(table_row(str(row["layer"]), TableCell(f"refused: {row['note']}", columns=len(columns) - 1)))
             else:
                 rows.append(table_row(*(show(row) for _, _, show in columns)))
