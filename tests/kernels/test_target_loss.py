@@ -32,10 +32,20 @@ def test_the_loss_is_cross_entropy_in_chunks_of_any_size(n: int, d: int, vocabul
 def test_the_loss_of_shifted_rows_is_that_of_their_sums(variants: int, n: int, d: int, vocabulary: int) -> None:
     x, weight, shifts = draw(n, d), draw(vocabulary, d, seed=1), draw(variants, n, d, seed=2)
     targets = torch.randint(vocabulary, (n,))
-    losses = kernel.shifted_target_loss(F.linear(x, weight), shifts, weight, targets)
-    assert losses.shape == (variants, n)
-    for loss, shift in zip(losses, shifts, strict=True):
+    losses, log_sums = kernel.shifted_target_loss(F.linear(x, weight), shifts, weight, targets)
+    assert losses.shape == log_sums.shape == (variants, n)
+    for loss, log_sum, shift in zip(losses, log_sums, shifts, strict=True):
         torch.testing.assert_close(loss, reference(x + shift, weight, targets), atol=2e-5, rtol=1e-5)
+        expected = ((x + shift).double() @ weight.double().T).logsumexp(-1)
+        torch.testing.assert_close(log_sum, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_log_of_the_sum_comes_with_the_loss(dtype: torch.dtype) -> None:
+    x, weight, targets = draw(200, 16).to(dtype), draw(10_001, 16, seed=1).to(dtype), torch.randint(10_001, (200,))
+    loss, log_sum = kernel.target_loss_and_log_sum(x, weight, targets)
+    assert torch.equal(loss, kernel.target_loss(x, weight, targets))
+    torch.testing.assert_close(log_sum, (x.double() @ weight.double().T).logsumexp(-1), atol=1e-5, rtol=1e-6)
 
 
 def test_in_bfloat16_the_error_of_a_shifted_loss_shrinks_with_the_shift() -> None:
@@ -44,7 +54,7 @@ def test_in_bfloat16_the_error_of_a_shifted_loss_shrinks_with_the_shift() -> Non
     logits = F.linear(x, weight.float())
     for scale in (1.0, 1e-2, 1e-4):
         shift = draw(1, 200, 64, seed=2, scale=scale)
-        change = kernel.shifted_target_loss(logits, shift, weight, targets)[0] - F.cross_entropy(
+        change = kernel.shifted_target_loss(logits, shift, weight, targets).loss[0] - F.cross_entropy(
             logits, targets, reduction="none"
         )
         exact = reference(x + shift[0], weight.float(), targets) - reference(x, weight.float(), targets)
@@ -64,7 +74,7 @@ def test_losses_of_variants_are_those_of_their_residual_streams(dtype: torch.dty
     variants = (clean + draw(3, 2, 9, 32, seed=2, scale=0.1)).to(dtype)
     targets = torch.randint(67, (2, 9))
     targets[:, -1] = -1
-    losses = engine_losses.variant_losses(model, variants, clean, targets)
+    losses = engine_losses.prediction_change(model, variants, clean, targets).losses
     logits = torch.stack([model.logits(one) for one in variants])
     wanted = F.cross_entropy(logits.flatten(0, 2), targets.expand(3, 2, 9).flatten(), ignore_index=-1, reduction="none")
     assert losses[..., -1].isnan().all()
@@ -80,6 +90,6 @@ def test_in_bfloat16_a_variant_that_changes_nothing_has_the_loss_of_the_clean_ru
     model = HookedMoE(cfg)
     clean = draw(2, 9, 32).to(HALF)
     targets = torch.randint(5000, (2, 9))
-    losses = engine_losses.variant_losses(model, torch.stack([clean, clean + 1]), clean, targets)
+    losses = engine_losses.prediction_change(model, torch.stack([clean, clean + 1]), clean, targets).losses
     assert torch.equal(losses[0], engine_losses.loss_at(model, clean[None], targets)[0])
     assert not torch.equal(losses[1], losses[0])
