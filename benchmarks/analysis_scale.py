@@ -6,7 +6,8 @@
     python benchmarks/analysis_scale.py --small            # seconds; shows that it works, measures nothing
 
 The number of documents stays the same, so that a peak which does not grow shows that memory does not depend on tokens. The
-analysis runs in a process of its own, with everything it derives: savings, cells, permutations, sign flips, bootstraps, ceilings, choice models.
+analysis runs in a process of its own, with everything it derives: savings, cells, permutations, sign flips, bootstraps, ceilings,
+choice models.
 """
 
 from __future__ import annotations
