@@ -105,6 +105,9 @@ def ratio_bootstrap(
     another cost. The interval is the same bootstrap-t; the same resamples serve all ratios. There is none (NaN) with fewer than
     three documents, for ratios that are alike in all of them, and where the denominator is not positive in more resamples than
     lie beyond either end of the interval: a share of what may be nothing has no bounds.
+
+    With tails as heavy and skewed as those of removals the nominal 95% interval of a saving's share misses it in 5 to 8% of runs,
+    of 12 documents as of 48 (benchmarks/calibration.py).
     """
     shape = np.broadcast_shapes(numerator.shape, denominator.shape)
     over, under = (np.broadcast_to(x, shape).reshape(shape[0], -1).astype(np.float64) for x in (numerator, denominator))

@@ -212,7 +212,7 @@ def planted(n_documents: int, seed: int = 0, size: float = 0.02) -> tuple[pa.Tab
 
 
 def test_planted_truths_are_told():
-    table = savings(*planted(24))
+    table = savings(*planted(24, size=0.03))
     for effect in ("delta_loss", "kl"):
         for ranking, outcome in (("utilization_rate", "helps"), ("activation_norm", "harms"), ("aimer", "helps")):
             assert table.loc[effect, "all", ranking].outcome == outcome, (effect, ranking)
