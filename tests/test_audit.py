@@ -254,7 +254,7 @@ def assert_files_are_whole(directory: Path) -> None:
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".html":
-            assert path.read_text().endswith("</html>\n")
+            assert path.read_text(encoding="utf-8").endswith("</html>\n")
 
 
 @REPEATED
