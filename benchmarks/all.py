@@ -70,7 +70,8 @@ def run(name: str, given: Sequence[str], threads: int) -> tuple[int, str]:
     """A benchmark's exit code, and what it printed under its command."""
     command = ["-m", f"benchmarks.{name}", *given, "--threads", str(threads)]
     print(f"{shlex.join(command)} ...", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # as the page is written, whatever the locale
+    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, encoding="utf-8")
     printed = done.stdout if done.returncode == 0 else f"It failed with code {done.returncode}.\n"
     return done.returncode, f"`python {shlex.join(command)}`\n\n{printed}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 # Before the first import of either package. The checks can be switched off while a test runs: see `unchecked`.
+os.environ.pop("HOOKED_MOE_KERNELS", None)  # of whoever runs the tests, which choose for themselves
+jaxtyping.config.update("jaxtyping_disable", False)  # whatever JAXTYPING_DISABLE says
 jaxtyping.install_import_hook(["hooked_moe", "weights_conversion"], "beartype.beartype")
 
 from hooked_moe import HookedMoE, HookedMoEConfig  # noqa: E402

@@ -192,7 +192,7 @@ def test_a_checkpoint_is_written_once_and_loads(tmp_path: Path) -> None:
 
 def test_the_page_says_where_it_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert suite.main(["--small", "--threads", "1", "--only", "scaling", "--out", str(tmp_path / "page.md")]) == 0
-    page = (tmp_path / "page.md").read_text()
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
     for what in (
         "CPU",
         "memory",

@@ -28,7 +28,6 @@ from hooked_moe.measurement import verification
 from hooked_moe.measurement.fingerprint import versions, weights_sha256
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.report.figures.drawing import Drawing
-from tests.conftest import without_type_checks
 from tests.support.number_text import number_reader, number_tokenizer, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +44,7 @@ TABLES = (
     "manifest.json",
 )
 Make = Callable[..., HookedMoE]
+REPEATED = pytest.mark.usefixtures("unchecked")  # the run whose types the first of these tests checks
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +97,12 @@ def test_a_run_leaves_its_tables_and_nothing_temporary(uninterrupted: dict[str, 
     assert [name for name in uninterrupted if "tmp" in name or "shards" in name] == []
 
 
+@REPEATED
 def test_another_run_elsewhere_gives_the_same_bytes(uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
     assert contents(run_audit(tmp_path, "--scope", "both")) == uninterrupted
 
 
+@REPEATED
 def test_a_finished_run_reports_again_without_measuring(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = run_audit(tmp_path)
     before = contents(directory)
@@ -161,6 +163,7 @@ def test_a_sample_is_of_the_positions_that_an_exhaustive_run_analyses(
     assert set(zip(measured["document"], measured["position"], strict=True)) == frozen[2]
 
 
+@REPEATED
 def test_the_same_command_names_its_run_itself(workplace: Path, tmp_path: Path) -> None:
     arguments = ["--model", "model", "--corpus", "corpus.jsonl", "--documents", "2", "--results", str(tmp_path)]
     assert audit.main(arguments) == audit.main(arguments) == 0
@@ -203,8 +206,7 @@ def forked(work: Callable[[], int], seconds: float | None = None) -> int:
         code = 70
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` and a shell's `&` may have switched off
         try:
-            with without_type_checks():  # of the run that each test here makes in its own process too
-                code = work()
+            code = work()
         finally:
             os._exit(code)
     if seconds is not None:
@@ -252,9 +254,10 @@ def assert_files_are_whole(directory: Path) -> None:
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".html":
-            assert path.read_text().endswith("</html>\n")
+            assert path.read_text(encoding="utf-8").endswith("</html>\n")
 
 
+@REPEATED
 def test_a_run_killed_around_any_write_goes_on_to_the_same_bytes(uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
     directory = tmp_path / "model" / "run"
     for event in range(5, 50, 3):  # each time a little further, through shards, merges and the manifest
@@ -270,11 +273,11 @@ def test_a_run_killed_around_any_write_goes_on_to_the_same_bytes(uninterrupted: 
     assert contents(directory) == uninterrupted
 
 
+@REPEATED
 def test_a_run_killed_at_random_times_goes_on_to_the_same_bytes(uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
     directory, moments = tmp_path / "model" / "run", random.Random(0)
     started = time.perf_counter()
-    with without_type_checks():  # as it is run below
-        run_audit(tmp_path / "timed", "--scope", "both")
+    run_audit(tmp_path / "timed", "--scope", "both")
     seconds = time.perf_counter() - started
     for _ in range(4):
         forked(lambda: audit.main(settings(tmp_path, "--scope", "both")), seconds=moments.uniform(0, seconds))
@@ -283,6 +286,7 @@ def test_a_run_killed_at_random_times_goes_on_to_the_same_bytes(uninterrupted: d
     assert contents(directory) == uninterrupted
 
 
+@REPEATED
 @pytest.mark.parametrize("event", [3, 40])
 def test_an_interrupted_run_says_so_and_goes_on(
     uninterrupted: dict[str, bytes], event: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -295,6 +299,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
     assert contents(tmp_path / "model" / "run") == uninterrupted
 
 
+@REPEATED
 def test_a_file_that_cannot_grow_is_named_and_the_run_goes_on_later(
     uninterrupted: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -422,6 +427,7 @@ def test_a_tokenizer_of_another_model_is_named(refused: Callable[..., str], make
     assert "mismatched has ids 0 to 49" in refused("--model", str(tmp_path / "mismatched"))
 
 
+@REPEATED
 @pytest.mark.parametrize(
     ("more", "changed"),
     [

@@ -106,32 +106,42 @@ def sanitized(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "tests",
+    "files",
     [
-        "test_cuda_shim.py",
-        "test_cuda_kernels.py",
-        pytest.param("test_cuda_prefix_attention.py", marks=pytest.mark.slow),
-        pytest.param("test_cuda_target_logprob.py", marks=pytest.mark.slow),
+        ("test_cuda_shim.py", "test_cuda_kernels.py"),
+        pytest.param(("test_cuda_prefix_attention.py", "test_cuda_target_logprob.py"), marks=pytest.mark.slow),
     ],
+    ids=" ".join,
 )
-def test_kernels_run_clean_under_the_sanitizers(tests: str) -> None:
+def test_kernels_run_clean_under_the_sanitizers(files: tuple[str, ...]) -> None:
     arguments = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not backwards and not torch.float16"]
-    result = sanitized("-m", "pytest", *arguments, str(host.HERE.parent / tests))
+    result = sanitized("-m", "pytest", *arguments, *(str(host.HERE.parent / name) for name in files))
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
 
 
-@pytest.mark.parametrize(
-    ("faulty", "report"),
-    [
-        ("probe('write_past_the_end'), torch.zeros(5, dtype=torch.int32), 5", "heap-buffer-overflow"),
-        ("probe('reverse', shared_bytes=124), torch.zeros(32), torch.zeros(32), 1", "heap-buffer-overflow"),
-        ("probe('load_unaligned'), torch.zeros(4), torch.zeros(8)", "misaligned address"),
-    ],
-)
-def test_the_sanitizers_see_what_a_gpu_might_not(faulty: str, report: str) -> None:
-    program = (
-        f"import torch\nfrom tests.kernels.cuda.host import run\nfrom tests.kernels.test_cuda_shim import probe\nrun({faulty})"
-    )
-    result = sanitized("-c", program)
-    assert result.returncode != 0
-    assert report in result.stderr
+FAULTY = {
+    "probe('write_past_the_end'), torch.zeros(5, dtype=torch.int32), 5": "heap-buffer-overflow",
+    "probe('reverse', shared_bytes=124), torch.zeros(32), torch.zeros(32), 1": "heap-buffer-overflow",
+    "probe('load_unaligned'), torch.zeros(4), torch.zeros(8)": "misaligned address",
+}
+IN_A_PROCESS_EACH = """
+import os, sys, torch
+from tests.kernels.cuda.host import run
+from tests.kernels.test_cuda_shim import probe
+for faulty in sys.argv[1:]:
+    sys.stderr.write("--- next ---")
+    sys.stderr.flush()
+    child = os.fork()
+    if not child:
+        eval(f"run({faulty})")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] != 0, faulty
+"""
+
+
+def test_the_sanitizers_see_what_a_gpu_might_not() -> None:
+    result = sanitized("-c", IN_A_PROCESS_EACH, *FAULTY)
+    assert result.returncode == 0, result.stderr
+    _, *reports = result.stderr.split("--- next ---")
+    for said, expected in zip(reports, FAULTY.values(), strict=True):
+        assert expected in said

@@ -49,7 +49,7 @@ def test_its_held_out_loss_and_expert_load_are_those_of_its_card(shipped: Hooked
     assert float(everything.mean()) == pytest.approx(evaluation["loss_nats"]["all"]["model"], abs=1e-3)
     assert float(everything.mean()) < evaluation["loss_nats"]["all"]["trigram"]
     assert (selected > 0).all(), "no expert is dead"
-    card = (DIRECTORY / shipped.cfg.model_name / "README.md").read_text()
+    card = (DIRECTORY / shipped.cfg.model_name / "README.md").read_text(encoding="utf-8")
     assert f"| all | {evaluation['loss_nats']['all']['model']:.3f} |" in card
 
 

@@ -74,6 +74,9 @@ def in_memory(model: HookedMoE) -> set[int]:
     return {int(name.split(".")[1]) for name, p in model.named_parameters() if "blocks" in name and p.device.type != "meta"}
 
 
+REPEATED = pytest.mark.usefixtures("unchecked")  # many calls, like those whose types other tests here check
+
+
 def least_budget(model: HookedMoE, length: int, queries: int = 1) -> int:
     """For some positions of one layer at a time, each with a variant per slot."""
     demand = demand_of(model.cfg, length)
@@ -145,6 +148,7 @@ def test_experts_removed_from_whole_sequences_take_one_sweep_too(
     assert torch.equal(found.delta_loss.nan_to_num(7.0), expected.delta_loss.nan_to_num(7.0))
 
 
+@REPEATED
 def test_all_that_waits_takes_one_file(streamed: HookedMoE, tmp_path: Path) -> None:
     blocks_of(streamed).spill = Spill(0, tmp_path)
     tokens = torch.randint(0, 61, (8, 9), generator=torch.Generator().manual_seed(4))
@@ -158,6 +162,7 @@ def test_all_that_waits_takes_one_file(streamed: HookedMoE, tmp_path: Path) -> N
     assert len(os.listdir("/dev/fd")) <= open_files + 1
 
 
+@REPEATED
 def test_variants_that_wait_in_files_are_in_memory_one_work_at_a_time(
     streamed: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +181,7 @@ def test_variants_that_wait_in_files_are_in_memory_one_work_at_a_time(
     assert max(held) <= 2  # the work's own, and at most what its branch made
 
 
+@REPEATED
 @pytest.mark.parametrize("scope", ["position", "sequence"])
 def test_under_a_memory_budget_nothing_waits_in_memory(
     scope: Scope, streamed: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -252,6 +258,7 @@ def test_a_corpus_is_measured_in_one_sweep_per_window_to_the_same_tables(
 FULL_DISK = OSError(28, "No space left on device")
 
 
+@REPEATED
 @pytest.mark.parametrize(
     ("owner", "name", "calls", "fault"),
     [

@@ -28,6 +28,7 @@ CHECKS = ["loss", "no stale state", "losses differ", "inactive expert", "effects
 BOTH_SCOPES = [*CHECKS, "effects are exact, sequence-wide"]
 FROM_POSITION = "effects are exact, from the position on"
 Patch = pytest.MonkeyPatch
+UNCHECKED = pytest.mark.usefixtures("unchecked")  # sound models make the same calls, with their types checked
 
 
 @pytest.fixture
@@ -93,6 +94,7 @@ def test_one_sequence_of_eight_tokens_or_more_is_needed(model: HookedMoE, shape:
 # --- faults, and the check that finds each -------------------------------------------------------------------------------
 
 
+@UNCHECKED
 def test_a_loss_that_is_no_cross_entropy_fails_the_first_check_alone(
     model: HookedMoE, sequence: Tensor, monkeypatch: Patch
 ) -> None:
@@ -102,6 +104,7 @@ def test_a_loss_that_is_no_cross_entropy_fails_the_first_check_alone(
     assert failed(verify(model, sequence)) == ["loss"]
 
 
+@UNCHECKED
 def test_losses_of_the_token_before_fail_the_first_check(model: HookedMoE, sequence: Tensor, monkeypatch: Patch) -> None:
     original = losses.loss_at
     with monkeypatch.context() as patch:
@@ -112,6 +115,7 @@ def test_losses_of_the_token_before_fail_the_first_check(model: HookedMoE, seque
     assert "loss" in failed(verify(model, sequence))
 
 
+@UNCHECKED
 def test_a_mask_that_leaves_something_behind_fails_the_second_check_alone(
     make_model: Callable[..., HookedMoE], sequence: Tensor, monkeypatch: Patch
 ) -> None:
@@ -128,6 +132,7 @@ def test_a_mask_that_leaves_something_behind_fails_the_second_check_alone(
     assert failed(verify(model, sequence)) == ["no stale state"]
 
 
+@UNCHECKED
 def test_a_mask_that_removes_nothing_fails_the_checks_that_remove_something(
     model: HookedMoE, sequence: Tensor, monkeypatch: Patch
 ) -> None:
@@ -135,6 +140,7 @@ def test_a_mask_that_removes_nothing_fails_the_checks_that_remove_something(
     assert failed(verify(model, sequence)) == ["no stale state", "inactive expert", "effects are exact"]
 
 
+@UNCHECKED
 def test_losses_that_repeat_fail_the_third_check_alone(make_model: Callable[..., HookedMoE]) -> None:
     model = make_model(qkv_bias=False, output_bias=False)
     with torch.no_grad():
@@ -143,6 +149,7 @@ def test_losses_that_repeat_fail_the_third_check_alone(make_model: Callable[...,
     assert failed(verify(model, torch.full((1, 20), 7))) == ["losses differ"]
 
 
+@UNCHECKED
 def test_an_inactive_expert_with_an_effect_fails_the_fourth_check_alone(
     model: HookedMoE, sequence: Tensor, monkeypatch: Patch
 ) -> None:
@@ -156,6 +163,7 @@ def test_an_inactive_expert_with_an_effect_fails_the_fourth_check_alone(
     assert failed(verify(model, sequence)) == ["inactive expert"]
 
 
+@UNCHECKED
 def test_an_effect_on_an_earlier_token_fails_the_fourth_check_alone(
     model: HookedMoE, sequence: Tensor, monkeypatch: Patch
 ) -> None:
@@ -172,6 +180,7 @@ def test_an_effect_on_an_earlier_token_fails_the_fourth_check_alone(
     assert failed(verify(model, sequence)) == ["inactive expert"]
 
 
+@UNCHECKED
 @pytest.mark.parametrize("wrong", [1e-3, -1e-3, float("nan"), float("inf")])
 def test_fast_effects_that_are_off_fail_the_fifth_check_alone(
     model: HookedMoE, wrong: float, sequence: Tensor, monkeypatch: Patch
@@ -188,6 +197,7 @@ def test_fast_effects_that_are_off_fail_the_fifth_check_alone(
     assert not checks[-1].value < 9e-4
 
 
+@UNCHECKED
 @pytest.mark.parametrize("architecture", ["qwen", "deepseek"])
 @pytest.mark.parametrize("removal", ["zero", "renormalize"])
 def test_fast_effects_that_forget_the_shared_experts_fail_the_fifth_check_alone(
@@ -197,6 +207,7 @@ def test_fast_effects_that_forget_the_shared_experts_fail_the_fifth_check_alone(
     assert failed(verify(model, sequence, removal)) == ["effects are exact"]
 
 
+@UNCHECKED
 @pytest.mark.parametrize("fault", ["reroute", "sequence"])
 def test_effects_are_compared_for_the_removal_and_the_scopes_to_be_measured(
     model: HookedMoE, fault: str, sequence: Tensor, monkeypatch: Patch
@@ -247,6 +258,7 @@ def test_losses_of_later_tokens_that_are_not_read_fail_from_the_position_on(
     assert failed(verify(model, sequence, "zero", ("from_position",))) == [FROM_POSITION]
 
 
+@UNCHECKED
 def test_a_model_without_effects_at_all_does_not_pass(make_model: Callable[..., HookedMoE], sequence: Tensor) -> None:
     model = make_model()
     with torch.no_grad():
@@ -254,6 +266,7 @@ def test_a_model_without_effects_at_all_does_not_pass(make_model: Callable[..., 
     assert failed(verify(model, sequence)) == ["no stale state", "losses differ", "inactive expert"]
 
 
+@UNCHECKED
 def test_a_model_of_nan_passes_none_of_the_checks(make_model: Callable[..., HookedMoE], sequence: Tensor) -> None:
     model = make_model()
     with torch.no_grad():
