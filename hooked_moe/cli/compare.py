@@ -3,21 +3,30 @@
     hooked-moe compare                              # every run of the shipped model
     hooked-moe compare --model olmoe
     hooked-moe compare results/OLMoE-1B-7B-0924/released-wikitext-2-1a2b3c4d
+    hooked-moe compare --reread                     # and what the paper's released data say when pooled, in nats
 
-Writes published.csv into each run's directory. Tables 1-9, Figures 1-2 (Figure 1 shows the d of Tables 1-6).
+Writes published.csv into each run's directory. Tables 1-9, Figures 1-2 (Figure 1 shows the d of Tables 1-6). With --reread, the
+comparisons that the paper's authors released are pooled over layers and statistics: reread.csv under --results and in each run's
+directory, where its report shows it. That takes no run, and no model.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hooked_moe.cli.console import parser_of, run_command
 from hooked_moe.loading.registry import locate
 from hooked_moe.paper.comparison import EXPERIMENTS, ComparedValue, RunValues, compare, comparison_table, read_run
 from hooked_moe.paper.published import published_model
+from hooked_moe.paper.reread import POOLED, reread_table
+from hooked_moe.report import write_report
+from hooked_moe.report.figures.names import label
+from hooked_moe.report.number_text import p_value
+from hooked_moe.report.reread import reread_sentences
 from hooked_moe.tables import write_csv_atomic
 
 
@@ -27,14 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny-olmoe", help="whose runs, where none are named (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where results are (default: %(default)s)")
     parser.add_argument("--brief", action="store_true", help="one line per table")
+    parser.add_argument("--reread", action="store_true", help="also read the paper's released comparisons in nats, pooled")
     return run_command(compare_published, parser.parse_args(arguments))
 
 
 def compare_published(args: argparse.Namespace) -> None:
-    """Every run named, or found. Raises `ValueError` where there is none."""
+    """Every run named, or found. Raises `ValueError` where there is none, unless --reread was asked for, which needs none."""
     home = args.results / Path(locate(args.model).model_name).name
     directories = args.runs or sorted(path.parent for path in home.glob("*/manifest.json"))
-    if not directories:
+    if not directories and not args.reread:
         raise ValueError(f"there are no runs under {home}: run `hooked-moe audit` first, or name the directories of runs")
     for directory in directories:
         run = read_run(directory)
@@ -46,6 +56,36 @@ def compare_published(args: argparse.Namespace) -> None:
         write_csv_atomic(comparison_table(run, compared), directory / "published.csv")
         for line in brief(compared) if args.brief else lines(compared):
             print(line)
+    if args.reread:
+        reread_released(directories, args.results)
+
+
+def reread_released(directories: Sequence[Path], results: Path) -> None:
+    """reread.csv under `results` and in every directory, whose report is written again, and the table on the console."""
+    table = reread_table()
+    results.mkdir(parents=True, exist_ok=True)
+    for directory in (results, *directories):
+        write_csv_atomic(table, directory / "reread.csv")
+        if (directory / "report.html").is_file():
+            write_report(directory)
+    for line in reread_lines(table.to_pylist()):
+        print(line)
+    print(f"table: {results / 'reread.csv'}")
+
+
+def reread_lines(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """The pooled table, model by model, and what it says of each."""
+    yield "\nThe paper's released comparisons, pooled: mean cost in nats of removing the expert ranked highest, and lowest"
+    yield "  metric                           paragraphs    high     low  difference [95% interval]     p, sign flip  p, t-test"
+    for model in dict.fromkeys(row["model"] for row in rows):
+        yield model
+        for row in (row for row in rows if row["model"] == model):
+            metric = "all four" if row["metric"] == POOLED else label(row["metric"])
+            costs = f"{row['high']:.4f}  {row['low']:.4f}"
+            difference = f"{row['difference']:+.4f} [{row['difference_low']:+.4f}, {row['difference_high']:+.4f}]"
+            tests = f"{p_value(row['p_sign_flip']):>11}  {p_value(row['p_t']):>9}"
+            yield f"  {metric:<32} {row['n_paragraphs']:>10}  {costs}  {difference}  {tests}"
+    yield from reread_sentences(rows)
 
 
 def heading(run: RunValues) -> str:

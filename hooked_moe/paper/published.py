@@ -1,7 +1,7 @@
 """The published numbers of arXiv 2606.10703, and what its released results hold beside them.
 
     published_values()       every number of Tables 1-9 and of Figures 1-2, as printed: one record each
-    released_comparisons()   the 4,000 pairs of removals behind Table 1
+    released_comparisons()   the 4,000 pairs of removals behind Table 1, or those behind Table 3
 
 Nothing here is tuned to or computed by this project; the files in `data/` name their sources.
 """
@@ -91,9 +91,17 @@ def released_mean_routing_weight(layer: int) -> float:
     return float(_read("released_results.json")["figure2_olmoe_redistribution"][str(layer)]["mean_routing_weight"])
 
 
-def released_comparisons() -> pa.Table:
-    """OLMoE's audit as released: 20 cells of 200 positions, a row each, in the order drawn. Columns carry their meaning."""
-    with resources.files("hooked_moe.paper").joinpath("data", "olmoe_audit_comparisons.parquet").open("rb") as file:
+_COMPARISONS = {"olmoe": "olmoe_audit_comparisons.parquet", "deepseek-v2-lite": "deepseek_audit_comparisons.parquet"}
+
+
+def released_comparisons(model: str = "olmoe") -> pa.Table:
+    """A model's audit as released: 20 cells of 200 positions, a row each, in the order drawn. Columns carry their meaning.
+
+    Raises `ValueError` for a model whose comparisons were not released.
+    """
+    if model not in _COMPARISONS:
+        raise ValueError(f"the comparisons of {model!r} were not released; those of {' and '.join(_COMPARISONS)} were")
+    with resources.files("hooked_moe.paper").joinpath("data", _COMPARISONS[model]).open("rb") as file:
         return pq.read_table(file)
 
 

@@ -22,6 +22,7 @@ DATA = [
     "hooked_moe/paper/data/published_tables.json",
     "hooked_moe/paper/data/released_results.json",
     "hooked_moe/paper/data/olmoe_audit_comparisons.parquet",
+    "hooked_moe/paper/data/deepseek_audit_comparisons.parquet",
     *(f"hooked_moe/pretrained/{name}/{file}" for name in SHIPPED for file in MODEL_FILES),
 ]
 Run = Callable[..., subprocess.CompletedProcess[str]]
