@@ -61,7 +61,7 @@ def options() -> argparse.ArgumentParser:
     peers.add_model_options(result)
     result.add_argument("--contexts", type=int, nargs="+", default=[512])
     result.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="sizes for the peers to choose from")
-    result.add_argument("--batch-tokens", type=int, default=8192, help="at most so many in a batch (default: %(default)s)")
+    result.add_argument("--batch-tokens", type=int, default=8192, help="largest number in a batch (default: %(default)s)")
     return result
 
 

@@ -6,7 +6,7 @@ and a criterion that knows nothing is a list of numbers dealt to the experts at 
     cost of the expert x cost of the slot x a mood of the document x a lognormal,
 
 and a realised one adds luck whose variance grows with it. The population is one of few experts and layers, the same in every run;
-documents are drawn anew, and so are the numbers that nonsense deals.
+documents are drawn again, and so are the numbers that nonsense deals.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python -m experiments.train_tiny --model tiny-olmoe --corpus build/corpus --out build/tiny-olmoe
 
 The length is a number of steps, not of minutes, so that a retrain repeats. The optimiser's state is saved beside the weights
-every `--save-every` steps; a killed run goes on from there. On a GPU: `--device cuda`.
+every `--save-every` steps; a killed run resumes there. On a GPU: `--device cuda`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class RouterLosses:
 
 
 def batches(tokens: np.ndarray, recipe: Recipe) -> Iterator[Tensor]:
-    """[batch, n_ctx + 1] windows without end: every epoch cuts the text anew at a random offset and shuffles the windows."""
+    """[batch, n_ctx + 1] windows without end: every epoch cuts the text again at a random offset and shuffles the windows."""
     rng = np.random.default_rng(recipe.seed)
     queue: list[int] = []
     while True:

@@ -49,7 +49,7 @@ def token_effects(
     streams after that block, [variant, batch, query, d_model], for all queried positions at once. `clean` holds what the clean
     run computed there: `clean.resid_mid`, `.mlp_input`, `.resid_post` [batch, query, d_model], and in layers with experts
     `.routing`, `.expert_outputs`, `.shared_out` and the module `.moe`. In each variant that one token alone is changed. All of
-    these may be written to in place, the model's parameters not: the clean run goes on from memory of its own.
+    these may be written to in place, the model's parameters not: the clean run continues from memory of its own.
 
         def steer(clean, queries):
             return clean.resid_post + strengths[:, None, None, None] * direction     # one variant per strength

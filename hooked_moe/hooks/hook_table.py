@@ -92,7 +92,7 @@ HOOK_TABLE: tuple[HookSpec, ...] = (
     HookSpec(_MLP + "hook_router_logits", "batch pos expert",
              "router logits, fp32", "re-routes: probabilities, selection and weights follow", _ROUTED),
     HookSpec(_MLP + "hook_expert_indices", "batch pos slot", "selected experts, highest probability first",
-             "re-routes: weights are taken anew at the edited experts", _ROUTED),
+             "re-routes: weights are taken again at the edited experts", _ROUTED),
     HookSpec(_MLP + "hook_expert_weights", "batch pos slot",
              "routing weights as applied", "scales each expert's contribution", _ROUTED),
     *_mlp_rows(_MLP + "hook_expert_", "batch pos slot d_expert", "inside", "each active expert", _EXPERT, _ROUTED),

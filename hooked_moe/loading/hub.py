@@ -4,7 +4,7 @@ What is fetched is of one commit: a branch or tag is resolved once, and everythi
 the cache is told which commit the branch or tag was, so that the same name leads to it offline.
 
 Online, the hub is always asked what a branch or tag is now. If it does not answer, that is an error, also where an earlier state
-is in the cache: the two may differ, and nobody would notice. The message says that the earlier state is there and how to load it.
+is in the cache: the two may differ without a sign of it. The message says that the earlier state is there and how to load it.
 A full commit hash cannot come to mean anything else: that is loaded from the cache, with a warning.
 """
 

@@ -88,7 +88,7 @@ _VALUES = tuple(field.name for field in fields(EffectGrid) if field.name in _TYP
 def effect_chunks(source: TableOrPath, columns: Sequence[str] = EFFECT_VALUES, rows: int = CHUNK_ROWS) -> Iterator[EffectGrid]:
     """Read an effect table (parquet file or pyarrow table) in order, as grids of about `rows` rows.
 
-    A chunk holds whole positions; a document may go on in the next chunk. Two tables of the same positions, layers and
+    A chunk holds whole positions; a document may continue in the next chunk. Two tables of the same positions, layers and
     slots are cut at the same positions. `columns` picks the values to keep; those the table lacks stay None, except
     expert and delta_loss, which it must have.
 

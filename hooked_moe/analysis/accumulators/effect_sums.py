@@ -31,7 +31,7 @@ class ExpertEffectSums:
         self._sums: dict[str, list[np.ndarray]] = {}
 
     def update(self, measured: EffectGrid) -> None:
-        """Add a chunk's measured positions. A document may go on in the next chunk."""
+        """Add a chunk's measured positions. A document may continue in the next chunk."""
         if not len(measured.document):
             return
         ids, index = np.unique(measured.document, return_inverse=True)

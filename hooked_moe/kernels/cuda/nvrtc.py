@@ -172,7 +172,7 @@ def _write(path: Path, code: bytes) -> None:
         os.replace(name, path)
     except OSError as error:
         warnings.warn(
-            f"compiled kernels cannot be kept in {path.parent} ({error}), so that every process compiles them anew; "
+            f"compiled kernels cannot be kept in {path.parent} ({error}), so that every process compiles them again; "
             "XDG_CACHE_HOME names another directory",
             RuntimeWarning,
             stacklevel=2,
