@@ -20,14 +20,15 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
-from hooked_moe.statistics import ratio_bootstrap, shrunk_means
-from hooked_moe.tables import read_csv, required_file
+from hooked_moe.analysis.summed_effects import SummedEffects
+from hooked_moe.statistics import ratio_bootstrap
+from hooked_moe.tables import read_csv
 
 Effect = Literal["kl", "delta_loss"]
 Half = Literal["even", "odd"]
+Per = Literal["layer", "model"]
 ADDITIVE_SHARE = 0.25
 """Of a layer's experts; beyond it removals interact, and a sum of single removals falls short."""
 
@@ -63,7 +64,7 @@ def predict_pruning(
     so that experts chosen by one half are judged by the other. Raises ValueError for layers that were not measured, for
     experts out of range or named twice, and for an effect that the run lacks.
     """
-    sums = _Sums.read(run, effect, half)
+    sums = SummedEffects.read(run, effect, half)
     chosen = np.zeros(sums.total.shape[1:], bool)
     for layer, removed in experts.items():
         chosen[sums.axis(layer), sums.checked(layer, removed)] = True
@@ -83,7 +84,7 @@ def choose_experts(
     run: str | os.PathLike[str] | pa.Table,
     share: float,
     *,
-    per: Literal["layer", "model"] = "layer",
+    per: Per = "layer",
     effect: Effect = "kl",
     half: Half | None = "even",
     layers: Sequence[int] | None = None,
@@ -100,20 +101,26 @@ def choose_experts(
     """
     if not 0 < share < 1:
         raise ValueError(f"share is the part of the experts to remove, between 0 and 1, got {share}")
-    sums = _Sums.read(run, effect, half)
+    sums = SummedEffects.read(run, effect, half)
     axes = range(len(sums.layers)) if layers is None else [sums.axis(layer) for layer in layers]
-    costs = np.stack([sums.cost(axis) for axis in axes])  # [layer, expert]
-    n_experts = costs.shape[1]
-    kept = sums.n_active if keep is None else keep
+    costs = np.stack([sums.cost(axis) for axis in axes])
+    return lowest_experts([sums.layers[axis] for axis in axes], costs, share, per, sums.n_active if keep is None else keep)
+
+
+def lowest_experts(
+    layers: Sequence[int], scores: Float[np.ndarray, "layer expert"], share: float, per: Per, keep: int
+) -> dict[int, list[int]]:
+    """`share` of the experts with the lowest scores: of every layer's, or of all layers' together. At least `keep` remain."""
+    n_experts = scores.shape[1]
     if per == "layer":
-        n_removed = min(round(share * n_experts), n_experts - kept)
-        removed = [np.argsort(cost, kind="stable")[:n_removed] for cost in costs]
+        n_removed = min(round(share * n_experts), n_experts - keep)
+        removed = [np.argsort(score, kind="stable")[:n_removed] for score in scores]
     else:
-        spared = np.argsort(np.argsort(costs, axis=1, kind="stable"), axis=1) >= n_experts - kept  # the dearest of each layer
-        order = np.argsort(np.where(spared, np.inf, costs).ravel(), kind="stable")
-        cheapest = order[: min(round(share * costs.size), costs.size - int(spared.sum()))]
-        removed = [cheapest[cheapest // n_experts == number] % n_experts for number in range(len(costs))]
-    return {sums.layers[axis]: sorted(part.tolist()) for axis, part in zip(axes, removed, strict=True) if len(part)}
+        spared = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1) >= n_experts - keep  # the highest of each layer
+        order = np.argsort(np.where(spared, np.inf, scores).ravel(), kind="stable")
+        lowest = order[: min(round(share * scores.size), scores.size - int(spared.sum()))]
+        removed = [lowest[lowest // n_experts == number] % n_experts for number in range(len(scores))]
+    return {layer: sorted(part.tolist()) for layer, part in zip(layers, removed, strict=True) if len(part)}
 
 
 def _factor(run: str | os.PathLike[str] | pa.Table, share: float, effect: str) -> tuple[float, list[str]]:
@@ -133,69 +140,3 @@ def _factor(run: str | os.PathLike[str] | pa.Table, share: float, effect: str) -
     factors = [float(np.median((rise / predicted)[usable & (measured == one)])) for one in shares]
     reasons = [] if shares[0] <= share <= shares[-1] else [f"pruning.csv measured {shares[0]:.1%} to {shares[-1]:.1%} of experts"]
     return float(np.interp(share, shares, factors)), reasons
-
-
-@dataclass(frozen=True)
-class _Sums:
-    layers: list[int]
-    n_positions: Int[np.ndarray, " document"]
-    count: Int[np.ndarray, "document layer expert"]
-    total: Float[np.ndarray, "document layer expert"]  # nats
-    n_active: int  # experts that a token goes to
-
-    @classmethod
-    def read(cls, run: str | os.PathLike[str] | pa.Table, effect: str, half: str | None) -> "_Sums":
-        if half not in (None, "even", "odd"):
-            raise ValueError(f"half must be 'even', 'odd' or None, not {half!r}")
-        if isinstance(run, pa.Table):
-            table = run
-        else:
-            name = "expert_effect_sums.parquet"
-            table = pq.read_table(required_file(Path(run), name, "analysing the run writes it"), use_threads=False)
-        column = f"sum_{effect}"
-        if column not in table.column_names:
-            raise ValueError(f"this run has not measured {effect!r}; it has {', '.join(_measured(table))}")
-        keys = {
-            key: table[key].to_numpy().astype(np.int64) for key in ("document", "layer", "expert", "n_positions", "n_removals")
-        }
-        documents, row = np.unique(keys["document"], return_inverse=True)
-        layers, axis = np.unique(keys["layer"], return_inverse=True)
-        shape = (len(documents), len(layers), _n_experts(table))
-        at = np.ravel_multi_index((row, axis, keys["expert"]), shape)
-        count = np.bincount(at, keys["n_removals"], int(np.prod(shape))).reshape(shape).astype(np.int64)
-        total = np.bincount(at, table[column].to_numpy(), int(np.prod(shape))).reshape(shape)
-        positions = np.zeros(len(documents), np.int64)
-        positions[row] = keys["n_positions"]
-        kept: Bool[np.ndarray, " document"] = np.ones(len(documents), bool)
-        if half is not None:
-            kept = np.arange(len(documents)) % 2 == (half == "odd")
-        active = int(count[:, 0].sum() // max(1, positions.sum()))
-        return cls(layers.tolist(), positions[kept], count[kept], total[kept], active)
-
-    def axis(self, layer: int) -> int:
-        if layer not in self.layers:
-            raise ValueError(f"layer {layer} was not measured; the run has {self.layers}")
-        return self.layers.index(layer)
-
-    def checked(self, layer: int, experts: Sequence[int]) -> list[int]:
-        removed = list(experts)
-        n_experts = self.total.shape[2]
-        wrong = [expert for expert in removed if not 0 <= expert < n_experts]
-        if wrong or len(set(removed)) != len(removed):
-            fault = f"expert {wrong[0]} outside 0..{n_experts - 1}" if wrong else "an expert twice"
-            raise ValueError(f"layer {layer} names {fault}")
-        return removed
-
-    def cost(self, axis: int) -> Float[np.ndarray, " expert"]:
-        """Nats per token that each expert of a layer costs: 0 where it is never active."""
-        means = shrunk_means(self.total[:, axis], self.count[:, axis]).mean
-        return means * self.count[:, axis].sum(axis=0) / self.n_positions.sum()
-
-
-def _n_experts(table: pa.Table) -> int:
-    """As many as the model has, which the table's metadata says: an expert that is never active has no row."""
-    return int((table.schema.metadata or {})[b"n_experts"])
-
-
-def _measured(table: pa.Table) -> list[str]:
-    return [name.removeprefix("sum_") for name in table.column_names if name.startswith("sum_")]

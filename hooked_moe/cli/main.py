@@ -18,6 +18,7 @@ COMMANDS = {
     "control": "rank the active experts by the token's own scores: routing weight, gap norm, first-order estimate",
     "progressive": "remove one, two, ... all active experts at one token, in three orders",
     "redistribution": "compare each expert's contribution with the rest of the routed sum",
+    "prune": "remove experts for good by every ranking, and compare the cost with what the effect table predicted",
     "compare": "put measured runs beside the tables of arXiv 2606.10703",
     "paper": "run every experiment of the paper, as defined and as released, on the shipped models",
     "verify": "check a checkpoint: its tensors, its logits, and agreement with transformers",

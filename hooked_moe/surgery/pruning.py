@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from hooked_moe.components.moe import MoE
 from hooked_moe.transformer import Transformer
@@ -37,6 +39,31 @@ def remove_experts(model: Transformer, experts: Mapping[int, Iterable[int]]) -> 
     model.cfg = changed
     model.name_hook_points()
     return kept
+
+
+@contextmanager
+def without_experts(model: Transformer, experts: Mapping[int, Iterable[int]]) -> Iterator[Transformer]:
+    """The model as `remove_experts` leaves it for the length of a block, and as it was from then on.
+
+    The pruned layers are copies that share all weights but those of the experts that remain. Raises what `remove_experts` raises.
+    """
+    named = {layer: list(removed) for layer, removed in experts.items()}
+    for layer, removed in named.items():
+        _remaining(model, layer, removed)
+    cfg = model.cfg
+    whole = {layer: model.blocks[layer].mlp for layer in named}
+    try:
+        for layer, moe in whole.items():
+            shared = {id(parameter): parameter for parameter in moe.parameters()}
+            model.blocks[layer].mlp = copy.deepcopy(moe, shared)
+        model.name_hook_points()
+        remove_experts(model, named)
+        yield model
+    finally:
+        for layer, moe in whole.items():
+            model.blocks[layer].mlp = moe
+        model.cfg = cfg
+        model.name_hook_points()
 
 
 def _remaining(model: Transformer, layer: int, removed: list[int]) -> list[int]:

@@ -21,6 +21,7 @@ SCRIPTS = {
     "routing_weight_control": "control",
     "progressive_ablation": "progressive",
     "redistribution": "redistribution",
+    "prune": "prune",
     "compare_published": "compare",
     "paper": "paper",
     "verify": "verify",

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from hooked_moe import HookedMoE
 from hooked_moe.counterfactuals import expert_effects
 from hooked_moe.hooks.hook_table import declared_names
+from hooked_moe.surgery import without_experts
 from tests.conftest import random_model
 from tests.support.hf_models import logits_of
 from weights_conversion import CheckpointError
@@ -68,6 +69,37 @@ def test_a_pruned_model_is_a_whole_one(make_model: Callable[..., HookedMoE], tok
     model(tokens, return_type="loss").backward()
     assert model.blocks[0].mlp.experts.W_in.grad.shape[0] == 5
     assert model.remove_experts({0: [0], 1: [1]}) == {0: [1, 2, 3, 4], 1: [0, 2, 3, 4, 5]}
+
+
+@pytest.mark.parametrize("options", [{}, SHARED], ids=["plain", "shared and dense"])
+def test_for_the_length_of_a_block_it_is_pruned_and_then_it_is_what_it_was(options: dict[str, Any], tokens: Tensor) -> None:
+    model, pruned = random_model(**options), random_model(**options)
+    names, parameters = list(model.hook_dict), {name: id(value) for name, value in model.named_parameters()}
+    cfg, removed = model.cfg, {0: [1, 4], 2: [5]}
+    pruned.remove_experts(removed)
+    with torch.no_grad():
+        before = model(tokens)
+        with without_experts(model, removed) as inside:
+            assert torch.equal(inside(tokens), pruned(tokens))
+            assert (inside.cfg, set(inside.hook_dict)) == (pruned.cfg, set(pruned.hook_dict))
+            shared = {id(value) for value in inside.parameters()} & {*parameters.values()}
+            assert len(shared) == len(parameters) - 3 * len(removed)  # all but router and experts of the pruned layers
+        assert torch.equal(model(tokens), before)
+    assert (list(model.hook_dict), model.cfg) == (names, cfg)
+    assert {name: id(value) for name, value in model.named_parameters()} == parameters
+    _, cache = model.run_with_cache(tokens)
+    assert cache["router_logits", 0].shape[-1] == 6
+
+
+def test_the_experts_come_back_after_an_error_and_none_go_for_a_wrong_one(tokens: Tensor) -> None:
+    model = random_model(**SHARED)
+    before = model(tokens)
+    with pytest.raises(RuntimeError, match="inside"), without_experts(model, {0: [1]}):
+        raise RuntimeError("inside")
+    for wrong, message in (({0: [6]}, "expert 6 cannot be removed"), ({0: [1], 1: [0]}, "layer 1 has no experts")):
+        with pytest.raises(ValueError, match=message), without_experts(model, wrong):
+            pytest.fail("entered")
+    assert torch.equal(model(tokens), before)
 
 
 @pytest.mark.parametrize("family", SAVEABLE)

@@ -1,0 +1,93 @@
+"""The loss of each document without some experts, removed for good: what a pruning costs, measured.
+
+Every set of experts is measured once on the documents of an evaluation and kept under the name of what was asked, so that a
+measurement that was killed resumes, and experts that two rankings choose alike are measured once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float, Int
+
+from hooked_moe.measurement.run_directory import digest
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.surgery import without_experts
+from hooked_moe.tables import write_parquet_atomic
+from hooked_moe.transformer import Transformer
+
+TOKENS_PER_BATCH = 1024
+"""Bounds the logits: as many tokens at a time times the vocabulary."""
+
+
+@dataclass(frozen=True)
+class DocumentLosses:
+    n_positions: Int[np.ndarray, " document"]  # tokens that were predicted
+    total: Float[np.ndarray, " document"]  # nats
+
+
+class PrunedLosses:
+    """Losses of a corpus's documents under one model and any of its prunings."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenized: TokenizedCorpus,
+        documents: Sequence[int],
+        tokens_per_document: int,
+        directory: Path,
+        plan: dict[str, Any],
+    ) -> None:
+        """The first `tokens_per_document` tokens of each document are read. `plan` says what model and corpus these are."""
+        self.model, self.documents, self.directory = model, list(documents), directory
+        self._asked = {"plan": digest(plan), "documents": self.documents, "tokens": tokens_per_document}
+        self._windows: list[tuple[int, np.ndarray]] = []  # (number of the document, tokens), by length
+        for number, document in enumerate(self.documents):
+            for window in tokenized.documents[document]:
+                kept = window.tokens[: max(0, tokens_per_document - window.start) + tokenized.first]
+                if len(kept) >= tokenized.first + 2:
+                    self._windows.append((number, kept))
+        self._windows.sort(key=lambda window: len(window[1]))
+        self._first = tokenized.first
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def of(self, experts: Mapping[int, Sequence[int]]) -> DocumentLosses:
+        """Without these experts, {layer: experts}; an empty mapping means the intact model. Measured, unless it has been."""
+        identity = self._asked | {"experts": {str(layer): sorted(removed) for layer, removed in sorted(experts.items())}}
+        path = self.directory / f"{digest(identity)[:16]}.parquet"
+        if not path.is_file():
+            with without_experts(self.model, experts):
+                losses = self._measured()
+            columns = {"document": self.documents, "n_positions": losses.n_positions, "loss": losses.total}
+            table = pa.table(columns).replace_schema_metadata({"identity": json.dumps(identity)})
+            write_parquet_atomic(table, path)
+        table = pq.read_table(path, use_threads=False)
+        if json.loads(table.schema.metadata[b"identity"]) != identity:
+            raise ValueError(
+                f"{path} holds another pruning than its name says; remove it, and the same command measures it again"
+            )
+        return DocumentLosses(table["n_positions"].to_numpy(), table["loss"].to_numpy())
+
+    def _measured(self) -> DocumentLosses:
+        n, total = np.zeros(len(self.documents), np.int64), np.zeros(len(self.documents))
+        for length, group in groupby(self._windows, key=lambda window: len(window[1])):
+            windows = list(group)
+            rows = max(1, TOKENS_PER_BATCH // length)
+            for start in range(0, len(windows), rows):
+                batch = windows[start : start + rows]
+                tokens = torch.from_numpy(np.stack([tokens for _, tokens in batch])).to(self.model.cfg.device)
+                with torch.inference_mode():
+                    losses = self.model(tokens, return_type="loss", loss_per_token=True)[:, self._first :].double().sum(dim=1)
+                for (number, tokens_), loss in zip(batch, losses.tolist(), strict=True):
+                    n[number] += len(tokens_) - 1 - self._first
+                    total[number] += loss
+        return DocumentLosses(n, total)
