@@ -52,13 +52,13 @@ class Result:
     name: str
     outcome: Literal["passed", "failed", "not run"]
     detail: str
-    value: float | None = None
+    value: int | float | None = None
     relation: Relation | None = None
     """How the value must compare with the threshold."""
-    threshold: float | None = None
+    threshold: int | float | None = None
 
 
-def judged(name: str, value: float, relation: Relation, threshold: float, detail: str) -> Result:
+def judged(name: str, value: int | float, relation: Relation, threshold: int | float, detail: str) -> Result:
     """Compare; nan fails in every relation."""
     passed = {"at most": value <= threshold, "at least": value >= threshold, "exactly": value == threshold}[relation]
     return Result(name, "passed" if passed else "failed", detail, value, relation, threshold)

@@ -210,7 +210,7 @@ def as_line(result: Result) -> str:
     return f"  {result.outcome:7}  {result.name}: {value} ({result.relation} {threshold}) - {result.detail}"
 
 
-def as_text(value: float) -> str:
+def as_text(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 

@@ -191,7 +191,7 @@ def test_a_console_without_the_signs_of_the_table_shows_others(
         patch.setattr(sys, "stdout", console)
         run_audit(tmp_path)
     console.flush()
-    assert b"high matters less" in console.buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"p by permutation over experts" in console.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 # --- what a run survives ---------------------------------------------------------------------------------------------
@@ -415,7 +415,7 @@ def test_a_hub_out_of_reach_is_named(refused: Callable[..., str], monkeypatch: p
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     line = refused("--corpus", "wikitext-2")
-    assert "Salesforce/wikitext could not be downloaded" in line
+    assert "could not fetch the data set 'Salesforce/wikitext'" in line
     assert "'held-out'" in line
     assert "'olmoe'" in refused("--model", "olmoe") or "allenai/OLMoE" in refused("--model", "olmoe")
 
@@ -454,7 +454,7 @@ def test_a_plan_that_is_none_of_ours_is_named(refused: Callable[..., str], text:
     (tmp_path / "model" / "run" / "plan.json").write_text(text)
     line = refused()
     assert "run" in line
-    assert "remove the directory to start anew" in line
+    assert "remove the directory to begin again" in line
 
 
 def test_a_model_that_fails_a_check_is_not_measured(

@@ -158,6 +158,7 @@ def synthetic_progressive(effects: pa.Table, seed: int = 5) -> pa.Table:
         "removed": np.broadcast_to(slots + 1, size),
         "baseline_loss": np.broadcast_to(baseline[:, None, None, None], size),
         "delta_loss": cumulative,
+        "kl": cumulative**2,
     }
     return pa.table([pa.array(columns[f.name].ravel(), f.type) for f in PROGRESSIVE], schema=PROGRESSIVE)
 
