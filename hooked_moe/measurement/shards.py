@@ -50,7 +50,7 @@ def measure_part(
     `ValueError`. `memory_budget` bounds the memory beside the model's weights, of all documents measured at once together: of
     fewer, where it is small.
     """
-    workers, budget = _workers(model, len(corpus.documents)), None
+    workers, budget = workers_for(model, len(corpus.documents)), None
     if memory_budget is not None:
         whole = parse_bytes(memory_budget)
         workers = max(1, min(workers, whole // _least_budget(model, corpus, wanted)))
@@ -72,7 +72,7 @@ def measure_part(
     description = f"measuring, {wanted.part}"
     with tqdm(total=sum(lengths), unit="tok", desc=description, disable=not progress, smoothing=0.1) as bar:
         bar.update(sum(lengths) - sum(lengths[index] for index in pending))
-        for indices in in_parallel(measure_documents, _groups(model, lengths, wanted, pending), model, workers):
+        for indices in in_parallel(measure_documents, _groups(model, lengths, wanted, pending), workers):
             bar.update(sum(lengths[index] for index in indices))
             rate = bar.format_dict["rate"]
             if rate and wanted.positions is None:
@@ -135,18 +135,14 @@ def _together(works: list[Steps[Result]]) -> list[Result]:
     return cast(list[Result], results)
 
 
-def in_parallel(
-    work: Callable[[list[int]], list[int]], groups: list[list[int]], model: HookedMoE, most: int = MAX_WORKERS
-) -> Iterator[list[int]]:
+def in_parallel(work: Callable[[list[int]], list[int]], groups: list[list[int]], workers: int) -> Iterator[list[int]]:
     """Run `work` on each group and yield what it returns as it is done. An exception in one stops the others.
 
     On a CPU, documents side by side use the cores better than one document on all of them, whose operations are small and
     would wait for each other's threads; the cores are shared out among a few workers.
     """
     cores = torch.get_num_threads()
-    workers = min(most, _workers(model, len(groups)))
-    per_worker = max(1, cores // workers)
-    executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(per_worker,))
+    executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, cores // workers),))
     try:
         for done in as_completed([executor.submit(work, group) for group in groups]):
             yield done.result()
@@ -155,10 +151,12 @@ def in_parallel(
         torch.set_num_threads(cores)
 
 
-def _workers(model: HookedMoE, groups: int) -> int:
-    """How many groups are measured at once. Streamed weights are of one layer at a time, so all go through it together."""
+def workers_for(model: HookedMoE, documents: int) -> int:
+    """How many to measure at once, out of all documents, measured before or not: from the number of workers follows that of each
+    one's threads, on which the last bits of products depend. Streamed weights are of one layer at a time, so all documents go
+    through it together."""
     alone = model.cfg.device.type != "cpu" or model.spill is not None
-    return 1 if alone else max(1, min(torch.get_num_threads(), groups, MAX_WORKERS))
+    return 1 if alone else max(1, min(torch.get_num_threads(), documents, MAX_WORKERS))
 
 
 def _least_budget(model: HookedMoE, corpus: TokenizedCorpus, wanted: Wanted) -> int:

@@ -33,7 +33,7 @@ from hooked_moe.corpus import Corpus
 from hooked_moe.counterfactuals import expert_observations
 from hooked_moe.measurement.fingerprint import config_values, versions, weights_sha256
 from hooked_moe.measurement.run_directory import claim, digest, read_json
-from hooked_moe.measurement.shards import in_parallel
+from hooked_moe.measurement.shards import in_parallel, workers_for
 from hooked_moe.model import HookedMoE
 from hooked_moe.released.metrics import PerExpert, released_criteria, released_redistribution
 from hooked_moe.released.padded_rows import LayerRows, PaddedTexts, observe_rows
@@ -340,7 +340,7 @@ class ReleasedRun:
         pending = [text for text, path in paths.items() if not path.exists()]
         with tqdm(total=len(texts), desc=f"{shards.name}, whole texts", unit="text", disable=not self._progress) as bar:
             bar.update(len(texts) - len(pending))
-            for done in in_parallel(measure_texts, [[text] for text in pending], self.model):
+            for done in in_parallel(measure_texts, [[text] for text in pending], workers_for(self.model, len(texts))):
                 bar.update(len(done))
         tables = {text: pq.read_table(path, use_threads=False) for text, path in paths.items()}
         return {text: np.stack([column.to_numpy() for column in table.columns]) for text, table in tables.items()}
