@@ -35,6 +35,14 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Another number of torch's threads, until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmoe": {
         "n_key_value_heads": 2,
