@@ -62,6 +62,14 @@ def unchecked() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Another number of torch's threads, until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmoe": {
         "n_key_value_heads": 2,

@@ -51,7 +51,7 @@ def measure_part(
     `ValueError`. `memory_budget` bounds the memory beside the model's weights of all documents together; where it is small,
     fewer documents are measured side by side.
     """
-    workers, budget = _workers(model, len(corpus.documents)), None
+    workers, budget = workers_for(model, len(corpus.documents)), None
     if memory_budget is not None:
         total = parse_bytes(memory_budget)
         workers = max(1, min(workers, total // _least_budget(model, corpus, spec)))
@@ -73,7 +73,7 @@ def measure_part(
     description = f"measuring, {spec.part}"
     with tqdm(total=sum(lengths), unit="tok", desc=description, disable=not progress, smoothing=0.1) as bar:
         bar.update(sum(lengths) - sum(lengths[index] for index in pending))
-        for indices in in_parallel(measure_documents, _groups(model, lengths, spec, pending), model, workers):
+        for indices in in_parallel(measure_documents, _groups(model, lengths, spec, pending), workers):
             bar.update(sum(lengths[index] for index in indices))
             rate = bar.format_dict["rate"]
             if rate and spec.positions is None:
@@ -137,18 +137,14 @@ def _together(tasks: list[Steps[Result]]) -> list[Result]:
     return cast(list[Result], results)
 
 
-def in_parallel(
-    measure: Callable[[list[int]], list[int]], groups: list[list[int]], model: Transformer, max_workers: int = MAX_WORKERS
-) -> Iterator[list[int]]:
+def in_parallel(measure: Callable[[list[int]], list[int]], groups: list[list[int]], workers: int) -> Iterator[list[int]]:
     """Call `measure` on each group and yield what it returns, as each is done. An exception in one stops the others.
 
     On a CPU, documents side by side use the cores better than one document on all of them, whose operations are small and
     would wait for each other's threads; the cores are shared out among a few workers.
     """
     cores = torch.get_num_threads()
-    workers = min(max_workers, _workers(model, len(groups)))
-    per_worker = max(1, cores // workers)
-    executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(per_worker,))
+    executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, cores // workers),))
     try:
         for done in as_completed([executor.submit(measure, group) for group in groups]):
             yield done.result()
@@ -157,10 +153,14 @@ def in_parallel(
         torch.set_num_threads(cores)
 
 
-def _workers(model: Transformer, groups: int) -> int:
-    """How many groups are measured at once. Of streamed weights one layer is in memory, so all groups go through it together."""
+def workers_for(model: Transformer, documents: int) -> int:
+    """How many groups to measure at once, from the number of all documents, measured before or not.
+
+    From the number of workers follows that of each one's threads, on which the last bits of products depend; so a resumed run has
+    the same. Of streamed weights one layer is in memory, so all groups go through it together.
+    """
     alone = model.cfg.device.type != "cpu" or model.streams
-    return 1 if alone else max(1, min(torch.get_num_threads(), groups, MAX_WORKERS))
+    return 1 if alone else max(1, min(torch.get_num_threads(), documents, MAX_WORKERS))
 
 
 def _least_budget(model: Transformer, corpus: TokenizedCorpus, spec: PartSpec) -> int:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 from tqdm import tqdm
 
-from hooked_moe.measurement.shards import in_parallel
+from hooked_moe.measurement.shards import in_parallel, workers_for
 from hooked_moe.tables import write_parquet_atomic
 from hooked_moe.transformer import Transformer
 
@@ -35,7 +35,7 @@ def measure_text_by_text(
     pending = [text for text, path in paths.items() if not path.exists()]
     with tqdm(total=len(texts), desc=f"{shards.name}, whole texts", unit="text", disable=not progress) as bar:
         bar.update(len(texts) - len(pending))
-        for done in in_parallel(measure_texts, [[text] for text in pending], model):
+        for done in in_parallel(measure_texts, [[text] for text in pending], workers_for(model, len(texts))):
             bar.update(len(done))
     tables = {text: pq.read_table(path, use_threads=False) for text, path in paths.items()}
     return {text: np.stack([column.to_numpy() for column in table.columns]) for text, table in tables.items()}

@@ -297,7 +297,7 @@ def test_agreement_counts_selections_whatever_their_order() -> None:
     one = {1: torch.tensor([[[0, 1], [2, 3]]]), 4: torch.tensor([[[5, 6], [7, 0]]])}
     other = {1: torch.tensor([[[1, 0], [3, 9]]]), 4: torch.tensor([[[6, 5], [0, 7]]])}
     assert Agreement.of(one, other) == Agreement(selections=7 / 8, sets=3 / 4, lowest_layer=3 / 4)
-    assert Agreement.of(one, one) == Agreement(1, 1, 1)
+    assert Agreement.of(one, one) == Agreement(1.0, 1.0, 1.0)
 
 
 def half(directory: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> dict[str, Result]:

@@ -579,7 +579,8 @@ def test_a_backward_hook_changes_no_bit_of_the_output_and_no_gradient(model: Hoo
     hooked_logits, hooked = gradients([(name, lambda gradient, hook: None) for name in names])
     assert torch.equal(hooked_logits, logits)
     for name, gradient in expected.items():
-        torch.testing.assert_close(hooked[name], gradient, atol=1e-7, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        # Through other operations, in part; float32 rounds these gradients by up to 1e-6 either way.
+        torch.testing.assert_close(hooked[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_each_backward_hook_sees_the_gradient_of_its_own_place(model: HookedMoE, tokens: Tensor) -> None:

@@ -243,6 +243,8 @@ def assert_same_tables(one: Path, other: Path) -> None:
 def test_a_corpus_is_measured_in_one_sweep_per_window_to_the_same_tables(
     whole: HookedMoE, streamed: HookedMoE, tmp_path: Path
 ) -> None:
+    """To the bit on one thread, as the tests run: of several, a document has its share where weights are in memory and all where
+    they are streamed, and products on more threads round otherwise."""
     blocks = blocks_of(streamed)
     before = blocks.blocks_read
     measure(streamed, tmp_path / "streamed")

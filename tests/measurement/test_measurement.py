@@ -233,14 +233,27 @@ def test_a_measurement_resumes_with_the_documents_that_lack_a_shard(
     remove_shards(kept)  # nothing left to do
 
 
+def test_the_last_document_of_a_measurement_gets_the_threads_that_it_had_among_others(
+    reader: HookedMoE, tmp_path: Path, set_threads: Callable[[int], None]
+) -> None:
+    corpus = number_corpus(tmp_path, (12, 9, 20, 15))
+    set_threads(2)
+    run(reader, corpus, tmp_path / "whole")
+    run(reader, corpus, tmp_path / "resumed")
+    for shard in (tmp_path / "resumed" / "shards" / "position").glob("000002.*"):
+        shard.unlink()
+    run(reader, corpus, tmp_path / "resumed")
+    for path in (tmp_path / "whole").glob("*.parquet"):
+        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes(), path.name
+
+
 def test_a_small_budget_has_fewer_documents_measured_side_by_side(
-    reader: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
 ) -> None:
     tokenized = TokenizedCorpus(reader, number_corpus(tmp_path, (20, 3, 10, 20)), N_CTX)
     spec = PartSpec("position", (0, 1, 2))
     least = shards._least_budget(reader, tokenized, spec)
-    monkeypatch.setattr(shards.torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(shards.torch, "set_num_threads", lambda count: None)  # three threads must not outlast this test
+    set_threads(3)
     workers: list[int] = []
     original = shards.ThreadPoolExecutor
     monkeypatch.setattr(shards, "ThreadPoolExecutor", lambda n, **options: workers.append(n) or original(n, **options))
