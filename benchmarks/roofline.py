@@ -31,6 +31,7 @@ import torch
 import hooked_moe.components.moe
 import hooked_moe.counterfactuals.engine.fan_out
 import hooked_moe.counterfactuals.engine.losses
+import hooked_moe.counterfactuals.expert_removal
 import hooked_moe.kernels.cpu.expert_mlp
 from benchmarks.tables import Table, count, parse, parser, show, threads
 from benchmarks.timing import seconds_of, summary, timed
@@ -69,9 +70,9 @@ WRAPPED: tuple[tuple[Any, str, str], ...] = (
     (RMSNorm, "forward", NORMS),
     (HookedRMSNorm, "forward", NORMS),
     (Rotation, "__call__", NORMS),
-    (hooked_moe.counterfactuals, "observe", OBSERVE),
+    (hooked_moe.counterfactuals.expert_removal, "observe", OBSERVE),
     (hooked_moe.counterfactuals.engine.losses, "target_loss", UNEMBEDDING),
-    (hooked_moe.counterfactuals.engine.fan_out, "variant_losses", UNEMBEDDING),
+    (hooked_moe.counterfactuals.engine.fan_out, "prediction_change", UNEMBEDDING),
 )
 """Which function is which phase. Time inside a wrapped function counts for the innermost one."""
 
@@ -267,14 +268,15 @@ def flops(cfg: HookedMoEConfig, length: int, layers: Sequence[int]) -> dict[str,
     - Token t attends to t + 1 keys, its own among them: N (N + 1) / 2 pairs in each run over the text, each with one product of a
       query and a key and one of a weight and a value in every head.
     - The router runs once more on the clean tokens of a measured layer, to note the probabilities of all experts.
-    - Losses are of N - 1 positions, of the clean run and of K variants for each measured layer.
+    - Losses are of N - 1 positions, of the clean run and of K variants for each measured layer. The clean run is unembedded once
+      more for its variants to be compared with, and its probabilities are multiplied with the unembedding.
 
     Norms, activations, softmax and the weighting of expert outputs are no matrix products and not counted.
     """
     runs = [1 + cfg.experts_per_token * sum(layer < block for layer in layers) for block in range(cfg.n_layers)]
     pairs = length * (length + 1) / 2
     attention = 2 * cfg.n_heads * (cfg.d_head + cfg.value_width) * pairs
-    ends = (1 + cfg.experts_per_token * len(layers)) * (length - 1)
+    ends = (3 + cfg.experts_per_token * len(layers)) * (length - 1)
     return {
         PROJECTIONS: sum(runs) * length * 2.0 * projection_weights(cfg),
         ATTENTION: sum(runs) * attention,

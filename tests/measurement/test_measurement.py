@@ -70,7 +70,8 @@ def reference(
             here = window.shape[1]
             last = start + here == len(ids)
             with torch.no_grad():
-                clean = model(window, "loss", loss_per_token=True)[0].tolist()
+                logits, losses = model(window, "both", loss_per_token=True)
+                clean, predicted = losses[0].tolist(), logits[0].double().log_softmax(-1)
                 _, cache = model.run_with_cache(window)
             slopes = first_order_effects(model, window)
             for j in range(here if last else here - 1):
@@ -83,14 +84,16 @@ def reference(
                     for slot, expert in enumerate(cache[f"{prefix}_indices"][0, j].tolist()):
                         removed = ExpertMask.ablate([(layer, 0, j if scope == "position" else None, expert)], removal)
                         with torch.no_grad():
-                            without = model(window, "loss", loss_per_token=True, expert_mask=removed)[0].tolist()
-                        delta = without[j] - clean[j] if j + 1 < here else np.nan
+                            logits, losses = model(window, "both", loss_per_token=True, expert_mask=removed)
+                        delta = float(losses[0, j]) - clean[j] if j + 1 < here else np.nan
+                        changed = logits[0, j].double().log_softmax(-1)
+                        kl = float((predicted[j].exp() * (predicted[j] - changed)).sum()) if j + 1 < here else np.nan
                         rest = contributions.sum(0) - contributions[slot]
                         norms = float(outputs[slot].norm()), float(contributions[slot].norm())
                         cosine = float(torch.cosine_similarity(contributions[slot], rest, dim=0))
                         first_order = float(slopes.first_order[slopes.layers.index(layer), 0, j, slot])
                         observed = float(weights[slot]), *norms, cosine, float(rest.norm())
-                        effects.append((document, position, layer, slot, expert, *observed, loss, delta, first_order))
+                        effects.append((document, position, layer, slot, expert, *observed, loss, delta, kl, first_order))
             start += N_CTX - 1
             number += 1
     return pd.DataFrame(effects, columns=EFFECTS.names), pd.DataFrame(tokens, columns=TOKENS.names)
@@ -183,7 +186,7 @@ def test_a_sample_is_removed_at_its_positions_only_and_routing_is_observed_every
     for name in ("effects", "effects_sequence"):
         asked = [place in sample for place in zip(every[name]["document"], every[name]["position"], strict=True)]
         expected = every[name].copy()
-        for column in expected.columns.intersection(["delta_loss", "first_order"]):
+        for column in expected.columns.intersection(["delta_loss", "kl", "first_order"]):
             expected[column] = expected[column].where(asked)
         assert_equal(some[name], expected)
     assert read_effects(tmp_path / "some" / "effects.parquet").valid.sum() == len(sample)
