@@ -135,9 +135,9 @@ def lowest_experts(
 def _factor(run: str | os.PathLike[str] | pa.Table, share: float, effect: str) -> tuple[float, list[str]]:
     """Median rise over summed effects at this share, interpolated between those measured; why it is 1 where it is.
 
-    pruning.csv has a row per pruned model: share, rise, and the sum predicted_<effect> of what was removed. Those count that chose
-    experts without seeing effects (criteria and random masks), the same share of every layer: sums that a mask was chosen by are
-    too low.
+    pruning.csv has a row per pruned model: share, rise, and the sum predicted_<effect> of what was removed. Rows count whose
+    experts were chosen without seeing effects (by criteria and at random), the same share of every layer: sums that a mask was
+    chosen by are too low.
     """
     path = None if isinstance(run, pa.Table) else Path(run) / "pruning.csv"
     if path is None or not path.is_file():
