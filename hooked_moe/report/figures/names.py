@@ -32,6 +32,7 @@ _LABELS = {
     "oracle": "oracle",
     "mean_effect": "mean effect in other documents",
     "sum_effect": "sum of effects in other documents",
+    "table": "shrunk sum of expected effects",
 }
 
 
