@@ -9,7 +9,7 @@ import pyarrow as pa
 import scipy.stats
 from jaxtyping import Float, Int
 
-from hooked_moe.analysis.pruning import Effect, Half, predict_pruning
+from hooked_moe.analysis.pruning import BLIND, Effect, Half, predict_pruning
 from hooked_moe.analysis.pruning_orders import Pruning
 from hooked_moe.statistics import MINIMUM_PAIRS, ratio_bootstrap
 
@@ -91,13 +91,13 @@ def pruning_summary(prunings: pa.Table) -> pa.Table:
 
     spearman is the rank correlation of predicted and measured rise (NaN for fewer than three prunings), ratio the median of
     measured over predicted, and coverage the share of prunings whose measured rise lies in the predicted interval times a factor,
-    the ratio over all prunings of that share and kind of budget. The factor comes from these same prunings.
+    the ratio over both populations, which `predict_pruning` applies. The factor comes from these same prunings.
     """
     rows = []
     everything = prunings.to_pylist()
     for per, share in sorted({(row["per"], row["share"]) for row in everything}):
         here = [row for row in everything if (row["per"], row["share"]) == (per, share)]
-        factor = _ratio(here)
+        factor = _ratio([row for row in here if row["kind"] in BLIND])
         for kind, population in (("criterion", "criteria"), ("random", "random masks")):
             own = [row for row in here if row["kind"] == kind]
             if not own:

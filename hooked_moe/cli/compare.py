@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compare_published(args: argparse.Namespace) -> None:
     """Every run named, or found. Raises `ValueError` where there is none, unless --reread was asked for, which needs none."""
-    home = args.results / Path(locate(args.model).model_name).name
-    directories = args.runs or sorted(path.parent for path in home.glob("*/manifest.json"))
+    directories = args.runs or runs_of(args.model, args.results)
     if not directories and not args.reread:
+        home = args.results / Path(locate(args.model).model_name).name
         raise ValueError(f"there are no runs under {home}: run `hooked-moe audit` first, or name the directories of runs")
     for directory in directories:
         run = read_run(directory)
@@ -58,6 +58,12 @@ def compare_published(args: argparse.Namespace) -> None:
             print(line)
     if args.reread:
         reread_released(directories, args.results)
+
+
+def runs_of(model: str, results: Path) -> list[Path]:
+    """The directories of a model's runs."""
+    home = results / Path(locate(model).model_name).name
+    return sorted(path.parent for path in home.glob("*/manifest.json"))
 
 
 def reread_released(directories: Sequence[Path], results: Path) -> None:

@@ -4,23 +4,32 @@
     hooked-moe paper --models olmoe --corpus wikitext-2 --positions 200   # the published model
     hooked-moe paper --models tiny-qwen-moe --documents 12 --positions 60
 
-Each experiment is the command of its name, run with its defaults; what was measured before is used again. At the end there is a
-summary of each model beside the published tables, and the paths of the reports.
+Each experiment is the command of its name, run with its defaults (pruning: one share, a few rankings); what was measured before
+is used again. At the end there is a summary of each model beside the published tables, the paper's released comparisons read in
+nats, and the paths of the reports.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hooked_moe.cli import audit, compare, control, progressive, redistribution
+from hooked_moe.cli import audit, compare, control, progressive, prune, redistribution
 from hooked_moe.cli.console import parser_of, run_command
+from hooked_moe.cli.options import first_documents
 from hooked_moe.cli.released_run import released_family
+from hooked_moe.corpus import load_corpus
 from hooked_moe.loading.registry import SHIPPED, locate
 from hooked_moe.paper.published import PAIRS
+from hooked_moe.statistics import MINIMUM_PAIRS
 
+PRUNINGS = [
+    *("--shares", "0.25", "--random", "2", "--evaluate", "12", "--criteria", "reap", "weighted_ean"),
+    *("mean_routing_weight_when_active", "utilization_rate", "activation_norm", "mean_effect"),
+]
+"""The reduced form of `hooked-moe prune`: seconds for a shipped model. The command alone prunes by everything."""
 Command = Callable[[list[str]], int]
 
 
@@ -44,9 +53,13 @@ def paper(args: argparse.Namespace) -> None:
             print(f"\n=== {model}: {title} ({time.perf_counter() - started:.0f} s) ===\n", flush=True)
             if run(arguments) != 0:
                 raise ValueError(f"{title} of {model} failed; `hooked-moe paper` resumes from there")
+    runs = []
     for model in args.models:
         print(f"\n=== {model}: ours | published ===")
         compare.main(["--model", model, "--results", str(args.results), "--brief"])
+        runs += compare.runs_of(model, args.results)
+    compare.reread_released(runs, args.results)
+    for model in args.models:
         for report in sorted((args.results / Path(locate(model).model_name).name).glob("*/report.html")):
             print(f"report: {report}")
     print(f"\n{time.perf_counter() - started:.0f} s in all")
@@ -64,6 +77,7 @@ def steps(args: argparse.Namespace, model: str) -> list[tuple[str, Command, list
         ("audit", audit.main, common),
         ("routing-weight control", control.main, common),
         ("redistribution", redistribution.main, common),
+        *pruning(args, common),
         ("audit and control as released", audit.main, sampled),
     ]
     if family.redistribution is not None:
@@ -71,3 +85,9 @@ def steps(args: argparse.Namespace, model: str) -> list[tuple[str, Command, list
     if family.progressive is not None:
         planned.append(("progressive ablation as released", progressive.main, sampled))
     return planned
+
+
+def pruning(args: argparse.Namespace, common: list[str]) -> Iterator[tuple[str, Command, list[str]]]:
+    """A quarter of every layer pruned by a few rankings, where there are documents enough to learn from and to measure on."""
+    if len(first_documents(load_corpus(args.corpus), args.documents).documents) >= 2 * MINIMUM_PAIRS:
+        yield "pruning", prune.main, [*common, *PRUNINGS]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,7 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--per", choices=["layer", "model"], default="layer", help="what the share is of: every layer (default), or the model"
     )
-    parser.add_argument("--evaluate", type=int, metavar="N", help="measure on the first N odd documents (default: all of them)")
+    parser.add_argument(
+        "--evaluate", type=int, metavar="N", help="measure on the first N odd documents, or more if others were (default: all)"
+    )
     parser.add_argument(
         "--evaluate-tokens", type=int, default=TOKENS, metavar="N", help="and the first N tokens of each (default: %(default)s)"
     )
@@ -90,6 +93,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--shares {one:g}: give the part of the experts to remove, between 0 and 1, as in 0.25")
     if args.random < 1:
         raise ValueError(f"--random {args.random}: one mask at random is the least that costs can be compared with")
+    if args.evaluate is not None and args.evaluate < MINIMUM_PAIRS:
+        raise ValueError(f"--evaluate {args.evaluate}: an interval over documents takes {MINIMUM_PAIRS} of them or more")
     if args.evaluate_tokens < 2:
         raise ValueError(f"--evaluate-tokens {args.evaluate_tokens}: a loss takes two tokens or more")
 
@@ -99,15 +104,16 @@ def check_options(args: argparse.Namespace) -> None:
 
 def measure(run: Run, args: argparse.Namespace) -> Path:
     """pruning.csv, pruning_summary.csv, the report and the table on the console."""
-    documents = evaluated(len(run.tokenized.documents), args.evaluate)
+    earlier = measured_before(run.directory / "pruning.csv", args.evaluate_tokens)
+    documents = evaluated(len(run.tokenized.documents), args.evaluate, max((row["n_documents"] for row in earlier), default=0))
     orders = PruningOrders(run.directory, run.model.cfg.num_experts, "even")
-    asked = [(name, one) for one in args.shares for name in (*args.criteria, *map(random_ranking, range(args.random)))]
-    for name in args.criteria:
-        if orders.missing(name):
-            print(f"{name}: {orders.missing(name)}")
-    keys = dict.fromkeys((name, args.per, one) for name, one in asked if not orders.missing(name))
-    keys |= dict.fromkeys(measured_before(run.directory / "pruning.csv", len(documents), args.evaluate_tokens, orders))
-    prunings = [orders.prune(name, one, per) for name, per, one in sorted(keys, key=_place)]
+    names = (*args.criteria, *map(random_ranking, range(args.random)))
+    keys = {(name, args.per, one) for one in args.shares for name in names}
+    keys |= {(row["ranking"], row["per"], row["share"]) for row in earlier}
+    absent = {name: orders.missing(name) for name in sorted({name for name, _, _ in keys}) if orders.missing(name)}
+    for name, reason in absent.items():
+        print(f"{label(name)}: {reason}")
+    prunings = [orders.prune(name, one, per) for name, per, one in sorted(keys, key=_place) if name not in absent]
     directory = run.directory / "prunings"
     losses = PrunedLosses(run.model, run.tokenized, documents, args.evaluate_tokens, directory, run.plan)
     intact = losses.of({})
@@ -123,9 +129,13 @@ def measure(run: Run, args: argparse.Namespace) -> Path:
     return run.directory
 
 
-def evaluated(n_documents: int, limit: int | None) -> list[int]:
-    """The odd documents, or the first `limit` of them. Raises `ValueError` where an interval over documents has too few."""
-    odd = list(range(1, n_documents, 2))[:limit]
+def evaluated(n_documents: int, limit: int | None, at_least: int = 0) -> list[int]:
+    """The odd documents, or the first `limit` of them, or as many as an earlier command has measured on, if these are more.
+
+    Raises `ValueError` where they are too few for an interval over documents.
+    """
+    odd = list(range(1, n_documents, 2))
+    odd = odd if limit is None else odd[: max(limit, at_least)]
     if len(odd) < MINIMUM_PAIRS:
         raise ValueError(
             f"{len(odd)} documents to measure on: rankings come from the even documents and losses from the odd ones, and an "
@@ -134,13 +144,16 @@ def evaluated(n_documents: int, limit: int | None) -> list[int]:
     return odd
 
 
-def measured_before(path: Path, n_documents: int, n_tokens: int, orders: PruningOrders) -> list[tuple[str, str, float]]:
-    """What an earlier command pruned by and measured on the same documents: it stays in the table, and costs nothing again."""
-    if not path.is_file():
+def measured_before(path: Path, n_tokens: int) -> list[dict[str, Any]]:
+    """The rows of earlier commands: what they pruned by stays in the table, and so does the number of documents.
+
+    None if they read another number of tokens of each document: the table begins again then.
+    """
+    rows = read_csv(path, PRUNING).to_pylist() if path.is_file() else []
+    if any(row["n_tokens"] != n_tokens for row in rows):
+        print(f"{path} is of documents of {rows[0]['n_tokens']} tokens, not {n_tokens}: it is replaced")
         return []
-    rows = read_csv(path, PRUNING).to_pylist()
-    same = [row for row in rows if (row["n_documents"], row["n_tokens"]) == (n_documents, n_tokens)]
-    return [(row["ranking"], row["per"], row["share"]) for row in same if not orders.missing(row["ranking"])]
+    return rows
 
 
 def _place(key: tuple[str, str, float]) -> tuple[str, float, int, str]:

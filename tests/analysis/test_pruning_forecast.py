@@ -45,7 +45,13 @@ def test_a_measured_factor_is_applied_and_large_shares_are_marked(tmp_path):
     run = synthetic_run(tmp_path / "run", n_documents=12, n_tokens=20)
     analyse_run(run, n_experts=N_EXPERTS)
     plain = predict_pruning(run, {0: [1, 2]})
-    rows = {"share": [0.125, 0.125, 0.125, 0.25], "rise": [1.0, 1.2, 9.0, 1.5], "predicted_kl": [1.0, 1.0, 1.0, 1.0]}
+    rows = {
+        "kind": ["criterion", "criterion", "random", "random", "table", "oracle", "criterion"],
+        "per": ["layer"] * 6 + ["model"],
+        "share": [0.125, 0.125, 0.125, 0.25, 0.25, 0.125, 0.125],
+        "rise": [1.0, 1.2, 9.0, 1.5, 7.0, 8.0, 6.0],  # the last three count for nothing
+        "predicted_kl": [1.0] * 7,
+    }
     tables.write_csv_atomic(pa.table(rows), run / "pruning.csv")
     forecast = predict_pruning(run, {0: [1, 2]})
     assert (forecast.factor, forecast.note) == (1.2, "")

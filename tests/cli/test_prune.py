@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from hooked_moe import HookedMoE, tables
 from hooked_moe.analysis import predict_pruning
 from hooked_moe.analysis.pruning_orders import ORACLES, RANKINGS, TABLE, PruningOrders
 from hooked_moe.analysis.pruning_table import PRUNING
-from hooked_moe.cli import prune
+from hooked_moe.cli import paper, prune
 from hooked_moe.measurement import pruned_losses
 from hooked_moe.report.figures.drawing import Drawing
 from tests.support.hf_models import logits_of
@@ -192,6 +193,24 @@ def test_a_pruning_is_measured_once_and_earlier_ones_stay_in_the_table(workplace
     assert len(after) == len(before) + 1
 
 
+def test_fewer_documents_do_not_take_the_place_of_more(workplace, capsys):
+    path = workplace / "results" / "model" / "run" / "pruning.csv"
+    assert run_prune(*SMALL) == 0
+    before = path.read_bytes()
+    assert run_prune(*SMALL, "--evaluate", "3") == 0
+    assert path.read_bytes() == before
+    assert run_prune(*SMALL, "--evaluate-tokens", "10", "--evaluate", "3") == 0
+    assert "it is replaced" in capsys.readouterr().out
+    assert {(row["n_documents"], row["n_tokens"]) for row in written(workplace)} == {(3, 10)}
+    assert (
+        run_prune(*SMALL, "--evaluate-tokens", "10", "--criteria", "weighted_ean") == 0
+    )  # on all documents now, and so the others
+    assert {(row["n_documents"], row["n_tokens"]) for row in written(workplace)} == {(5, 10)}
+    assert {"reap", "weighted_ean", "random_1"} < {row["ranking"] for row in written(workplace)}
+    assert run_prune(*SMALL) == 0
+    assert {(row["n_documents"], row["n_tokens"]) for row in written(workplace)} == {(5, TOKENS)}
+
+
 def test_a_killed_command_keeps_what_it_measured(workplace, monkeypatch):
     """Two prunings, then the plug is pulled: the same command measures the others only."""
     asked = ("--shares", "0.5", "--criteria", "reap", "utilization_rate", "--random", "2")
@@ -212,15 +231,17 @@ def test_a_killed_command_keeps_what_it_measured(workplace, monkeypatch):
     assert len(list(directory.iterdir())) == n_before + len(calls) - 1
 
 
-def test_a_file_of_another_pruning_is_refused(workplace):
+def test_a_file_of_another_pruning_is_refused(workplace, capsys):
     directory = workplace / "results" / "model" / "run" / "prunings"
-    path = sorted(directory.iterdir())[0]
+    identities = {path: json.loads(pq.read_schema(path).metadata[b"identity"]) for path in directory.iterdir()}
+    intact = {"documents": [1, 3, 5, 7, 9], "tokens": TOKENS, "experts": {}}
+    (path,) = [path for path, identity in identities.items() if {**identity, **intact} == identity]
     kept = path.read_bytes()
-    table = pq.read_table(path)
-    identity = json.loads(table.schema.metadata[b"identity"]) | {"tokens": 7}
-    tables.write_parquet_atomic(table.replace_schema_metadata({"identity": json.dumps(identity)}), path)
+    other = pq.read_table(path).replace_schema_metadata({"identity": json.dumps(identities[path] | {"tokens": 7})})
+    tables.write_parquet_atomic(other, path)
     try:
         assert run_prune(*SMALL) == 1
+        assert f"{path.name} holds another pruning than its name says" in capsys.readouterr().err
     finally:
         path.write_bytes(kept)
 
@@ -262,7 +283,8 @@ def test_unequal_numbers_are_not_saved(workplace, tmp_path, capsys):
         (("--shares", "0.9"), "give a share that removes from 1 to 3"),
         (("--random", "0"), "--random 0: one mask at random is the least"),
         (("--evaluate-tokens", "1"), "--evaluate-tokens 1: a loss takes two tokens or more"),
-        (("--evaluate", "2"), "2 documents to measure on"),
+        (("--evaluate", "2"), "--evaluate 2: an interval over documents takes 3 of them or more"),
+        (("--documents", "4", "--run", "four"), "2 documents to measure on: rankings come from the even documents"),
         (("--save", "there"), "--save DIR and --criterion NAME go together"),
         (("--criterion", "reap"), "--save DIR and --criterion NAME go together"),
         (("--save", "there", "--criterion", "reap"), "--save writes one model: give one --shares"),
@@ -271,3 +293,21 @@ def test_unequal_numbers_are_not_saved(workplace, tmp_path, capsys):
 def test_bad_input_is_answered(workplace, options, message, capsys):
     assert run_prune(*options) == 1
     assert message.lower() in capsys.readouterr().err.lower()
+
+
+# --- its part in `hooked-moe paper` -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("documents", "planned"), [(None, True), (6, True), (5, False)])
+def test_the_paper_prunes_where_there_are_documents_enough(documents, planned, monkeypatch):
+    asked = []
+    monkeypatch.setattr(prune, "prune", asked.append)
+    args = argparse.Namespace(corpus="held-out", documents=documents, results=Path("results"), positions=20)
+    steps = {title: (command, arguments) for title, command, arguments in paper.steps(args, "tiny-olmoe")}
+    assert ("pruning" in steps) == planned
+    if planned:
+        command, arguments = steps["pruning"]
+        assert command(arguments) == 0
+        prune.check_options(asked[0])
+        assert (asked[0].shares, asked[0].random, asked[0].documents) == ([0.25], 2, documents)
+        assert list(steps).index("audit") < list(steps).index("pruning")

@@ -323,7 +323,8 @@ def test_a_saving_beyond_the_picture_is_named_in_its_caption():
     for row in rows:
         if row["ranking"] == "first_order":
             row["saving_share"] = 7.0
-    assert "mark is drawn in their place: first-order estimate." in savings_figure(pa.Table.from_pylist(rows), MARGIN).caption
+    caption = savings_figure(pa.Table.from_pylist(rows), MARGIN).caption
+    assert "mark is drawn in their place: first order (told the token)." in caption
 
 
 def test_captions_do_not_depend_on_where_a_panel_stands():

@@ -27,11 +27,12 @@ PAPER_LINES = (("#303030", "o"), ("#606060", "s"), ("#808080", "^"), ("#9a9a9a",
 _LABELS = {
     "routing_weight": "routing weight",
     "gap_norm": "gap norm",
-    "first_order": "first-order estimate",
+    "first_order": "first order (told the token)",
     "kl": "exact expected effect (KL)",
     "oracle": "oracle",
     "mean_effect": "mean effect in other documents",
     "sum_effect": "sum of effects in other documents",
+    "table": "shrunk sum of expected effects",
 }
 
 
