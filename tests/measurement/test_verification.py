@@ -19,6 +19,8 @@ from hooked_moe.components.moe import combine_onto
 from hooked_moe.counterfactuals import LossAfter, Zero, expert_removal, removals
 from hooked_moe.counterfactuals.engine import fan_out, losses
 from hooked_moe.expert_mask import LayerMask
+from hooked_moe.kernels import target_loss
+from hooked_moe.kernels.target_loss import LossAndLogSum
 from hooked_moe.measurement import verification
 from hooked_moe.measurement.fingerprint import config_values, versions, weights_sha256
 from hooked_moe.measurement.verification import Check, noise_floor, verify
@@ -98,9 +100,15 @@ def test_one_sequence_of_eight_tokens_or_more_is_needed(model: HookedMoE, shape:
 def test_a_loss_that_is_no_cross_entropy_fails_the_first_check_alone(
     model: HookedMoE, sequence: Tensor, monkeypatch: Patch
 ) -> None:
-    for module, name in ((losses, "target_loss"), (hooked_moe.components.losses, "next_token_loss")):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *inputs, original=original: original(*inputs) / math.log(2))
+    in_engine, in_forward = target_loss.cross_entropy, hooked_moe.components.losses.next_token_loss
+
+    def in_bits(*inputs: Any, **options: Any) -> LossAndLogSum:
+        loss, log_sum = in_engine(*inputs, **options)
+        return LossAndLogSum(loss / math.log(2), log_sum)
+
+    for module in (target_loss, losses):
+        monkeypatch.setattr(module, "cross_entropy", in_bits)
+    monkeypatch.setattr(hooked_moe.components.losses, "next_token_loss", lambda *inputs: in_forward(*inputs) / math.log(2))
     assert failed(verify(model, sequence)) == ["loss"]
 
 

@@ -61,7 +61,7 @@ def test_a_full_disk_and_missing_directories_are_named(tmp_path, monkeypatch):
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tables.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"cannot write .*file.txt: No space left on device; free some space") as caught:
         tables.write_text_atomic("x", tmp_path / "file.txt")
     assert caught.value.errno == errno.ENOSPC
