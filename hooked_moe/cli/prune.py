@@ -63,7 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--evaluate-tokens", type=int, default=TOKENS, metavar="N", help="and the first N tokens of each (default: %(default)s)"
     )
-    parser.add_argument("--save", type=Path, metavar="DIR", help="write the pruned model there, and measure nothing else")
+    # Not `args.save`: nnsight, once it is imported, gives every object a method of that name, and argparse then sets no default.
+    parser.add_argument(
+        "--save", dest="save_to", type=Path, metavar="DIR", help="write the pruned model there, and measure nothing else"
+    )
     parser.add_argument("--criterion", metavar="NAME", help="with --save: by which ranking")
     return run_command(prune, parser.parse_args(arguments))
 
@@ -76,14 +79,14 @@ def prune(args: argparse.Namespace) -> Path:
         if "position" not in run.manifest["parts"]:
             run.require("position", memory_budget=args.memory)
         analyse(run)
-        return save(run, args) if args.save else measure(run, args)
+        return save(run, args) if args.save_to else measure(run, args)
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises `ValueError` for options that do not go together, and for names that are not rankings."""
-    if (args.save is None) != (args.criterion is None):
+    if (args.save_to is None) != (args.criterion is None):
         raise ValueError("--save DIR and --criterion NAME go together: one says where to, the other by what")
-    if args.save and len(args.shares) != 1:
+    if args.save_to and len(args.shares) != 1:
         raise ValueError(f"--save writes one model: give one --shares, as in --shares 0.25, not {len(args.shares)}")
     for name in args.criteria if args.criterion is None else [args.criterion]:
         if name not in RANKINGS:
@@ -207,8 +210,10 @@ def save(run: Run, args: argparse.Namespace) -> Path:
             "number for all layers only: give --per layer, and all layers"
         )
     remove_experts(run.model, pruning.experts)
-    save_pretrained(run.model, args.save)
-    print(f"{args.save}: {run.model.cfg.num_experts} experts in each of {len(remaining)} layers, for transformers and hooked_moe")
+    save_pretrained(run.model, args.save_to)
+    print(
+        f"{args.save_to}: {run.model.cfg.num_experts} experts in each of {len(remaining)} layers, for transformers and hooked_moe"
+    )
     forecast = predict_pruning(run.directory, pruning.experts, orders.effect)
     ends = f"[{signed(forecast.low, 4)}, {signed(forecast.high, 4)}]"
     print(f"forecast of the loss: {signed(forecast.rise, 4)} nats {ends}, {forecast.factor:.2f} times the summed single effects")
@@ -217,7 +222,7 @@ def save(run: Run, args: argparse.Namespace) -> Path:
         caveats.append("chosen by the effects of the same documents: the forecast is too low")
     for caveat in caveats:
         print(f"  {caveat}")
-    return Path(args.save)
+    return Path(args.save_to)
 
 
 def remaining_by_layer(run: Run, pruning: Pruning) -> Sequence[int]:

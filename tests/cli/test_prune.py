@@ -311,3 +311,12 @@ def test_the_paper_prunes_where_there_are_documents_enough(documents, planned, m
         prune.check_options(asked[0])
         assert (asked[0].shares, asked[0].random, asked[0].documents) == ([0.25], 2, documents)
         assert list(steps).index("audit") < list(steps).index("pruning")
+
+
+def test_options_have_their_defaults_where_another_library_gives_every_object_a_save(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As nnsight does once it is imported; argparse sets no default where there is an attribute of that name."""
+    monkeypatch.setattr(argparse.Namespace, "save", lambda self: self, raising=False)
+    assert prune.main(["--shares", "1.5"]) == 1
+    assert "--shares 1.5: give the part of the experts to remove" in capsys.readouterr().err
