@@ -32,9 +32,6 @@ from hooked_moe.tables import DOCUMENTS, EFFECTS, EFFECTS_SEQUENCE, EXPERT_WEIGH
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY = 8 * 2**30
 """Bytes that the analysis must fit into."""
-EFFECTS_WITH_KL = (
-    EFFECTS if "kl" in EFFECTS.names else EFFECTS.insert(EFFECTS.get_field_index("delta_loss") + 1, pa.field("kl", pa.float32()))
-)
 SMALL = {"tokens": [2_000, 4_000], "documents": 20, "layers": 2, "experts": 16}
 ANALYSE = """
 import json, resource, sys, time
@@ -133,13 +130,13 @@ def write_run(directory: Path, size: Size, sequence: bool) -> None:
     popularity = random.normal(size=(size.layers, size.experts))
     loudness = random.gamma(20, 0.05, size=(size.layers, size.experts))
     with (
-        pq.ParquetWriter(directory / "effects.parquet", EFFECTS_WITH_KL, compression="zstd") as effects,
+        pq.ParquetWriter(directory / "effects.parquet", EFFECTS, compression="zstd") as effects,
         pq.ParquetWriter(directory / "routing.parquet", ROUTING, compression="zstd") as routing,
     ):
         everywhere = pq.ParquetWriter(directory / "effects_sequence.parquet", EFFECTS_SEQUENCE) if sequence else None
         for document, length in enumerate(lengths):
             columns = document_effects(document, int(length), size, popularity, loudness, random)
-            effects.write_table(table_of(columns, EFFECTS_WITH_KL))
+            effects.write_table(table_of(columns, EFFECTS))
             routing.write_table(table_of(document_routing(document, columns["expert"], size, random), ROUTING))
             if everywhere is not None:
                 shaken = columns["delta_loss"] + 0.01 * random.standard_t(3, size=columns["expert"].shape)

@@ -12,9 +12,8 @@ from hooked_moe.analysis.accumulators.histogram import Histogram
 from hooked_moe.analysis.accumulators.rows import row_batches
 from hooked_moe.analysis.summaries import mean_intervals
 from hooked_moe.statistics import MINIMUM_PAIRS
+from hooked_moe.tables import REMOVAL_ORDERS
 
-REMOVAL_ORDERS = ("descending", "ascending", "random")
-"""Which active expert goes next: that of the highest routing weight, of the lowest, or any."""
 _LEVELS = np.array([0.5, 0.95])
 _KEYS = ("document", "layer", "order", "removed")
 

@@ -69,13 +69,14 @@ def expert_effects(
     if scope not in ("position", "sequence", "from_position"):
         raise ValueError(f"scope must be 'position', 'sequence' or 'from_position', not {scope!r}")
     if scope == "sequence" and readouts:
-        raise ValueError("readouts are of single tokens; with scope='sequence' only the loss is measured")
+        raise ValueError("readouts are of single tokens; with scope='sequence' only the loss and the KL divergence are measured")
     request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget)
     removal = as_removal(removal)
     removal.check_layers(request.layers)
-    question = RemovedFromSequences if scope == "sequence" else RemovedAtTokens
-    results = yield from answer(question(model.cfg.experts_per_token, removal, scope, most_experts(model)), request)
-    return as_expert_effects(results)
+    slots, most = model.cfg.experts_per_token, most_experts(model)
+    if scope == "sequence":
+        return as_expert_effects((yield from answer(RemovedFromSequences(slots, removal, most), request)))
+    return as_expert_effects((yield from answer(RemovedAtTokens(slots, removal, scope, most), request)))
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,6 @@ class RemovedFromSequences(SequenceQuestion):
 
     n_variants: int
     removal: Removal
-    scope: Scope
     most_experts: int
 
     def without_experts(self, clean: CleanExperts, experts: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_model"]:

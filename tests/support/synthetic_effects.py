@@ -25,9 +25,6 @@ from hooked_moe.tables import (
 PLANTED_LAYER = 2
 DOMAINS = ("novel", "address", "reference")
 PARTS = ("position", "sequence", "progressive")
-EFFECTS_WITH_KL = (
-    EFFECTS if "kl" in EFFECTS.names else EFFECTS.insert(EFFECTS.get_field_index("delta_loss") + 1, pa.field("kl", pa.float32()))
-)
 ORDERS = ("descending", "ascending", "random")
 
 
@@ -84,8 +81,8 @@ def synthetic_effects(
         "first_order": first_order,
         "kl": kl,  # also at a document's end, as measured
     }
-    columns = [every[field.name].ravel().astype(field.type.to_pandas_dtype()) for field in EFFECTS_WITH_KL]
-    return pa.table(columns, schema=EFFECTS_WITH_KL)
+    columns = [every[field.name].ravel().astype(field.type.to_pandas_dtype()) for field in EFFECTS]
+    return pa.table(columns, schema=EFFECTS)
 
 
 def synthetic_sequence(effects: pa.Table, seed: int = 2) -> pa.Table:
