@@ -82,6 +82,16 @@ ARCHITECTURES = {
         d_mlp=384,
         eps=1e-6,
     ),
+    "tiny-mixtral": HookedMoEConfig(
+        **_COMMON | {"n_key_value_heads": 2, "d_expert": 96},
+        model_type="mixtral",
+        model_name="tiny-mixtral",
+        d_head=32,
+        rotary_base=1_000_000.0,
+        num_experts=8,
+        experts_per_token=2,
+        norm_topk_prob=True,
+    ),
 }
 """Each as its family's published models are, down to the long-context scaling of DeepSeek-V2-Lite's positions."""
 
@@ -117,8 +127,9 @@ class Recipe:
 RECIPES = {
     "tiny-qwen-moe": Recipe(steps=3600, load_balancing=0.02),
     "tiny-deepseek-moe": Recipe(steps=3600, load_balancing=0.02),
+    "tiny-mixtral": Recipe(load_balancing=0.02),
 }
-"""Where they differ from the default. Beside shared experts, two in a thousand routed ones die at .01."""
+"""Where they differ from the default. Beside shared experts, two in a thousand routed ones die at .01; Mixtral's own is .02."""
 
 
 class RouterLosses:
