@@ -18,6 +18,7 @@ import html
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,17 +81,16 @@ class Result:
 
         Raises OSError that names the path where it cannot be written.
         """
-        metadata = json.dumps(self.metadata(), sort_keys=True, allow_nan=False, ensure_ascii=False).encode()
-        labels = {
-            _KIND: type(self).__name__.encode(),
-            _METADATA: metadata,
-            _CHECKSUM: _checksum(metadata),
-            _VERSION: __version__.encode(),
-        }
         table = self.stored_table()
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **labels})
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **self.file_labels()})
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+    def file_labels(self) -> dict[bytes, bytes]:
+        """What a file says of its rows: the class, and `metadata()`."""
+        metadata = json.dumps(self.metadata(), sort_keys=True, allow_nan=False, ensure_ascii=False).encode()
+        kind, version = type(self).__name__.encode(), __version__.encode()
+        return {_KIND: kind, _METADATA: metadata, _CHECKSUM: _checksum(metadata), _VERSION: version}
 
     @classmethod
     def load(cls: type[T], path: str | os.PathLike[str]) -> T:
@@ -98,13 +98,18 @@ class Result:
 
         Raises FileNotFoundError for a missing file and ValueError for a file that is damaged, or holds something else.
         """
+        metadata = cls.metadata_of_file(path)
+        with _readable(path):
+            table = pq.read_table(path, page_checksum_verification=True)
+        return cls.from_table(table, metadata)
+
+    @classmethod
+    def metadata_of_file(cls, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """What `save` wrote beside the rows. Raises as `load` does."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path}: {cls.__name__}.load reads what save(path) wrote")
-        try:
-            table = pq.read_table(path, page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{path} is damaged, or no parquet file ({error}): save the result again") from error
-        labels = table.schema.metadata or {}
+        with _readable(path):
+            labels = pq.read_schema(path).metadata or {}
         kind = labels.get(_KIND, b"").decode()
         if kind != cls.__name__:
             advice = f"use {kind}.load" if kind else "it was not written by save() of a result"
@@ -114,7 +119,7 @@ class Result:
         metadata = labels.get(_METADATA, b"")
         if labels.get(_CHECKSUM) != _checksum(metadata):
             raise ValueError(f"{path} is damaged: what it says of its rows has another checksum; save the result again")
-        return cls.from_table(table, json.loads(metadata))
+        return json.loads(metadata)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.summary()})"
@@ -122,6 +127,14 @@ class Result:
     def _repr_html_(self) -> str:
         """The first rows, for notebooks."""
         return "".join(_html(repr(self), self.table()))
+
+
+@contextmanager
+def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} is damaged, or no parquet file ({error}): save the result again") from error
 
 
 def _checksum(metadata: bytes) -> bytes:

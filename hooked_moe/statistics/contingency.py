@@ -1,0 +1,90 @@
+"""How two choices made at the same tokens go together: lift and phi of every pair, with intervals over documents."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Num
+
+from hooked_moe.statistics.samples import MINIMUM_PAIRS
+
+_CELLS_PER_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Association:
+    """Of every pair (i, j). Intervals are NaN with fewer than three documents, and where a resample lacks either choice."""
+
+    lift: Float[np.ndarray, "i j"]
+    """P(i and j) / (P(i) P(j)): 1 where the two are independent. NaN where either never occurs."""
+    lift_low: Float[np.ndarray, "i j"]
+    lift_high: Float[np.ndarray, "i j"]
+    phi: Float[np.ndarray, "i j"]
+    """Pearson correlation of the two, as 0 and 1 at each token. NaN where either never or always occurs."""
+    phi_low: Float[np.ndarray, "i j"]
+    phi_high: Float[np.ndarray, "i j"]
+
+
+def association(
+    both: Num[np.ndarray, "document i j"],
+    first: Num[np.ndarray, "document i"],
+    second: Num[np.ndarray, "document j"],
+    total: Num[np.ndarray, " document"],
+    *,
+    confidence: float = 0.95,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> Association:
+    """Lift and phi from counts: of tokens where both occur, where either does, and of all tokens, by document.
+
+    Intervals are percentiles over resamples of whole documents, the same resamples for all pairs: tokens of a document are alike.
+    `n_resamples=0` leaves them out.
+    """
+    documents, rows, columns = both.shape
+    ones = np.ones((1, documents))
+    lift, phi = (_at_once(statistic, ones, both, first, second, total)[0] for statistic in (_lift, _phi))
+    ends = np.full((4, rows * columns), np.nan)
+    if documents >= MINIMUM_PAIRS and n_resamples:
+        random = np.random.default_rng(seed)
+        drawn = random.multinomial(documents, np.full(documents, 1 / documents), size=n_resamples).astype(np.float64)
+        tails = (1 - confidence) / 2, (1 + confidence) / 2
+        for place, statistic in ((0, _lift), (2, _phi)):
+            for start in range(0, rows * columns, _CELLS_PER_CHUNK):
+                cells = np.arange(start, min(start + _CELLS_PER_CHUNK, rows * columns))
+                values = _of_cells(statistic, drawn, both, first, second, total, cells)
+                ends[place : place + 2, cells] = np.quantile(values, tails, axis=0)
+    low, high, phi_low, phi_high = ends.reshape(4, rows, columns)
+    return Association(lift, low, high, phi, phi_low, phi_high)
+
+
+_Statistic = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def _lift(both: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return both / (first * second)
+
+
+def _phi(both: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return (both - first * second) / np.sqrt(first * (1 - first) * second * (1 - second))
+
+
+def _at_once(statistic: _Statistic, drawn: np.ndarray, *counts: np.ndarray) -> Float[np.ndarray, "resample i j"]:
+    both = counts[0]
+    values = _of_cells(statistic, drawn, both, counts[1], counts[2], counts[3], np.arange(both.shape[1] * both.shape[2]))
+    return values.reshape(-1, *both.shape[1:])
+
+
+def _of_cells(
+    statistic: _Statistic,
+    drawn: Float[np.ndarray, "resample document"],
+    both: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    total: np.ndarray,
+    cells: np.ndarray,
+) -> Float[np.ndarray, "resample cell"]:
+    i, j = np.divmod(cells, both.shape[2])
+    n = (drawn @ total)[:, None]
+    together = drawn @ both.reshape(len(both), -1)[:, cells] / n
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return statistic(together, (drawn @ first / n)[:, i], (drawn @ second / n)[:, j])
