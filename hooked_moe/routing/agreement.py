@@ -39,8 +39,8 @@ def routing_agreement(a: RoutingTable, b: RoutingTable, *, seed: int = 0) -> Rou
 
         routing_agreement(routing_table(base, corpus), routing_table(instruct, corpus)).jaccard       # [layer]
 
-    Intervals are from resampling documents (bootstrap-t); there is none where all documents agree alike. Raises `ValueError` unless
-    both tables have the same layers, documents, positions and tokens.
+    Intervals are from resampling documents (bootstrap-t); there is none where all documents agree alike. Raises `ValueError`
+    unless both tables have the same layers, documents, positions and tokens.
     """
     if a.layers != b.layers or len(a.domains) != len(b.domains) or a.n_tokens != b.n_tokens:
         raise ValueError(f"the tables are of different tokens or layers: {a!r} of layers {a.layers}, {b!r} of layers {b.layers}")

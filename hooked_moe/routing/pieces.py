@@ -22,7 +22,7 @@ TOKENS_PER_BATCH = 2048
 BATCHES_AHEAD = 16
 """Batches' worth of pieces that are looked at together, so that those of like length share a batch."""
 
-Result = TypeVar("Result")
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +97,8 @@ def _of_tokens(model: Transformer, tokens: Tensor, attention_mask: Tensor | None
 def run_in_batches(
     model: Transformer,
     pieces: Iterable[Piece],
-    run: Callable[[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None], Callable[[int, Any], Result]],
-) -> Iterator[tuple[Piece, Result]]:
+    run: Callable[[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None], Callable[[int, Any], Outcome]],
+) -> Iterator[tuple[Piece, Outcome]]:
     """Every piece in order with what `run` makes of it.
 
     `run(tokens, attention_mask)` is given pieces of like length as rows, padded on the right; what it returns is called with the
@@ -106,7 +106,7 @@ def run_in_batches(
     """
     for group in _groups(pieces, TOKENS_PER_BATCH * BATCHES_AHEAD):
         by_length = sorted(range(len(group)), key=lambda number: len(group[number].tokens))
-        results: dict[int, Result] = {}
+        results: dict[int, Outcome] = {}
         for numbers in _batches(by_length, group):
             tokens, real = _padded([group[number].tokens for number in numbers], model.cfg.device)
             of_row = run(tokens, real)

@@ -169,14 +169,14 @@ def routing_against_content(
     layers: Sequence[int] | None = None,
     weights: bool = True,
 ) -> RoutingAgainstContent:
-    """The 2x2 of routing and content: how much of a change of `metric` is that tokens go to other experts, and how much is the rest.
+    """The 2x2 of routing and content: how much of a change of `metric` is that tokens go to other experts, and how much the rest.
 
         effects = routing_against_content(Condition(model, clean), Condition(model, corrupted), metric)
         effects.total, effects.routing_effect, effects.content_effect, effects.interaction      # [row] each
 
     Conditions may differ in the text (of the same length), the model (base and instruct), or its precision. `metric` takes logits
-    [batch, pos, d_vocab] and gives one number, or one per batch row. `layers` and `weights` are those of `replay_routes`, and so are
-    the errors. A factorial design with two levels each: routing_effect + content_effect = total, exactly in exact arithmetic.
+    [batch, pos, d_vocab] and gives one number, or one per batch row. `layers` and `weights` are those of `replay_routes`, and so
+    are the errors. A factorial design of two levels each: routing_effect + content_effect = total, but for rounding.
     """
     values = []
     routes = [record_routes(*condition) for condition in (first, second)]

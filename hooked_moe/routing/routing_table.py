@@ -39,7 +39,7 @@ ROUTES: Final = schema_of(
         pa.float32(),
         "logits",
         "router logit of the expert less that of the next one in line, the best not selected of the token's groups; "
-        "NaN where every expert is selected",
+        "NaN where every expert is selected, and where a learned bias has a say in the selection",
     ),
     (
         "sink",
@@ -123,7 +123,9 @@ class RoutingTable(Result):
         return self.layers if layers is None else list(layers)
 
     def grids(self, *columns: str, positions: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """The rows in chunks of `positions` tokens, as arrays: document, position and token [P], each of `columns` [P layer slot].
+        """The rows in chunks of P tokens, as arrays: document, position and token [P], each of `columns` [P layer slot].
+
+        `positions` is how many tokens that is, None a good number.
 
         Raises `ValueError` where rows are missing or in another order.
         """
@@ -244,6 +246,8 @@ def _observed(model: Transformer, tokens: Tensor, real: Tensor | None, layers: l
         norms = resid.norm(dim=-1, dtype=torch.float32)
         typical = (norms if real is None else norms.masked_fill(~real, torch.nan)).nanmedian(dim=-1, keepdim=True).values
         columns = routes_of(logits, indices, model.blocks[layer].mlp.router.rule)
+        if model.cfg.selection_bias:  # then the next in line is not that of the scores
+            columns["margin"] = torch.full_like(columns["margin"], torch.nan)
         columns |= {"expert": indices, "routing_weight": weights.float(), "sink": (norms > SINK_RATIO * typical)[..., None]}
         by_layer.append({name: column.expand(indices.shape).cpu().numpy() for name, column in columns.items()})
 

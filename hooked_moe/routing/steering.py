@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -45,10 +45,12 @@ def steer_routes(
     avoided ones just below its lowest: all preferred ones are selected, no avoided one is, every token keeps k experts, and the
     weights of the others stay close to what they were. Probabilities and weights follow from the edited logits.
 
-    `positions` are columns of the tokens, padding counted, in a generated text too: a slice, a list, or a bool mask [batch, pos] of
-    the tokens of each forward pass; None means all. Raises `ValueError` for layers and experts that do not exist, for an expert
-    that is both preferred and avoided, and where infinite strength cannot be had: more preferred experts than slots, or too few
-    others to fill these (in the groups that a token is limited to, in families that have groups).
+    `positions` are columns of the tokens, padding counted, in a generated text too: a slice, a list, or a bool mask [batch, pos]
+    of the tokens of each forward pass; None means all.
+
+    Raises `ValueError` for layers and experts that do not exist, for an expert that is both preferred and avoided, and where
+    infinite strength cannot be had: more preferred experts than slots, too few others to fill these (in the groups that a token
+    is limited to, in families that have groups), or a learned selection bias.
     """
     if math.isnan(strength) or strength < 0:
         raise ValueError(f"strength must be 0 or more, not {strength}: prefer and avoid say the direction")
@@ -138,6 +140,8 @@ def _checked(
     n, rule = model.cfg.experts_in(layer), model.blocks[layer].mlp.router.rule
     masks = []
     for experts in (prefer.get(layer, ()), avoid.get(layer, ())):
+        if not isinstance(experts, Iterable):
+            raise ValueError(f"prefer and avoid are {{layer: [experts]}}: layer {layer} has {experts!r} in place of a list")
         wrong = [expert for expert in experts if as_int_or_none(expert) is None or not 0 <= expert < n]
         if wrong:
             raise ValueError(f"expert {wrong[0]} is out of range: layer {layer} has experts 0 to {n - 1}")
@@ -148,6 +152,8 @@ def _checked(
     if both:
         raise ValueError(f"expert {both[0]} of layer {layer} is both preferred and avoided")
     if math.isinf(strength):
+        if model.cfg.selection_bias or model.cfg.group_score != "max":
+            raise ValueError("this model selects experts by more than their own scores: give a finite strength")
         _check_possible(layer, preferred.cpu(), avoided.cpu(), rule)
     return preferred, avoided
 
@@ -165,7 +171,6 @@ def _check_possible(layer: int, preferred: Tensor, avoided: Tensor, rule: Routin
     left = (~avoided).unflatten(0, (rule.groups, -1)).sum(-1).sort().values
     fewest = int(left[left > 0][: rule.groups_kept].sum())
     if fewest < rule.slots:
-        where = "layer {layer}" if rule.groups == 1 else f"{rule.groups_kept} groups of layer {layer}"
-        raise ValueError(
-            f"only {fewest} experts of {where.format(layer=layer)} are not avoided, and a token has {rule.slots}: give a finite strength"
-        )
+        where = f"layer {layer}" if rule.groups == 1 else f"{rule.groups_kept} groups of layer {layer}"
+        few = f"only {fewest} experts of {where} are not avoided, and a token has {rule.slots}"
+        raise ValueError(f"{few}: give a finite strength")

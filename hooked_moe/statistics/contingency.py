@@ -88,3 +88,45 @@ def _of_cells(
     together = drawn @ both.reshape(len(both), -1)[:, cells] / n
     with np.errstate(divide="ignore", invalid="ignore"):
         return statistic(together, (drawn @ first / n)[:, i], (drawn @ second / n)[:, j])
+
+
+@dataclass(frozen=True)
+class SharesCompared:
+    """Any number of events. Intervals are NaN with fewer than three units, and where a resample leaves nothing to divide by."""
+
+    estimate: Float[np.ndarray, " event"]
+    low: Float[np.ndarray, " event"]
+    high: Float[np.ndarray, " event"]
+
+
+def compare_shares(
+    first: Num[np.ndarray, "unit event"],
+    first_total: Num[np.ndarray, " unit"],
+    second: Num[np.ndarray, "unit event"],
+    second_total: Num[np.ndarray, " unit"],
+    *,
+    ratio: bool = False,
+    confidence: float = 0.95,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> SharesCompared:
+    """sum(first) / sum(first_total) less the same of the second, or divided by it: a risk difference or ratio, of paired units.
+
+    Intervals are percentiles over resamples of whole units, both halves of a unit together.
+    """
+    units = len(first)
+
+    def of(drawn: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            one, other = (drawn @ a / (drawn @ n)[:, None] for a, n in ((first, first_total), (second, second_total)))
+            return one / other if ratio else one - other
+
+    estimate = of(np.ones((1, units)))[0]
+    ends = np.full((2, len(estimate)), np.nan)
+    if units >= MINIMUM_PAIRS:
+        random = np.random.default_rng(seed)
+        drawn = random.multinomial(units, np.full(units, 1 / units), size=n_resamples).astype(np.float64)
+        values = of(drawn)
+        ends = np.quantile(values, ((1 - confidence) / 2, (1 + confidence) / 2), axis=0)
+        ends[:, ~np.isfinite(values).all(axis=0)] = np.nan
+    return SharesCompared(estimate, *ends)
