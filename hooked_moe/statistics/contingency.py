@@ -127,6 +127,6 @@ def compare_shares(
         random = np.random.default_rng(seed)
         drawn = random.multinomial(units, np.full(units, 1 / units), size=n_resamples).astype(np.float64)
         values = of(drawn)
-        ends = np.quantile(values, ((1 - confidence) / 2, (1 + confidence) / 2), axis=0)
-        ends[:, ~np.isfinite(values).all(axis=0)] = np.nan
+        own = np.isfinite(values).all(axis=0)
+        ends[:, own] = np.quantile(values[:, own], ((1 - confidence) / 2, (1 + confidence) / 2), axis=0)
     return SharesCompared(estimate, *ends)
