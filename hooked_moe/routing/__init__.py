@@ -1,8 +1,9 @@
 """Where tokens go: routing tables and what they say, the tokens of every expert, and sending tokens elsewhere."""
 
 from hooked_moe.routing.agreement import RoutingAgreement, routing_agreement
-from hooked_moe.routing.coactivation import Coactivation, Transition, coactivation, transition
 from hooked_moe.routing.expert_detection import ExpertContrast, detect_experts
+from hooked_moe.routing.expert_pairs import Coactivation, Transition, coactivation, transition
+from hooked_moe.routing.ranked_tokens import TopTokens, top_tokens
 from hooked_moe.routing.replay import (
     Condition,
     Routes,
@@ -11,7 +12,7 @@ from hooked_moe.routing.replay import (
     replay_routes,
     routing_against_content,
 )
-from hooked_moe.routing.routing_table import ROUTES, RoutingTable, routing_table
+from hooked_moe.routing.route_table import ROUTES, RoutingTable, routing_table
 from hooked_moe.routing.specialisation import (
     DomainSpecialisation,
     StandingCommittee,
@@ -21,7 +22,6 @@ from hooked_moe.routing.specialisation import (
     vocabulary_specialisation,
 )
 from hooked_moe.routing.steering import steer_routes
-from hooked_moe.routing.top_tokens import TopTokens, top_tokens
 
 __all__ = [
     "ROUTES",

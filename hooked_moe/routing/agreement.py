@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from hooked_moe.routing.routing_table import RoutingTable
+from hooked_moe.routing.route_table import RoutingTable
 from hooked_moe.statistics.resampling import ratio_bootstrap
 from hooked_moe.tables import Axis, Column, GridResult
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from hooked_moe.routing.routing_table import RoutingTable, routing_table
+from hooked_moe.routing.route_table import RoutingTable, routing_table
 from hooked_moe.statistics.contingency import compare_shares
 from hooked_moe.tables import Axis, Column, GridResult
 from hooked_moe.transformer import Transformer

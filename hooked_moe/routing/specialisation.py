@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float
 
-from hooked_moe.routing.routing_table import RoutingTable
+from hooked_moe.routing.route_table import RoutingTable
 from hooked_moe.statistics.resampling import ratio_bootstrap
 from hooked_moe.tables import Axis, Column, GridResult, Result, schema_of, table_with_schema
 
@@ -43,15 +43,17 @@ class DomainSpecialisation(GridResult):
     def attributes(self) -> dict[str, Any]:
         return super().attributes() | {"uniform": self.uniform}
 
-    def plot(self, value: str | None = None, across: str | None = None, **options: Any) -> Any:
-        """Expert by domain, averaged over layers; `GridResult.plot` where axes are given."""
+    def plot(self, value: str | None = None, across: str | None = None, *, layer: int | None = None, **options: Any) -> Any:
+        """Domain by expert of one layer (default: the last): how far the shares are from `uniform`."""
         if value is not None or across is not None:
             return super().plot(value, across, **options)
         from hooked_moe.figures import heat_map  # matplotlib takes a while to load
 
-        words = {"row_label": "domain", "column_label": "expert", "value_label": "share of tokens (mean over layers)"}
-        shares = self.share.mean(axis=0).T
-        return heat_map(shares, **({"rows": self.domains, "columns": range(shares.shape[1])} | words | options))
+        layer = self.layers[-1] if layer is None else layer
+        excess = self.share[self.layers.index(layer)].T - self.uniform
+        label = f"share of the domain's tokens, less {self.uniform:.3g}"
+        words = {"row_label": "domain", "column_label": f"expert of layer {layer}", "value_label": label}
+        return heat_map(excess, **({"rows": self.domains, "columns": range(excess.shape[1])} | words | options))
 
 
 def domain_specialisation(table: RoutingTable, layers: Sequence[int] | None = None, *, seed: int = 0) -> DomainSpecialisation:
@@ -206,6 +208,10 @@ class StandingCommittee(GridResult):
 
     def attributes(self) -> dict[str, Any]:
         return super().attributes() | {"needed": self.needed}
+
+    def plot(self, value: str | None = "mass", across: str | None = "expert", **options: Any) -> Any:
+        """Layer by expert: the share of the routing weight that each gets, averaged over domains."""
+        return super().plot(value, across, **options)
 
     @property
     def committees(self) -> dict[int, list[int]]:

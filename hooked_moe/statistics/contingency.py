@@ -41,8 +41,10 @@ def association(
     `n_resamples=0` leaves them out.
     """
     documents, rows, columns = both.shape
-    ones = np.ones((1, documents))
-    lift, phi = (_at_once(statistic, ones, both, first, second, total)[0] for statistic in (_lift, _phi))
+    ones, every = np.ones((1, documents)), np.arange(rows * columns)
+    lift, phi = (
+        _of_cells(statistic, ones, both, first, second, total, every).reshape(rows, columns) for statistic in (_lift, _phi)
+    )
     ends = np.full((4, rows * columns), np.nan)
     if documents >= MINIMUM_PAIRS and n_resamples:
         random = np.random.default_rng(seed)
@@ -51,8 +53,7 @@ def association(
         for place, statistic in ((0, _lift), (2, _phi)):
             for start in range(0, rows * columns, _CELLS_PER_CHUNK):
                 cells = np.arange(start, min(start + _CELLS_PER_CHUNK, rows * columns))
-                values = _of_cells(statistic, drawn, both, first, second, total, cells)
-                ends[place : place + 2, cells] = np.quantile(values, tails, axis=0)
+                ends[place : place + 2, cells] = _quantiles(_of_cells(statistic, drawn, both, first, second, total, cells), tails)
     low, high, phi_low, phi_high = ends.reshape(4, rows, columns)
     return Association(lift, low, high, phi, phi_low, phi_high)
 
@@ -68,12 +69,6 @@ def _phi(both: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (both - first * second) / np.sqrt(first * (1 - first) * second * (1 - second))
 
 
-def _at_once(statistic: _Statistic, drawn: np.ndarray, *counts: np.ndarray) -> Float[np.ndarray, "resample i j"]:
-    both = counts[0]
-    values = _of_cells(statistic, drawn, both, counts[1], counts[2], counts[3], np.arange(both.shape[1] * both.shape[2]))
-    return values.reshape(-1, *both.shape[1:])
-
-
 def _of_cells(
     statistic: _Statistic,
     drawn: Float[np.ndarray, "resample document"],
@@ -82,12 +77,23 @@ def _of_cells(
     second: np.ndarray,
     total: np.ndarray,
     cells: np.ndarray,
-) -> Float[np.ndarray, "resample cell"]:
+) -> Float[np.ndarray, "cell resample"]:
     i, j = np.divmod(cells, both.shape[2])
-    n = (drawn @ total)[:, None]
-    together = drawn @ both.reshape(len(both), -1)[:, cells] / n
+    times = drawn.T
+    n = total @ times
+    together = both.reshape(len(both), -1)[:, cells].T @ times / n
     with np.errstate(divide="ignore", invalid="ignore"):
-        return statistic(together, (drawn @ first / n)[:, i], (drawn @ second / n)[:, j])
+        return statistic(together, (first.T @ times / n)[i], (second.T @ times / n)[j])
+
+
+def _quantiles(values: Float[np.ndarray, "event resample"], tails: tuple[float, float]) -> Float[np.ndarray, "end event"]:
+    """`np.quantile` along the rows, several times as fast; NaN where any value is NaN or infinite."""
+    ordered = np.sort(values, axis=-1)
+    ordered[~np.isfinite(ordered[:, [0, -1]]).all(axis=-1)] = np.nan
+    places = np.array(tails) * (values.shape[-1] - 1)
+    below = places.astype(int)
+    low, high = ordered[:, below], ordered[:, np.minimum(below + 1, values.shape[-1] - 1)]
+    return (low + (high - low) * (places - below)).T
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,5 @@ def compare_shares(
     if units >= MINIMUM_PAIRS:
         random = np.random.default_rng(seed)
         drawn = random.multinomial(units, np.full(units, 1 / units), size=n_resamples).astype(np.float64)
-        values = of(drawn)
-        own = np.isfinite(values).all(axis=0)
-        ends[:, own] = np.quantile(values[:, own], ((1 - confidence) / 2, (1 + confidence) / 2), axis=0)
+        ends = _quantiles(of(drawn).T, ((1 - confidence) / 2, (1 + confidence) / 2))
     return SharesCompared(estimate, *ends)

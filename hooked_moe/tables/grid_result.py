@@ -111,6 +111,8 @@ class GridResult(Result):
         from hooked_moe.figures import heat_map  # matplotlib takes a while to load
 
         first, *others = self.AXES
+        if not others:
+            return super().plot(**options)
         table = self.table()
         values = [name for name in table.column_names if name not in self.AXES and name != self.PRESENT]
         candidates = [*others, self.PRESENT] if self.PRESENT else others

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hooked_moe.routing import Coactivation, RoutingTable, Transition, coactivation, transition
-from hooked_moe.routing import coactivation as coactivation_function
+from hooked_moe.routing import Coactivation, RoutingTable, Transition, coactivation, expert_pairs, transition
 from tests.support.routes import random_experts, routing_of_experts
 
 E, K = 7, 3
@@ -103,9 +102,9 @@ def test_many_documents_are_counted_in_clusters(monkeypatch: pytest.MonkeyPatch)
     experts = random_experts(np.random.default_rng(5), 600, 1, K, E)
     table = routing_of_experts(experts, np.repeat(np.arange(120), 5), n_experts=E)
     result = coactivation(table)
-    assert_loop = loop_counts(experts[:, 0], experts[:, 0])
-    np.testing.assert_array_equal(result.count[0], assert_loop[0])
-    monkeypatch.setitem(coactivation_function.__globals__, "MOST_CLUSTERS", 1000)
+    both, *_ = loop_counts(experts[:, 0], experts[:, 0])
+    np.testing.assert_array_equal(result.count[0], both)
+    monkeypatch.setattr(expert_pairs, "MOST_CLUSTERS", 1000)
     by_document = coactivation(table)
     np.testing.assert_array_equal(by_document.lift, result.lift)
     wide = by_document.lift_high - by_document.lift_low
@@ -119,4 +118,10 @@ def test_results_are_saved_and_drawn(table: RoutingTable, tmp_path: Path) -> Non
         assert again.attributes() == result.attributes()
         np.testing.assert_array_equal(again.lift_high, result.lift_high)
         assert result.table().num_rows == len(result.layers) * E * E
-    assert result.plot("lift", "other").axes[0].get_ylabel() == "layer"
+    axes = transition(table).plot("lift", layer=2).axes[0]
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("expert of layer 2", "expert of layer 4")
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(np.nan), transition(table).lift[1])
+    drawn = coactivation(table).plot().axes[0].images[0].get_array().filled(np.nan)
+    np.testing.assert_array_equal(drawn, np.where(np.eye(E), np.nan, coactivation(table).phi[0]))
+    with pytest.raises(ValueError, match="unknown column 'lifts'; did you mean 'lift"):
+        coactivation(table).plot("lifts")

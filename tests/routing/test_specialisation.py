@@ -177,5 +177,11 @@ def test_results_are_saved_and_drawn(table: RoutingTable, tmp_path: Path) -> Non
         assert again.metadata() == result.metadata()
         for name in result.table().column_names:
             np.testing.assert_array_equal(again.table()[name].to_numpy(), result.table()[name].to_numpy())
-    axes = results[DomainSpecialisation].plot().axes[0]
+    axes = domain_specialisation(table).plot(layer=0).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["x", "y"]
+    drawn = axes.images[0].get_array().filled(np.nan)
+    np.testing.assert_allclose(drawn, domain_specialisation(table).share[0].T - K / E)
+    mass = standing_committee(table).plot().axes[0].images[0].get_array().filled(np.nan)
+    np.testing.assert_allclose(mass, standing_committee(table).mass.mean(axis=-1))
+    with pytest.raises(NotImplementedError, match="RoutingAgreement has no picture of its own"):
+        results[RoutingAgreement].plot()

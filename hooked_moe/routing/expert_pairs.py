@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from hooked_moe.routing.routing_table import RoutingTable
+from hooked_moe.routing.route_table import RoutingTable
 from hooked_moe.statistics.contingency import association
 from hooked_moe.tables import Axis, Column, GridResult
 
@@ -33,6 +33,23 @@ class ExpertPairs(GridResult):
         "phi_high": Column(_PAIR, "1", "upper end"),
     }
     layers: list[int]
+
+    def plot(self, value: str | None = "phi", across: str | None = None, *, layer: int | None = None, **options: Any) -> Any:
+        """Expert by expert of one layer (default: the first); an expert with itself is left out of `Coactivation`."""
+        from hooked_moe.figures import heat_map  # matplotlib takes a while to load
+
+        if value not in self.COLUMNS or across not in (None, "other"):
+            return super().plot(value, across, **options)
+        layer = self.layers[0] if layer is None else layer
+        values, other = self.array(value)[self.layers.index(layer)].astype(float), self.other_layer(layer)
+        if other == layer:
+            np.fill_diagonal(values, np.nan)
+        words = {"row_label": f"expert of layer {layer}", "column_label": f"expert of layer {other}", "value_label": value}
+        return heat_map(values, **({"rows": range(len(values)), "columns": range(len(values))} | words | options))
+
+    def other_layer(self, layer: int) -> int:
+        """The layer of `other`."""
+        return layer
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,7 +97,10 @@ class Transition(ExpertPairs):
         "other": Axis("expert of the later layer"),
     }
 
-    def attributes(self) -> dict[str, list[int]]:
+    def other_layer(self, layer: int) -> int:
+        return self.next_layers[self.layers.index(layer)]
+
+    def attributes(self) -> dict[str, Any]:
         return super().attributes() | {"next_layers": self.next_layers}
 
 

@@ -1,0 +1,23 @@
+"""The Python in a document, as its reader would run it: block after block, in one namespace."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+def python_blocks(document: Path) -> list[tuple[int, str]]:
+    """Every block, with the number of its first line."""
+    text = document.read_text(encoding="utf-8")
+    return [(text.count("\n", 0, block.start(1)) + 1, block[1]) for block in BLOCK.finditer(text)]
+
+
+def run_blocks(document: Path) -> dict[str, Any]:
+    """Run all blocks; an error points to its line in the document. Returns what they defined."""
+    namespace: dict[str, Any] = {}
+    for line, source in python_blocks(document):
+        exec(compile("\n" * (line - 1) + source, str(document), "exec"), namespace)
+    return namespace
