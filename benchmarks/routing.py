@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ def analyses(table: RoutingTable, args: Any) -> Table:
         "vocabulary_specialisation": vocabulary_specialisation,
         "standing_committee": standing_committee,
     }
-    seconds = timed({name: lambda function=function: function(table) for name, function in functions.items()}, args.repeats)
+    seconds = timed({name: partial(function, table) for name, function in functions.items()}, args.repeats)
     rows = [[name, summary(own)] for name, own in seconds.items()]
     meaning = "All layers; intervals from 1,000 resamples of documents (co-activation, transition) or 2,000 (domains)."
     return Table("What the table says", meaning, ["function", "time"], rows)

@@ -24,6 +24,10 @@ VARIANT = Axis("number of the change, in the order they were given")
 T = TypeVar("T", bound="TensorResult")
 
 
+_READOUTS = "readouts/"
+"""What the columns of readouts begin with."""
+
+
 class TensorResult(GridResult):
     """A `GridResult` whose arrays are tensors. What `load` gives is on the CPU."""
 
@@ -39,7 +43,6 @@ class TensorResult(GridResult):
 class EffectsResult(TensorResult):
     """What results of counterfactuals share: further readouts, and the count of KL divergences that rounding put below zero."""
 
-    READOUTS_BEGIN: ClassVar = "readouts/"
     layers: list[int]
     readouts: dict[str, Tensor]
     kl_clamped: int
@@ -47,24 +50,24 @@ class EffectsResult(TensorResult):
     def columns(self) -> Mapping[str, Column]:
         rows = " ".join(self.AXES)
         unit, meaning = "readout", "as the readout of this name says"
-        return self.COLUMNS | {
-            f"{self.READOUTS_BEGIN}{name}": Column(f"{rows} {' '.join(_rest_axes(name, len(self.AXES), table))}", unit, meaning)
+        readouts = {
+            f"{_READOUTS}{name}": Column(f"{rows} {' '.join(_rest_axes(name, len(self.AXES), table))}", unit, meaning)
             for name, table in self.readouts.items()
         }
+        return {**self.COLUMNS, **readouts}
 
     def attributes(self) -> dict[str, Any]:
         return super().attributes() | {"kl_clamped": self.kl_clamped}
 
     def array(self, name: str) -> np.ndarray:
-        if name.startswith(self.READOUTS_BEGIN):
-            return self.readouts[name.removeprefix(self.READOUTS_BEGIN)].detach().cpu().numpy()
+        if name.startswith(_READOUTS):
+            return self.readouts[name.removeprefix(_READOUTS)].detach().cpu().numpy()
         return super().array(name)
 
     @classmethod
     def from_arrays(cls: type[T], arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> T:
-        begin = cls.READOUTS_BEGIN
-        readouts = {name.removeprefix(begin): torch.from_numpy(arrays[name]) for name in arrays if name.startswith(begin)}
-        own = {name: array for name, array in arrays.items() if not name.startswith(begin)}
+        readouts = {name.removeprefix(_READOUTS): torch.from_numpy(arrays[name]) for name in arrays if name.startswith(_READOUTS)}
+        own = {name: array for name, array in arrays.items() if not name.startswith(_READOUTS)}
         return super().from_arrays(own, {**attributes, "readouts": readouts})
 
 

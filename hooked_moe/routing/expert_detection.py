@@ -73,9 +73,10 @@ def detect_experts(
 ) -> ExpertContrast:
     """The experts that serve one kind of text more than another, from pairs of texts (SteerMoE, arXiv 2509.09660, section 3).
 
-        contrast = detect_experts(model, [("a safe answer", "an unsafe one"), ...])
+        contrast = detect_experts(model, pairs)              # [(a text of one kind, a text of the other), ...]
+        contrast.value, contrast.low, contrast.high          # [layer expert]
         with steer_routes(model, prefer=contrast.prefer(5), avoid=contrast.avoid(5)):
-            ...
+            model.generate("In the beginning")
 
     "risk_difference" is A1/N1 - A2/N2: N tokens of all first (second) texts, A of which the expert serves; "risk_ratio" is the
     quotient. `last_tokens` counts that many at the end of each text only, where texts share a long beginning. Intervals are from

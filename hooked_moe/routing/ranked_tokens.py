@@ -108,7 +108,7 @@ def top_tokens(
     """The n tokens of some texts that have the highest value of every expert that serves them.
 
         top_tokens(model, load_corpus("held-out"), by="kl").of(layer=3, expert=7)
-        top_tokens(model, "results/tiny-olmoe/held-out-1a2b3c4d", by="delta_loss", lowest=True)      # of a finished run: seconds
+        top_tokens(model, run.directory, by="delta_loss", lowest=True)       # of a finished measurement: seconds
 
     `by` is "weight", the routing weight as applied; "gap_norm", how far removing the expert would move the block's output; or
     what removing it there does: "delta_loss", the change of the loss (nats; `lowest` for tokens that it harms), "kl", that of the

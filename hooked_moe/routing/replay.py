@@ -40,7 +40,10 @@ class Routes(TensorResult):
 
 @torch.no_grad()
 def record_routes(model: Transformer, tokens: Tokens, attention_mask: Mask | None = None) -> Routes:
-    """The routes of a run, to be replayed: `routes = record_routes(model, tokens)`; hooks on the model act.
+    """The routes of a run, to be replayed; hooks on the model act.
+
+        routes = record_routes(model, tokens)
+        routes.expert_index, routes.weight       # [layer batch pos slot]
 
     Raises `ValueError` for tokens that the model cannot run.
     """
@@ -71,7 +74,7 @@ def replay_routes(
 
     The experts of `routes` are selected in `layers` (default: all of them), with their recorded weights, or with `weights=False`
     with those that this run's own router gives them. Own routes change no bit. Returns what a forward pass does: logits
-    [batch, pos, d_vocab], a loss, or both.
+    [batch, pos, d_vocab], a loss in nats, or both. Reinforcement learning replays routes likewise (R3, arXiv 2510.11370).
 
     Raises `ValueError` where the routes do not fit: other layers, experts, experts per token, or tokens of another shape.
     """

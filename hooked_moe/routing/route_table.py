@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_moe.components.moe import MoE
 from hooked_moe.kernels import routing
 from hooked_moe.routing.pieces import Piece, Texts, pieces_of, run_in_batches
 from hooked_moe.tables import Result, atomic_path, schema_of, table_with_schema
+from hooked_moe.tables.result import ROWS_SHOWN
 from hooked_moe.transformer import Transformer
 
 SINK_RATIO: Final = 10.0
@@ -104,16 +107,14 @@ class RoutingTable(Result):
         return cls(rows=Path(path), **_from_json(cls.metadata_of_file(path)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        if not isinstance(self.rows, pa.Table) and self.rows.resolve() == Path(path).resolve():
-            return
-        super().save(path)
+        if isinstance(self.rows, pa.Table):
+            super().save(path)
+        elif self.rows.resolve() != Path(path).resolve():
+            with atomic_path(path) as temporary:
+                shutil.copyfile(self.rows, temporary)
 
-    def _repr_html_(self) -> str:
-        few = next(self._pieces(len(self.layers) * self.slots))
-        return replace(self, rows=few)._first_rows() if isinstance(self.rows, Path) else super()._repr_html_()
-
-    def _first_rows(self) -> str:
-        return super()._repr_html_()
+    def preview(self) -> tuple[pa.Table, int]:
+        return next(self._pieces(ROWS_SHOWN)), self.n_rows
 
     def chosen_layers(self, layers: Sequence[int] | None) -> list[int]:
         """Layers asked for, or all. Raises `ValueError` for those that the table lacks."""
@@ -245,7 +246,9 @@ def _observed(model: Transformer, tokens: Tensor, real: Tensor | None, layers: l
         logits, indices, weights, resid = (cache[f"blocks.{layer}.{point}"] for point in _HOOKS)
         norms = resid.norm(dim=-1, dtype=torch.float32)
         typical = (norms if real is None else norms.masked_fill(~real, torch.nan)).nanmedian(dim=-1, keepdim=True).values
-        columns = routes_of(logits, indices, model.blocks[layer].mlp.router.rule)
+        moe = model.blocks[layer].mlp
+        assert isinstance(moe, MoE)
+        columns = routes_of(logits, indices, moe.router.rule)
         if model.cfg.selection_bias:  # then the next in line is not that of the scores
             columns["margin"] = torch.full_like(columns["margin"], torch.nan)
         columns |= {"expert": indices, "routing_weight": weights.float(), "sink": (norms > SINK_RATIO * typical)[..., None]}

@@ -225,7 +225,7 @@ class StandingCommittee(GridResult):
 
 
 def standing_committee(table: RoutingTable, share: float = 0.5, layers: Sequence[int] | None = None) -> StandingCommittee:
-    """The experts that carry most of the routing whatever the domain (CommitteeAudit, "The Illusion of Specialization").
+    """The experts that carry most of the routing whatever the domain (the standing committee of arXiv 2601.03425).
 
         committee = standing_committee(table, share=.5)
         committee.committees         # {layer: [experts]}
@@ -251,4 +251,4 @@ def standing_committee(table: RoutingTable, share: float = 0.5, layers: Sequence
     member = np.zeros(shape, bool)
     np.put_along_axis(member, order, before < share - 1e-12, axis=1)
     member &= mass > 0
-    return StandingCommittee(chosen, names, share, mass, member, member.all(axis=-1))
+    return StandingCommittee(chosen, names, share, mass, member, np.all(member, axis=-1))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hooked_moe.checks import as_int_or_none
 from hooked_moe.components.key_value_cache import KeyValueCache
+from hooked_moe.components.moe import MoE
 from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.kernels.routing import RoutingRule
 from hooked_moe.transformer import Transformer
@@ -38,7 +39,7 @@ def steer_routes(
         with steer_routes(model, prefer={3: [7]}, avoid={4: [1, 2]}):
             model.generate("In the beginning")
         with steer_routes(model, prefer={3: [7]}, strength=2.0, positions=slice(5, None)):       # from position 5 on
-            logits = model(tokens)
+            logits = model(tokens)                                                               # [batch, pos, d_vocab]
 
     A finite `strength` is added to the preferred experts' router logits and subtracted from those of the avoided ones; 0 changes
     no bit. Infinite strength, as in SteerMoE (arXiv 2509.09660), puts preferred experts just above the token's highest logit and
@@ -137,7 +138,9 @@ def _checked(
     """Which experts of a layer are preferred, and which avoided."""
     if layer not in model.cfg.moe_layers:
         raise ValueError(f"layer {layer} has no experts; layers {model.cfg.moe_layers} have")
-    n, rule = model.cfg.experts_in(layer), model.blocks[layer].mlp.router.rule
+    moe = model.blocks[layer].mlp
+    assert isinstance(moe, MoE)
+    n = moe.num_experts
     masks = []
     for experts in (prefer.get(layer, ()), avoid.get(layer, ())):
         if not isinstance(experts, Iterable):
@@ -154,7 +157,7 @@ def _checked(
     if math.isinf(strength):
         if model.cfg.selection_bias or model.cfg.group_score != "max":
             raise ValueError("this model selects experts by more than their own scores: give a finite strength")
-        _check_possible(layer, preferred.cpu(), avoided.cpu(), rule)
+        _check_possible(layer, preferred.cpu(), avoided.cpu(), moe.router.rule)
     return preferred, avoided
 
 

@@ -114,7 +114,8 @@ class GridResult(Result):
         if not others:
             return super().plot(**options)
         table = self.table()
-        values = [name for name in table.column_names if name not in self.AXES and name != self.PRESENT]
+        numbers = [field.name for field in table.schema if pa.types.is_primitive(field.type)]
+        values = [name for name in numbers if name not in self.AXES and name != self.PRESENT]
         candidates = [*others, self.PRESENT] if self.PRESENT else others
         value, across = value or values[0], across or candidates[-1]
         if value not in values:
@@ -122,7 +123,8 @@ class GridResult(Result):
         if across not in candidates:
             raise unknown_name("axis", across, candidates, f"This result has {', '.join(candidates)}.")
         unit = table.schema.field(value).metadata[b"unit"].decode()
-        rows, columns, means = _means(*(table[name].to_numpy() for name in (first, across, value)), every=across == self.PRESENT)
+        row, column, values_there = (table[name].to_numpy() for name in (first, across, value))
+        rows, columns, means = _means(row, column, values_there, every=across == self.PRESENT)
         words = {"row_label": first, "column_label": across.removesuffix("_index"), "value_label": f"mean {value} ({unit})"}
         return heat_map(means, **({"rows": rows, "columns": columns} | words | options))
 

@@ -29,7 +29,7 @@ from hooked_moe.tables.files import atomic_path
 from hooked_moe.version import __version__
 
 _KIND, _METADATA, _CHECKSUM, _VERSION = (f"hooked_moe.{name}".encode() for name in ("result", "metadata", "sha256", "version"))
-_ROWS_SHOWN = 8
+ROWS_SHOWN = 8
 _TEXT_SHOWN = 60
 """Characters of one cell."""
 
@@ -124,9 +124,14 @@ class Result:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.summary()})"
 
+    def preview(self) -> tuple[pa.Table, int]:
+        """The first rows, and how many there are."""
+        table = self.table()
+        return table.slice(0, ROWS_SHOWN), table.num_rows
+
     def _repr_html_(self) -> str:
         """The first rows, for notebooks."""
-        return "".join(_html(repr(self), self.table()))
+        return "".join(_html(repr(self), *self.preview()))
 
 
 @contextmanager
@@ -142,16 +147,16 @@ def _checksum(metadata: bytes) -> bytes:
     return hashlib.sha256(metadata).hexdigest().encode()
 
 
-def _html(title: str, table: pa.Table) -> Iterator[str]:
+def _html(title: str, rows: pa.Table, total: int) -> Iterator[str]:
     def cells(tag: str, values: list[Any], show: Callable[[Any], str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(show(value))}</{tag}>" for value in values) + "</tr>"
 
-    yield f"<p>{html.escape(title)}</p><table><thead>{cells('th', table.column_names, str)}</thead><tbody>"
-    for row in table.slice(0, _ROWS_SHOWN).to_pylist():
+    yield f"<p>{html.escape(title)}</p><table><thead>{cells('th', rows.column_names, str)}</thead><tbody>"
+    for row in rows.to_pylist():
         yield cells("td", list(row.values()), _short)
     yield "</tbody></table>"
-    if table.num_rows > _ROWS_SHOWN:
-        yield f"<p>… {table.num_rows - _ROWS_SHOWN:,} more rows</p>"
+    if total > rows.num_rows:
+        yield f"<p>… {total - rows.num_rows:,} more rows</p>"
 
 
 def _short(value: Any) -> str:
