@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_moe.components.moe import MoE
 from hooked_moe.kernels import routing
 from hooked_moe.routing.pieces import Piece, Texts, pieces_of, run_in_batches
+from hooked_moe.routing.rule import rule_of
 from hooked_moe.tables import Result, atomic_path, schema_of, table_with_schema
 from hooked_moe.tables.result import ROWS_SHOWN
 from hooked_moe.transformer import Transformer
@@ -215,7 +215,8 @@ def routing_table(
 def _rows(model: Transformer, pieces: list[Piece], layers: list[int]) -> Iterator[pa.Table]:
     """The table in parts of at least 2^17 rows, so that a file has few row groups."""
     held: list[pa.Table] = []
-    for piece, columns in run_in_batches(model, pieces, lambda tokens, real: _observed(model, tokens, real, layers)):
+    rule = rule_of(model)
+    for piece, columns in run_in_batches(model, pieces, lambda tokens, real: _observed(model, tokens, real, layers, rule)):
         held.append(_piece_rows(piece, columns, layers))
         if sum(table.num_rows for table in held) >= 1 << 17:
             yield pa.concat_tables(held)
@@ -237,7 +238,7 @@ def _piece_rows(piece: Piece, columns: dict[str, np.ndarray], layers: list[int])
     return table_with_schema(ROUTES, {n: np.broadcast_to(v, shape).astype(types[n]).ravel() for n, v in values.items()})
 
 
-def _observed(model: Transformer, tokens: Tensor, real: Tensor | None, layers: list[int]) -> Any:
+def _observed(model: Transformer, tokens: Tensor, real: Tensor | None, layers: list[int], rule: routing.RoutingRule) -> Any:
     """A function of (row, own tokens) that gives the columns of a piece, [own layer slot]."""
     names = [f"blocks.{layer}.{point}" for layer in layers for point in _HOOKS]
     _, cache = model.run_with_cache(tokens, attention_mask=real, names_filter=names, stop_at_layer=max(layers) + 1)
@@ -246,9 +247,7 @@ def _observed(model: Transformer, tokens: Tensor, real: Tensor | None, layers: l
         logits, indices, weights, resid = (cache[f"blocks.{layer}.{point}"] for point in _HOOKS)
         norms = resid.norm(dim=-1, dtype=torch.float32)
         typical = (norms if real is None else norms.masked_fill(~real, torch.nan)).nanmedian(dim=-1, keepdim=True).values
-        moe = model.blocks[layer].mlp
-        assert isinstance(moe, MoE)
-        columns = routes_of(logits, indices, moe.router.rule)
+        columns = routes_of(logits, indices, rule)
         if model.cfg.selection_bias:  # then the next in line is not that of the scores
             columns["margin"] = torch.full_like(columns["margin"], torch.nan)
         columns |= {"expert": indices, "routing_weight": weights.float(), "sink": (norms > SINK_RATIO * typical)[..., None]}

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hooked_moe.checks import as_int_or_none
 from hooked_moe.components.key_value_cache import KeyValueCache
-from hooked_moe.components.moe import MoE
 from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.kernels.routing import RoutingRule
+from hooked_moe.routing.rule import rule_of
 from hooked_moe.transformer import Transformer
 
 STEP: Final = 0.01
@@ -138,9 +138,7 @@ def _checked(
     """Which experts of a layer are preferred, and which avoided."""
     if layer not in model.cfg.moe_layers:
         raise ValueError(f"layer {layer} has no experts; layers {model.cfg.moe_layers} have")
-    moe = model.blocks[layer].mlp
-    assert isinstance(moe, MoE)
-    n = moe.num_experts
+    n = model.cfg.experts_in(layer)
     masks = []
     for experts in (prefer.get(layer, ()), avoid.get(layer, ())):
         if not isinstance(experts, Iterable):
@@ -157,7 +155,7 @@ def _checked(
     if math.isinf(strength):
         if model.cfg.selection_bias or model.cfg.group_score != "max":
             raise ValueError("this model selects experts by more than their own scores: give a finite strength")
-        _check_possible(layer, preferred.cpu(), avoided.cpu(), moe.router.rule)
+        _check_possible(layer, preferred.cpu(), avoided.cpu(), rule_of(model))
     return preferred, avoided
 
 

@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from hooked_moe import HookedMoE
-from hooked_moe.routing import Condition, Routes, RoutingAgainstContent, record_routes, replay_routes, routing_against_content
+from hooked_moe.routing import (
+    Condition,
+    Routes,
+    RoutingAgainstContent,
+    record_routes,
+    replay_routes,
+    routing_against_content,
+    steer_routes,
+)
 from tests.conftest import EVERY_ARCHITECTURE
+from tests.support.hf_models import FAMILIES, pair_of, random_tokens
 
 
 @pytest.fixture
@@ -35,6 +44,24 @@ def test_own_routes_change_no_bit(model: HookedMoE, tokens: Tensor, mask: Tensor
             expected = model(tokens, attention_mask=padding)
             routes = record_routes(model, tokens, padding)
             assert torch.equal(replay_routes(model, tokens, routes, attention_mask=padding, weights=weights), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_steered_and_replayed(family: str) -> None:
+    ours, tokens = pair_of(f"{family}-plain").ours, random_tokens()
+    mask = torch.ones_like(tokens)
+    mask[0, :7] = 0
+    layer = ours.cfg.moe_layers[-1]
+    with torch.no_grad():
+        plain = ours(tokens, attention_mask=mask)
+        with steer_routes(ours, {layer: [1, 8]}, {layer: [0, 5]}):
+            steered = ours(tokens, attention_mask=mask)
+            routes = record_routes(ours, tokens, mask)
+        assert torch.equal(replay_routes(ours, tokens, routes, attention_mask=mask), steered)
+        assert torch.equal(replay_routes(ours, tokens, record_routes(ours, tokens, mask), attention_mask=mask), plain)
+    index = routes.expert_index[routes.layers.index(layer)]
+    assert bool((index == 1).any(-1).all() and (index == 8).any(-1).all())
+    assert not bool((index == 0).any() or (index == 5).any())
 
 
 @EVERY_ARCHITECTURE

@@ -258,6 +258,14 @@ def test_a_sink_is_a_residual_stream_far_longer_than_the_others(model: HookedMoE
     assert not grid["sink"][:, 0].any()
 
 
+def test_a_streamed_model_is_read_once_a_batch(tokens: Tensor) -> None:
+    whole, streamed = (HookedMoE.from_pretrained("tiny-olmoe", stream=stream) for stream in (False, True))
+    before = streamed.blocks.blocks_read
+    table = routing_table(streamed, tokens)
+    assert table.table().equals(routing_table(whole, tokens).table())
+    assert streamed.blocks.blocks_read - before <= 6 + 1, "every block once, and one for the rule"
+
+
 def test_bad_requests_are_answered(model: HookedMoE, make_model: Any, tokens: Tensor, unchecked: None) -> None:
     with pytest.raises(ValueError, match=r"layers \[7\] have no experts; layers \[0, 1, 2\] have"):
         routing_table(model, tokens, [1, 7])
