@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.kernels import routing
 from hooked_moe.routing.pieces import Piece, Texts, pieces_of, run_in_batches
 from hooked_moe.routing.rule import rule_of
@@ -240,17 +241,28 @@ def _piece_rows(piece: Piece, columns: dict[str, np.ndarray], layers: list[int])
 
 def _observed(model: Transformer, tokens: Tensor, real: Tensor | None, layers: list[int], rule: routing.RoutingRule) -> Any:
     """A function of (row, own tokens) that gives the columns of a piece, [own layer slot]."""
+    norms: dict[int, Tensor] = {}
+
+    def keep_norm(resid: Tensor, hook: HookPoint) -> None:  # not the streams themselves: of all layers, they are large
+        norms[hook.layer()] = resid.norm(dim=-1, dtype=torch.float32)
+
     names = [f"blocks.{layer}.{point}" for layer in layers for point in _HOOKS]
-    _, cache = model.run_with_cache(tokens, attention_mask=real, names_filter=names, stop_at_layer=max(layers) + 1)
+    with model.hooks([(f"blocks.{layer}.hook_resid_mid", keep_norm) for layer in layers]):
+        _, cache = model.run_with_cache(tokens, attention_mask=real, names_filter=names, stop_at_layer=max(layers) + 1)
     by_layer = []
     for layer in layers:
-        logits, indices, weights, resid = (cache[f"blocks.{layer}.{point}"] for point in _HOOKS)
-        norms = resid.norm(dim=-1, dtype=torch.float32)
-        typical = (norms if real is None else norms.masked_fill(~real, torch.nan)).nanmedian(dim=-1, keepdim=True).values
+        logits, indices, weights = (cache[f"blocks.{layer}.{point}"] for point in _HOOKS)
+        typical = (
+            (norms[layer] if real is None else norms[layer].masked_fill(~real, torch.nan)).nanmedian(-1, keepdim=True).values
+        )
         columns = routes_of(logits, indices, rule)
         if model.cfg.selection_bias:  # then the next in line is not that of the scores
             columns["margin"] = torch.full_like(columns["margin"], torch.nan)
-        columns |= {"expert": indices, "routing_weight": weights.float(), "sink": (norms > SINK_RATIO * typical)[..., None]}
+        columns |= {
+            "expert": indices,
+            "routing_weight": weights.float(),
+            "sink": (norms[layer] > SINK_RATIO * typical)[..., None],
+        }
         by_layer.append({name: column.expand(indices.shape).cpu().numpy() for name, column in columns.items()})
 
     def of_row(row: int, own: np.ndarray) -> dict[str, np.ndarray]:
@@ -259,7 +271,7 @@ def _observed(model: Transformer, tokens: Tensor, real: Tensor | None, layers: l
     return of_row
 
 
-_HOOKS = ("mlp.hook_router_logits", "mlp.hook_expert_indices", "mlp.hook_expert_weights", "hook_resid_mid")
+_HOOKS = ("mlp.hook_router_logits", "mlp.hook_expert_indices", "mlp.hook_expert_weights")
 
 
 def routes_of(logits: Tensor, indices: Tensor, rule: routing.RoutingRule) -> dict[str, Tensor]:

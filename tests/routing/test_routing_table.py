@@ -257,6 +257,17 @@ def test_a_sink_is_a_residual_stream_far_longer_than_the_others(model: HookedMoE
     assert np.argwhere(grid["sink"][:, 1, 0]).flatten().tolist() == [tokens.shape[1] + 3]
     assert not grid["sink"][:, 0].any()
 
+    def padding_is_longer(resid: Tensor, hook: Any) -> Tensor:
+        resid[0, 2] *= 500
+        resid[0, 4:] *= 1000
+        return resid
+
+    mask = torch.ones_like(tokens)
+    mask[0, 4:] = 0
+    with model.hooks([("blocks.1.hook_resid_mid", padding_is_longer)]):
+        (grid,) = routing_table(model, tokens, [1], attention_mask=mask).grids("sink")
+    assert np.argwhere(grid["sink"][:, 0, 0]).flatten().tolist() == [2], "the median is of tokens, not of padding"
+
 
 def test_a_streamed_model_is_read_once_a_batch(tokens: Tensor) -> None:
     whole, streamed = (HookedMoE.from_pretrained("tiny-olmoe", stream=stream) for stream in (False, True))
