@@ -21,7 +21,7 @@ from hooked_moe.kernels import routing
 from hooked_moe.routing.pieces import Piece, Texts, pieces_of, run_in_batches
 from hooked_moe.routing.rule import rule_of
 from hooked_moe.tables import Result, atomic_path, schema_of, table_with_schema
-from hooked_moe.tables.result import ROWS_SHOWN
+from hooked_moe.tables.result import ROWS_SHOWN, readable
 from hooked_moe.transformer import Transformer
 
 SINK_RATIO: Final = 10.0
@@ -88,7 +88,10 @@ class RoutingTable(Result):
         return self.n_rows // (len(self.layers) * self.slots)
 
     def table(self) -> pa.Table:
-        return self.rows if isinstance(self.rows, pa.Table) else pq.read_table(self.rows, page_checksum_verification=True)
+        if isinstance(self.rows, pa.Table):
+            return self.rows
+        with readable(self.rows):
+            return pq.read_table(self.rows, page_checksum_verification=True)
 
     def summary(self) -> str:
         layers = f"{len(self.layers)} layers x {self.slots} slots"
@@ -154,14 +157,15 @@ class RoutingTable(Result):
             table = self.rows.select(names)
             yield from (table.slice(start, rows).combine_chunks() for start in range(0, table.num_rows, rows))
             return
-        file = pq.ParquetFile(self.rows, pre_buffer=False, page_checksum_verification=True)
         held: list[pa.RecordBatch] = []
-        for batch in file.iter_batches(rows, columns=names, use_threads=False):
-            held.append(batch)
-            table = pa.Table.from_batches(held)
-            if table.num_rows >= rows:
-                yield table.slice(0, rows).combine_chunks()
-                held = table.slice(rows).to_batches()
+        with readable(self.rows):
+            file = pq.ParquetFile(self.rows, pre_buffer=False, page_checksum_verification=True)
+            for batch in file.iter_batches(rows, columns=names, use_threads=False):
+                held.append(batch)
+                table = pa.Table.from_batches(held)
+                if table.num_rows >= rows:
+                    yield table.slice(0, rows).combine_chunks()
+                    held = table.slice(rows).to_batches()
         if sum(batch.num_rows for batch in held):
             yield pa.Table.from_batches(held).combine_chunks()
 
