@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from hooked_moe.routing import (
+    ROUTES,
     DomainSpecialisation,
     RoutingAgreement,
     RoutingTable,
@@ -92,6 +95,15 @@ def test_vocabulary_specialisation_is_the_share_of_the_tokens_occurrences(
     assert order == sorted(order)
     best = result.tokens_of(3, 5, n=2).to_pylist()
     assert best == [r for r in rows if (r["layer"], r["expert"]) == (3, 5)][:2]
+
+
+def test_the_next_token_is_of_the_same_document(experts: np.ndarray) -> None:
+    """Rows padded on the left may begin with the position after that with which the row before them ended."""
+    table = routing_of_experts(experts[:8], np.repeat([0, 1], 4), n_experts=E, layers=LAYERS, token=np.arange(8))
+    position = pa.array(np.repeat(np.arange(8), len(LAYERS) * K).astype(np.int32))
+    rows = table.table().set_column(1, ROUTES.field("position"), position)
+    result = vocabulary_specialisation(dataclasses.replace(table, rows=rows), of="next", minimum=1)
+    assert sorted(set(result.table()["token"].to_pylist())) == [1, 2, 3, 5, 6, 7]
 
 
 def test_the_committee_is_the_fewest_experts_that_carry_enough_in_every_domain(
