@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hooked_moe.routing import Coactivation, RoutingTable, Transition, coactivation, expert_pairs, transition
+from hooked_moe.statistics.contingency import association
 from tests.support.routes import random_experts, routing_of_experts
 
 E, K = 7, 3
@@ -52,6 +53,10 @@ def test_coactivation_is_that_of_a_loop_over_tokens(table: RoutingTable, experts
         assert_as_counted(result, place, experts[:, place], experts[:, place])
         np.testing.assert_allclose(np.diagonal(result.share[place]), 1)
         np.testing.assert_allclose(result.share[place].sum(-1), K)
+    by_document = [loop_counts(experts[rows, 1], experts[rows, 1]) for rows in np.split(np.arange(100), 5)]
+    expected = association(*map(np.stack, zip(*by_document, strict=True)), np.full(5, 20))
+    np.testing.assert_allclose(result.lift_low[1], expected.lift_low)
+    np.testing.assert_allclose(result.phi_high[1], expected.phi_high)
     one = coactivation(table, [4])
     np.testing.assert_array_equal(one.lift_low, result.lift_low[2:])
     assert one.layers == [4]
