@@ -73,7 +73,7 @@ NOT_OBJECTS = frozenset(
     """the that this these those such his her its their our your him them they she you who whom which what whose all any each
     every some one other others another both being been was were are has had have not but and for with from there here when where
     than then more most many much same into upon also very only own will shall may would should could can did does
-    """.split()
+    """.split()  # noqa: SIM905
 )
 MIN_COUNT = 12
 MIN_SHARE = 0.4
