@@ -30,6 +30,7 @@ SUITE: dict[str, list[list[str]]] = {
     "roofline": [["--repeats", "5"], ["--repeats", "3", *OLMOE]],
     "scaling": [["--repeats", "2"]],
     "streaming": [["--documents", "4", "--tokens", "64"]],
+    "routing": [["--repeats", "3"]],
 }
 """What each is given, run by run."""
 PACKAGES = ("torch", "transformers", "transformer-lens", "nnsight")

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import all as suite
-from benchmarks import checkpoints, forward, peers, removals, roofline, scaling, streaming
+from benchmarks import checkpoints, forward, peers, removals, roofline, routing, scaling, streaming
 from benchmarks.tables import Table
 from benchmarks.timing import ratio, summary, timed
 from hooked_moe import HookedMoE
@@ -30,7 +30,9 @@ def column(table: Table, name: str) -> list[str]:
     return [row[table.header.index(name)] for row in table.rows]
 
 
-@pytest.mark.parametrize("script", [removals, forward, roofline, scaling, streaming, suite], ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script", [removals, forward, roofline, scaling, streaming, routing, suite], ids=lambda script: script.__name__
+)
 def test_help_has_examples(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         script.main(["--help"])
@@ -51,6 +53,16 @@ def test_removals_agree_with_those_of_every_peer(capsys: pytest.CaptureFixture[s
     differences = [float(cell) for cell in column(table, "largest difference, nats") if cell]
     assert len(differences) >= 2 * (1 + len(OTHERS))
     assert 0 <= max(differences) <= removals.TOLERANCE
+
+
+def test_routing_tables_have_the_experts_of_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, analyses = routing.main(["--small"])
+    assert column(table, "by") == ["hooked_moe", "hooks, arrays", "hooks, rows"]
+    assert min(map(float, column(table, "same expert"))) > 0.999
+    assert len(analyses.rows) == 5
+    monkeypatch.setitem(routing.CANDIDATES, "hooks, rows", lambda model, corpus: routing.with_rows(model, corpus) + 1)
+    with pytest.raises(ValueError, match=r"hooks, rows finds the same expert in 0\.0000 of the rows only"):
+        routing.main(["--small"])
 
 
 def test_a_removal_that_is_not_exact_is_found_out() -> None:
