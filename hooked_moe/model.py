@@ -17,11 +17,12 @@ from hooked_moe import generation, loading
 from hooked_moe.counterfactuals import hooked_variants
 from hooked_moe.surgery import pruning
 from hooked_moe.transformer import ReturnType, Transformer
+from hooked_moe.weight_views import WeightViews
 
 Model = TypeVar("Model", bound="HookedMoE")
 
 
-class HookedMoE(Transformer):
+class HookedMoE(Transformer, WeightViews):
     """The model. `HookedMoE(cfg)` has random weights and trains; `HookedMoE.from_pretrained(name)` has trained ones."""
 
     def run_variants(
