@@ -51,7 +51,9 @@ class WeightViews:
             return block.mlp.router.W.T
         if dense:
             return getattr(block.mlp, name).T
-        return block.mlp.experts.W_out.mT if name == "W_out" else block.mlp.experts.W_in[:, name == "W_in"].mT
+        if name == "W_out":
+            return block.mlp.experts.W_out.mT
+        return block.mlp.experts.W_in[:, ("W_gate", "W_in").index(name)].mT
 
     def _attention_weight(self, name: str, attn: Any) -> Tensor:
         if name == "W_O":
