@@ -50,17 +50,30 @@ class HookedMoE(Transformer, WeightViews):
         cls: type[Model],
         name: str | PathLike[str],
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
         revision: str | None = None,
         cache_dir: str | PathLike[str] | None = None,
         local_files_only: bool = False,
         stream: bool = False,
+        adapter: str | PathLike[str] | None = None,
+        hf_model: Any = None,
     ) -> Model:
         """A trained model by short name ("olmoe", "tiny-olmoe"), hub id, or local directory in HuggingFace layout.
 
-        See `hooked_moe.loading.from_pretrained` for what is read, and the errors raised.
+        `adapter` is the directory of a LoRA adapter to merge. With `hf_model`, a model of transformers, the weights are its own,
+        in `dtype` and on `device`, and only tokenizer and name are those of `name`. See `hooked_moe.loading.from_pretrained` for
+        what is read, and the errors raised.
         """
+        if hf_model is not None:
+            if stream or adapter is not None:
+                raise ValueError(
+                    "with hf_model= the weights are in memory: leave out stream and adapter, and merge adapters in PEFT"
+                )
+            model = loading.from_hf_named(
+                cls, hf_model, name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+            )
+            return model.to(device=loading.as_device(device), dtype=loading.as_dtype(dtype)).eval()
         return loading.from_pretrained(
             cls,
             name,
@@ -70,7 +83,15 @@ class HookedMoE(Transformer, WeightViews):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             stream=stream,
+            adapter=adapter,
         )
+
+    @classmethod
+    def from_hf(cls: type[Model], hf_model: Any, tokenizer: Any = None) -> Model:
+        """A model with the weights of a transformers model in memory, in its dtype and on its device; shared with it, not copied,
+        where both lay them out alike. `tokenizer` is its fast tokenizer. See `hooked_moe.loading.from_hf`.
+        """
+        return loading.from_hf(cls, hf_model, tokenizer)
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
         """Write config, weights and tokenizer in HuggingFace layout: transformers loads them, and so does `from_pretrained`."""
