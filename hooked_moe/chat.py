@@ -71,6 +71,30 @@ class ChatTemplate:
             raise ValueError(f"the chat template {name!r} refuses these messages, or fails: {error}") from error
 
 
+def rendered(templates: ChatTemplate | None, conversations: Any, chat_template: str | None = None, **options: Any) -> list[str]:
+    """The texts of one conversation or of several.
+
+    A text alone stands for what a user says: "Hello" for [{"role": "user", "content": "Hello"}], and a list of texts for as many
+    conversations. `chat_template` is a template, or the name of one of the checkpoint's. Options are those of
+    `ChatTemplate.render`. Raises `ValueError` where there is no template.
+    """
+    if chat_template is not None and "{" in chat_template:
+        templates, chat_template = ChatTemplate({"default": chat_template}, templates.special_tokens if templates else {}), None
+    if templates is None:
+        raise ValueError(
+            "this model has no chat template, as those have that are tuned to follow instructions: give it plain text, or pass "
+            "chat_template="
+        )
+    several = conversations if are_several(conversations) else [conversations]
+    each = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in several]
+    return [templates.render(messages, template=chat_template, **options) for messages in each]
+
+
+def are_several(conversations: Any) -> bool:
+    """A list whose items are conversations: texts or lists of messages."""
+    return isinstance(conversations, list | tuple) and len(conversations) > 0 and isinstance(conversations[0], str | list | tuple)
+
+
 def checked(messages: Any) -> Sequence[Message]:
     """The messages of one conversation. Raises `ValueError` for what is none."""
     expected = "a conversation is a list of messages, as [{'role': 'user', 'content': 'Hello'}]"

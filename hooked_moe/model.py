@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_moe import generation, loading
+from hooked_moe.chat import are_several, rendered
 from hooked_moe.counterfactuals import hooked_variants
 from hooked_moe.surgery import pruning
 from hooked_moe.transformer import ReturnType, Transformer
@@ -122,13 +123,42 @@ class HookedMoE(Transformer, WeightViews):
         """
         return generation.generate(self, input, max_new_tokens, **options)
 
-    def to_tokens(self, text: str | list[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+    def to_tokens(self, text: Any, prepend_bos: bool | None = None, chat: bool = False) -> Int[Tensor, "batch pos"]:
         """Token ids; several texts are padded on the right. `prepend_bos=None` does as the model's family does.
 
-        Padding is not marked: pass several texts to the model itself, which masks it, or `attention_mask` along with these ids.
+        With `chat`, the text is what a user says (or there is a list of messages): the ids end where the assistant's answer
+        begins, by the model's chat template. Padding is not marked: pass several texts to the model itself, which masks it, or
+        `attention_mask` along with these ids.
         """
+        if chat:
+            if prepend_bos is not None:
+                raise ValueError("with chat=True the chat template says whether there is a BOS token: leave out prepend_bos")
+            return self.apply_chat_template(text, add_generation_prompt=True)
         texts = [text] if isinstance(text, str) else text
         return self.require_tokenizer().pad(texts, self.cfg.device, prepend_bos)[0]
+
+    def apply_chat_template(
+        self,
+        messages: Any,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> Any:
+        """Token ids [batch, pos] of a conversation, [{"role": "user", "content": "Hello"}], by the model's chat template; or its
+        text without `tokenize`. Several conversations are padded on the right, and are a list of texts.
+
+        `add_generation_prompt` ends it where the assistant's answer begins. `chat_template` is another template, or the name of
+        one of the checkpoint's; `variables` are what else it reads, as `tools` or `enable_thinking`. Meanings are transformers'.
+        Do not tokenize the text by `to_tokens`, which may put a second BOS token before it. Raises `ValueError` where there is no
+        template and for messages that it refuses.
+        """
+        tokenizer = self.require_tokenizer()
+        options = {"add_generation_prompt": add_generation_prompt, **variables}
+        texts = rendered(tokenizer.chat_template, messages, chat_template, **options)
+        if tokenize:
+            return tokenizer.pad(texts, self.cfg.device, prepend_bos=False)[0]
+        return texts[0] if len(texts) == 1 and not are_several(messages) else texts
 
     def to_string(self, tokens: Int[Tensor, "..."] | list[int] | int) -> str | list[str]:
         """The text of tokens [pos], or a list of texts for [batch, pos]."""

@@ -61,7 +61,8 @@ def download(
     check_config(config)
     commit = config.parent.name  # the cache keeps each commit in a folder of that name, also where only the cache was asked
     directory = replace(model, commit=commit).snapshot()
-    model.name_commit(directory)
+    if weights:
+        model.name_commit(directory)
     return directory, commit
 
 
