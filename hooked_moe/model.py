@@ -16,6 +16,7 @@ from torch import Tensor
 from hooked_moe import generation, loading
 from hooked_moe.chat import are_several, rendered
 from hooked_moe.counterfactuals import hooked_variants
+from hooked_moe.description import description
 from hooked_moe.surgery import pruning
 from hooked_moe.transformer import ReturnType, Transformer
 from hooked_moe.weight_views import WeightViews
@@ -25,6 +26,11 @@ Model = TypeVar("Model", bound="HookedMoE")
 
 class HookedMoE(Transformer, WeightViews):
     """The model. `HookedMoE(cfg)` has random weights and trains; `HookedMoE.from_pretrained(name)` has trained ones."""
+
+    def __repr__(self) -> str:
+        known = "none" if self.tokenizer is None else f"{self.tokenizer.vocab_size} tokens"
+        chat = "" if self.tokenizer is None or self.tokenizer.chat_template is None else ", with a chat template"
+        return description(self.cfg, dict(self.named_parameters()), len(self.hook_dict), known + chat)
 
     def run_variants(
         self,
