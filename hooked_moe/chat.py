@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.utils
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hooked_moe.checks import unknown_name
 
@@ -136,7 +137,7 @@ def _compiled(source: str) -> jinja2.Template:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %} ... {% endgeneration %}` marks the assistant's words for training; here it passes them on."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as Jinja2 declares it
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno

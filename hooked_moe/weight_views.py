@@ -145,7 +145,8 @@ class WeightViews:
         elif isinstance(tokens, str) or as_int_or_none(tokens) is not None:
             ids = torch.tensor(self._token_id(tokens))
         else:
-            ids = torch.tensor([self._token_id(token) for token in tokens])
+            several: Any = tokens
+            ids = torch.tensor([self._token_id(token) for token in several])
         if ids.is_floating_point() or not ids.numel() or int(ids.min()) < 0 or int(ids.max()) >= self.cfg.d_vocab:
             raise ValueError(f"tokens must be ids from 0 to {self.cfg.d_vocab - 1}, or texts of one token, not {tokens!r}")
         return self.unembed.W_U[ids.to(self.unembed.W_U.device)]

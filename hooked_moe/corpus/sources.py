@@ -46,7 +46,7 @@ def load_corpus(
         source = os.fspath(source)
         if field != "text" or name is not None:
             raise ValueError(f"field and name are for documents in memory; {source!r} has its own. Leave them out.")
-        hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         in_pieces = unit == "paragraph" and source != "wikitext-2"  # which has its own rule for them
         if source in corpora.CORPUS_NAMES or not Path(source).expanduser().is_dir():
             corpus = corpora.read_corpus(source, unit="article" if in_pieces else unit, **hub)

@@ -42,18 +42,19 @@ def from_hf(model_class: type[Model], hf_model: Any, tokenizer: Any = None) -> M
     floating-point tensors on one device.
     """
     source = f"this {type(hf_model).__name__}"
-    if not isinstance(hf_model, nn.Module) or not hasattr(getattr(hf_model, "config", None), "to_dict"):
+    hf_config: Any = getattr(hf_model, "config", None)
+    if not isinstance(hf_model, nn.Module) or not hasattr(hf_config, "to_dict"):
         raise TypeError(
             f"from_hf takes a model of transformers, not {type(hf_model).__name__}: for a name or directory, call from_pretrained"
         )
     if hasattr(hf_model, "peft_config") and any(".lora_" in name for name, _ in hf_model.named_parameters()):
         raise ValueError(f"{source} has adapters beside its weights: merge them, with merge_and_unload(), and give the result")
-    values = hf_model.config.to_dict()
+    values = hf_config.to_dict()
     conversion = conversion_for(str(values.get("model_type")), source)
     cfg = conversion.from_hf(HFConfig(values, f"{source}'s config"))
     weights = _Weights(source, dict(hf_model.named_parameters(remove_duplicate=False)))
     dtype, device = _placement(weights)
-    cfg = cfg.replace(model_name=str(getattr(hf_model.config, "name_or_path", "") or cfg.model_type), dtype=dtype)
+    cfg = cfg.replace(model_name=str(getattr(hf_config, "name_or_path", "") or cfg.model_type), dtype=dtype)
     model = model_class(cfg.replace(device=torch.device("meta")), as_tokenizer(tokenizer, cfg))
     plan = plan_copies(model, conversion, weights)
     _share(model, plan, weights, device)
