@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hooked_moe import ActivationCache, HookedMoE, HookPoint
 from tests.conftest import EVERY_ARCHITECTURE
+from tests.support.hf_models import FAMILIES, pair_of, random_tokens
 
 transformer_lens = pytest.importorskip("transformer_lens")
 patching = pytest.importorskip("transformer_lens.patching")
@@ -230,3 +231,26 @@ def test_attribution_patching_is_the_first_order_of_a_patch(model: HookedMoE, cl
                 for step in (1e-6, -1e-6)
             )
         assert score == pytest.approx(float((up - down) / 2e-6), abs=1e-6, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_taken_apart_with_padding(family: str) -> None:
+    """The published architectures; rows of unequal length, padded on the left."""
+    model, tokens = pair_of(f"{family}-plain").ours, random_tokens(batch=2, pos=9)
+    mask = torch.tensor([[0, 0, 0] + [1] * 6, [1] * 9])
+    logits, cache = model.run_with_cache(tokens, attention_mask=mask)
+    answers, others = torch.tensor([3, 8]), torch.tensor([4, 1])
+    expected = logits[[0, 1], -1, answers] - logits[[0, 1], -1, others]
+    for unit in ("component", "head"):
+        result = analysis.direct_logit_attribution(model, answer_tokens=answers, incorrect_tokens=others, unit=unit, cache=cache)
+        torch.testing.assert_close(result.attribution.sum(0), expected, atol=1e-5, rtol=1e-4)
+    full = cache.get_full_resid_decomposition(pos_slice=-1)
+    torch.testing.assert_close(cache.logit_attrs(full, answers, others, pos_slice=-1).sum(0), expected, atol=1e-5, rtol=1e-4)
+    lens = analysis.logit_lens(model, cache=cache, positions=None)
+    torch.testing.assert_close(lens.values[-1], logits, atol=1e-5, rtol=1e-4)
+    assert analysis.attribution_patch(model, tokens[1:], (tokens[1:] + 5) % 97, metric).node_scores
+    with torch.no_grad():
+        table = patching.get_act_patch_resid_pre(
+            model, (tokens[1:, :4] + 5) % 97, model.run_with_cache(tokens[1:, :4])[1], metric
+        )
+    assert table.isfinite().all()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_moe.checks import UnknownNameError
 from hooked_moe.hooks.hook_table import axes_of
-from hooked_moe.hooks.names import Name, names_meant
+from hooked_moe.hooks.names import Name, Names
 from hooked_moe.hooks.residual_stack import ResidualStack
 
 
@@ -26,12 +26,12 @@ class ActivationCache(ResidualStack):
         self._activations = activations
         self.model = model
         self.has_batch_dim = has_batch_dim
+        self._names = Names(activations, None if model is None else model.cfg.n_layers, kind="activation")
 
     def __getitem__(self, name: Name) -> Tensor:
         if isinstance(name, str) and name in self._activations:
             return self._activations[name]
-        n_layers = None if self.model is None else self.model.cfg.n_layers
-        found = names_meant(name, self._activations, n_layers, kind="activation")
+        found = self._names.meant(name)
         if len(found) > 1:
             short = name if isinstance(name, str) else name[0]
             raise UnknownNameError(f"{name!r} is in {len(found)} places; give a layer too, as in cache[{short!r}, 3]")

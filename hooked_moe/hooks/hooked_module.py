@@ -12,7 +12,7 @@ from torch import nn
 from hooked_moe.hooks.activation_cache import ActivationCache
 from hooked_moe.hooks.caching import Kept, with_positions
 from hooked_moe.hooks.hook_point import HookPoint
-from hooked_moe.hooks.names import Name, is_one_name, names_meant
+from hooked_moe.hooks.names import Name, Names, is_one_name
 
 NameOrPredicate = Name | Callable[[str], bool]
 Hook = tuple[NameOrPredicate, Callable[..., Any]]
@@ -31,6 +31,8 @@ class HookedModule(nn.Module):
             if isinstance(module, HookPoint):
                 module.name = name
                 self.hook_dict[name] = module
+        n_layers = sum(name.endswith(".hook_resid_pre") for name in self.hook_dict)
+        self._names = Names(self.hook_dict, n_layers, advice="See model.hook_dict for all names.")
 
     def hook_points(self, which: NamesFilter) -> list[HookPoint]:
         """The hook points of one name, several names, or all that a predicate accepts; None means all.
@@ -47,8 +49,7 @@ class HookedModule(nn.Module):
                 raise ValueError("the predicate accepts no hook point; see model.hook_dict for the names")
             return accepted
         names: Any = [which] if is_one_name(which) else which
-        n_layers = sum(name.endswith(".hook_resid_pre") for name in self.hook_dict)
-        return [self.hook_dict[full] for name in names for full in names_meant(name, self.hook_dict, n_layers)]
+        return [self.hook_dict[full] for name in names for full in self._names.meant(name)]
 
     def add_hook(self, name: NameOrPredicate, fn: Callable[..., Any], dir: str = "fwd", is_permanent: bool = False) -> None:
         """Attach `fn(activation, hook)` until `reset_hooks`; a permanent hook outlasts that too."""

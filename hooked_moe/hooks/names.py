@@ -20,34 +20,43 @@ def is_one_name(name: Any) -> bool:
     return isinstance(name, str) or (isinstance(name, tuple) and len(name) > 1 and not isinstance(name[1], str | tuple))
 
 
-def names_meant(name: Name, known: Collection[str], n_layers: int | None, kind: str = "hook point") -> list[str]:
-    """The full names among `known` that a name stands for: at most one in each block, and none of a single expert's.
+class Names:
+    """The full names of a model's hook points or a cache's activations, by short ones; single experts have none."""
 
-    Raises `UnknownNameError` where there is none, with the nearest ones, and where a block has several.
-    """
-    if isinstance(name, str) and name in known:
-        return [name]
-    short, layer, part = (*((name,) if isinstance(name, str) else name), None, None)[:3]
-    short = str(short).removeprefix("hook_")
-    short = ALIASES.get(short, short)
-    if layer is not None and layer < 0:
-        if n_layers is None:
-            raise UnknownNameError(f"{name}: this cache does not know how many layers there are; count them from 0")
-        layer += n_layers
-    block = "" if layer is None else f"blocks.{layer}."
-    matches = [full for full in known if _is_called(full, short) and full.startswith(block)]
-    matches = [full for full in matches if part is None or f".{part}." in f".{full}"]
-    if not matches:
-        full = str(name) if isinstance(name, str) else f"{block}{'' if part is None else f'{part}.'}hook_{short}"
-        nearest = known if "." in full else {*known, *(full.rpartition("hook_")[2] for full in known)}
-        raise unknown_name(kind, full, nearest, "See model.hook_dict for all names." if kind == "hook point" else "")
-    crowded = [block for block, count in Counter(".".join(full.split(".")[:2]) for full in matches).items() if count > 1]
-    if crowded:
-        several = [full for full in matches if full.startswith(f"{crowded[0]}.")]
-        example = (short, layer, several[0].split(".")[2])
-        raise UnknownNameError(f"{name!r} could be any of {several}; name the part too, as in {example}")
-    return matches
+    def __init__(self, full: Collection[str], n_layers: int | None, kind: str = "hook point", advice: str = "") -> None:
+        self.full, self.n_layers, self.kind, self.advice = dict.fromkeys(full), n_layers, kind, advice
+        self.by_short: dict[str, list[str]] = {}
+        for name in full:
+            if ".experts." not in name:
+                self.by_short.setdefault(name.rpartition(".")[2].removeprefix("hook_"), []).append(name)
+
+    def meant(self, name: Name) -> list[str]:
+        """The full names that a name stands for: at most one in each block.
+
+        Raises `UnknownNameError` where there is none, with the nearest ones, and where a block has several.
+        """
+        if isinstance(name, str) and name in self.full:
+            return [name]
+        short, layer, part = (*((name,) if isinstance(name, str) else name), None, None)[:3]
+        short = str(short).removeprefix("hook_")
+        short = ALIASES.get(short, short)
+        if layer is not None and layer < 0:
+            if self.n_layers is None:
+                raise UnknownNameError(f"{name}: this cache does not know how many layers there are; count them from 0")
+            layer += self.n_layers
+        block = "" if layer is None else f"blocks.{layer}."
+        matches = [full for full in self.by_short.get(short, ()) if full.startswith(block)]
+        matches = [full for full in matches if part is None or f".{part}." in f".{full}"]
+        if not matches:
+            full = name if isinstance(name, str) else f"{block}{'' if part is None else f'{part}.'}hook_{short}"
+            raise unknown_name(self.kind, full, self.full if "." in full else {*self.full, *self.by_short}, self.advice)
+        crowded = [block for block, count in Counter(map(_block, matches)).items() if count > 1]
+        if crowded:
+            several = [full for full in matches if _block(full) == crowded[0]]
+            example = (short, layer, several[0].split(".")[2])
+            raise UnknownNameError(f"{name!r} could be any of {several}; name the part too, as in {example}")
+        return matches
 
 
-def _is_called(full: str, short: str) -> bool:
-    return full.rpartition(".")[2] == f"hook_{short}" and ".experts." not in full
+def _block(full: str) -> str:
+    return ".".join(full.split(".")[:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -129,7 +130,9 @@ def test_a_cache_moves_between_devices(model: HookedMoE, tokens: Tensor) -> None
     assert cache["hook_embed"].device.type == "meta"
     _, cache = model.run_with_cache(tokens, names_filter="hook_embed")
     assert cache.to("cpu") is cache
+    old = weakref.ref(cache["hook_embed"])
     cache.to("meta")  # in place, as TransformerLens has it
+    assert old() is None  # and nothing keeps what was there in memory
     assert cache["hook_embed"].device.type == "meta"
 
 
