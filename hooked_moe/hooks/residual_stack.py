@@ -121,6 +121,9 @@ class ResidualStack(Mapping[Any, Tensor]):
 
         Where they are, shared experts ("L3shared") and dense MLPs ("L0mlp") are components too: those of a layer sum to its MLP
         output. Takes n_layers x experts x batch x pos x d_model numbers: choose positions with `pos_slice` in large models.
+
+            stack, labels = cache.stack_expert_results(pos_slice=-1, return_labels=True)
+            dict(zip(labels, cache.logit_attrs(stack, " Paris", pos_slice=-1)[:, 0].tolist()))
         """
         end = self._layer(layer)
         parts = [self._experts(number, pos_slice) for number in range(end)]
@@ -217,16 +220,22 @@ class ResidualStack(Mapping[Any, Tensor]):
 
         `layers` are indices into `accumulated_resid`, -1 the last: its logits are the model's. `positions` is a `pos_slice`.
         Options: `batch_slice`; one of `targets` (tokens for all, or a tensor of one for each row), `vocab` (ids) and `top_k`;
-        `return_type` "logits", "log_probs" or "probs"; `apply_ln=True`; `chunk_size=64` vectors at a time.
+        `return_type` "logits", "log_probs" or "probs"; `apply_ln=True`; `chunk_size=64` vectors at a time; `lens`, a function of
+        (stream, index) that comes before the norm, as a tuned lens does.
+
+            cache.logit_lens(targets=" Paris").rank_trajectory()  # [layer, batch]
         """
         stack, labels = self.accumulated_resid(None, incl_mid, pos_slice=positions, return_labels=True)
-        kept = range(len(labels)) if layers is None else layers
+        every = range(len(labels))
         try:
-            labels, stack = [labels[layer] for layer in kept], stack[list(kept)]
+            kept = [every[layer] for layer in (every if layers is None else layers)]
         except IndexError:
             raise ValueError(f"layers={layers} are out of range: there are {len(labels)} streams, {', '.join(labels)}") from None
+        labels, stack = [labels[layer] for layer in kept], stack[kept]
         if self.has_batch_dim:
             stack = take(stack, options.pop("batch_slice", None), 1)
+        if (lens := options.pop("lens", None)) is not None:
+            stack = torch.stack([lens(stream, layer) for stream, layer in zip(stack, kept, strict=True)])
         if options.pop("apply_ln", True):
             stack = self.apply_ln_to_stack(stack, recompute_ln=True, has_batch_dim=False)
         return read_logits(self.model, stack, labels, **options)

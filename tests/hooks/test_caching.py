@@ -79,6 +79,18 @@ def test_gradients_are_those_that_backward_hooks_see(frozen: bool, model: Hooked
     assert not any(x.requires_grad for x in cache.values())
 
 
+def test_one_tensor_in_two_places_has_a_gradient_in_each(model: HookedMoE, tokens: Tensor) -> None:
+    shared = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    names = ["blocks.0.hook_resid_mid", "blocks.1.hook_resid_mid"]
+    with model.hooks(fwd_hooks=[(name, lambda x, hook: shared) for name in names]):
+        loss, cache = model.run_with_cache(tokens, names_filter=names, return_type="loss", incl_bwd=True)
+        (both,) = torch.autograd.grad(model(tokens, return_type="loss"), shared)
+    first, second = (cache[f"{name}_grad"] for name in names)
+    assert first.abs().max() == 0  # the second place hides it
+    torch.testing.assert_close(first + second, both)
+    assert torch.equal(loss, model.run_with_hooks(tokens, return_type="loss", fwd_hooks=[(names[1], lambda x, hook: shared)]))
+
+
 def test_gradients_are_of_the_chosen_positions(model: HookedMoE, tokens: Tensor) -> None:
     chosen = {"names_filter": ["resid_mid", "pattern"], "return_type": "loss", "incl_bwd": True}
     _, whole = model.run_with_cache(tokens[:1], **chosen)

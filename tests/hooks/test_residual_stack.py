@@ -190,6 +190,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"vocab": [7, 7, 0]},
     {"batch_slice": 1, "positions": (2, 4), "targets": 5},
     {"apply_ln": False},
+    {"lens": lambda stream, index: stream * (index + 1) + 0.5, "layers": [0, -1]},
 ]
 
 
