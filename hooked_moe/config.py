@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -200,6 +200,10 @@ class HookedMoEConfig:
                 )
         if self.shared_gate and self.d_shared is None:
             raise ValueError("shared_gate needs shared experts: set d_shared")
+
+    normalization_type: ClassVar[str] = "RMS"
+    attn_only: ClassVar[bool] = False
+    """These two for TransformerLens's tools, which ask for them."""
 
     def experts_in(self, layer: int) -> int:
         """Routed experts of a layer; 0 if it is dense."""

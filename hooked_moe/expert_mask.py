@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_moe.checks import as_int_or_none
 from hooked_moe.config import HookedMoEConfig
 
 RemovalName = Literal["zero", "renormalize", "reroute"]
@@ -98,9 +99,16 @@ class ExpertMask:
         self._entries: dict[int, list[Entry]] = {}
 
     @classmethod
-    def ablate(cls, entries: Iterable[AnyEntry], removal: RemovalName = "zero") -> ExpertMask:
-        """Remove single experts: `(layer, batch, pos, expert)`, where None for batch or pos means every one."""
+    def ablate(
+        cls, entries: Iterable[AnyEntry] | Mapping[Any, Iterable[SupportsIndex]], removal: RemovalName = "zero"
+    ) -> ExpertMask:
+        """Remove single experts: `(layer, batch, pos, expert)`, where None for batch or pos means every one.
+
+        Or `{layer: experts}`, everywhere: `{3: [5, 17]}` stands for `[(3, None, None, 5), (3, None, None, 17)]`.
+        """
         mask = cls({}, removal)
+        if isinstance(entries, Mapping):
+            entries = [(layer, None, None, expert) for layer, experts in entries.items() for expert in _listed(layer, experts)]
         for values in entries:
             entry = _entry(values)
             mask._entries.setdefault(entry[0], []).append(entry)
@@ -146,6 +154,15 @@ class ExpertMask:
                 raise ValueError(
                     f"expert mask for layer {layer}, which is dense: it has no experts; layers {cfg.moe_layers} have"
                 )
+
+
+def _listed(layer: Any, experts: Any) -> list[Any]:
+    if isinstance(experts, str | Mapping) or not isinstance(experts, Iterable) or getattr(experts, "ndim", 1) != 1:
+        raise MaskTypeError(f"the experts of layer {layer} must be a list, as in {{{layer}: [5, 17]}}, not {experts!r}")
+    listed = list(experts)
+    if any(as_int_or_none(expert) is None for expert in listed):
+        raise MaskTypeError(f"the experts of layer {layer} must be whole numbers, not {experts!r}")
+    return listed
 
 
 def _entry(entry: Any) -> Entry:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_moe.chat import ChatTemplate
+
 
 class Tokenizer:
     """A `tokenizers` tokenizer with the special ids of its model.
@@ -31,6 +33,7 @@ class Tokenizer:
         self.adds_bos = adds_bos
         self.bos_id, self.eos_id = bos_id, eos_id
         self.pad_id = next(id for id in (pad_id, eos_id, 0) if id is not None)
+        self.chat_template: ChatTemplate | None = None
 
     @classmethod
     def from_file(

@@ -8,6 +8,7 @@ weights, under `torch.autocast` too.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -68,6 +69,7 @@ class Transformer(HookedModule):
         super().__init__()
         self.cfg = cfg
         self.tokenizer = tokenizer
+        self._noted_length = False
         with torch.device(cfg.device):
             self.embed = Embed(cfg)
             self.hook_embed = HookPoint()
@@ -137,6 +139,7 @@ class Transformer(HookedModule):
         if past_kv_cache is not None:
             new = torch.ones(batch, pos, dtype=torch.bool, device=resid.device) if attention_mask is None else attention_mask
             attention_mask = past_kv_cache.extend_mask(new)
+        self._note_length(before + pos)
         positions, visible = self._positions(batch, pos, before, attention_mask)
         rotate = rotation(positions, self.cfg)
         if expert_mask is not None:
@@ -162,6 +165,16 @@ class Transformer(HookedModule):
             raise ValueError("a loss from a residual stream needs the tokens too: pass tokens=[batch, pos]")
         loss = loss_of(logits, tokens, None if attention_mask is None else attention_mask[:, before:], loss_per_token)
         return LogitsAndLoss(logits, loss) if return_type == "both" else loss
+
+    def _note_length(self, length: int) -> None:
+        """Warn, once for each model, of a context longer than those that it was trained for."""
+        if length > self.cfg.n_ctx and not self._noted_length:
+            self._noted_length = True
+            warnings.warn(
+                f"a context of {length} tokens exceeds the {self.cfg.n_ctx} that {self.cfg.model_name} was trained for "
+                "(cfg.n_ctx): its predictions may be poor from there on. Noted once",
+                stacklevel=5,
+            )
 
     @without_autocast()
     def logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:

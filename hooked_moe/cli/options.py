@@ -22,7 +22,9 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say what is measured and where it is kept."""
     parser.add_argument("--model", default="tiny-olmoe", help="short name, hub id or local directory (default: %(default)s)")
     parser.add_argument(
-        "--corpus", default="held-out", help="held-out, wikitext-2, or a .txt or .jsonl file (default: %(default)s)"
+        "--corpus",
+        default="held-out",
+        help="held-out, wikitext-2, a .txt or .jsonl file, or a directory of such files (default: %(default)s)",
     )
     parser.add_argument("--layers", default="all", help="comma-separated layers, or all (default)")
     parser.add_argument("--removal", choices=["zero", "renormalize", "reroute"], default="zero")

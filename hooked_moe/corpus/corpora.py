@@ -1,6 +1,6 @@
 """The text that an audit reads: corpora of documents, and their tokens in windows that fit a model's context.
 
-A corpus is named or is a file:
+A corpus is named or is a file (`hooked_moe.corpus.sources` has other sources):
 
     "held-out"     72 public-domain documents in six domains, shipped with the package (`data/README.md`)
     "wikitext-2"   the test split of WikiText-2 (raw), from the Hugging Face hub
@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from hooked_moe.loading.hub import download_file
 
 CORPUS_NAMES = ("held-out", "wikitext-2")
+SUFFIXES = (".jsonl", ".txt")
 RECORD_SEPARATOR = "\x1e"
 _WIKITEXT_REPO = "Salesforce/wikitext"
 _WIKITEXT_FILE = "wikitext-2-raw-v1/test-00000-of-00001.parquet"
@@ -63,36 +64,26 @@ class Window:
     tokens: np.ndarray
 
 
-def load_corpus(
-    name_or_path: str = "held-out",
+def read_corpus(
+    name_or_path: str,
     *,
     unit: str = "article",
     revision: str | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
 ) -> Corpus:
-    """Read a corpus by name or from a file.
-
-    `unit`, "article", "paragraph" or "row", is what counts as one document of WikiText-2: rows are the file's own lines,
-    headings and surrounding spaces included, as the released code of arXiv 2606.10703 reads them. The other arguments apply to
-    downloads of that corpus from the hub.
-
-    Raises ValueError for an unknown name or malformed contents, FileNotFoundError and IsADirectoryError for a path that
-    is no file, `HubError` (an OSError) where the hub does not give it.
-    """
-    if unit not in ("article", "paragraph", "row"):
-        raise ValueError(f"unit is {unit!r}; expected 'article', 'paragraph' or 'row'.")
+    """Read a corpus by name or from a file; see `hooked_moe.corpus.load_corpus`, which checks `unit`: that of WikiText-2."""
     if name_or_path == "wikitext-2":
         otherwise = "use the shipped corpus 'held-out'"
         path = download_file(_WIKITEXT_REPO, _WIKITEXT_FILE, revision, cache_dir, local_files_only, otherwise)
         rows = _parquet_rows(path)
-        return _corpus("wikitext-2", _wikitext_rows(rows) if unit == "row" else _wikitext_documents(rows, unit))
+        return corpus_of("wikitext-2", _wikitext_rows(rows) if unit == "row" else _wikitext_documents(rows, unit))
     if unit != "article" or revision is not None:
         argument = f"unit={unit!r}" if unit != "article" else f"revision={revision!r}"
         raise ValueError(f"{argument} is for 'wikitext-2'; {name_or_path!r} has only one form. Leave the argument out.")
     if name_or_path == "held-out":
         data = resources.files("hooked_moe.corpus").joinpath("data", "held_out.jsonl").read_bytes()
-        return _corpus("held-out", _jsonl_documents(_decode(data, "the shipped corpus"), "held-out", "the shipped corpus"))
+        return corpus_of("held-out", _jsonl_documents(_decode(data, "the shipped corpus"), "held-out", "the shipped corpus"))
     return _file_corpus(name_or_path)
 
 
@@ -126,7 +117,7 @@ def tokenize_documents(
     ]
 
 
-def _corpus(name: str, documents: Iterable[Document]) -> Corpus:
+def corpus_of(name: str, documents: Iterable[Document]) -> Corpus:
     """A corpus with its checksum, after the checks that hold for every source."""
     documents = list(documents)
     if not documents:
@@ -148,8 +139,6 @@ def _listed(items: list[str], limit: int = 5) -> str:
 
 def _file_corpus(name: str) -> Corpus:
     path = Path(name).expanduser()
-    if path.is_dir():
-        raise IsADirectoryError(f"{name} is a directory; expected a .jsonl or .txt file. Name one of the files in it.")
     if not path.is_file():
         if len(path.parts) > 1 or path.suffix:
             raise FileNotFoundError(f"There is no corpus file {name} (looked for {path.absolute()}). Check the path.")
@@ -157,12 +146,15 @@ def _file_corpus(name: str) -> Corpus:
         hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give one of those, or a path."
         known = ", ".join(map(repr, CORPUS_NAMES))
         raise ValueError(f"There is no corpus {name!r}; expected {known} or a .jsonl or .txt file. {hint}")
-    if path.suffix not in (".jsonl", ".txt"):
+    if path.suffix not in SUFFIXES:
         raise ValueError(f"{name} ends in {path.suffix!r}; expected .jsonl (one JSON object per line) or .txt (plain text).")
-    text = _decode(path.read_bytes(), name)
-    if path.suffix == ".jsonl":
-        return _corpus(name, _jsonl_documents(text, path.stem, name))
-    return _corpus(name, _text_documents(text, path.stem))
+    return corpus_of(name, file_documents(path, path.stem))
+
+
+def file_documents(path: Path, stem: str) -> Iterator[Document]:
+    """The documents of a .jsonl or .txt file; `stem` is what they are called where the file does not say."""
+    text = _decode(path.read_bytes(), str(path))
+    return _jsonl_documents(text, stem, str(path)) if path.suffix == ".jsonl" else _text_documents(text, stem)
 
 
 def _decode(data: bytes, source: str) -> str:

@@ -5,6 +5,7 @@ The model's `hook_dict`, the documentation and the tests are all held to it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -117,6 +118,15 @@ HOOK_TABLE: tuple[HookSpec, ...] = (
 def declared_names(cfg: HookedMoEConfig) -> list[str]:
     """The name of every hook point of a model of this configuration, from `HOOK_TABLE`."""
     return [name for spec in HOOK_TABLE for name in spec.names(cfg)]
+
+
+_AXES = {spec.name: tuple(spec.shape.split()) for spec in HOOK_TABLE}
+
+
+def axes_of(name: str) -> tuple[str, ...]:
+    """The axes of a hook point's activation, or of its gradient, which a cache calls "..._grad"; none for an unknown name."""
+    row = re.sub(r"\bexperts\.\d+", "experts.{e}", re.sub(r"\bblocks\.\d+", "blocks.{i}", name))
+    return _AXES.get(row.removesuffix("_grad"), ())
 
 
 def hook_table_markdown() -> str:

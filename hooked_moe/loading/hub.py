@@ -26,7 +26,9 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 from hooked_moe.loading.hub_errors import ANSWERS, HubError, explained, is_outage, one_line, reason, root
 
 ALLOWED_FILES = ["*.safetensors", "*.json"]
-"""No pickles and no code: nothing that is downloaded can run."""
+"""No pickles and no code: nothing that is downloaded can run, but a chat template, which makes text of messages in a sandbox."""
+OPTIONAL_FILES = ["chat_template.jinja"]
+"""What many models do not have."""
 IGNORED_FILES = ["*/*", "consolidated*"]
 """Other copies of the weights that repositories keep beside them."""
 
@@ -37,8 +39,9 @@ def download(
     cache_dir: str | PathLike[str] | None,
     local_files_only: bool,
     check_config: Callable[[Path], object],
+    weights: bool = True,
 ) -> tuple[Path, str]:
-    """The local directory of a model on the hub, and its commit.
+    """The local directory of a model on the hub, with its weights or without them, and its commit.
 
     `check_config` is called with config.json before any weights are fetched, and may raise. With `local_files_only` (or
     HF_HUB_OFFLINE set) only the cache is looked at. Raises `HubError`.
@@ -49,7 +52,8 @@ def download(
         revision=revision,
         cache_dir=None if cache_dir is None else fspath(cache_dir),
         offline=local_files_only or constants.HF_HUB_OFFLINE,
-        allowed=ALLOWED_FILES,
+        allowed=ALLOWED_FILES if weights else ["*.json"],
+        optional=OPTIONAL_FILES,
         ignored=IGNORED_FILES,
         otherwise="give a local directory",
     ).resolved()
@@ -57,7 +61,8 @@ def download(
     check_config(config)
     commit = config.parent.name  # the cache keeps each commit in a folder of that name, also where only the cache was asked
     directory = replace(model, commit=commit).snapshot()
-    model.name_commit(directory)
+    if weights:
+        model.name_commit(directory)
     return directory, commit
 
 
@@ -93,6 +98,8 @@ class Repository:
     allowed: Sequence[str]
     ignored: Sequence[str]
     otherwise: str
+    optional: Sequence[str] = ()
+    """What is wanted too, where there is such a file."""
     commit: str | None = None
     """What the revision is, where the hub was asked."""
     listed: tuple[str, ...] = ()
@@ -144,7 +151,9 @@ class Repository:
         """The directory with all files that are wanted."""
         with self.explained():
             directory = self._snapshot(self.asked, self.offline)
-        wanted = filter_repo_objects(self.listed, allow_patterns=list(self.allowed), ignore_patterns=list(self.ignored))
+        wanted = filter_repo_objects(
+            self.listed, allow_patterns=[*self.allowed, *self.optional], ignore_patterns=list(self.ignored)
+        )
         missing = [name for name in wanted if not (directory / name).is_file()]
         if missing:  # without a list of the files, the client is content with those that are here, and does not say why
             with self.explained():
@@ -236,7 +245,7 @@ class Repository:
                 revision=revision,
                 cache_dir=self.cache_dir,
                 local_files_only=offline,
-                allow_patterns=list(self.allowed),
+                allow_patterns=[*self.allowed, *self.optional],
                 ignore_patterns=list(self.ignored),
             )
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,12 @@ from tqdm import tqdm
 
 from hooked_moe.components.block import Block
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.loading.checkpoint import DTYPES, Checkpoint, all_finite, read_json
+from hooked_moe.loading.adapter import merge_adapter, read_adapter_config
+from hooked_moe.loading.chat_files import read_chat_template
+from hooked_moe.loading.checkpoint import Checkpoint, all_finite, read_json
 from hooked_moe.loading.hub import download
-from hooked_moe.loading.registry import locate
+from hooked_moe.loading.placement import as_device, as_dtype
+from hooked_moe.loading.registry import Location, locate
 from hooked_moe.loading.streaming import StreamedBlocks
 from hooked_moe.tokenizer import Tokenizer
 from hooked_moe.transformer import Transformer
@@ -30,12 +33,13 @@ def from_pretrained(
     model_class: type[Model],
     name: str | PathLike[str],
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: torch.device | str | None = None,
     revision: str | None = None,
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
     stream: bool = False,
+    adapter: str | PathLike[str] | None = None,
 ) -> Model:
     """A trained model by short name, name of a shipped model, local directory, or hub id: the first that `name` is.
 
@@ -46,31 +50,27 @@ def from_pretrained(
     commit that was loaded. What was downloaded once is found by the same name with `local_files_only` or HF_HUB_OFFLINE=1;
     without them the hub is asked what the branch is now, and it is an error if it does not answer. With `stream`, the weights of
     one block at a time are in memory, read when the block is run, the next ones ahead: for models larger than memory, to be run
-    and measured, not trained or edited. Only safetensors and json files are downloaded or read; nothing downloaded is ever
-    executed.
+    and measured, not trained or edited. `adapter` is the directory of a PEFT LoRA adapter, which is merged into the weights. Only
+    safetensors and json files and chat templates are downloaded or read; nothing downloaded is ever executed, except that a chat
+    template makes text in a sandbox, when it is asked to.
 
     Raises `UnknownNameError`, `FileNotFoundError` or `NotADirectoryError` for names and paths that lead to no model, `HubError`
     where the hub does not give it, and `CheckpointError` for an architecture or option that is not supported and for weights
     that are missing, superfluous, mis-shaped, or unreadable.
     """
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, not {dtype!r}")
-    location = locate(name)
-    commit = None
-    if location.hub_id is not None:
-        directory, commit = download(location.hub_id, revision, cache_dir, local_files_only, check_config=read_config)
-    else:
-        assert location.directory is not None
-        if revision is not None:
-            raise ValueError(f"revision={revision!r} is for models on the hub; {name!r} is the directory {location.directory}")
-        directory = location.directory
-
+    dtype, target = as_dtype(dtype), as_device(device)
+    if adapter is not None:
+        if stream:
+            raise ValueError(
+                "adapter= is merged into weights in memory, and stream=True keeps none there: load one without the other"
+            )
+        read_adapter_config(Path(adapter).expanduser())  # before anything is downloaded
+    directory, location, commit = find(name, revision, cache_dir, local_files_only)
     conversion, cfg = read_config(directory / "config.json")
     cfg = cfg.replace(model_name=location.model_name, revision=commit, dtype=dtype)
     model = model_class(cfg.replace(device=torch.device("meta")), read_tokenizer(directory, cfg))
     checkpoint = Checkpoint(directory)
     plan = plan_copies(model, conversion, checkpoint)
-    target = torch.device(device) if device is not None else torch.device("cpu")
     if stream:
         blocks = list(model.blocks)
         model.blocks = cast(Sequence[Block], nn.ModuleList())  # set aside while the rest is loaded
@@ -82,7 +82,30 @@ def from_pretrained(
     else:
         allocate(model, target)
         copy_weights(model, checkpoint, plan)
+    if adapter is not None:
+        merge_adapter(model, conversion, adapter)
+        model.cfg = model.cfg.replace(model_name=f"{model.cfg.model_name}+{Path(adapter).resolve().name}")
     return model.eval()
+
+
+def find(
+    name: str | PathLike[str],
+    revision: str | None,
+    cache_dir: str | PathLike[str] | None,
+    local_files_only: bool,
+    weights: bool = True,
+) -> tuple[Path, Location, str | None]:
+    """The directory of a model here, with weights or without them, what its name means, and its commit on the hub."""
+    location = locate(name)
+    if location.hub_id is not None:
+        directory, commit = download(
+            location.hub_id, revision, cache_dir, local_files_only, check_config=read_config, weights=weights
+        )
+        return directory, location, commit
+    assert location.directory is not None
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is for models on the hub; {name!r} is the directory {location.directory}")
+    return location.directory, location, None
 
 
 def read_config(file: Path) -> tuple[Conversion, HookedMoEConfig]:
@@ -102,7 +125,9 @@ def read_tokenizer(directory: Path, cfg: HookedMoEConfig) -> Tokenizer | None:
         return None
     stated = read_json(options).get("add_bos_token") if options.is_file() else None
     adds_bos = bool(stated) if stated is not None and cfg.bos_token_id is not None else None
-    return Tokenizer.from_file(file, cfg.bos_token_id, cfg.eos_token_id, cfg.pad_token_id, adds_bos)
+    tokenizer = Tokenizer.from_file(file, cfg.bos_token_id, cfg.eos_token_id, cfg.pad_token_id, adds_bos)
+    tokenizer.chat_template = read_chat_template(directory)
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -113,7 +138,20 @@ class CopyPlan:
     repeated: dict[str, Slot]
 
 
-def plan_copies(model: Transformer, conversion: Conversion, checkpoint: Checkpoint) -> CopyPlan:
+@runtime_checkable
+class NamedTensors(Protocol):
+    """A checkpoint, or what has tensors by the same names."""
+
+    @property
+    def directory(self) -> Any:
+        """Where they are, for errors."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """Each with a shape."""
+
+
+def plan_copies(model: Transformer, conversion: Conversion, checkpoint: NamedTensors) -> CopyPlan:
     """Match a checkpoint with a model, by names and shapes alone; a `CheckpointError` lists all that does not fit."""
     own = dict(model.named_parameters())
     every = dict(model.named_parameters(remove_duplicate=False))

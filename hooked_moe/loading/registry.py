@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 from hooked_moe.checks import unknown_name
+from hooked_moe.loading.checkpoint import read_json
 
 SHIPPED = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe")
 """Models that come with the package, under `hooked_moe/pretrained/<name>/`."""
@@ -92,6 +93,12 @@ def locate(name: str | PathLike[str]) -> Location:
 def _checked(path: Path) -> Path:
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; give the directory that holds config.json and the safetensors files")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        raise FileNotFoundError(
+            f"{path} has an adapter and no model: name its base, which adapter_config.json says is {base!r}, and give the "
+            f"directory as adapter={str(path)!r}"
+        )
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json, so it is not a model directory in HuggingFace layout")
     return path

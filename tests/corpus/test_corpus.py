@@ -135,13 +135,13 @@ def test_an_unknown_name_lists_the_names_and_suggests_the_nearest() -> None:
 def test_a_missing_file_and_a_directory_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no corpus file .*missing\.jsonl"):
         load_corpus(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(IsADirectoryError, match="is a directory"):
+    with pytest.raises(FileNotFoundError, match=r"is a directory without text: it has no .txt or .jsonl file"):
         load_corpus(str(tmp_path))
 
 
 def test_arguments_that_would_do_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="unit='paragraph' is for 'wikitext-2'"):
-        load_corpus("held-out", unit="paragraph")
+    with pytest.raises(ValueError, match="unit='row' is for 'wikitext-2'"):
+        load_corpus("held-out", unit="row")
     with pytest.raises(ValueError, match="revision='main' is for 'wikitext-2'"):
         load_corpus("held-out", revision="main")
     with pytest.raises(ValueError, match="unit is 'page'"):

@@ -77,7 +77,7 @@ def test_the_revision_is_pinned_and_only_safetensors_and_json_are_fetched(hub: F
     assert resolve["timeout"] is not None
     assert (file["file"], file["revision"], file["cache_dir"]) == ("config.json", COMMIT, str(tmp_path))
     assert (snapshot["revision"], snapshot["cache_dir"]) == (COMMIT, str(tmp_path))
-    assert snapshot["allow_patterns"] == ["*.safetensors", "*.json"]
+    assert snapshot["allow_patterns"] == ["*.safetensors", "*.json", "chat_template.jinja"]
     assert model.cfg.revision == COMMIT
     assert model.cfg.model_name == "someone/olmoe-like"
 

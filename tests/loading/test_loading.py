@@ -734,7 +734,7 @@ def test_a_broken_tokenizer_is_named(directory: Path) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("dtype", [torch.int8, "float32", torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, "int8", "bf16", torch.float8_e4m3fn])
 def test_a_dtype_that_no_model_can_have_is_refused(dtype: Any, directory: Path) -> None:
-    with pytest.raises(ValueError, match=r"dtype must be one of .*torch\.bfloat16"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .*bfloat16"):
         HookedMoE.from_pretrained(directory, dtype=dtype)
