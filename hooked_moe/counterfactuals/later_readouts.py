@@ -52,7 +52,7 @@ class At:
         rows = len(packed.rows)
         if isinstance(self.position, tuple) and len(self.position) != rows:
             raise ValueError(f"At has {len(self.position)} positions for {rows} batch rows: give one, or one for each row")
-        real = (packed.original_positions == self._original_positions(packed)[:, None]).any(-1)
+        real = (packed.original_positions == self.original_positions(packed)[:, None]).any(-1)
         if not bool(real.all()):
             row = int((~real).nonzero()[0])
             position = self.position[row] if isinstance(self.position, tuple) else self.position
@@ -60,7 +60,7 @@ class At:
 
     def packed_positions(self, packed: Packed) -> Int[Tensor, "batch query"]:
         """The packed position to read, for every query."""
-        position = (packed.original_positions == self._original_positions(packed)[:, None]).int().argmax(-1)
+        position = (packed.original_positions == self.original_positions(packed)[:, None]).int().argmax(-1)
         return position[:, None].expand(-1, packed.queries)
 
     def widths(self, packed: Packed) -> Int[Tensor, "batch query"]:
@@ -73,7 +73,8 @@ class At:
         earlier = (positions < final.packed.packed_query_positions()).view(1, *positions.shape, *[1] * (values.dim() - 3))
         return values.masked_fill(earlier, 0.0)
 
-    def _original_positions(self, packed: Packed) -> Int[Tensor, " batch"]:
+    def original_positions(self, packed: Packed) -> Int[Tensor, " batch"]:
+        """The position to read in every row, as it was given."""
         rows = packed.rows
         if isinstance(self.position, tuple):
             positions = torch.tensor(self.position, device=rows.device)[rows]

@@ -89,10 +89,16 @@ class LogitDifference:
 
     def direction(self, model: Transformer, rows: Int[Tensor, " row"]) -> Float[Tensor, "#row d_model"]:
         """What the normalised last residual stream is multiplied by, for some batch rows."""
-        first, second = (
-            at_least_float32(model.unembed.W_U[_ids_by_row(model, tokens, rows)]) for tokens in (self.first, self.second)
-        )
+        first, second = self.directions(model, rows)
         return first - second
+
+    def directions(
+        self, model: Transformer, rows: Int[Tensor, " row"]
+    ) -> tuple[Float[Tensor, "#row d_model"], Float[Tensor, "#row d_model"]]:
+        """The rows of the unembedding for both tokens."""
+        tokens = (_ids_by_row(model, each, rows) for each in (self.first, self.second))
+        first, second = (at_least_float32(model.unembed.W_U[ids]) for ids in tokens)
+        return first, second
 
     def __call__(self, final: Final) -> Float[Tensor, "variant batch query"]:
         direction = self.direction(final.model, final.packed.rows)

@@ -89,7 +89,7 @@ def make_request(
     packed = pack(tokens, attention_mask, positions, _checked_embeddings(model, embeddings, tokens))
     named = by_name(readouts, model, packed)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    return Request(model, _checked_layers(model, layers, dense), packed, named, budget)
+    return Request(model, checked_layers(model, layers, dense), packed, named, budget)
 
 
 def _checked_embeddings(
@@ -114,7 +114,8 @@ def require_unhooked(model: Transformer) -> None:
         )
 
 
-def _checked_layers(model: Transformer, layers: Sequence[int] | None, dense: bool) -> list[int]:
+def checked_layers(model: Transformer, layers: Sequence[int] | None, dense: bool = False) -> list[int]:
+    """The layers, in order; None means all with experts, or, with `dense`, all. Raises `ValueError` for others."""
     cfg = model.cfg
     if layers is None:
         return list(range(cfg.n_layers)) if dense else cfg.moe_layers
