@@ -57,8 +57,15 @@ class PairInteractions(TensorResult):
         return {"nodes": self.nodes, "metric": self.metric}
 
     def plot(self, value: str | None = None, across: str | None = None, **options: Any) -> Any:
-        """A heat map of node by node, by default of the interactions' means over batch rows."""
-        return super().plot(value, across or "other", **({"columns": self.nodes, "rows": self.nodes} | options))
+        """A heat map of node by node: the interactions' means over batch rows, or those of `value="joint"`."""
+        from hooked_moe.figures import heat_map  # matplotlib takes a while to load
+
+        value = value or "interaction"
+        if value not in ("interaction", "joint") or across not in (None, "other"):
+            return super().plot(value, across, **options)
+        words = {"row_label": "", "column_label": "", "value_label": f"mean {value} ({self.metric})"}
+        means = getattr(self, value).nanmean(0).cpu().numpy()
+        return heat_map(means, **({"rows": self.nodes, "columns": self.nodes} | words | options))
 
 
 @torch.no_grad()
