@@ -31,7 +31,18 @@ _HOMES = {
     "expert_effects": "hooked_moe.counterfactuals",
     "load_corpus": "hooked_moe.corpus",
 }
-_ROOMS = ("analysis", "corpus", "counterfactuals", "loading", "measurement", "report", "statistics", "surgery", "tables")
+_ROOMS = (
+    "analysis",
+    "corpus",
+    "counterfactuals",
+    "loading",
+    "measurement",
+    "report",
+    "routing",
+    "statistics",
+    "surgery",
+    "tables",
+)
 
 __all__ = [
     "ActivationCache",

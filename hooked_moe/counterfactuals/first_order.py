@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -28,8 +29,10 @@ from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts
 from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.engine.padding import Packed, Results
 from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Mask, Tokens, make_request
+from hooked_moe.counterfactuals.results import ExpertEffects, TensorResult
 from hooked_moe.kernels.prefix_attention import for_every_head, own_share
 from hooked_moe.kernels.target_loss import target_loss
+from hooked_moe.tables import Column
 from hooked_moe.transformer import Transformer
 
 BACKWARD_ACTIVATIONS = 2
@@ -39,14 +42,23 @@ LOSSES_PER_CHUNK = 256
 """Tokens whose logits and their gradients are in memory together."""
 
 
-@dataclass(frozen=True)
-class FirstOrderEffects:
+@dataclass(frozen=True, repr=False)
+class FirstOrderEffects(TensorResult):
     """Slots are those of `ExpertEffects`; nan (`expert_index` -1) where there is no token, and nan where it has no next one."""
 
     layers: list[int]
     first_order: Float[Tensor, "layer batch pos slot"]
     """`-g E . dloss/dy`: the first-order estimate of the loss without the expert minus the loss with it, in nats."""
     expert_index: Int[Tensor, "layer batch pos slot"]
+
+    AXES: ClassVar = ExpertEffects.AXES
+    PRESENT: ClassVar = "expert_index"
+    COLUMNS: ClassVar = {
+        "expert_index": ExpertEffects.COLUMNS["expert_index"],
+        "first_order": Column(
+            "layer batch pos slot", "nats", "first-order estimate of the removal's effect; NaN if there is none"
+        ),
+    }
 
 
 @torch.inference_mode(False)

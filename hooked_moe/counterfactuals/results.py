@@ -2,16 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.counterfactuals.engine.padding import Results
+from hooked_moe.tables import Axis, Column, GridResult
+
+LAYER = Axis("transformer block, counted from 0", labels="layers")
+BATCH = Axis("row of the tokens given, counted from 0")
+POS = Axis("token position in that row, counted from 0")
+SLOT = Axis("rank of the expert among the active ones; 0 has the highest routing weight")
+VARIANT = Axis("number of the change, in the order they were given")
 
 
-@dataclass(frozen=True)
-class ExpertEffects:
+T = TypeVar("T", bound="TensorResult")
+
+
+class TensorResult(GridResult):
+    """A `GridResult` whose arrays are tensors. What `load` gives is on the CPU."""
+
+    def array(self, name: str) -> np.ndarray:
+        tensor: Tensor = getattr(self, name)
+        return tensor.detach().cpu().numpy()
+
+    @classmethod
+    def from_arrays(cls: type[T], arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> T:
+        return cls(**{name: torch.from_numpy(array) for name, array in arrays.items()}, **attributes)
+
+
+class EffectsResult(TensorResult):
+    """What results of counterfactuals share: further readouts, and the count of KL divergences that rounding put below zero."""
+
+    READOUTS_BEGIN: ClassVar = "readouts/"
+    layers: list[int]
+    readouts: dict[str, Tensor]
+    kl_clamped: int
+
+    def columns(self) -> Mapping[str, Column]:
+        rows = " ".join(self.AXES)
+        unit, meaning = "readout", "as the readout of this name says"
+        return self.COLUMNS | {
+            f"{self.READOUTS_BEGIN}{name}": Column(f"{rows} {' '.join(_rest_axes(name, len(self.AXES), table))}", unit, meaning)
+            for name, table in self.readouts.items()
+        }
+
+    def attributes(self) -> dict[str, Any]:
+        return super().attributes() | {"kl_clamped": self.kl_clamped}
+
+    def array(self, name: str) -> np.ndarray:
+        if name.startswith(self.READOUTS_BEGIN):
+            return self.readouts[name.removeprefix(self.READOUTS_BEGIN)].detach().cpu().numpy()
+        return super().array(name)
+
+    @classmethod
+    def from_arrays(cls: type[T], arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> T:
+        begin = cls.READOUTS_BEGIN
+        readouts = {name.removeprefix(begin): torch.from_numpy(arrays[name]) for name in arrays if name.startswith(begin)}
+        own = {name: array for name, array in arrays.items() if not name.startswith(begin)}
+        return super().from_arrays(own, {**attributes, "readouts": readouts})
+
+
+def _rest_axes(name: str, rows: int, table: Tensor) -> list[str]:
+    return [f"{name}.{axis}" for axis in range(table.dim() - rows)]
+
+
+def _per_slot(unit: str, meaning: str) -> Column:
+    return Column("layer batch pos slot", unit, meaning)
+
+
+@dataclass(frozen=True, repr=False)
+class ExpertEffects(EffectsResult):
     """Observations of the clean run and the effect of each removal, for every active expert.
 
     Slot j of a position is its j-th expert by routing weight. Values are nan (`expert_index` -1) where there is no token, and
@@ -47,6 +113,26 @@ class ExpertEffects:
     kl_clamped: int = 0
     """How many values of `kl` rounding had put below zero: they are zero."""
 
+    AXES: ClassVar = {"layer": LAYER, "batch": BATCH, "pos": POS, "slot": SLOT}
+    PRESENT: ClassVar = "expert_index"
+    COLUMNS: ClassVar = {
+        "expert_index": _per_slot("index", "routed expert; -1 where there is no token"),
+        "delta_loss": _per_slot(
+            "nats", "loss with the removal minus loss without; above 0 where the expert helps; NaN if not measured"
+        ),
+        "kl": _per_slot("nats", "KL(clean || changed) of the prediction at the position; NaN if not measured"),
+        "routing_weight": _per_slot("1", "weight as applied, after renormalisation and scaling"),
+        "gap_norm": _per_slot("residual stream", "g ||E(x)||, how far the removal moves the block's output"),
+        "output_norm": _per_slot("residual stream", "||E(x)||"),
+        "rest_cosine": _per_slot(
+            "1", "cosine between the expert's contribution and the rest of the routed sum; 0 where either is zero"
+        ),
+        "rest_norm": _per_slot("residual stream", "Euclidean norm of the rest of the routed sum"),
+        "max_activation": _per_slot("residual stream", "largest |coordinate| of E(x)"),
+        "baseline_loss": Column("batch pos", "nats", "-log p(next token) of the clean run; NaN where there is none"),
+        "router_probability": Column("layer batch pos expert", "1", "the router's softmax over all experts"),
+    }
+
     def at(self, layer: int, batch: int, pos: int, expert: int) -> dict[str, int | float]:
         """Every value of one expert at one token. Raises `ValueError` if it was not measured there."""
         if layer not in self.layers:
@@ -76,12 +162,11 @@ class ExpertEffects:
         return {"slot": slot[-1], **values, "baseline_loss": float(self.baseline_loss[batch, pos])}
 
 
-_OTHERS = ("layers", "router_probability", "baseline_loss", "readouts", "kl_clamped")
-PER_SLOT = [column.name for column in fields(ExpertEffects) if column.name not in _OTHERS]
+PER_SLOT = [name for name, column in ExpertEffects.COLUMNS.items() if column.axes == "layer batch pos slot"]
 
 
-@dataclass(frozen=True)
-class VariantEffects:
+@dataclass(frozen=True, repr=False)
+class VariantEffects(EffectsResult):
     """The effects of any changes at single tokens: `variant` numbers them as they were given."""
 
     layers: list[int]
@@ -94,6 +179,13 @@ class VariantEffects:
     readouts: dict[str, Float[Tensor, "layer variant batch pos *rest"]] = field(default_factory=dict)
     kl_clamped: int = 0
     """How many values of `kl` rounding had put below zero: they are zero."""
+
+    AXES: ClassVar = {"layer": LAYER, "variant": VARIANT, "batch": BATCH, "pos": POS}
+    COLUMNS: ClassVar = {
+        "delta_loss": Column("layer variant batch pos", "nats", "loss with the change minus loss without; NaN if not measured"),
+        "kl": Column("layer variant batch pos", "nats", "KL(clean || changed) of the prediction; NaN if not measured"),
+        "baseline_loss": ExpertEffects.COLUMNS["baseline_loss"],
+    }
 
 
 def _readouts(results: Results) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from hooked_moe.tables.files import (
     write_parquet_atomic,
     write_text_atomic,
 )
+from hooked_moe.tables.grid_result import Axis, Column, GridResult
+from hooked_moe.tables.result import Result
 from hooked_moe.tables.schemas import (
     COMPARISONS,
     DOCUMENTS,
@@ -23,6 +25,7 @@ from hooked_moe.tables.schemas import (
     REMOVAL_ORDERS,
     ROUTING,
     TOKENS,
+    schema_of,
     table_with_schema,
 )
 
@@ -39,10 +42,15 @@ __all__ = [
     "REMOVAL_ORDERS",
     "ROUTING",
     "TOKENS",
+    "Axis",
+    "Column",
+    "GridResult",
+    "Result",
     "atomic_path",
     "read_csv",
     "remove_temporaries",
     "required_file",
+    "schema_of",
     "table_with_schema",
     "write_csv_atomic",
     "write_json_atomic",

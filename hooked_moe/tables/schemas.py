@@ -10,7 +10,8 @@ from typing import Any, Final
 import pyarrow as pa
 
 
-def _schema(*columns: tuple[str, pa.DataType, str, str]) -> pa.Schema:
+def schema_of(*columns: tuple[str, pa.DataType, str, str]) -> pa.Schema:
+    """A schema of columns (name, type, unit, meaning)."""
     return pa.schema([pa.field(name, kind, metadata={"meaning": meaning, "unit": unit}) for name, kind, unit, meaning in columns])
 
 
@@ -36,7 +37,7 @@ _KL = (
 )
 _BASELINE = ("baseline_loss", pa.float32(), "nats", "-log p(next token) of the intact model; NaN at a document's end")
 
-EFFECTS = _schema(
+EFFECTS = schema_of(
     _DOCUMENT,
     _POSITION,
     _LAYER,
@@ -67,7 +68,7 @@ EFFECTS = _schema(
         "first-order estimate of delta_loss: -g E(x) . dloss/dy, y the block's routed output here; NaN if not measured",
     ),
 )
-EFFECTS_SEQUENCE = _schema(
+EFFECTS_SEQUENCE = schema_of(
     _DOCUMENT,
     _POSITION,
     _LAYER,
@@ -81,7 +82,7 @@ EFFECTS_SEQUENCE = _schema(
     ),
     _KL,
 )
-PROGRESSIVE = _schema(
+PROGRESSIVE = schema_of(
     _DOCUMENT,
     _POSITION,
     _LAYER,
@@ -91,7 +92,7 @@ PROGRESSIVE = _schema(
     _KL,
     _BASELINE,
 )
-ROUTING = _schema(
+ROUTING = schema_of(
     _DOCUMENT,
     _LAYER,
     ("expert", pa.int16(), "index", "routed expert"),
@@ -106,7 +107,7 @@ ROUTING = _schema(
         "largest |coordinate| of E(x) over the tokens that select the expert; NaN if there are none",
     ),
 )
-EXPERT_WEIGHTS = _schema(
+EXPERT_WEIGHTS = schema_of(
     _LAYER,
     ("expert", pa.int16(), "index", "routed expert"),
     ("router_row_norm", pa.float64(), "weights", "Euclidean norm of the expert's row of the router"),
@@ -114,7 +115,7 @@ EXPERT_WEIGHTS = _schema(
     ("mean_abs_weight", pa.float64(), "weights", "mean |w| over the expert's three matrices"),
     ("rms_weight", pa.float64(), "weights", "root mean square of w over the expert's three matrices"),
 )
-TOKENS = _schema(
+TOKENS = schema_of(
     _DOCUMENT,
     _POSITION,
     ("window", pa.int32(), "index", "context window that the document was cut into"),
@@ -123,7 +124,7 @@ TOKENS = _schema(
     ("target", pa.int32(), "token id", "next token of the document; -1 where there is none"),
     _BASELINE,
 )
-DOCUMENTS = _schema(
+DOCUMENTS = schema_of(
     _DOCUMENT,
     ("id", pa.string(), "text", "stable name of the document"),
     ("domain", pa.string(), "text", "kind of text"),
@@ -132,7 +133,7 @@ DOCUMENTS = _schema(
 )
 
 _TEXT = ("text", pa.int32(), "index", "paragraph of the corpus, of those that the released rule reads, counted from 0")
-COMPARISONS = _schema(
+COMPARISONS = schema_of(
     _LAYER,
     ("ranking", pa.string(), "text", "what ranks the active experts; routing_weight is the control, per token"),
     _TEXT,
@@ -145,7 +146,7 @@ COMPARISONS = _schema(
     ("high_delta", pa.float64(), "nats", "change of that loss without the highest expert at every token of the text"),
     ("low_delta", pa.float64(), "nats", "the same for the lowest"),
 )
-RELEASED_PROGRESSIVE = _schema(
+RELEASED_PROGRESSIVE = schema_of(
     _LAYER,
     _TEXT,
     ("position", pa.int32(), "index", "token position inside the text, counted from 0"),
@@ -153,7 +154,7 @@ RELEASED_PROGRESSIVE = _schema(
     ("baseline_loss", pa.float64(), "nats", "-log p(next token) of the intact model"),
     ("delta_loss", pa.float64(), "nats", "change of that loss without them at every token of the text"),
 )
-RELEASED_EXPERTS = _schema(
+RELEASED_EXPERTS = schema_of(
     _LAYER,
     ("expert", pa.int16(), "index", "routed expert, counted from 0"),
     ("utilization_rate", pa.float64(), "1", "as this family's released code computes it"),
@@ -161,7 +162,7 @@ RELEASED_EXPERTS = _schema(
     ("mean_routing_weight_when_active", pa.float64(), "1", "likewise"),
     ("activation_std", pa.float64(), "residual stream", "likewise"),
 )
-RELEASED_REDISTRIBUTION = _schema(
+RELEASED_REDISTRIBUTION = schema_of(
     _LAYER,
     ("expert", pa.int16(), "index", "routed expert, counted from 0"),
     (

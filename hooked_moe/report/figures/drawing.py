@@ -21,32 +21,21 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from hooked_moe.figures import BLACK as BLACK
+from hooked_moe.figures import BLUE as BLUE
+from hooked_moe.figures import GREEN as GREEN
+from hooked_moe.figures import GREY as GREY
+from hooked_moe.figures import PURPLE as PURPLE
+from hooked_moe.figures import SKY as SKY
+from hooked_moe.figures import SMALL as SMALL
+from hooked_moe.figures import STYLE as STYLE
+from hooked_moe.figures import VERMILLION as VERMILLION
 from hooked_moe.tables import atomic_path, write_csv_atomic
 
-BLACK, BLUE, SKY, GREEN, VERMILLION, GREY = "#000000", "#0072B2", "#56B4E9", "#007a5a", "#D55E00", "#666666"
-PURPLE = "#8f4a75"
-SMALL = 8  # points; nothing in a figure is smaller
 WIDE, NARROW = 7.4, 3.9  # inches
 DOTS_PER_INCH = 200  # of the PNG
 
 LEGEND_BELOW: Any = {"loc": "outside lower center", "handlelength": 2.4, "columnspacing": 1.6}
-
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.linewidth": 0.8,
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "svg.hashsalt": "hooked_moe",
-}
 
 
 @dataclass(frozen=True)
