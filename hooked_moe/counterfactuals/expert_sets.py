@@ -13,7 +13,7 @@ from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, as_expert_bl
 from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.counterfactuals.engine.question import Question, Variants
 from hooked_moe.counterfactuals.engine.readout import Readout
-from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens, check_n_variants, make_request
+from hooked_moe.counterfactuals.engine.requests import Embeddings, Mask, Positions, Tokens, check_n_variants, make_request
 from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.counterfactuals.removals import Removal, as_removal, at_window_starts_only
 from hooked_moe.counterfactuals.results import VariantEffects, as_variant_effects
@@ -30,6 +30,7 @@ def mask_effects(
     attention_mask: Mask | None = None,
     *,
     readouts: Sequence[Readout] = (),
+    embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
 ) -> Steps[VariantEffects]:
     """Remove sets of experts (coalitions), or scale them, at one token at a time, and measure the loss there.
@@ -38,7 +39,7 @@ def mask_effects(
     every layer: True (1.0) keeps an expert's contribution at that token. All else as in `expert_effects` at `scope="position"`;
     "reroute" takes bool masks. Raises `ValueError` for masks that do not fit.
     """
-    request = make_request(model, tokens, list(masks), positions, attention_mask, readouts, memory_budget)
+    request = make_request(model, tokens, list(masks), positions, attention_mask, readouts, memory_budget, embeddings=embeddings)
     removal = as_removal(removal)
     removal.check_layers(request.layers)
     masks = {int(layer): mask for layer, mask in masks.items()}

@@ -28,7 +28,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
 from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.engine.padding import Packed, Results
-from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Mask, Tokens, make_request
+from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Embeddings, Mask, Tokens, make_request
 from hooked_moe.counterfactuals.results import ExpertEffects, TensorResult
 from hooked_moe.kernels.prefix_attention import for_every_head, own_share
 from hooked_moe.kernels.target_loss import target_loss
@@ -69,17 +69,19 @@ def first_order_effects(
     layers: Sequence[int] | None = None,
     attention_mask: Mask | None = None,
     *,
+    embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
 ) -> FirstOrderEffects:
     """The first-order estimate of every removal of one expert at one token, its output zeroed.
 
     The cost is about that of three or four forward passes. `layers` None means all that have experts; padding may be
-    anywhere in `attention_mask`; `memory_budget` ("4GB", or bytes) bounds the memory beside weights and results.
+    anywhere in `attention_mask`; `embeddings` [batch, pos, d_model] are what the run begins with, in place of the tokens' own;
+    `memory_budget` ("4GB", or bytes) bounds the memory beside weights and results.
     Raises `ValueError` for layers out of range or dense, for a budget too small for one row, while hooks are attached, and for
     a model whose weights are streamed, since a backward pass takes its layers in the other order.
     """
     model.require_weights("a gradient")
-    request = make_request(model, tokens, layers, None, attention_mask, (), memory_budget)
+    request = make_request(model, tokens, layers, None, attention_mask, (), memory_budget, embeddings=embeddings)
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
     rows, keep = _rows_per_group(model, request.packed, request.budget)
     for packed in request.packed.split(rows):
@@ -114,7 +116,7 @@ def _backward(
             return clean_block(model.blocks[layer], layer, before.requires_grad_(differentiable), rotate, attend)
 
     with torch.no_grad():
-        before = [model.embed(packed.tokens)]
+        before = [packed.embed(model)]
     kept: list[CleanBlock] = []
     for layer in range(model.cfg.n_layers):
         clean = run(layer, before[-1], differentiable=keep and layer > lowest)

@@ -46,7 +46,7 @@ def expert_means(model: Transformer, reference: Reference | Iterable[Reference])
     with torch.inference_mode():
         for batch in batches:
             packed = pack(*model.as_tokens(batch))
-            run_to_end(clean_blocks(model, packed.tokens, partial(add, real=packed.original_positions >= 0)))
+            run_to_end(clean_blocks(model, packed.embed(model), partial(add, real=packed.original_positions >= 0)))
             measured = True
     if not measured:
         raise ValueError("no reference to take means over: it has no batches")

@@ -15,7 +15,7 @@ from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, as_expert_bl
 from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.counterfactuals.engine.question import Question, Variants
 from hooked_moe.counterfactuals.engine.readout import Readout
-from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens, make_request
+from hooked_moe.counterfactuals.engine.requests import Embeddings, Mask, Positions, Tokens, make_request
 from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.counterfactuals.observations import most_experts, observe
 from hooked_moe.counterfactuals.removals import Removal, as_removal, at_window_starts_only
@@ -37,6 +37,7 @@ def progressive_effects(
     seed: int = 0,
     *,
     readouts: Sequence[Readout] = (),
+    embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
 ) -> Steps[ExpertEffects]:
     """Remove more and more of the active experts at one token: `delta_loss[..., m]` is the effect of removing m + 1 of them.
@@ -46,7 +47,7 @@ def progressive_effects(
     """
     if order not in ("descending", "ascending", "random"):
         raise ValueError(f"order must be 'descending', 'ascending' or 'random', not {order!r}")
-    request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget)
+    request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget, embeddings=embeddings)
     removal = as_removal(removal)
     removal.check_layers(request.layers)
     question = RemovedInOrder(model.cfg.experts_per_token, removal, order, seed, most_experts(model))

@@ -86,7 +86,7 @@ def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> float:
         return Zero().without(experts, torch.ones_like(experts.routing.weights, dtype=torch.bool)[None])
 
     def run(packed: Packed, layers: Sequence[int]) -> FanOut:
-        return run_to_end(fan_out(model, packed.tokens, packed.targets, layers, 1, nothing_removed))
+        return run_to_end(fan_out(model, packed, layers, 1, nothing_removed))
 
     with torch.inference_mode():
         packed = pack(tokens.to(model.cfg.device), None)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.stats
 from jaxtyping import Bool, Float, Int
 
 from hooked_moe.circuits.tracing.protocol import Others, Search
@@ -34,20 +35,26 @@ class Estimate:
 
 
 def estimate(values: Float[np.ndarray, " case"], seed: int = 0) -> Estimate:
-    """Cases are the unit. Raises `ValueError` without any."""
+    """Cases are the unit. Raises `ValueError` for fewer than two."""
     values = np.asarray(values, float)
-    if not len(values):
-        raise ValueError("there are no cases to take a mean over")
-    rng = np.random.default_rng(seed)
-    means, flips = [], []
-    for done in range(0, BOOTSTRAPS, CHUNK):
-        means.append(values[rng.integers(len(values), size=(min(CHUNK, BOOTSTRAPS - done), len(values)))].mean(1))
-    for done in range(0, SIGN_FLIPS, CHUNK):
-        signs = rng.integers(2, size=(min(CHUNK, SIGN_FLIPS - done), len(values))) * 2 - 1
-        flips.append(np.abs((signs * values).mean(1)))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    beyond = int((np.concatenate(flips) >= abs(values.mean()) - 1e-12).sum())
-    return Estimate(float(values.mean()), float(low), float(high), (1 + beyond) / (1 + SIGN_FLIPS), len(values))
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} cases: an interval needs at least two")
+    mean = float(values.mean())
+    if not values.any():
+        return Estimate(0.0, 0.0, 0.0, 1.0, len(values))
+    interval = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=BOOTSTRAPS, method="percentile", batch=CHUNK, rng=np.random.default_rng(seed)
+    ).confidence_interval
+    flips = scipy.stats.permutation_test(
+        (values,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=SIGN_FLIPS,
+        vectorized=True,
+        batch=CHUNK,
+        rng=np.random.default_rng(seed),
+    )
+    return Estimate(mean, float(interval.low), float(interval.high), float(flips.pvalue), len(values))
 
 
 def halves(n_cases: int, seed: int) -> Bool[np.ndarray, " case"]:
