@@ -49,10 +49,11 @@ def find_cases(model: Transformer, records: Iterable[FactRecord], protocol: Prot
     else:
         runs = _replaced(model, prompts, protocol, excluded)
     cases = Cases(runs, sigma, excluded)
-    if cases.n_cases < protocol.min_cases:
+    least = min(protocol.min_cases, protocol.n_cases)
+    if cases.n_cases < least:
         why = "; ".join(f"{count} where {reason}" for reason, count in excluded.most_common()) or "none was excluded"
         raise ValueError(
-            f"only {cases.n_cases} of {len(records)} facts are usable cases, and at least {protocol.min_cases} are needed to choose an "
+            f"only {cases.n_cases} of {len(records)} facts are usable cases, and at least {least} are needed to choose an "
             f"expert on one half and test it on the other. Excluded: {why}. Give more facts, or a lower min_margin, min_drop or min_cases"
         )
     return cases
@@ -62,6 +63,7 @@ def _noised(
     model: Transformer, prompts: list[Prompt], protocol: Protocol, sigma: float, excluded: Counter[str]
 ) -> list[CorruptedRun]:
     """Cases in the records' order, up to as many as are asked for."""
+    prompts = _with_a_foil_to_draw(prompts, excluded)
     known = with_foils([prompt.record for prompt in prompts])
     kept: list[CorruptedRun] = []
     n_cases = 0
@@ -85,6 +87,17 @@ def _noised(
             elif n_cases < protocol.n_cases:
                 kept += [replace(run, case=n_cases, draw=draw) for draw in range(protocol.draws)]
                 n_cases += 1
+    return kept
+
+
+def _with_a_foil_to_draw(prompts: list[Prompt], excluded: Counter[str]) -> list[Prompt]:
+    """The prompts that have a foil, or whose relation has another answer that is a token."""
+    answers: dict[str, set[str]] = defaultdict(set)
+    for prompt in prompts:
+        answers[prompt.record.relation].add(prompt.record.true)
+    kept = [p for p in prompts if p.record.foil is not None or len(answers[p.record.relation]) > 1]
+    if len(kept) < len(prompts):
+        excluded["the relation has no other answer that is a token"] += len(prompts) - len(kept)
     return kept
 
 

@@ -25,7 +25,7 @@ TABLES = ("cases", "blocks", "experts")
 METADATA = "tracing.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TracingResult(Result):
     """`cases`, `blocks` and `experts` are pyarrow tables whose fields say what they mean; see `docs/tracing.md`.
 
