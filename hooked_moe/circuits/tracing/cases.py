@@ -54,7 +54,8 @@ def find_cases(model: Transformer, records: Iterable[FactRecord], protocol: Prot
         why = "; ".join(f"{count} where {reason}" for reason, count in excluded.most_common()) or "none was excluded"
         raise ValueError(
             f"only {cases.n_cases} of {len(records)} facts are usable cases, and at least {least} are needed to choose an "
-            f"expert on one half and test it on the other. Excluded: {why}. Give more facts, or a lower min_margin, min_drop or min_cases"
+            f"expert on one half and test it on the other. Excluded: {why}. Give more facts, or a lower min_margin, min_drop or "
+            "min_cases"
         )
     return cases
 
@@ -112,7 +113,7 @@ def _reason_against(margin: float, drop: float, protocol: Protocol) -> str | Non
 
 
 def _margins(model: Transformer, runs: Sequence[CorruptedRun], protocol: Protocol, sigma: float | None) -> Float[Tensor, " run"]:
-    """Logit of the true answer minus the foil's, of the runs as they are corrupted or, without a sigma, of their clean prompts."""
+    """Logit of the true answer minus the foil's: of the corrupted runs or, without a sigma, of their clean prompts."""
     parts = [torch.empty(0)]
     for batch in batches(model, runs, protocol, sigma or 0.0, ROWS):
         start = batch.embeddings if sigma is not None and batch.embeddings is not None else model.embed(batch.clean)

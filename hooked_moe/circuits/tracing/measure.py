@@ -116,7 +116,7 @@ def _all_moe(model: Transformer, batch: Batch, answers: Answers, clean: Observed
     effects = token_effects(
         model,
         batch.corrupted,
-        {layer: edit for layer in range(model.cfg.n_layers)},
+        dict.fromkeys(range(model.cfg.n_layers), edit),
         positions=batch.at_final,
         attention_mask=batch.real,
         readouts=[answers],

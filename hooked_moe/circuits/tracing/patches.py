@@ -18,8 +18,8 @@ from torch import Tensor
 from hooked_moe.circuits.tracing.observed import ObservedExperts, ObservedLayer
 
 SITES = ("moe_out", "attn_out", "routed_out", "union", "shared_out")
-"""A layer's MLP output; its attention output; the contributions of the experts that are active in the clean run; of those active in
-either run; and of the shared experts."""
+"""A layer's MLP output; its attention output; the contributions of the experts that are active in the clean run; of those active
+in either run; and of the shared experts."""
 
 
 @dataclass(frozen=True)

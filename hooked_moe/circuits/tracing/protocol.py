@@ -19,7 +19,7 @@ class Protocol:
     """How facts are corrupted, which of them count, and how an expert is chosen."""
 
     corruption: Corruption = "replace"
-    """"noise" on the embeddings of the subject's tokens, or another subject of the relation in their place (Zhang & Nanda 2023)."""
+    """"noise" on the embeddings of the subject's tokens, or "replace": another subject in their place (Zhang & Nanda 2023)."""
     sigma: float = 3.0
     """Standard deviation of the noise, in multiples of that of the embeddings."""
     sigma_from: SigmaFrom = "matrix"
@@ -31,7 +31,8 @@ class Protocol:
     prepend_bos: bool | None = None
     """None: as the checkpoint's tokenizer does."""
     token_rule: TokenRule = "space"
-    """Which token an answer is: the one of " answer"; the one of "answer" if that is one, else of " answer"; or the first of " answer"."""
+    """Which token an answer is: "space" the one of " answer", "bare_first" the one of "answer" if that is one and else of " answer",
+    "first_token" the first of " answer"."""
     min_margin: float | None = 1.0
     """Logits by which the clean run has to prefer the true answer (and a donor its own); None: any case counts."""
     min_drop: float | None = 0.5

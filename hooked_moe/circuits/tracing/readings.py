@@ -14,8 +14,9 @@ from hooked_moe.counterfactuals.engine.readout import Final
 from hooked_moe.transformer import Transformer
 
 READINGS = ("logit_difference", "log_prob", "rank", "kl")
-"""`log p(true) - log p(foil)`, which is the difference of their logits; `log p(true)`; how many places the true answer rises; and how
-much nearer, in KL(clean || run), the prediction comes to the clean run's. The first is in logits, the second and the last in nats."""
+"""`log p(true) - log p(foil)`, which is the difference of their logits; `log p(true)`; how many places the true answer rises; and
+how much nearer, in KL(clean || run), the prediction comes to the clean run's. The first is in logits, the second and the last are
+in nats."""
 CHUNK_BYTES = 32 << 20
 
 
@@ -53,7 +54,9 @@ class Answers:
 
     def _by_logits(self, model: Transformer, resid: Tensor, rows: Tensor) -> Tensor:
         log_probs = model.logits(resid).log_softmax(-1)
-        true, foil = (log_probs.gather(-1, ids[rows][:, None, None].expand(*resid.shape[:2], 1)) for ids in (self.true, self.foil))
+        true, foil = (
+            log_probs.gather(-1, ids[rows][:, None, None].expand(*resid.shape[:2], 1)) for ids in (self.true, self.foil)
+        )
         values = {"logit_difference": true - foil, "log_prob": true}
         if "rank" in self.readings:
             values["rank"] = -(log_probs > true).sum(-1, keepdim=True).to(true.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ class TracingResult(Result):
     blocks: pa.Table
     experts: pa.Table
     identity: Mapping[str, Any]
-    """What the result is of: the model, the facts, the protocol, the number of layers and experts, and why records were left out."""
+    """What the result is of: the model, the protocol, the number of layers and experts, and why records were left out."""
 
     @property
     def protocol(self) -> Protocol:
@@ -116,10 +117,12 @@ class TracingResult(Result):
         """Write the tables and what they are of into a directory."""
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
+        checksums = {}
         for name in TABLES:
             with atomic_path(directory / f"{name}.parquet") as temporary:
-                pq.write_table(getattr(self, name), temporary, compression="zstd", write_page_checksum=True)
-        write_json_atomic({"kind": "TracingResult", **self.identity}, directory / METADATA)
+                pq.write_table(getattr(self, name), temporary, compression="zstd")
+                checksums[name] = _sha256(temporary)
+        write_json_atomic({"kind": "TracingResult", "sha256": checksums, **self.identity}, directory / METADATA)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TracingResult:
@@ -131,10 +134,14 @@ class TracingResult(Result):
         identity = json.loads((directory / METADATA).read_text(encoding="utf-8"))
         if not isinstance(identity, dict) or identity.pop("kind", None) != "TracingResult":
             raise ValueError(f"{directory / METADATA} is not of a TracingResult; expected what TracingResult.save wrote")
-        tables = {}
+        checksums = identity.pop("sha256")
         for name in TABLES:
-            try:
-                tables[name] = pq.read_table(directory / f"{name}.parquet", page_checksum_verification=True)
-            except (OSError, pa.ArrowException) as error:
-                raise ValueError(f"{directory / name}.parquet is damaged ({error}); trace again") from error
-        return cls(**tables, identity=identity)
+            if _sha256(directory / f"{name}.parquet") != checksums[name]:
+                raise ValueError(
+                    f"{directory / name}.parquet is damaged, or of another result: its checksum differs; trace again"
+                )
+        return cls(**{name: pq.read_table(directory / f"{name}.parquet") for name in TABLES}, identity=identity)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

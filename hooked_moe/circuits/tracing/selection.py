@@ -88,7 +88,7 @@ class ExpertGrid:
         return result
 
     def weight_matched(self, layer: int, expert: int) -> Float[np.ndarray, " case"]:
-        """The expert's rescue minus that of the active expert with the nearest routing weight, where it is active; nan elsewhere."""
+        """The expert's rescue minus that of the active expert with the nearest routing weight; nan where it is not active."""
         distance = np.abs(self.weight[:, layer] - self.weight[:, layer, expert, None])
         distance[~self.active[:, layer]] = np.inf
         distance[:, expert] = np.inf

@@ -83,7 +83,12 @@ def blocks_table(measured: Sequence[Measured], readings: Sequence[str]) -> pa.Ta
     schema = schema_of(
         ("case", pa.int32(), "1", "number of the case"),
         ("layer", pa.int32(), "1", "layer of the patch; -1: all of them"),
-        ("site", pa.string(), "1", "what of the clean run is put in: " + ", ".join(SITES) + "; all_moe: every layer's MLP output"),
+        (
+            "site",
+            pa.string(),
+            "1",
+            "what of the clean run is put in: " + ", ".join(SITES) + "; all_moe: every layer's MLP output",
+        ),
         *_reading_fields(readings),
     )
     return pa.table(columns, schema=schema)
@@ -133,7 +138,12 @@ def _experts_schema(readings: Sequence[str]) -> pa.Schema:
         ("rescue_routing", pa.float64(), "logits", "rescue by what the routing changed: (w_clean - w_corrupt) E_corrupt"),
         ("rescue_content", pa.float64(), "logits", "rescue by what its output changed: w_clean (E_clean - E_corrupt)"),
         ("direct", pa.float64(), "logits", "what the patch writes into the logit difference itself, past all later layers"),
-        ("first_order", pa.float64(), "logits", "gradient of the logit difference times the patch; nan where weights are streamed"),
+        (
+            "first_order",
+            pa.float64(),
+            "logits",
+            "gradient of the logit difference times the patch; nan where weights are streamed",
+        ),
         ("necessity", pa.float64(), "logits", "change of the clean logit difference when it is removed from the last token"),
     )
 

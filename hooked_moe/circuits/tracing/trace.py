@@ -38,9 +38,9 @@ def trace_facts(
 ) -> TracingResult:
     """Which expert carries the facts: every patch of every expert at the last token, over up to `n_cases` facts.
 
-    `protocol` is "defined", or "as_published" for what arXiv 2606.03780 did; any field of `Protocol` changes it (`corruption="noise"`,
-    `sigma=2.0`, `n_cases=64`, ...). `readouts` are those of `readings.READINGS`; "logit_difference" alone spares the products with
-    the whole vocabulary. `necessity` also removes every active expert from the clean run. `memory_budget` bounds what the engine
+    `protocol` is "defined", or "as_published" for what arXiv 2606.03780 did; any field of `Protocol` changes it
+    (`corruption="noise"`, `sigma=2.0`, `n_cases=64`, ...). `readouts` are those of `readings.READINGS`; "logit_difference" alone
+    spares the products with the whole vocabulary. `necessity` also removes every active expert from the clean run. `memory_budget` bounds what the engine
     holds beside the weights. A case whose record has no foil gets one (`hooked_moe.corpus.with_foils`).
 
         result = trace_facts(model, load_facts("embedded"), corruption="noise")
@@ -48,8 +48,8 @@ def trace_facts(
         result.validated(result.expert(chosen.layer, chosen.expert))         # its rescue on the other half, in logits
 
     Cost: two forwards a corrupted run, and for each of its patches one token through the later layers, about 1/(2T) of a forward
-    of T tokens. Raises `ValueError` for unknown options, subjects that are not in their prompts, a tokenizer that leaves BOS open,
-    and fewer usable cases than `min_cases`.
+    of T tokens. Raises `ValueError` for unknown options, subjects that are not in their prompts, a tokenizer that leaves BOS
+    open, and fewer usable cases than `min_cases`.
     """
     settings = protocol_of(protocol, changes)
     readings = check_readings(readouts)
