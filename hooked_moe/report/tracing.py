@@ -83,24 +83,30 @@ def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    cells = []
+    """One row per quantity, under the name of its layer or expert."""
+    cells: list[TableRow] = []
+    heading = None
     for row in rows:
         if row["mean"] is None:
             continue
-        where = "" if row["layer"] is None else f"layer {row['layer']}"
-        where += "" if row["expert"] is None else f", expert {row['expert']}"
+        if _where(row) != heading:
+            heading = _where(row)
+            cells.append(TableRow(heading=heading))
         p = "" if row["p"] is None else f"{row['p']:.2g}"
-        texts = (
-            row["quantity"],
-            where,
-            f"{row['mean']:+.3f}",
-            f"[{row['low']:+.3f}, {row['high']:+.3f}]",
-            row["unit"],
-            p,
-            str(row["n"]),
-        )
+        mean, low, high = (_number(row[name], row["unit"]) for name in ("mean", "low", "high"))
+        texts = (row["quantity"], mean, f"[{low}, {high}]", row["unit"], p, str(row["n"]))
         cells.append(TableRow(tuple(TableCell(text) for text in texts)))
-    return Table(("", "where", "mean", "95% interval", "unit", "p (sign flips)", "cases"), tuple(cells))
+    return Table(("", "mean", "95% interval", "unit", "p (sign flips)", "cases"), tuple(cells))
+
+
+def _where(row: dict[str, Any]) -> str:
+    if row["layer"] is None:
+        return "All layers"
+    return f"Layer {row['layer']}" + ("" if row["expert"] is None else f", expert {row['expert']}")
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:+.2f}" if unit in ("logits", "nats") else f"{value:.2f}"
 
 
 def _published_table(published: pa.Table) -> Table:

@@ -28,7 +28,7 @@ def planted_records() -> list[FactRecord]:
 
 
 def planted_model() -> HookedMoE:
-    """Attention of the first layer brings the subject's class to the last token; one expert of the second turns it into an answer.
+    """Attention of layer 0 brings the subject's class to the last token; one expert of layer 1 turns it into an answer.
 
     All other experts write small noise.
     """

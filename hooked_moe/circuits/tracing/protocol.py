@@ -31,8 +31,8 @@ class Protocol:
     prepend_bos: bool | None = None
     """None: as the checkpoint's tokenizer does."""
     token_rule: TokenRule = "space"
-    """Which token an answer is: "space" the one of " answer", "bare_first" the one of "answer" if that is one and else of " answer",
-    "first_token" the first of " answer"."""
+    """Which token an answer is: "space" the one of " answer", "bare_first" the one of "answer" if that is one and
+    else of " answer", "first_token" the first of " answer"."""
     min_margin: float | None = 1.0
     """Logits by which the clean run has to prefer the true answer (and a donor its own); None: any case counts."""
     min_drop: float | None = 0.5

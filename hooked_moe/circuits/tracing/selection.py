@@ -31,7 +31,7 @@ class Estimate:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
 def estimate(values: Float[np.ndarray, " case"], seed: int = 0) -> Estimate:

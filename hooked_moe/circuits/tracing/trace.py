@@ -40,8 +40,9 @@ def trace_facts(
 
     `protocol` is "defined", or "as_published" for what arXiv 2606.03780 did; any field of `Protocol` changes it
     (`corruption="noise"`, `sigma=2.0`, `n_cases=64`, ...). `readouts` are those of `readings.READINGS`; "logit_difference" alone
-    spares the products with the whole vocabulary. `necessity` also removes every active expert from the clean run. `memory_budget` bounds what the engine
-    holds beside the weights. A case whose record has no foil gets one (`hooked_moe.corpus.with_foils`).
+    spares the products with the whole vocabulary. `necessity` also removes every active expert from the clean run.
+    `memory_budget` bounds what the engine holds beside the weights. A record without a foil gets one
+    (`hooked_moe.corpus.with_foils`).
 
         result = trace_facts(model, load_facts("embedded"), corruption="noise")
         chosen = result.selection                                            # chosen on half of the cases

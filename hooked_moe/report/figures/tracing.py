@@ -31,9 +31,9 @@ def tracing(findings: pa.Table) -> Drawing:
         "tracing",
         "What brings the answer back",
         "Logits of the true answer over the wrong one that a patch of the clean run restores in the corrupted one, mean over the "
-        "validation cases with 95% intervals. First panel: a layer's MLP output, the experts that its clean run is routed to, and "
-        "its attention output. Second panel: the candidates among single experts, beside the MLP output of their layer and those of "
-        "all layers together: no expert can be expected to restore more than the last.",
+        "validation cases with 95% intervals. First panel: a layer's MLP output, the experts that its clean run is routed to, "
+        "and its attention output. Second panel: the candidates among single experts, beside the MLP output of their layer and "
+        "those of all layers together: no expert can be expected to restore more than the last.",
         findings,
         draw_tracing,
     )

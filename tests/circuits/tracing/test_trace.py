@@ -217,7 +217,7 @@ def test_published_numbers_stand_beside_a_result_of_their_model(traced: TracingR
     rows = compare_published(large, "Qwen3-30B-A3B-Base").to_pylist()
     assert {row["source"] for row in rows} == {"paper", "reproduction"}
     layer = next(row for row in rows if row["quantity"] == "MLP output of layer 44")
-    assert layer["published"] == "+0.901 [+0.752, +1.053]"
+    assert layer["published"] == "+0.90 [+0.75, +1.05]"
 
 
 def test_published_case_ids_are_the_papers() -> None:
