@@ -49,7 +49,6 @@ def test_the_same_command_writes_the_same_bytes(directory: Path, tmp_path: Path)
     [
         (["--facts", "embeded"], "unknown set of facts 'embeded'; did you mean 'embedded'"),
         (["--cases", "3"], "n_cases must be a whole number from 4"),
-        (["--facts", "associations", "--min-cases", "200", "--cases", "200", "--corruption", "noise"], "usable cases"),
         (["--published-cases"], "no case ids were published for"),
         (["--model", "tiny-olmoe-fact"], "did you mean 'tiny-olmoe-facts'"),
     ],
