@@ -10,6 +10,7 @@ from hooked_moe.circuits.pairs import expert_activations
 from hooked_moe.circuits.paths import PathPatches, RouterFlips, path_patch, router_flips
 from hooked_moe.circuits.results import ExpertPatches, RouterAttribution, TokenPatches
 from hooked_moe.circuits.router_patches import get_act_patch_router, router_attribution
+from hooked_moe.circuits.tracing import TracingResult, trace_facts
 
 __all__ = [
     "Circuit",
@@ -22,6 +23,7 @@ __all__ = [
     "RouterAttribution",
     "RouterFlips",
     "TokenPatches",
+    "TracingResult",
     "attribution_patch_experts",
     "circuit",
     "direct_logit_attribution",
@@ -34,4 +36,5 @@ __all__ = [
     "path_patch",
     "router_attribution",
     "router_flips",
+    "trace_facts",
 ]

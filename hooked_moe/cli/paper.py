@@ -21,7 +21,7 @@ from hooked_moe.cli.console import parser_of, run_command
 from hooked_moe.cli.options import first_documents
 from hooked_moe.cli.released_run import released_family
 from hooked_moe.corpus import load_corpus
-from hooked_moe.loading.registry import SHIPPED, locate
+from hooked_moe.loading.registry import locate
 from hooked_moe.paper.published import PAIRS
 from hooked_moe.statistics import MINIMUM_PAIRS
 
@@ -33,9 +33,13 @@ PRUNINGS = [
 Command = Callable[[list[str]], int]
 
 
+MODELS = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe")
+"""The shipped models of the paper's three families."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = parser_of("paper", __doc__)
-    parser.add_argument("--models", nargs="+", default=list(SHIPPED), help="which models (default: the shipped ones)")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="which models (default: %(default)s)")
     parser.add_argument("--corpus", default="held-out", help="as in `hooked-moe audit` (default: %(default)s)")
     parser.add_argument("--documents", type=int, help="only the first N documents of the corpus")
     parser.add_argument(

@@ -12,7 +12,7 @@ from pathlib import Path
 from hooked_moe.checks import unknown_name
 from hooked_moe.loading.checkpoint import read_json
 
-SHIPPED = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe")
+SHIPPED = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe", "tiny-olmoe-facts")
 """Models that come with the package, under `hooked_moe/pretrained/<name>/`."""
 
 
