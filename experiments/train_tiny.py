@@ -96,6 +96,10 @@ ARCHITECTURES = {
 """Each as its family's published models are, down to the long-context scaling of DeepSeek-V2-Lite's positions."""
 
 
+RESTART_STEPS = 20
+"""A new optimiser knows no second moments yet, and its first steps are as long as the learning rate."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How the shipped models were trained. A step is `batch` windows of `n_ctx` tokens."""
@@ -114,9 +118,16 @@ class Recipe:
     expert_out_scale: float = 3.0
     """Initial scale of the experts' down projections: at 1 the routed experts stay weak for most of a short training."""
     seed: int = 0
+    first_step: int = 0
+    """The steps another model made before (upcycling): schedule and text continue there, after a warm-up of `RESTART_STEPS`."""
 
     def rate(self, step: int) -> float:
         """Learning rate as a share of the peak: linear warm-up, constant, linear to `final_rate`."""
+        since_start = step - self.first_step + 1
+        restart = min(1.0, since_start / RESTART_STEPS) if self.first_step else 1.0
+        return restart * self._scheduled(step)
+
+    def _scheduled(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         decay_from = self.constant_until * self.steps
@@ -224,19 +235,32 @@ def load_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW) -> int:
     return step
 
 
-def train(cfg: HookedMoEConfig, recipe: Recipe, tokens: np.ndarray, out: Path, save_every: int) -> HookedMoE:
-    """Train by the recipe, from the last saved state if there is one; writes `log.csv` and `state.safetensors` to `out`."""
+def train(
+    cfg: HookedMoEConfig,
+    recipe: Recipe,
+    tokens: np.ndarray,
+    out: Path,
+    save_every: int,
+    start: HookedMoE | None = None,
+    stop_at: int | None = None,
+) -> HookedMoE:
+    """Train by the recipe, from the last saved state if there is one; writes `log.csv` and `state.safetensors` to `out`.
+
+    `start` is the model to train further, in place; by default a new one. `stop_at` ends the training before that step of the
+    recipe's schedule; by default it runs to the end.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    model, losses = new_model(cfg, recipe), RouterLosses(cfg)
+    model, losses = start or new_model(cfg, recipe), RouterLosses(cfg)
     optim = optimiser(model, recipe)
     state = out / "state.safetensors"
-    done = load_state(state, model, optim) if state.exists() else 0
-    if not done:
+    done = load_state(state, model, optim) if state.exists() else recipe.first_step
+    if not state.exists():
         (out / "log.csv").write_text("step,loss,router_loss,dead_experts,max_load,tokens_per_second\n")
     source = batches(tokens, recipe)
     for _ in range(done):
         next(source)
-    progress = tqdm(range(done, recipe.steps), initial=done, total=recipe.steps, desc=cfg.model_name, mininterval=10)
+    end = recipe.steps if stop_at is None else stop_at
+    progress = tqdm(range(done, end), initial=done, total=end, desc=cfg.model_name, mininterval=10)
     started, smooth = time.perf_counter(), None
     with model.hooks(fwd_hooks=losses.hooks()):
         for step in progress:
@@ -251,14 +275,14 @@ def train(cfg: HookedMoEConfig, recipe: Recipe, tokens: np.ndarray, out: Path, s
                 group["lr"] = recipe.learning_rate * recipe.rate(step)
             optim.step()
             smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-            if (step + 1) % 20 == 0 or step + 1 == recipe.steps:
+            if (step + 1) % 20 == 0 or step + 1 == end:
                 speed = (step + 1 - done) * window[:, 1:].numel() / (time.perf_counter() - started)
                 load = losses.counts / losses.counts.mean(-1, keepdim=True)
                 progress.set_postfix(loss=f"{smooth:.3f}", refresh=False)
                 dead = int((load == 0).sum())
                 with open(out / "log.csv", "a") as log:
                     log.write(f"{step + 1},{smooth:.4f},{router_loss.item():.4f},{dead},{load.max():.2f},{speed:.0f}\n")
-            if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
+            if (step + 1) % save_every == 0 or step + 1 == end:
                 save_state(state, model, optim, step + 1)
     return model
 
