@@ -65,11 +65,22 @@ def from_pretrained(
             raise ValueError(f"revision={revision!r} is for models on the hub; {name!r} is the directory {location.directory}")
         directory = location.directory
 
-    conversion, cfg = read_config(directory / "config.json")
+    _, cfg = read_config(directory / "config.json")
     cfg = cfg.replace(model_name=location.model_name, revision=commit, dtype=dtype)
-    model = model_class(cfg.replace(device=torch.device("meta")), read_tokenizer(directory, cfg))
-    checkpoint = Checkpoint(directory)
-    plan = plan_copies(model, conversion, checkpoint)
+    return build_model(model_class, cfg, read_tokenizer(directory, cfg), Checkpoint(directory), device, stream)
+
+
+def build_model(
+    model_class: type[Model],
+    cfg: HookedMoEConfig,
+    tokenizer: Tokenizer | None,
+    checkpoint: Checkpoint,
+    device: torch.device | str | None,
+    stream: bool,
+) -> Model:
+    """A model of this configuration with the weights of a checkpoint, or with a promise of them (`stream`)."""
+    model = model_class(cfg.replace(device=torch.device("meta")), tokenizer)
+    plan = plan_copies(model, conversion_for(cfg.model_type, str(checkpoint.directory)), checkpoint)
     target = torch.device(device) if device is not None else torch.device("cpu")
     if stream:
         blocks = list(model.blocks)

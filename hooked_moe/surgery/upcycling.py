@@ -91,7 +91,7 @@ def _fill_experts(
     weight_sum = 1.0 if cfg.norm_topk_prob else cfg.experts_per_token / moe.num_experts
     scale = (n - shared) / (cfg.d_expert * weight_sum * cfg.routed_scaling_factor)
     for expert in range(moe.num_experts):
-        drawn = shared + torch.randperm(n - shared, generator=generator)[: cfg.d_expert]
+        drawn = shared + torch.randperm(n - shared, generator=generator)[: cfg.d_expert].sort().values
         gate, up, down = (rows[drawn] * (1 + noise * torch.randn(rows[drawn].shape, generator=generator)) for rows in neurons)
         moe.experts.W_in[expert].copy_(torch.stack((gate, up)))
         moe.experts.W_out[expert].copy_(scale * down.T)

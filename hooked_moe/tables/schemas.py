@@ -153,6 +153,47 @@ RELEASED_PROGRESSIVE = _schema(
     ("baseline_loss", pa.float64(), "nats", "-log p(next token) of the intact model"),
     ("delta_loss", pa.float64(), "nats", "change of that loss without them at every token of the text"),
 )
+GRAFTS = _schema(
+    ("sweep", pa.string(), "name", "ends, suffix, prefix, single, part or layer_part: which grafts belong together"),
+    ("layers", pa.string(), "text", "layers that were taken, as in 4-5; all; or none, where only outer parts were"),
+    (
+        "parts",
+        pa.string(),
+        "text",
+        "parts that were taken: one, blocks (all of blocks), outer (all outside), everything, or none",
+    ),
+    ("direction", pa.string(), "name", "a<-b: a with parts of b; b<-a: b with parts of a"),
+    ("value", pa.float64(), "readout", "the readout of the graft, over all documents"),
+    ("value_low", pa.float64(), "readout", "lower end of its 95% interval, bootstrap over documents; NaN for fewer than three"),
+    ("value_high", pa.float64(), "readout", "upper end"),
+    (
+        "share",
+        pa.float64(),
+        "1",
+        "a<-b: (value - a) / (b - a), what of the difference the parts carry. b<-a: (b - value) / (b - a), what is lost without",
+    ),
+    ("share_low", pa.float64(), "1", "lower end of its 95% interval, all three resampled together"),
+    ("share_high", pa.float64(), "1", "upper end"),
+    ("n_documents", pa.int32(), "documents", "documents behind the row"),
+)
+COALITION_SHARES = _schema(
+    ("player", pa.string(), "name", "a layer, as in layer 3; a part; or outer: all that is outside of blocks"),
+    ("shapley", pa.float64(), "1", "mean over all orders of the share that it adds when it is taken; these sum to 1"),
+    ("shapley_low", pa.float64(), "1", "lower end of its 95% interval, bootstrap over documents"),
+    ("shapley_high", pa.float64(), "1", "upper end"),
+    ("banzhaf", pa.float64(), "1", "mean over all coalitions of the others of the share that it adds"),
+    ("banzhaf_low", pa.float64(), "1", "lower end of its 95% interval"),
+    ("banzhaf_high", pa.float64(), "1", "upper end"),
+    ("first", pa.float64(), "1", "the share that it carries alone"),
+    ("last", pa.float64(), "1", "the share that is lost without it alone"),
+)
+ROUTED_PARTS = _schema(
+    _DOCUMENT,
+    _LAYER,
+    ("n_positions", pa.int32(), "tokens", "tokens of the document that are predicted"),
+    ("intact_loss", pa.float64(), "nats", "sum of -log p(next token) over them, intact model"),
+    ("removed_loss", pa.float64(), "nats", "the same without any routed expert of the layer, at every token"),
+)
 RELEASED_EXPERTS = _schema(
     _LAYER,
     ("expert", pa.int16(), "index", "routed expert, counted from 0"),
