@@ -19,6 +19,7 @@ COMMANDS = {
     "progressive": "remove one, two, ... all active experts at one token, in three orders",
     "redistribution": "compare each expert's contribution with the rest of the routed sum",
     "prune": "remove experts for good by every ranking, and compare the cost with what the effect table predicted",
+    "study": "compare models of one architecture: grafts between trainings, checkpoints, training factors",
     "compare": "put measured runs beside the tables of arXiv 2606.10703",
     "paper": "run every experiment of the paper, as defined and as released, on the shipped models",
     "verify": "check a checkpoint: its tensors, its logits, and agreement with transformers",

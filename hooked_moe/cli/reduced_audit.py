@@ -5,9 +5,8 @@ Studies ask it of each model, and compare what `hooked_moe.analysis.responses` r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +16,15 @@ import torch
 from hooked_moe.analysis.cells import sample_positions
 from hooked_moe.analysis.pruning_orders import PruningOrders, random_ranking
 from hooked_moe.analysis.pruning_table import MeasuredLosses, pruning_table
-from hooked_moe.analysis.responses import ROUTED_PARTS
 from hooked_moe.analysis.run import analyse_run
 from hooked_moe.cli.options import SEED, first_documents
 from hooked_moe.corpus import load_corpus
 from hooked_moe.expert_mask import ExpertMask
 from hooked_moe.measurement import Run, open_measurement
-from hooked_moe.measurement.pruned_losses import TOKENS_PER_BATCH, PrunedLosses
+from hooked_moe.measurement.document_losses import document_losses, predicted_tokens
+from hooked_moe.measurement.pruned_losses import PrunedLosses
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
-from hooked_moe.tables import table_with_schema, write_csv_atomic
+from hooked_moe.tables import ROUTED_PARTS, table_with_schema, write_csv_atomic
 from hooked_moe.transformer import Transformer
 
 REFERENCE = "reap"
@@ -86,36 +85,21 @@ def _prunings(run: Run, form: AuditForm) -> pa.Table:
     return pruning_table(prunings, measured, orders.sums, "even")
 
 
-@torch.inference_mode()
 def routed_parts(model: Transformer, tokenized: TokenizedCorpus, layers: Sequence[int]) -> pa.Table:
     """What all routed experts of a layer are worth together: the loss of every document intact, and without them everywhere.
 
-    A row per document and layer, as in `ROUTED_PARTS`.
+    A row per layer and document, as in `ROUTED_PARTS`.
     """
-    n = [sum(len(window.tokens) - 1 - tokenized.first for window in windows) for windows in tokenized.documents]
-    intact = _document_losses(model, tokenized, None)
-    columns: Mapping[str, list[float]] = {name: [] for name in ROUTED_PARTS.names}
+    n, intact = predicted_tokens(tokenized), document_losses(model, tokenized)
+    removed = []
     for layer in layers:
-        mask = ExpertMask({layer: torch.zeros(model.cfg.experts_in(layer), dtype=torch.bool)})
-        removed = _document_losses(model, tokenized, mask)
-        for document, positions in enumerate(n):
-            row = (document, layer, positions, intact[document], removed[document])
-            for values, value in zip(columns.values(), row, strict=True):
-                values.append(value)
+        nothing = torch.zeros(model.cfg.experts_in(layer), dtype=torch.bool)
+        removed.append(document_losses(model, tokenized, ExpertMask({layer: nothing})))
+    columns = {
+        "document": np.tile(np.arange(len(n)), len(layers)),
+        "layer": np.repeat(np.array(layers), len(n)),
+        "n_positions": np.tile(n, len(layers)),
+        "intact_loss": np.tile(intact, len(layers)),
+        "removed_loss": np.concatenate(removed),
+    }
     return table_with_schema(ROUTED_PARTS, columns)
-
-
-def _document_losses(model: Transformer, tokenized: TokenizedCorpus, mask: ExpertMask | None) -> np.ndarray:
-    """Nats, summed over each document's tokens."""
-    total = np.zeros(len(tokenized.documents))
-    windows = sorted((window for windows in tokenized.documents for window in windows), key=lambda window: len(window.tokens))
-    for length, group in groupby(windows, key=lambda window: len(window.tokens)):
-        alike = list(group)
-        rows = max(1, TOKENS_PER_BATCH // length)
-        for start in range(0, len(alike), rows):
-            batch = alike[start : start + rows]
-            tokens = torch.from_numpy(np.stack([window.tokens for window in batch])).to(model.cfg.device)
-            losses = model(tokens, return_type="loss", loss_per_token=True, expert_mask=mask)[:, tokenized.first :]
-            for window, loss in zip(batch, losses.double().sum(dim=1).tolist(), strict=True):
-                total[window.document] += loss
-    return total

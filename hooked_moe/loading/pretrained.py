@@ -55,19 +55,33 @@ def from_pretrained(
     """
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, not {dtype!r}")
+    directory, model_name, commit = find_checkpoint(
+        name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    _, cfg = read_config(directory / "config.json")
+    cfg = cfg.replace(model_name=model_name, revision=commit, dtype=dtype)
+    return build_model(model_class, cfg, read_tokenizer(directory, cfg), Checkpoint(directory), device, stream)
+
+
+def find_checkpoint(
+    name: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> tuple[Path, str, str | None]:
+    """The directory of a checkpoint, downloaded if need be, the model's name, and the commit on the hub, if it is from there.
+
+    Raises what `from_pretrained` raises for names and downloads.
+    """
     location = locate(name)
-    commit = None
     if location.hub_id is not None:
         directory, commit = download(location.hub_id, revision, cache_dir, local_files_only, check_config=read_config)
-    else:
-        assert location.directory is not None
-        if revision is not None:
-            raise ValueError(f"revision={revision!r} is for models on the hub; {name!r} is the directory {location.directory}")
-        directory = location.directory
-
-    _, cfg = read_config(directory / "config.json")
-    cfg = cfg.replace(model_name=location.model_name, revision=commit, dtype=dtype)
-    return build_model(model_class, cfg, read_tokenizer(directory, cfg), Checkpoint(directory), device, stream)
+        return directory, location.model_name, commit
+    assert location.directory is not None
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is for models on the hub; {name!r} is the directory {location.directory}")
+    return location.directory, location.model_name, None
 
 
 def build_model(
