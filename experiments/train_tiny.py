@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.support.training_state import load_state, save_state
 from hooked_moe import HookedMoE, HookedMoEConfig, HookPoint
 from hooked_moe.components.moe import MoE
 from hooked_moe.config import YarnScaling
@@ -208,31 +207,6 @@ def optimiser(model: HookedMoE, recipe: Recipe) -> torch.optim.AdamW:
         (matrices if is_matrix else others).append(parameter)
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
-
-
-def save_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW, step: int) -> None:
-    """Weights, both moments and the step in one safetensors file, renamed into place."""
-    state = {}
-    for name, parameter in model.named_parameters():
-        state[f"weight/{name}"] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[f"{moment}/{name}"] = optim.state[parameter][moment]
-    temporary = path.with_suffix(".tmp")
-    save_file(state, temporary, metadata={"step": str(step)})
-    temporary.replace(path)
-
-
-def load_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW) -> int:
-    """The inverse of `save_state`; returns the number of steps done."""
-    state = load_file(path)
-    with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state[f"weight/{name}"])
-            moments = {moment: state[f"{moment}/{name}"].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
-            optim.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-    return step
 
 
 def train(

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 
-from experiments.train_tiny import ARCHITECTURES, Recipe, load_state, new_model, optimiser, train
+from experiments.support.training_state import load_state, steps_done
+from experiments.train_tiny import ARCHITECTURES, Recipe, new_model, optimiser, train
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.surgery import upcycle
 
@@ -75,8 +75,4 @@ def trained(cfg: HookedMoEConfig, recipe: Recipe, directory: Path) -> HookedMoE:
 
 def is_trained(directory: Path, steps: int = STEPS) -> bool:
     """Whether a run's training came to its end."""
-    path = directory / _STATE
-    if not path.exists():
-        return False
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"]) >= steps
+    return steps_done(directory / _STATE) >= steps

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float
 
 from hooked_moe.analysis.accumulators.rows import row_batches
@@ -39,12 +38,28 @@ class Response(NamedTuple):
 
 def audit_responses(run: Path) -> list[Response]:
     """Every response of a run. Raises FileNotFoundError for a run without a table that they are read from."""
-    layered = [*_savings(run), *_cells(run), *_ceilings(run), *_sizes(run), *_top_slots(run), *_progressive(run), *_routed(run)]
+    return _with_summaries([*_rankings(run), *_sizes(run), *_progressive(run), *_routed(run)], list(_whole_model(run)))
+
+
+def ranking_responses(run: Path) -> list[Response]:
+    """Those alone that ask which expert: where experts are shuffled (`analysis.negative_control`), all are at chance."""
+    return [response for response in _with_summaries(list(_rankings(run))) if not response.name.startswith("last_layer_")]
+
+
+def _rankings(run: Path) -> Iterator[Response]:
+    yield from _savings(run)
+    yield from _cells(run)
+    yield from _ceilings(run)
+    yield from _top_slots(run)
+
+
+def _with_summaries(layered: Sequence[Response], whole_model: Sequence[Response] = ()) -> list[Response]:
+    """Responses by layer, and what they amount to over layers."""
     by_layer = [response for response in layered if response.layer != ALL_LAYERS]
     stated = {response.name for response in layered if response.layer == ALL_LAYERS}
     unstated = [name for name in dict.fromkeys(r.name for r in by_layer) if name not in stated and not name.startswith("p_")]
     means = [_mean_over_layers(name, by_layer) for name in unstated]
-    return [*layered, *means, *_last_layer(by_layer), *_whole_model(run)]
+    return [*layered, *means, *_last_layer(by_layer), *whole_model]
 
 
 def _rows(run: Path, name: str) -> list[dict[str, Any]]:
@@ -164,6 +179,8 @@ def _routed(run: Path) -> Iterator[Response]:
 
 def _whole_model(run: Path) -> Iterator[Response]:
     rows = {row["ranking"]: row for row in _rows(run, "pruning.csv")}
+    if not rows:  # a streamed model
+        return
     reap = rows["reap"]
     yield Response(ALL_LAYERS, "prune_reap", reap["rise"], reap["rise_low"], reap["rise_high"])
     yield Response(ALL_LAYERS, "prune_random", reap["random_rise"])
@@ -174,7 +191,7 @@ def _last_layer(responses: Sequence[Response]) -> Iterator[Response]:
     """The last layer less the mean of the others: of the control, and of how large and how costly removals are."""
     for name, label in (("d_control", "control_d"), ("log_mean_abs_delta", "log_delta"), ("log_mean_kl", "log_kl")):
         values = {int(r.layer): r.value for r in responses if r.name == name}
-        last = max(values)
+        last = max(values, default=-1)
         others = [value for layer, value in values.items() if layer != last]
         if others:
             yield Response(ALL_LAYERS, f"last_layer_{label}", values[last] - float(np.mean(others)))
@@ -199,8 +216,3 @@ def wide_rows(responses: Sequence[Response], **identity: Any) -> list[dict[str, 
     layers = sorted({response.layer for response in responses}, key=lambda layer: -1 if layer == ALL_LAYERS else int(layer))
     value = {(response.layer, response.name): response.value for response in responses}
     return [identity | {"layer": layer} | {name: value.get((layer, name), np.nan) for name in names} for layer in layers]
-
-
-def responses_table(responses: Sequence[Response]) -> pa.Table:
-    """One row per layer and response, with document intervals."""
-    return pa.table({name: [getattr(r, name) for r in responses] for name in Response._fields})

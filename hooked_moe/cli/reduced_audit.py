@@ -15,7 +15,7 @@ import torch
 
 from hooked_moe.analysis.cells import sample_positions
 from hooked_moe.analysis.pruning_orders import PruningOrders, random_ranking
-from hooked_moe.analysis.pruning_table import MeasuredLosses, pruning_table
+from hooked_moe.analysis.pruning_table import PRUNING, MeasuredLosses, pruning_table
 from hooked_moe.analysis.run import analyse_run
 from hooked_moe.cli.options import SEED, first_documents
 from hooked_moe.corpus import load_corpus
@@ -50,7 +50,8 @@ def reduced_audit(model: Transformer, form: AuditForm, results: Path, name: str)
     """Measure and analyse a model, unless that has been done; returns the run's directory.
 
     Beside the tables of `hooked-moe audit` there are progressive.csv (in random order), pruning.csv (REAP and random masks,
-    learned from the even documents, measured on the odd ones) and routed_parts.csv. Raises what `open_measurement` raises.
+    learned from the even documents, measured on the odd ones; empty for a streamed model) and routed_parts.csv. Raises what
+    `open_measurement` raises.
     """
     corpus = first_documents(load_corpus(form.corpus), form.documents)
     tokenized = TokenizedCorpus(model, corpus, min(model.cfg.n_ctx, 512), form.tokens)
@@ -70,7 +71,8 @@ def _measure(run: Run, form: AuditForm) -> None:
         run.directory, n_experts=run.model.cfg.num_experts, layers=run.layers, n_positions=min(200, len(valid)), seed=SEED
     )
     write_csv_atomic(routed_parts(run.model, run.tokenized, run.layers), run.directory / "routed_parts.csv")
-    write_csv_atomic(_prunings(run, form), run.directory / "pruning.csv")
+    pruned = PRUNING.empty_table() if run.model.streams else _prunings(run, form)  # pruning takes all weights in memory
+    write_csv_atomic(pruned, run.directory / "pruning.csv")
 
 
 def _prunings(run: Run, form: AuditForm) -> pa.Table:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from hooked_moe.cli import study_grafts
+from hooked_moe.cli import study_checkpoints, study_factors, study_grafts
 from hooked_moe.cli.console import parser_of, run_command
 
-STUDIES: dict[str, ModuleType] = {"grafts": study_grafts}
+STUDIES: dict[str, ModuleType] = {"grafts": study_grafts, "checkpoints": study_checkpoints, "factors": study_factors}
 
 
 def main(arguments: list[str] | None = None) -> int:

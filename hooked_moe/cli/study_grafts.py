@@ -5,8 +5,9 @@
     hooked-moe study grafts --a olmoe --a-revision step1200000-tokens5033B --b olmoe --readout loss --stream --documents 20
 
 Every graft is `a` with parts of `b`, or the other way round: suffixes, prefixes and single layers, every part, every part of
-every layer. Written to --out: grafts.csv, shapley_layers.csv and shapley_parts.csv (exact, all coalitions), reinitialised.csv (the
-null: the same parts of `a` new), seeds.csv (the floor: with --floor, grafts from an independent training), report.html, figures/.
+every layer. Written to --out: grafts.csv, shapley_layers.csv and shapley_parts.csv (exact, all coalitions), reinitialised.csv
+(the null: the same parts of `b` new), seeds.csv (the floor: with --floor, grafts from an independent training), report.html and
+figures/.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _finish(args: argparse.Namespace, a: Any, b: HookedMoE | None) -> Path:
         for players in ("layers", "parts"):
             tables[f"shapley_{players}.csv"] = coalition_shares(a, b, readout, players, progress=True)
     if b is not None:
-        tables["reinitialised.csv"] = graft_sweep(a, untrained(a), readout, NULL_SWEEPS, ["a<-b"], progress=True)
+        tables["reinitialised.csv"] = graft_sweep(b, untrained(b), readout, NULL_SWEEPS, ["a<-b"], progress=True)
         if args.floor:
             other = HookedMoE.from_pretrained(args.floor)
             other = align_experts(a, other) if args.match_experts else other

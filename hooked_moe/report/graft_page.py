@@ -56,6 +56,9 @@ def _opening(grafts: pa.Table, study: Mapping[str, Any]) -> Iterator[Block]:
             f"{_named(necessary)}, {_share(necessary)} of it is gone. Intervals are over documents or subjects, for this pair of "
             "trainings: another pair from other seeds may differ by more.",
         )
+        routers = {row["direction"]: row for row in parts if row["parts"] == "router"}
+        if len(routers) == 2:
+            yield Paragraph(f"Routers alone carry {_share(routers['a<-b'])}; without b's, {_share(routers['b<-a'])} is lost.")
     for end in _ENDS:
         if end in study["ends"]:
             yield Paragraph(f"{study['models'][end]}. {study['ends'][end]}.", strong=f"{end}:")
@@ -92,16 +95,16 @@ def _sections(grafts: pa.Table, optional: Mapping[str, pa.Table], figures: Path)
 
 
 _READING = (
-    "a<-b is a with parts of b, and its share what of the difference they carry: (value - a) / (b - a). b<-a is b with parts of a, "
-    "and its share what is lost: (b - value) / (b - a). The interaction is the first less the second: 0 where parts add up, above 0 "
-    "where others can stand in for them, below 0 where they need others."
+    "a<-b is a with parts of b, and its share what of the difference they carry: (value - a) / (b - a). b<-a is b with parts of "
+    "a, and its share what is lost: (b - value) / (b - a). The interaction is the first less the second: 0 where parts add up, "
+    "above 0 where others can stand in for them, below 0 where they need others."
 )
 _NULLS = (
     (
         "reinitialised",
         "The null: the same parts new",
-        "a with the part newly initialised instead of taken from b (Zhang, Bengio & Singer 2019): what the part is worth at all. "
-        "A layer that costs little here is one that nothing could be seen in.",
+        "b with the part newly initialised (Zhang, Bengio & Singer 2019): what the part is worth to b at all. Where this costs "
+        "much and the graft little, the part matters, and is the same in both trainings.",
     ),
     (
         "seeds",
@@ -138,8 +141,8 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 def _shapley_blocks(optional: Mapping[str, pa.Table]) -> Iterator[Block]:
     yield Paragraph(
-        "The mean over all orders of what each adds when it is taken from b (Shapley; these sum to 100%), and over all coalitions "
-        "of the others (Banzhaf). First and last: what it carries alone, and what is lost without it alone."
+        "The mean over all orders of what each adds when it is taken from b (Shapley; these sum to 100%), and over all "
+        "coalitions of the others (Banzhaf). First and last: what it carries alone, and what is lost without it alone."
     )
     columns = ("player", "Shapley", "95% interval", "Banzhaf", "first", "last")
     for name in ("shapley_layers", "shapley_parts"):

@@ -11,6 +11,7 @@ from hooked_moe.tables.files import (
     write_text_atomic,
 )
 from hooked_moe.tables.schemas import (
+    CHECKPOINTS,
     COALITION_SHARES,
     COMPARISONS,
     DOCUMENTS,
@@ -30,6 +31,7 @@ from hooked_moe.tables.schemas import (
 )
 
 __all__ = [
+    "CHECKPOINTS",
     "COALITION_SHARES",
     "COMPARISONS",
     "DOCUMENTS",

@@ -187,6 +187,15 @@ COALITION_SHARES = _schema(
     ("first", pa.float64(), "1", "the share that it carries alone"),
     ("last", pa.float64(), "1", "the share that is lost without it alone"),
 )
+CHECKPOINTS = _schema(
+    ("checkpoint", pa.string(), "name", "revision or directory"),
+    ("step", pa.int64(), "steps", "of its training"),
+    ("layer", pa.string(), "text", "transformer block, counted from 0, or all"),
+    ("name", pa.string(), "name", "the response, as in hooked_moe.analysis.responses"),
+    ("value", pa.float64(), "response", "of this checkpoint"),
+    ("low", pa.float64(), "response", "lower end of its 95% interval over documents; NaN where it has none"),
+    ("high", pa.float64(), "response", "upper end"),
+)
 ROUTED_PARTS = _schema(
     _DOCUMENT,
     _LAYER,
