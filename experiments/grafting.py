@@ -5,7 +5,12 @@ The same as `hooked-moe study grafts`; `--help` lists its options.
 
 import sys
 
-from hooked_moe.cli.study import main
+from hooked_moe.cli.study import main as study
+
+
+def main() -> int:
+    return study(["grafts", *sys.argv[1:]])
+
 
 if __name__ == "__main__":
-    sys.exit(main(["grafts", *sys.argv[1:]]))
+    sys.exit(main())

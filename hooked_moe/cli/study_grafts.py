@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -33,6 +33,7 @@ from hooked_moe.tables import write_csv_atomic, write_json_atomic
 from hooked_moe.transformer import Transformer
 
 NULL_SWEEPS = ("single", "part")
+PLAYERS: tuple[Literal["layers", "parts"], ...] = ("layers", "parts")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +73,7 @@ def _finish(args: argparse.Namespace, a: Any, b: HookedMoE | None) -> Path:
     readout, describe = _readout(args, first)
     tables: dict[str, pa.Table] = {"grafts.csv": graft_sweep(a, b, readout, args.sweeps, progress=True)}
     if not args.no_shapley:
-        for players in ("layers", "parts"):
+        for players in PLAYERS:
             tables[f"shapley_{players}.csv"] = coalition_shares(a, b, readout, players, progress=True)
     if b is not None:
         tables["reinitialised.csv"] = graft_sweep(b, untrained(b), readout, NULL_SWEEPS, ["a<-b"], progress=True)
