@@ -8,7 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from hooked_moe.report.figures.drawing import BLUE, NARROW, VERMILLION, WIDE, Drawing, line_with_band, rows_where, zero_line
+from hooked_moe.report.figures.drawing import (
+    BLUE,
+    LEGEND_BELOW,
+    NARROW,
+    VERMILLION,
+    WIDE,
+    Drawing,
+    line_with_band,
+    rows_where,
+    zero_line,
+)
 
 PANELS = {
     "held_out_loss": "held-out loss (nats)",
@@ -40,8 +50,8 @@ def checkpoint_curves(responses: pa.Table) -> Drawing:
     return Drawing(
         "checkpoints",
         "How an audit's numbers grow with training",
-        "Every point is an audit of one checkpoint. Blue: all layers. Red: the last. Bands are 95% intervals over documents, of "
-        "that checkpoint: they do not say how much another training would differ.",
+        "Every point is an audit of one checkpoint, in order. Blue: all layers. Red: the last. Bands are 95% intervals over "
+        "documents, of that checkpoint: they do not say how much another training would differ.",
         pa.Table.from_pylist(rows),
         draw_checkpoint_curves,
     )
@@ -51,12 +61,14 @@ def draw_checkpoint_curves(numbers: pa.Table, narrow: bool) -> Figure:
     present = [name for name in PANELS if name in set(numbers["name"].to_pylist())]
     columns = 1 if narrow else 2
     rows = -(-len(present) // columns)
-    figure = Figure(figsize=(NARROW if narrow else WIDE, 1.7 * rows), layout=ConstrainedLayoutEngine(h_pad=0.06))
+    figure = Figure(figsize=(NARROW if narrow else WIDE, 1.7 * rows + 0.3), layout=ConstrainedLayoutEngine(h_pad=0.06))
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, name in zip(panels, present, strict=False):
         _draw_panel(axes, numbers, name)
     for axes in panels[len(present) :]:
         axes.set_visible(False)
+    handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), ncols=2, **LEGEND_BELOW)
     return figure
 
 
