@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.support.training_state import load_state, save_state
 from hooked_moe import HookedMoE, HookedMoEConfig, HookPoint
 from hooked_moe.components.moe import MoE
 from hooked_moe.config import YarnScaling
@@ -96,6 +95,10 @@ ARCHITECTURES = {
 """Each as its family's published models are, down to the long-context scaling of DeepSeek-V2-Lite's positions."""
 
 
+RESTART_STEPS = 20
+"""A new optimiser knows no second moments yet, and its first steps are as long as the learning rate."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How the shipped models were trained. A step is `batch` windows of `n_ctx` tokens."""
@@ -114,9 +117,16 @@ class Recipe:
     expert_out_scale: float = 3.0
     """Initial scale of the experts' down projections: at 1 the routed experts stay weak for most of a short training."""
     seed: int = 0
+    first_step: int = 0
+    """The steps another model made before (upcycling): schedule and text continue there, after a warm-up of `RESTART_STEPS`."""
 
     def rate(self, step: int) -> float:
         """Learning rate as a share of the peak: linear warm-up, constant, linear to `final_rate`."""
+        since_start = step - self.first_step + 1
+        restart = min(1.0, since_start / RESTART_STEPS) if self.first_step else 1.0
+        return restart * self._scheduled(step)
+
+    def _scheduled(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         decay_from = self.constant_until * self.steps
@@ -199,44 +209,32 @@ def optimiser(model: HookedMoE, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def save_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW, step: int) -> None:
-    """Weights, both moments and the step in one safetensors file, renamed into place."""
-    state = {}
-    for name, parameter in model.named_parameters():
-        state[f"weight/{name}"] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[f"{moment}/{name}"] = optim.state[parameter][moment]
-    temporary = path.with_suffix(".tmp")
-    save_file(state, temporary, metadata={"step": str(step)})
-    temporary.replace(path)
+def train(
+    cfg: HookedMoEConfig,
+    recipe: Recipe,
+    tokens: np.ndarray,
+    out: Path,
+    save_every: int,
+    start: HookedMoE | None = None,
+    stop_at: int | None = None,
+) -> HookedMoE:
+    """Train by the recipe, from the last saved state if there is one; writes `log.csv` and `state.safetensors` to `out`.
 
-
-def load_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW) -> int:
-    """The inverse of `save_state`; returns the number of steps done."""
-    state = load_file(path)
-    with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state[f"weight/{name}"])
-            moments = {moment: state[f"{moment}/{name}"].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
-            optim.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-    return step
-
-
-def train(cfg: HookedMoEConfig, recipe: Recipe, tokens: np.ndarray, out: Path, save_every: int) -> HookedMoE:
-    """Train by the recipe, from the last saved state if there is one; writes `log.csv` and `state.safetensors` to `out`."""
+    `start` is the model to train further, in place; by default a new one. `stop_at` ends the training before that step of the
+    recipe's schedule; by default it runs to the end.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    model, losses = new_model(cfg, recipe), RouterLosses(cfg)
+    model, losses = start or new_model(cfg, recipe), RouterLosses(cfg)
     optim = optimiser(model, recipe)
     state = out / "state.safetensors"
-    done = load_state(state, model, optim) if state.exists() else 0
-    if not done:
+    done = load_state(state, model, optim) if state.exists() else recipe.first_step
+    if not state.exists():
         (out / "log.csv").write_text("step,loss,router_loss,dead_experts,max_load,tokens_per_second\n")
     source = batches(tokens, recipe)
     for _ in range(done):
         next(source)
-    progress = tqdm(range(done, recipe.steps), initial=done, total=recipe.steps, desc=cfg.model_name, mininterval=10)
+    end = recipe.steps if stop_at is None else stop_at
+    progress = tqdm(range(done, end), initial=done, total=end, desc=cfg.model_name, mininterval=10)
     started, smooth = time.perf_counter(), None
     with model.hooks(fwd_hooks=losses.hooks()):
         for step in progress:
@@ -251,14 +249,14 @@ def train(cfg: HookedMoEConfig, recipe: Recipe, tokens: np.ndarray, out: Path, s
                 group["lr"] = recipe.learning_rate * recipe.rate(step)
             optim.step()
             smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-            if (step + 1) % 20 == 0 or step + 1 == recipe.steps:
+            if (step + 1) % 20 == 0 or step + 1 == end:
                 speed = (step + 1 - done) * window[:, 1:].numel() / (time.perf_counter() - started)
                 load = losses.counts / losses.counts.mean(-1, keepdim=True)
                 progress.set_postfix(loss=f"{smooth:.3f}", refresh=False)
                 dead = int((load == 0).sum())
                 with open(out / "log.csv", "a") as log:
                     log.write(f"{step + 1},{smooth:.4f},{router_loss.item():.4f},{dead},{load.max():.2f},{speed:.0f}\n")
-            if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
+            if (step + 1) % save_every == 0 or step + 1 == end:
                 save_state(state, model, optim, step + 1)
     return model
 

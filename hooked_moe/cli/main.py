@@ -20,6 +20,7 @@ COMMANDS = {
     "redistribution": "compare each expert's contribution with the rest of the routed sum",
     "prune": "remove experts for good by every ranking, and compare the cost with what the effect table predicted",
     "trace": "find the experts that carry facts: corrupt a prompt's subject, and restore one expert at a time",
+    "study": "compare models of one architecture: grafts between trainings, checkpoints, training factors",
     "compare": "put measured runs beside the tables of arXiv 2606.10703",
     "paper": "run every experiment of the paper, as defined and as released, on the shipped models",
     "verify": "check a checkpoint: its tensors, its logits, and agreement with transformers",

@@ -68,23 +68,35 @@ def from_pretrained(
     directory, location, commit = find(name, revision, cache_dir, local_files_only)
     conversion, cfg = read_config(directory / "config.json")
     cfg = cfg.replace(model_name=location.model_name, revision=commit, dtype=dtype)
-    model = model_class(cfg.replace(device=torch.device("meta")), read_tokenizer(directory, cfg))
-    checkpoint = Checkpoint(directory)
-    plan = plan_copies(model, conversion, checkpoint)
+    model = build_model(model_class, cfg, read_tokenizer(directory, cfg), Checkpoint(directory), target, stream)
+    if adapter is not None:
+        merge_adapter(model, conversion, adapter)
+        model.cfg = model.cfg.replace(model_name=f"{model.cfg.model_name}+{Path(adapter).resolve().name}")
+    return model.eval()
+
+
+def build_model(
+    model_class: type[Model],
+    cfg: HookedMoEConfig,
+    tokenizer: Tokenizer | None,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    stream: bool,
+) -> Model:
+    """A model of this configuration with the weights of a checkpoint, or with a promise of them (`stream`)."""
+    model = model_class(cfg.replace(device=torch.device("meta")), tokenizer)
+    plan = plan_copies(model, conversion_for(cfg.model_type, str(checkpoint.directory)), checkpoint)
     if stream:
         blocks = list(model.blocks)
         model.blocks = cast(Sequence[Block], nn.ModuleList())  # set aside while the rest is loaded
         rest = {name: slot for name, slot in plan.copied.items() if not slot.parameter.startswith("blocks.")}
-        allocate(model, target)
+        allocate(model, device)
         copy_weights(model, checkpoint, CopyPlan(rest, plan.repeated))
         model.requires_grad_(False)
-        model.blocks = cast(Sequence[Block], StreamedBlocks(blocks, checkpoint, plan.copied, target))
+        model.blocks = cast(Sequence[Block], StreamedBlocks(blocks, checkpoint, plan.copied, device))
     else:
-        allocate(model, target)
+        allocate(model, device)
         copy_weights(model, checkpoint, plan)
-    if adapter is not None:
-        merge_adapter(model, conversion, adapter)
-        model.cfg = model.cfg.replace(model_name=f"{model.cfg.model_name}+{Path(adapter).resolve().name}")
     return model.eval()
 
 

@@ -13,16 +13,20 @@ from hooked_moe.tables.files import (
 from hooked_moe.tables.grid_result import Axis, Column, GridResult
 from hooked_moe.tables.result import Result
 from hooked_moe.tables.schemas import (
+    CHECKPOINTS,
+    COALITION_SHARES,
     COMPARISONS,
     DOCUMENTS,
     EFFECTS,
     EFFECTS_SEQUENCE,
     EXPERT_WEIGHTS,
+    GRAFTS,
     PROGRESSIVE,
     RELEASED_EXPERTS,
     RELEASED_PROGRESSIVE,
     RELEASED_REDISTRIBUTION,
     REMOVAL_ORDERS,
+    ROUTED_PARTS,
     ROUTING,
     TOKENS,
     schema_of,
@@ -30,16 +34,20 @@ from hooked_moe.tables.schemas import (
 )
 
 __all__ = [
+    "CHECKPOINTS",
+    "COALITION_SHARES",
     "COMPARISONS",
     "DOCUMENTS",
     "EFFECTS",
     "EFFECTS_SEQUENCE",
     "EXPERT_WEIGHTS",
+    "GRAFTS",
     "PROGRESSIVE",
     "RELEASED_EXPERTS",
     "RELEASED_PROGRESSIVE",
     "RELEASED_REDISTRIBUTION",
     "REMOVAL_ORDERS",
+    "ROUTED_PARTS",
     "ROUTING",
     "TOKENS",
     "Axis",
