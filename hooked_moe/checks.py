@@ -1,12 +1,47 @@
-"""Checks of what users give: whole numbers, from Python, numpy or torch, and names that have to exist."""
+"""Checks of what users and files give: whole numbers, ranges, names that have to exist; and how a value is shown in a message."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import operator
+import reprlib
 from collections.abc import Iterable
 from typing import Any
+
+SHOWN = 200
+"""How many characters of a value a message shows at most."""
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = SHOWN - 40
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 12
+
+
+def quoted(value: object) -> str:
+    """A value from a file or a command line as a message shows it: as Python writes it, short, and without control characters.
+
+    What others wrote may be a megabyte long, nested without end, or hold signs that a terminal obeys.
+
+    >>> quoted("a\\x1b[2J"), quoted(3), len(quoted("a" * 10**6))
+    ("'a\\\\x1b[2J'", '3', 160)
+    """
+    try:
+        return _cut(_BRIEF.repr(value))
+    except ValueError:  # Python does not write out whole numbers of more than some thousand digits
+        return f"a {type(value).__name__} of too many digits to show"
+
+
+def printable(text: object, most: int = SHOWN) -> str:
+    """A name from a file, or what a library says of one, as `quoted` shows it but for the quotes; newlines stay.
+
+    >>> printable("model.norm.weight"), printable("a\\x1b[2J")
+    ('model.norm.weight', 'a\\\\x1b[2J')
+    """
+    kept = str(text)[: most + 1]
+    return _cut("".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in kept), most)
+
+
+def _cut(text: str, most: int = SHOWN) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def as_int_or_none(value: Any) -> int | None:
@@ -40,3 +75,11 @@ def require_defaults(options: Any, *names: str) -> None:
         value = getattr(options, field.name)
         if field.name in names and value != field.default:
             raise ValueError(f"{field.name}={value!r} is not implemented yet: only {field.name}={field.default!r} is")
+
+
+def require_between(options: Any, low: int | float, high: int | float, *names: str) -> None:
+    """Raise `ValueError` where a field of a dataclass is neither None nor a number from `low` to `high`: nan is none."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} must be a number from {low:g} to {high:g}, not {quoted(value)}")

@@ -13,7 +13,10 @@ from typing import Literal
 
 import torch
 
-from hooked_moe.checks import require_defaults
+from hooked_moe.checks import quoted, require_between, require_defaults
+
+MOST = {"n_layers": 4_096, "num_experts": 16_384}
+"""More than any model has. Every layer and every expert takes objects of its own, before there is a weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class YarnScaling:
     `m(mscale_all_dim)^2`, where m(x) = 0.1 x ln(factor) + 1. The defaults are YaRN's own: all of it in the rotations."""
 
     def __post_init__(self) -> None:
+        require_between(self, 0, 1e9, "factor", "original_ctx", "beta_fast", "mscale", "mscale_all_dim")
         if self.factor < 1 or self.original_ctx < 1 or self.beta_fast <= self.beta_slow or self.beta_slow <= 0:
             raise ValueError(f"factor and original_ctx must be at least 1, and beta_fast > beta_slow > 0, not as in {self}")
 
@@ -144,9 +148,11 @@ class HookedMoEConfig:
         optional = ("kv_lora_rank", "q_lora_rank", "d_rotary", "d_value", "d_shared", "d_mlp")
         routing = ("num_experts", "experts_per_token", "d_expert", "n_expert_groups", "groups_per_token")
         for name in (*sizes, *routing, *(name for name in optional if getattr(self, name) is not None)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+            value, most = getattr(self, name), MOST.get(name, 2**31 - 1)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{name} must be a positive whole number, not {quoted(value)}; {most:,} at most")
+        require_between(self, 0, 1e6, "eps", "initializer_range", "routed_scaling_factor", "clip_qkv")
+        require_between(self, 2, 1e15, "rotary_base")
         require_defaults(self, "router_score", "selection_bias", "group_score", "attention_sink", "sliding_window")
         self._check_attention()
         self._check_experts()

@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_moe.checks import quoted
+from hooked_moe.tokenizer_file import named_failures, read_backend
+
 
 class Tokenizer:
     """A `tokenizers` tokenizer with the special ids of its model.
@@ -41,12 +44,8 @@ class Tokenizer:
         pad_id: int | None = None,
         adds_bos: bool | None = None,
     ) -> Tokenizer:
-        """Raises `ValueError` if the file is not a tokenizer."""
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{Path(path)} is not a readable tokenizer.json: {error}") from error
-        return cls(backend, bos_id, eos_id, pad_id, adds_bos)
+        """Raises `ValueError` if the file is not a tokenizer, or one that cannot be used."""
+        return cls(read_backend(Path(path)), bos_id, eos_id, pad_id, adds_bos)
 
     @property
     def vocab_size(self) -> int:
@@ -55,7 +54,8 @@ class Tokenizer:
     def encode(self, text: str, prepend_bos: bool | None = None) -> list[int]:
         """Token ids; `prepend_bos=None` does as the checkpoint does."""
         prepend_bos = self.adds_bos if prepend_bos is None else prepend_bos
-        ids: list[int] = self.backend.encode(text, add_special_tokens=prepend_bos is None).ids
+        with named_failures(f"the tokenizer cannot encode {quoted(text)}"):
+            ids: list[int] = self.backend.encode(text, add_special_tokens=prepend_bos is None).ids
         if prepend_bos:
             if self.bos_id is None:
                 raise ValueError("this model has no BOS token; use prepend_bos=False or None")
@@ -64,7 +64,8 @@ class Tokenizer:
 
     def decode(self, ids: list[int], special: bool = True) -> str:
         """The text of token ids, with or without special tokens."""
-        return self.backend.decode(ids, skip_special_tokens=not special)
+        with named_failures("the tokenizer cannot decode these tokens"):
+            return self.backend.decode(ids, skip_special_tokens=not special)
 
     def pad(
         self, texts: list[str], device: torch.device, prepend_bos: bool | None = None, side: Literal["left", "right"] = "right"

@@ -70,7 +70,7 @@ def read_all(
     hf.refuse_unsupported(sliding_window_switch)
     n_heads = hf.integer("num_attention_heads")
     return hf.rotary(rotary_base, split_temperature) | {
-        "n_layers": hf.integer("num_hidden_layers"),
+        "n_layers": hf.layers(),
         "d_model": hf.integer("hidden_size"),
         "d_vocab": hf.integer("vocab_size"),
         "n_ctx": hf.integer("max_position_embeddings", default=n_ctx),
@@ -126,8 +126,8 @@ def head_width(hf: HFConfig) -> int:
 
 def read_qwen(hf: HFConfig) -> dict[str, Any]:
     """What Qwen's configs state alike: the experts, and which layers are dense."""
-    n_layers, step = hf.integer("num_hidden_layers"), hf.integer("decoder_sparse_step", default=1)
-    only: list[int] = hf.integers("mlp_only_layers", default=[])
+    n_layers, step = hf.layers(), hf.integer("decoder_sparse_step", default=1)
+    only = set(hf.integers("mlp_only_layers", default=[]))
     if step < 1:
         raise hf.error(f"decoder_sparse_step must be at least 1, not {step}")
     dense = tuple(layer for layer in range(n_layers) if layer in only or (layer + 1) % step)

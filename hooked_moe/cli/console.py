@@ -6,15 +6,30 @@ import argparse
 import io
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from hooked_moe.checks import printable
+
+MOST_OF_AN_ERROR = 20_000
+"""Characters; a list of what does not fit may be long."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers what `argparse` itself stumbles over: it takes the value in `--option=--` for the end of the options."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else list(args)
+        for argument in args:
+            if argument.startswith("--") and argument.endswith("=--"):
+                self.error(f"{printable(argument[:-3])}: there is no value after the =")
+        return super().parse_known_args(args, namespace)
 
 
 def parser_of(command: str, description: str | None) -> argparse.ArgumentParser:
     """A parser that shows the docstring of the command's module, examples included, as it stands."""
-    return argparse.ArgumentParser(
-        prog=f"hooked-moe {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return Parser(prog=f"hooked-moe {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def run_command(work: Callable[[argparse.Namespace], object], args: argparse.Namespace, resumes: bool = True) -> int:
@@ -25,7 +40,7 @@ def run_command(work: Callable[[argparse.Namespace], object], args: argparse.Nam
     try:
         result = work(args)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, MOST_OF_AN_ERROR)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted" + ("; the same command resumes from here" if resumes else ""), file=sys.stderr)

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from hooked_moe.analysis.cells import sample_positions
+from hooked_moe.checks import printable, quoted
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.corpus import Corpus
+from hooked_moe.counterfactuals.engine.memory import parse_bytes
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 
@@ -46,11 +48,29 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep one block of the model in memory at a time, for models larger than memory; residuals wait on disk",
     )
-    parser.add_argument("--memory", metavar="BYTES", help="bound the memory beside the model's weights, as in 4GB")
+    parser.add_argument("--memory", type=_memory, metavar="BYTES", help="bound the memory beside the model's weights, as in 4GB")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--revision", help="commit or branch of the model on the hub")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where results go (default: %(default)s)")
+    parser.add_argument("--results", type=_path, default=Path("results"), help="where results go (default: %(default)s)")
     parser.add_argument("--run", help="name of the run (default: from its settings, so that the same settings find it again)")
+
+
+def _memory(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not the name of a directory")
+    return Path(text)
+
+
+def as_count(text: str) -> int | None:
+    """The number that some digits are; None for anything else, and for more digits than any count here can have."""
+    return int(text) if text.isdecimal() and len(text) <= 15 else None
 
 
 def first_documents(corpus: Corpus, n: int | None) -> Corpus:
@@ -63,8 +83,8 @@ def first_documents(corpus: Corpus, n: int | None) -> Corpus:
 
 
 def check_run_name(name: str | None) -> None:
-    if name is not None and (name == ".." or Path(name).name != name or not name):
-        raise ValueError(f"--run {name!r}: give a plain name; it becomes a directory under --results")
+    if name is not None and (name == ".." or Path(name).name != name or not name or not name.isprintable()):
+        raise ValueError(f"--run {quoted(name)}: give a plain name; it becomes a directory under --results")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -73,9 +93,9 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:  # PyTorch raises either, according to how it was built
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name!r} cannot be used here ({reason}); leave it out, or give cpu") from error
+    except (RuntimeError, AssertionError, ImportError) as error:  # PyTorch raises any, according to how it was built
+        reason = printable(str(error).splitlines()[0])
+        raise ValueError(f"--device {quoted(name)} cannot be used here ({reason}); leave it out, or give cpu") from error
     return torch.device(name)
 
 
@@ -83,10 +103,10 @@ def parse_layers(text: str, cfg: HookedMoEConfig) -> tuple[int, ...]:
     """The layers to measure; "all" means all that have experts."""
     if text == "all":
         return tuple(cfg.moe_layers)
-    try:
-        layers = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise ValueError(f"--layers {text!r}: give numbers separated by commas, as in 0,4,7, or all") from None
+    numbers = [as_count(part.strip()) for part in text.split(",")]
+    layers = sorted({layer for layer in numbers if layer is not None})
+    if None in numbers:
+        raise ValueError(f"--layers {quoted(text)}: give numbers separated by commas, as in 0,4,7, or all")
     for layer in layers:
         if not 0 <= layer < cfg.n_layers:
             raise ValueError(f"--layers: layer {layer} is out of range; the model has layers 0 to {cfg.n_layers - 1}")
@@ -99,17 +119,19 @@ def parse_tokens(text: str) -> int | None:
     """How many tokens of each document to read; None for all."""
     if text == "all":
         return None
-    if not text.isdecimal() or int(text) < MINIMUM_TOKENS:
-        raise ValueError(f"--tokens {text!r}: give all, or a number of tokens from {MINIMUM_TOKENS}")
-    return int(text)
+    number = as_count(text)
+    if number is None or number < MINIMUM_TOKENS:
+        raise ValueError(f"--tokens {quoted(text)}: give all, or a number of tokens from {MINIMUM_TOKENS}")
+    return number
 
 
 def parse_sample(text: str, valid: list[tuple[int, int]]) -> DocumentPositions | None:
     """The positions to measure: None for all, or the paper's kind of sample, frozen by its seed."""
     if text == "all":
         return None
-    if not text.isdecimal() or not 3 <= int(text) <= len(valid):
+    number = as_count(text)
+    if number is None or not 3 <= number <= len(valid):
         raise ValueError(
-            f"--positions {text!r}: give all, or a number from 3 to {len(valid)}, the valid positions of this corpus"
+            f"--positions {quoted(text)}: give all, or a number from 3 to {len(valid)}, the valid positions of this corpus"
         )
-    return frozenset(valid[index] for index in sample_positions(len(valid), int(text), SEED))
+    return frozenset(valid[index] for index in sample_positions(len(valid), number, SEED))

@@ -19,7 +19,7 @@ import pyarrow as pa
 from hooked_moe.analysis.progressive import progressive_table
 from hooked_moe.cli.console import parser_of, run_command
 from hooked_moe.cli.measured_run import analyse, open_run
-from hooked_moe.cli.options import add_measurement_arguments, parse_sample
+from hooked_moe.cli.options import add_measurement_arguments, as_count, parse_sample
 from hooked_moe.cli.released_run import add_protocol_argument, open_released_run, released_positions
 from hooked_moe.paper.protocols import RELEASED
 from hooked_moe.tables import write_csv_atomic
@@ -42,7 +42,7 @@ def progressive(args: argparse.Namespace) -> Path:
     """Three orders at one token; returns the run's directory."""
     with open_run(args) as run:
         valid = run.tokenized.valid_positions()
-        positions = "all" if args.positions.isdecimal() and int(args.positions) >= len(valid) else args.positions
+        positions = "all" if (as_count(args.positions) or 0) >= len(valid) else args.positions
         run.require("progressive", parse_sample(positions, valid), memory_budget=args.memory)
         table = progressive_table(run.directory / "progressive.parquet")
         write_csv_atomic(table, run.directory / "progressive.csv")

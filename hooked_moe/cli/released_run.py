@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hooked_moe.cli.options import DTYPES, check_run_name, choose_device, first_documents, parse_layers
+from hooked_moe.checks import quoted
+from hooked_moe.cli.options import DTYPES, as_count, check_run_name, choose_device, first_documents, parse_layers
 from hooked_moe.corpus import load_corpus
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.pretrained import read_config
@@ -78,9 +79,10 @@ def released_positions(text: str, default: int = PAIRS) -> int:
     """How many positions a cell has: `default` for "all", for the released protocol samples."""
     if text == "all":
         return default
-    if not text.isdecimal() or int(text) < 3:
-        raise ValueError(f"--positions {text!r}: give a number from 3; the paper's is {default}")
-    return int(text)
+    number = as_count(text)
+    if number is None or number < 3:
+        raise ValueError(f"--positions {quoted(text)}: give a number from 3; the paper's is {default}")
+    return number
 
 
 def write_released_cells(run: ReleasedRun, n: int, *tables: pa.Table) -> list[ReleasedCell]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from hooked_moe.checks import quoted
+from hooked_moe.json_text import JsonError, parse_json
 from hooked_moe.loading.hub import download_file
 
 CORPUS_NAMES = ("held-out", "wikitext-2")
@@ -116,7 +117,7 @@ def tokenize_documents(
         kind = "two tokens" if bos is None else "a bos and two tokens"
         raise ValueError(f"n_ctx is {n_ctx}; a window has to hold {kind} to predict anything. Give a larger n_ctx.")
     encoded = [np.asarray(encode(document.text), dtype=np.int64) for document in documents]
-    short = [f"{d.id!r} ({len(ids)})" for d, ids in zip(documents, encoded, strict=True) if len(ids) < 2]
+    short = [f"{quoted(d.id)} ({len(ids)})" for d, ids in zip(documents, encoded, strict=True) if len(ids) < 2]
     if short:
         raise ValueError(f"Documents of fewer than two tokens have nothing to predict: {_listed(short)}. Leave them out.")
     return [
@@ -131,7 +132,7 @@ def _corpus(name: str, documents: Iterable[Document]) -> Corpus:
     documents = list(documents)
     if not documents:
         raise ValueError(f"Corpus {name!r} is empty: it has no text. Expected at least one document.")
-    repeated = [repr(key) for key, count in Counter(d.id for d in documents).items() if count > 1]
+    repeated = [quoted(key) for key, count in Counter(d.id for d in documents).items() if count > 1]
     if repeated:
         raise ValueError(f"Corpus {name!r} gives the same id to several documents: {_listed(repeated)}. Make ids unique.")
     text = f"\n{RECORD_SEPARATOR}\n".join(document.text for document in documents)
@@ -183,14 +184,14 @@ def _jsonl_documents(text: str, stem: str, source: str) -> Iterator[Document]:
             continue
         where = f"{source}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}. Expected an object.") from error
+            record = parse_json(line)
+        except JsonError as error:
+            raise ValueError(f"{where} is not JSON: {error}. Expected an object.") from error
         if not isinstance(record, dict) or "text" not in record:
-            contents = f"has the fields {list(record)}" if isinstance(record, dict) else f"holds {line.strip()[:40]!r}"
+            contents = f"has the fields {quoted(list(record))}" if isinstance(record, dict) else f"holds {line.strip()[:40]!r}"
             raise ValueError(f"{where} {contents}; expected an object with the document in a field 'text'.")
         if not isinstance(record["text"], str) or not record["text"].strip():
-            raise ValueError(f"{where}: 'text' is {record['text']!r}; expected text that is not empty. Remove the line.")
+            raise ValueError(f"{where}: 'text' is {quoted(record['text'])}; expected text that is not empty. Remove the line.")
         key = str(record.get("id", f"{stem}-{number}"))
         yield Document(key, str(record.get("domain", stem)), str(record.get("title", key)), record["text"])
 

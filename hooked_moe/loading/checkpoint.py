@@ -5,7 +5,6 @@ Only safetensors files are ever opened. Nothing is unpickled, and no file outsid
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hooked_moe.checks import printable, quoted
+from hooked_moe.json_text import JsonError, parse_json
 from weights_conversion.errors import CheckpointError, abbreviated
 
 SINGLE_FILE = "model.safetensors"
@@ -133,7 +134,7 @@ def opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file ({error}){_likely_cause(file)}") from error
+        raise CheckpointError(f"{file} is not a readable safetensors file ({printable(error)}){_likely_cause(file)}") from error
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -141,7 +142,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         names = list(handle.keys())
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        try:
+            header = parse_json(stream.read(length))  # which may be read differently only where a name stands twice
+        except JsonError as error:
+            raise CheckpointError(f"the header of {file} cannot be read: {error}; download the file again") from error
     entries = {name: header[name] for name in names}
     return {
         name: StoredTensor(file, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
@@ -152,8 +156,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; `CheckpointError` names a file that is none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = parse_json(file.read_bytes())
+    except (OSError, JsonError) as error:
         raise CheckpointError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} must hold a JSON object, not {type(values).__name__}")
@@ -167,13 +171,13 @@ def read_index(file: Path) -> dict[str, str]:
         raise CheckpointError(f"{file} has no weight_map from tensor names to shard files; download it again")
     unsafe = sorted({shard for shard in weight_map.values() if not _is_plain_name(shard)})
     if unsafe:
-        listed = abbreviated([repr(shard) for shard in unsafe])
+        listed = abbreviated([quoted(shard) for shard in unsafe])
         raise CheckpointError(f"{file} names shards that are not plain .safetensors file names, and is not followed:{listed}")
     return weight_map
 
 
 def _is_plain_name(shard: str) -> bool:
-    return shard.endswith(".safetensors") and not any(character in shard for character in "/\\:\0")
+    return shard.endswith(".safetensors") and shard.isprintable() and len(shard) < 200 and not set(shard) & set("/\\:")
 
 
 def _no_weights(directory: Path) -> str:

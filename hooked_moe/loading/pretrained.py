@@ -17,6 +17,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.loading.checkpoint import DTYPES, Checkpoint, all_finite, read_json
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.registry import locate
+from hooked_moe.loading.sizes import check_sizes
 from hooked_moe.loading.streaming import StreamedBlocks
 from hooked_moe.tokenizer import Tokenizer
 from hooked_moe.transformer import Transformer
@@ -67,8 +68,9 @@ def from_pretrained(
 
     conversion, cfg = read_config(directory / "config.json")
     cfg = cfg.replace(model_name=location.model_name, revision=commit, dtype=dtype)
-    model = model_class(cfg.replace(device=torch.device("meta")), read_tokenizer(directory, cfg))
     checkpoint = Checkpoint(directory)
+    check_sizes(cfg, conversion, checkpoint)
+    model = model_class(cfg.replace(device=torch.device("meta")), read_tokenizer(directory, cfg))
     plan = plan_copies(model, conversion, checkpoint)
     target = torch.device(device) if device is not None else torch.device("cpu")
     if stream:

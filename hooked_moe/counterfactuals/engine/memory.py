@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hooked_moe.checks import as_int_or_none
+from hooked_moe.checks import as_int_or_none, quoted
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.padding import Packed
@@ -22,12 +22,12 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 def parse_bytes(amount: int | str) -> int:
     """A number of bytes, or text such as "4GB" (10^9) or "512MiB" (2^20). Raises `ValueError` for anything else."""
     if isinstance(amount, str):
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", amount)
+        match = re.fullmatch(r"\s*([0-9]{0,30}\.?[0-9]{1,30})\s*([A-Za-z]*)\s*", amount)
         if match and match[2].upper() in _UNITS:
             amount = int(float(match[1]) * _UNITS[match[2].upper()])
     nbytes = as_int_or_none(amount)
     if nbytes is None or nbytes < 1:
-        raise ValueError(f"a memory budget is a number of bytes, or text such as '4GB' or '512MiB', not {amount!r}")
+        raise ValueError(f"a memory budget is a number of bytes, or text such as '4GB' or '512MiB', not {quoted(amount)}")
     return nbytes
 
 
