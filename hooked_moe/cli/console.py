@@ -6,7 +6,7 @@ import argparse
 import io
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -25,6 +25,9 @@ class Parser(argparse.ArgumentParser):
             if argument.startswith("--") and argument.endswith("=--"):
                 self.error(f"{printable(argument[:-3])}: there is no value after the =")
         return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message, MOST_OF_AN_ERROR))
 
 
 def parser_of(command: str, description: str | None) -> argparse.ArgumentParser:
