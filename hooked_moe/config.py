@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from hooked_moe.checks import require_defaults
+from hooked_moe.checks import require_defaults, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,8 @@ class HookedMoEConfig:
     """The hub commit the weights came from; None for local weights."""
     bos_token_id: int | None = None
     """Put before every text when the family's tokenizer does so; None where it does not."""
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    """The token that ends a text; several, where any of them does."""
     pad_token_id: int | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
@@ -144,9 +145,10 @@ class HookedMoEConfig:
         optional = ("kv_lora_rank", "q_lora_rank", "d_rotary", "d_value", "d_shared", "d_mlp")
         routing = ("num_experts", "experts_per_token", "d_expert", "n_expert_groups", "groups_per_token")
         for name in (*sizes, *routing, *(name for name in optional if getattr(self, name) is not None)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+            number = whole_number(getattr(self, name), name)
+            if number < 1:
+                raise ValueError(f"{name} must be a positive whole number, not {number}")
+            object.__setattr__(self, name, number)
         require_defaults(self, "router_score", "selection_bias", "group_score", "attention_sink", "sliding_window")
         self._check_attention()
         self._check_experts()
@@ -200,6 +202,12 @@ class HookedMoEConfig:
                 )
         if self.shared_gate and self.d_shared is None:
             raise ValueError("shared_gate needs shared experts: set d_shared")
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a text, each of them."""
+        ends = self.eos_token_id
+        return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
 
     def experts_in(self, layer: int) -> int:
         """Routed experts of a layer; 0 if it is dense."""

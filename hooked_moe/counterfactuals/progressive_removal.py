@@ -82,7 +82,7 @@ def _random_ranks(packed: Packed, layer: int, slots: int, seed: int) -> Int[Tens
     """A permutation of the slots at every measured position, the same whatever else is measured along with it."""
     rows = []
     for row, positions in zip(packed.rows.tolist(), packed.original_query_positions(), strict=True):
-        generator = torch.Generator().manual_seed(((seed * 1_000_003 + layer) * 1_000_003 + row) % (1 << 63))
-        ranks = torch.rand(packed.original_length, slots, generator=generator).argsort(-1).to(positions.device)
-        rows.append(ranks[positions.clamp(min=0)])
+        generator = torch.Generator("cpu").manual_seed(((seed * 1_000_003 + layer) * 1_000_003 + row) % (1 << 63))
+        ranks = torch.rand(packed.original_length, slots, generator=generator, dtype=torch.float32, device="cpu").argsort(-1)
+        rows.append(ranks.to(positions.device)[positions.clamp(min=0)])
     return torch.stack(rows)

@@ -71,6 +71,7 @@ class StreamedBlocks(nn.ModuleList):
         self._ahead = (following, self._reader.submit(self._read, following))
 
     @torch.no_grad()
+    @torch.inference_mode(False)
     def _read(self, layer: int) -> dict[str, Tensor]:
         """The parameters of a block, by their names in it."""
         block = cast(Block, self._modules[str(layer)])

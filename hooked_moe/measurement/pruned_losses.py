@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 
 from hooked_moe.checks import by_number, whole_numbers
+from hooked_moe.components.precision import without_autocast
 from hooked_moe.measurement.run_directory import digest
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.surgery import without_experts
@@ -79,6 +80,7 @@ class PrunedLosses:
             )
         return DocumentLosses(table["n_positions"].to_numpy(), table["loss"].to_numpy())
 
+    @without_autocast()
     def _measured(self) -> DocumentLosses:
         n, total = np.zeros(len(self.documents), np.int64), np.zeros(len(self.documents))
         for length, group in groupby(self._windows, key=lambda window: len(window[1])):
