@@ -1,4 +1,8 @@
-"""Checks of what users and files give: whole numbers, ranges, names that have to exist; and how a value is shown in a message."""
+"""Checks of what users and files give: whole numbers, ranges, names that have to exist; and how a value is shown in a message.
+
+Floats are never whole numbers, 3.0 as little as 2.5: half precision rounds numbers from 257 on, and what came out of arithmetic
+may be rounded already. Bools are none either; a bool array is a mask, where one is expected.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ import dataclasses
 import difflib
 import operator
 import reprlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 SHOWN = 200
 """How many characters of a value a message shows at most."""
@@ -53,6 +59,81 @@ def as_int_or_none(value: Any) -> int | None:
         return operator.index(value)
     except (TypeError, ValueError):
         return None
+
+
+class WrongTypeError(TypeError, ValueError):
+    """A value of another type than the one expected."""
+
+
+def whole_number(value: Any, what: str) -> int:
+    """The value as an int. Raises `WrongTypeError`, which calls it `what`, for anything but a whole number."""
+    number = as_int_or_none(value)
+    if number is None:
+        raise WrongTypeError(f"{what} must be a whole number, not {described(value)}")
+    return number
+
+
+def whole_numbers(values: Any, what: str, count: int | None = None) -> list[int]:
+    """Whole numbers as ints, from a list, set, range, generator, array or tensor of one axis, each read once.
+
+    With `count`, a bool array or tensor of that many entries is a mask: it stands for the numbers at which it is True. Raises
+    `WrongTypeError` for anything else, and `ValueError` for a mask of another length.
+
+        whole_numbers(torch.tensor([3, 17]), "experts")                        # [3, 17]
+        whole_numbers(np.array([True, False, True]), "experts", count=3)       # [0, 2]
+    """
+    if as_int_or_none(values) is not None:
+        raise WrongTypeError(f"{what} must be a list of whole numbers, as in [{values}], not the number {values}")
+    dtype, n_axes = getattr(values, "dtype", None), getattr(values, "ndim", 1)
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable) or n_axes != 1:
+        raise WrongTypeError(f"{what} must be a list of whole numbers, or an array of one axis, not {described(values)}")
+    items = list(values) if dtype is None or not hasattr(values, "tolist") else values.tolist()
+    if count is not None and str(dtype) in ("bool", "torch.bool"):
+        if len(items) != count:
+            raise ValueError(f"{what} given as a bool mask must have {count} entries, one for each there is, not {len(items)}")
+        return [number for number, chosen in enumerate(items) if chosen]
+    numbers = [as_int_or_none(item) for item in items]
+    if None in numbers:
+        raise WrongTypeError(f"{what} must be whole numbers, not {described(items[numbers.index(None)])}")
+    return [number for number in numbers if number is not None]
+
+
+def by_number(mapping: Mapping[Any, Value], what: str) -> dict[int, Value]:
+    """A mapping whose keys are ints. Raises `WrongTypeError` for other keys or no mapping, and `ValueError` for two that are one.
+
+    A tensor is never equal to an int as a key, whatever number it holds.
+    """
+    if not isinstance(mapping, Mapping):
+        raise WrongTypeError(f"expected a mapping, {{{what}: ...}}, not {described(mapping)}")
+    numbered: dict[int, Value] = {}
+    for key, value in mapping.items():
+        number = whole_number(key, f"a {what}")
+        if number in numbered:
+            raise ValueError(f"{what} {number} is there twice, as {type(key).__name__} too: give each once")
+        numbered[number] = value
+    return numbered
+
+
+def described(value: Any) -> str:
+    """A value as errors show it: in few words, whatever its size."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", ())
+    if dtype is not None and len(shape):
+        return f"{type(value).__name__} of {dtype} {list(shape)}"
+    return quoted(value)
+
+
+def in_list(values: Any, what: str, example: str) -> list[Any]:
+    """What an iterable holds, taken once.
+
+    Raises `WrongTypeError` for text, a mapping and what is no iterable, and `ValueError` for an iterator that yields nothing: it
+    may have been used up before.
+    """
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise WrongTypeError(f"{what} must be a list, as in {example}, not {described(values)}")
+    items = list(values)
+    if not items and isinstance(values, Iterator):
+        raise ValueError(f"{what} is an iterator that yields nothing, or was used up before: give a list, as in {example}")
+    return items
 
 
 class UnknownNameError(ValueError, KeyError):

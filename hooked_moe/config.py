@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from hooked_moe.checks import quoted, require_between, require_defaults
+from hooked_moe.checks import quoted, require_between, require_defaults, whole_number
 
 MOST = {"n_layers": 4_096, "num_experts": 16_384}
 """More than any model has. Every layer and every expert takes objects of its own, before there is a weight."""
@@ -138,7 +138,8 @@ class HookedMoEConfig:
     """The hub commit the weights came from; None for local weights."""
     bos_token_id: int | None = None
     """Put before every text when the family's tokenizer does so; None where it does not."""
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    """The token that ends a text; several, where any of them does."""
     pad_token_id: int | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
@@ -148,9 +149,10 @@ class HookedMoEConfig:
         optional = ("kv_lora_rank", "q_lora_rank", "d_rotary", "d_value", "d_shared", "d_mlp")
         routing = ("num_experts", "experts_per_token", "d_expert", "n_expert_groups", "groups_per_token")
         for name in (*sizes, *routing, *(name for name in optional if getattr(self, name) is not None)):
-            value, most = getattr(self, name), MOST.get(name, 2**31 - 1)
-            if not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"{name} must be a positive whole number, not {quoted(value)}; {most:,} at most")
+            number, most = whole_number(getattr(self, name), name), MOST.get(name, 2**31 - 1)
+            if not 1 <= number <= most:
+                raise ValueError(f"{name} must be a positive whole number, not {quoted(number)}; {most:,} at most")
+            object.__setattr__(self, name, number)
         require_between(self, 0, 1e6, "eps", "initializer_range", "routed_scaling_factor", "clip_qkv")
         require_between(self, 2, 1e15, "rotary_base")
         require_defaults(self, "router_score", "selection_bias", "group_score", "attention_sink", "sliding_window")
@@ -206,6 +208,12 @@ class HookedMoEConfig:
                 )
         if self.shared_gate and self.d_shared is None:
             raise ValueError("shared_gate needs shared experts: set d_shared")
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a text, each of them."""
+        ends = self.eos_token_id
+        return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
 
     def experts_in(self, layer: int) -> int:
         """Routed experts of a layer; 0 if it is dense."""

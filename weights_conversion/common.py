@@ -80,9 +80,9 @@ def read_all(
         "eps": hf.number("rms_norm_eps", default=eps),
         "tie_word_embeddings": hf.boolean("tie_word_embeddings", default=False),
         "initializer_range": hf.number("initializer_range", default=0.02),
-        "bos_token_id": hf.token_id("bos_token_id"),
-        "eos_token_id": hf.token_id("eos_token_id"),
-        "pad_token_id": hf.token_id("pad_token_id"),
+        "bos_token_id": hf.integer("bos_token_id", default=None),
+        "eos_token_id": hf.end_tokens("eos_token_id"),
+        "pad_token_id": hf.integer("pad_token_id", default=None),
     }
 
 
@@ -107,7 +107,7 @@ def write_all(cfg: HookedMoEConfig, architecture: str) -> dict[str, object]:
         "output_router_logits": False,
         "tie_word_embeddings": cfg.tie_word_embeddings,
         "bos_token_id": cfg.bos_token_id,
-        "eos_token_id": cfg.eos_token_id,
+        "eos_token_id": list(cfg.eos_token_id) if isinstance(cfg.eos_token_id, tuple) else cfg.eos_token_id,
         "pad_token_id": cfg.pad_token_id,
         "use_cache": True,
         "dtype": dtype,

@@ -42,6 +42,10 @@ class HFConfig:
         value = self._value((key,), default, "a finite number", _is_number)
         return None if value is None else float(value)
 
+    def boolean_or_none(self, key: str) -> bool | None:
+        """None where it is not stated."""
+        return None if self.values.get(key) is None else self.boolean(key)
+
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
         return bool(self._value((key,), default, "true or false", lambda v: isinstance(v, bool)))
 
@@ -55,12 +59,12 @@ class HFConfig:
         """Whether the key is there and null, as where a family's default is something else."""
         return key in self.values and self.values[key] is None
 
-    def token_id(self, key: str) -> int | None:
-        """A special token; the first, where a config lists several that end a text."""
-        value = self.values.get(key)
-        if isinstance(value, list) and value:
-            return HFConfig({**self.values, key: value[0]}, self.source).token_id(key)
-        return self.integer(key, default=None)
+    def end_tokens(self, key: str) -> int | tuple[int, ...] | None:
+        """The token that ends a text, or the tokens any of which does."""
+        if not isinstance(self.values.get(key), list):
+            return self.integer(key, default=None)
+        ends = tuple(self.integers(key))
+        return ends if len(ends) > 1 else ends[0] if ends else None
 
     def _value(self, keys: tuple[str, ...], default: Any, kind: str, is_kind: Any) -> Any:
         for key in keys:

@@ -19,7 +19,7 @@ is kept grows with layers, experts and documents, not with tokens.
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def analyse_run(
     run_dir: str | os.PathLike[str],
     *,
     n_experts: int,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     n_positions: int = 200,
     seed: int = 42,
 ) -> list[Cell]:
@@ -92,7 +92,7 @@ def _chunks(run: Path) -> Iterator[_Chunk]:
 
 
 def _derive(
-    run: Path, n_experts: int, layers: Sequence[int] | None, n_positions: int, seed: int
+    run: Path, n_experts: int, layers: Iterable[int] | None, n_positions: int, seed: int
 ) -> tuple[dict[str, pa.Table], list[Cell], dict[str, str]]:
     """Every derived table by the name of its file, the cells, and what was not measured."""
     first = _FirstPass(run, n_experts, layers)
@@ -155,7 +155,7 @@ _EXPERT_COLUMNS = {
 class _FirstPass:
     """The criteria of every expert, and a survey of the measured positions in each scope."""
 
-    def __init__(self, run: Path, n_experts: int, layers: Sequence[int] | None) -> None:
+    def __init__(self, run: Path, n_experts: int, layers: Iterable[int] | None) -> None:
         experts: ExpertAccumulator | None = None
         for chunk in _chunks(run):
             if experts is None:

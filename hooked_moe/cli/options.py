@@ -92,7 +92,7 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name).item()
+        torch.zeros(1, dtype=torch.float32, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # PyTorch raises any, according to how it was built
         reason = printable(str(error).splitlines()[0])
         raise ValueError(f"--device {quoted(name)} cannot be used here ({reason}); leave it out, or give cpu") from error

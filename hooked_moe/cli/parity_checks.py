@@ -112,8 +112,8 @@ def golden_logits(model: HookedMoE, expected: Published) -> Result:
     if max(GOLDEN_INPUT) >= model.cfg.d_vocab:
         return Result("golden logits", "failed", f"the vocabulary of {model.cfg.d_vocab} tokens lacks some of {GOLDEN_INPUT}")
     with torch.inference_mode():
-        logits = model(torch.tensor([GOLDEN_INPUT]))[0].mean(-1).cpu()
-    difference = float((logits - torch.tensor(expected.golden_logits)).abs().max())
+        logits = model(torch.tensor([GOLDEN_INPUT], dtype=torch.long, device="cpu"))[0].mean(-1).cpu()
+    difference = float((logits - torch.tensor(expected.golden_logits, dtype=torch.float32, device="cpu")).abs().max())
     detail = "largest |difference| of the mean logit at 8 tokens from transformers' slow tests"
     return judged("golden logits", difference, "at most", GOLDEN_TOLERANCE, detail)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -192,8 +193,27 @@ def _jsonl_documents(text: str, stem: str, source: str) -> Iterator[Document]:
             raise ValueError(f"{where} {contents}; expected an object with the document in a field 'text'.")
         if not isinstance(record["text"], str) or not record["text"].strip():
             raise ValueError(f"{where}: 'text' is {quoted(record['text'])}; expected text that is not empty. Remove the line.")
-        key = str(record.get("id", f"{stem}-{number}"))
-        yield Document(key, str(record.get("domain", stem)), str(record.get("title", key)), record["text"])
+        key = _field(record, "id", f"{stem}-{number}", where)
+        domain, title = _field(record, "domain", stem, where), _field(record, "title", key, where)
+        yield Document(key, domain, title, _field(record, "text", "", where))
+
+
+def _field(record: dict[str, Any], name: str, default: str, where: str) -> str:
+    """A field that is text, or a number as text; what is missing or null is the default."""
+    value = record.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{where}: {name!r} is {quoted(value)}; expected text, or a number. Mend the line.")
+    text = str(value)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {name!r} is no Unicode text: half of a surrogate pair, {text[error.start]!a}, is at character {error.start}. "
+            "Replace it, as text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') does."
+        ) from error
+    return text
 
 
 def _text_documents(text: str, stem: str) -> Iterator[Document]:

@@ -14,7 +14,7 @@ blocks together would take too much memory, blocks are run again on the way back
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
 from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.engine.padding import Packed, Results
-from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Mask, Tokens, make_request
+from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Layers, Mask, Tokens, make_request
 from hooked_moe.kernels.prefix_attention import for_every_head, own_share
 from hooked_moe.kernels.target_loss import target_loss
 from hooked_moe.transformer import Transformer
@@ -54,7 +54,7 @@ class FirstOrderEffects:
 def first_order_effects(
     model: Transformer,
     tokens: Tokens,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     attention_mask: Mask | None = None,
     *,
     memory_budget: int | str | None = None,

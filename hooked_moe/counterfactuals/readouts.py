@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_moe.checks import as_int_or_none
+from hooked_moe.checks import as_int_or_none, described, whole_number
 from hooked_moe.components.precision import at_least_float32
 from hooked_moe.counterfactuals.engine.losses import loss_at
 from hooked_moe.counterfactuals.engine.readout import Final
@@ -61,7 +61,7 @@ class LogitDifference:
         for token in (self.first, self.second):
             number = model.require_tokenizer().to_single_token(token) if isinstance(token, str) else as_int_or_none(token)
             if number is None:
-                raise ValueError(f"LogitDifference takes token ids or one-token texts, not {token!r}")
+                raise ValueError(f"LogitDifference takes token ids or one-token texts, not {described(token)}")
             if not 0 <= number < model.cfg.d_vocab:
                 raise ValueError(f"token id {number} is out of range: the model has ids 0 to {model.cfg.d_vocab - 1}")
             ids.append(number)
@@ -101,6 +101,7 @@ class LossAfter:
     name: str = "loss_after"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", whole_number(self.tokens, "the number of tokens that LossAfter takes"))
         if self.tokens < 0:
             raise ValueError(f"LossAfter takes a number of tokens from 0, not {self.tokens}")
 

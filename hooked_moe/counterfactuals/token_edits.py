@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from hooked_moe.counterfactuals.engine.clean_run import CleanBlock
 from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.counterfactuals.engine.question import Question, Variants
 from hooked_moe.counterfactuals.engine.readout import Readout
-from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens, check_n_variants, make_request
+from hooked_moe.counterfactuals.engine.requests import Layers, Mask, Positions, Tokens, checked_n_variants, make_request
 from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.counterfactuals.results import VariantEffects, as_variant_effects
 from hooked_moe.transformer import Transformer
@@ -36,11 +36,11 @@ def token_effects(
     tokens: Tokens,
     edit: Edit,
     n_variants: int = 1,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     positions: Positions | None = None,
     attention_mask: Mask | None = None,
     *,
-    readouts: Sequence[Readout] = (),
+    readouts: Iterable[Readout] = (),
     memory_budget: int | str | None = None,
 ) -> Steps[VariantEffects]:
     """Change the residual stream after a block at one token at a time, in any way, and measure the loss there.
@@ -56,7 +56,7 @@ def token_effects(
 
     Exact, as `expert_effects` is, and as fast. `queries.pos` is the position in `tokens`, so that padded rows need no care.
     """
-    check_n_variants(n_variants)
+    n_variants = checked_n_variants(n_variants)
     request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget, dense=True)
     return as_variant_effects((yield from answer(Edited(n_variants, edit), request)))
 

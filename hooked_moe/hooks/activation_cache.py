@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from hooked_moe.checks import unknown_name
+from hooked_moe.checks import unknown_name, whole_number
 
 
 class ActivationCache(Mapping[str, Tensor]):
@@ -34,7 +34,8 @@ class ActivationCache(Mapping[str, Tensor]):
             raise KeyError(f"{short}: give a name and a layer, as in cache['pattern', 3]")
         activation, layer, *part = short
         activation = str(activation).removeprefix("hook_")
-        if isinstance(layer, int) and layer < 0:
+        layer = whole_number(layer, "the layer")
+        if layer < 0:
             if self._n_layers is None:
                 raise KeyError(f"{short}: this cache does not know how many layers there are; count them from 0")
             layer += self._n_layers

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hooked_moe.checks import unknown_name
+from hooked_moe.checks import WrongTypeError, described, in_list, unknown_name
 from hooked_moe.hooks.activation_cache import ActivationCache
 from hooked_moe.hooks.hook_point import HookPoint
 
-NameOrPredicate = str | Callable[[str], bool]
+NameOrPredicate = str | Iterable[str] | Callable[[str], bool]
 Hook = tuple[NameOrPredicate, Callable[..., Any]]
-NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+NamesFilter = NameOrPredicate | None
+
+
+def is_hook(pair: Any) -> bool:
+    """Whether this is (name, names or predicate, function)."""
+    return isinstance(pair, list | tuple) and len(pair) == 2 and callable(pair[1])
+
+
+def as_hooks(hooks: Any, what: str) -> list[Hook]:
+    """Hooks in a list, taken once from any iterable. Raises `WrongTypeError` for one alone, a mapping, or anything else."""
+    expected = "(name, function) pairs, as in [(name, function)]"
+    if isinstance(hooks, Iterable) and not isinstance(hooks, str | Mapping):
+        pairs = list(hooks)
+        wrong = [pair for pair in pairs if not is_hook(pair)]
+        if not wrong:
+            return pairs
+        raise WrongTypeError(f"{what} must be a list of {expected}; {described(wrong[0])} is no pair of them")
+    raise WrongTypeError(f"{what} must be a list of {expected}, not {described(hooks)}")
 
 
 class HookedModule(nn.Module):
@@ -43,7 +60,7 @@ class HookedModule(nn.Module):
             if not accepted:
                 raise ValueError("the predicate accepts no hook point; see model.hook_dict for the names")
             return accepted
-        names = [which] if isinstance(which, str) else which
+        names = [which] if isinstance(which, str) else in_list(which, "names of hook points", "['hook_embed']")
         for name in names:
             if name not in self.hook_dict:
                 raise unknown_name("hook point", name, self.hook_dict, "See model.hook_dict for all names.")
@@ -60,12 +77,12 @@ class HookedModule(nn.Module):
             point.reset(including_permanent)
 
     @contextmanager
-    def hooks(self, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = ()) -> Iterator[HookedModule]:
+    def hooks(self, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = ()) -> Iterator[HookedModule]:
         """Attach hooks for the length of a `with` block; others stay as they are. A wrong name attaches none of them."""
         hooks_by_point = [
             (point, fn, direction)
             for direction, hooks in (("fwd", fwd_hooks), ("bwd", bwd_hooks))
-            for which, fn in hooks
+            for which, fn in as_hooks(hooks, f"{direction}_hooks")
             for point in self.hook_points(which)
         ]
         with self._attached(hooks_by_point):
@@ -80,7 +97,7 @@ class HookedModule(nn.Module):
             for point, registered in attached:
                 point.remove(registered)
 
-    def run_with_hooks(self, *args: Any, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = (), **kwargs: Any) -> Any:
+    def run_with_hooks(self, *args: Any, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = (), **kwargs: Any) -> Any:
         """A forward pass with hooks. Backward hooks outlive it in the graph: they fire when the result is differentiated."""
         with self.hooks(fwd_hooks, bwd_hooks):
             return self(*args, **kwargs)

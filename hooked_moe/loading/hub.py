@@ -23,10 +23,12 @@ from huggingface_hub import constants, errors
 from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
+from hooked_moe.loading.beside import refuse_adapter
 from hooked_moe.loading.hub_errors import ANSWERS, HubError, explained, is_outage, one_line, reason, root
 
-ALLOWED_FILES = ["*.safetensors", "*.json"]
-"""No pickles and no code: nothing that is downloaded can run."""
+NEEDED_FILES = ["*.safetensors", "*.json"]
+ALLOWED_FILES = [*NEEDED_FILES, "*.jinja"]
+"""No pickles and no code: nothing that is downloaded can run. Chat templates are text here, to be saved along."""
 IGNORED_FILES = ["*/*", "consolidated*"]
 """Other copies of the weights that repositories keep beside them."""
 
@@ -53,6 +55,7 @@ def download(
         ignored=IGNORED_FILES,
         otherwise="give a local directory",
     ).resolved()
+    refuse_adapter(set(model.listed), model)
     config = model.file("config.json")
     check_config(config)
     commit = config.parent.name  # the cache keeps each commit in a folder of that name, also where only the cache was asked
@@ -183,7 +186,8 @@ class Repository:
             directory = self._snapshot(self.revision, offline=True)
         except errors.LocalEntryNotFoundError:
             return None
-        return directory.name if all(any(directory.glob(pattern)) for pattern in self.allowed) else None
+        needed = NEEDED_FILES if self.kind == "model" else self.allowed
+        return directory.name if all(any(directory.glob(pattern)) for pattern in needed) else None
 
     @contextmanager
     def explained(self) -> Iterator[None]:

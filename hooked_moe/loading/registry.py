@@ -10,6 +10,8 @@ from os import PathLike
 from pathlib import Path
 
 from hooked_moe.checks import unknown_name
+from hooked_moe.loading.beside import names_in, refuse_adapter
+from hooked_moe.loading.checkpoint import present
 
 SHIPPED = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe")
 """Models that come with the package, under `hooked_moe/pretrained/<name>/`."""
@@ -80,6 +82,10 @@ def locate(name: str | PathLike[str]) -> Location:
         if text in SHIPPED:
             return Location(model_name=text, directory=_shipped(text))
     path = Path(text).expanduser()
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{path} is a link to {os.readlink(path)}, which is not there: make the link again, or give a path"
+        )
     if path.exists():
         return Location(model_name=path.resolve().name, directory=_checked(path))
     if isinstance(name, str) and _HUB_ID.fullmatch(text):
@@ -92,7 +98,8 @@ def locate(name: str | PathLike[str]) -> Location:
 def _checked(path: Path) -> Path:
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; give the directory that holds config.json and the safetensors files")
-    if not (path / "config.json").is_file():
+    refuse_adapter(names_in(path), path)
+    if not present(path / "config.json"):
         raise FileNotFoundError(f"{path} has no config.json, so it is not a model directory in HuggingFace layout")
     return path
 

@@ -56,7 +56,7 @@ class Waiting:
     def get(self, out: Tensor, place: int = 0) -> None:
         """Read back as much as fills `out`."""
         self._shared.file.seek(self._start + place)
-        bytes_ = torch.empty(out.numel() * out.element_size(), dtype=torch.uint8)
+        bytes_ = torch.empty(out.numel() * out.element_size(), dtype=torch.uint8, device="cpu")
         if self._shared.file.readinto(bytes_.numpy().data) != len(bytes_):
             raise OSError("a file of waiting residual streams is shorter than what was written to it")
         out.copy_(bytes_.view(out.dtype).view(out.shape))

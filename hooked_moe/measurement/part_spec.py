@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hooked_moe.checks import WrongTypeError, described, whole_numbers
 from hooked_moe.counterfactuals import Order
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions, TokenizedCorpus
@@ -46,11 +47,11 @@ class PartSpec:
         return record
 
 
-def checked_positions(positions: Collection[tuple[int, int]] | None, tokenized: TokenizedCorpus) -> DocumentPositions | None:
+def checked_positions(positions: Iterable[tuple[int, int]] | None, tokenized: TokenizedCorpus) -> DocumentPositions | None:
     """The positions to measure; None for all. Raises `ValueError` if there are none, and for one without a next token."""
     if positions is None:
         return None
-    chosen = frozenset((int(document), int(position)) for document, position in positions)
+    chosen = frozenset(map(_pair, positions))
     if not chosen:
         raise ValueError("no positions to measure: positions is empty; leave it out to measure all")
     valid = tokenized.valid_positions()
@@ -61,3 +62,10 @@ def checked_positions(positions: Collection[tuple[int, int]] | None, tokenized: 
             f"that do, such as {valid[0]}"
         )
     return None if len(chosen) == len(valid) else chosen
+
+
+def _pair(pair: Any) -> tuple[int, int]:
+    numbers = whole_numbers(pair, "a pair (document, position)") if isinstance(pair, Iterable) else []
+    if len(numbers) != 2:
+        raise WrongTypeError(f"positions must be (document, position) pairs, not {described(pair)}")
+    return numbers[0], numbers[1]

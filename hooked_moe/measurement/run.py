@@ -13,7 +13,7 @@ results of one plan only; `manifest.json` says how much has been measured, and w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from hooked_moe.checks import whole_number, whole_numbers
 from hooked_moe.counterfactuals import Order, Scope
 from hooked_moe.expert_mask import RemovalName, check_removal
 from hooked_moe.measurement.document_tables import TABLES
@@ -44,7 +45,7 @@ _EFFECT_TABLES: dict[Part, str] = {"position": "effects", "sequence": "effects_s
 def open_measurement(
     model: Transformer,
     tokenized: TokenizedCorpus,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     removal: RemovalName = "zero",
     *,
     results: Path = Path("results"),
@@ -61,7 +62,7 @@ def open_measurement(
     another process writes there, `OSError` where the directory cannot be made.
     """
     check_removal(removal)
-    layers = tuple(model.cfg.moe_layers if layers is None else sorted(set(layers)))
+    layers = tuple(model.cfg.moe_layers if layers is None else sorted(set(whole_numbers(layers, "layers", model.cfg.n_layers))))
     without = [layer for layer in layers if layer not in model.cfg.moe_layers]
     if without or not layers:
         raise ValueError(f"layers {without or '()'} have no experts to remove; layers {model.cfg.moe_layers} have")
@@ -111,10 +112,10 @@ class Run:
     def require(
         self,
         part: Part,
-        positions: Collection[tuple[int, int]] | None = None,
+        positions: Iterable[tuple[int, int]] | None = None,
         *,
-        layers: Sequence[int] | None = None,
-        orders: Sequence[Order] = REMOVAL_ORDERS,
+        layers: Iterable[int] | None = None,
+        orders: Iterable[Order] = REMOVAL_ORDERS,
         seed: int = 0,
         progress: bool = True,
         memory_budget: int | str | None = None,
@@ -164,9 +165,9 @@ class Run:
     def _requested(
         self,
         part: Part,
-        positions: Collection[tuple[int, int]] | None,
-        layers: Sequence[int] | None,
-        orders: Sequence[Order],
+        positions: Iterable[tuple[int, int]] | None,
+        layers: Iterable[int] | None,
+        orders: Iterable[Order],
         seed: int,
     ) -> PartSpec:
         """The arguments of `require`, checked."""
@@ -176,14 +177,16 @@ class Run:
         if part != "progressive":
             first_order = part == "position" and not self.model.streams
             return PartSpec(part, self.layers, self.removal, chosen, first_order=first_order)
-        unknown = sorted(set(orders) - set(REMOVAL_ORDERS))
-        if unknown or not orders:
-            raise ValueError(f"orders must be some of {REMOVAL_ORDERS}, not {tuple(orders)}")
-        measured_layers = self.layers if layers is None else tuple(sorted(set(layers)))
+        asked = tuple(orders)
+        if not asked or not set(asked) <= set(REMOVAL_ORDERS):
+            raise ValueError(f"orders must be some of {REMOVAL_ORDERS}, not {asked}")
+        n_layers = self.model.cfg.n_layers
+        measured_layers = self.layers if layers is None else tuple(sorted(set(whole_numbers(layers, "layers", n_layers))))
         outside = [layer for layer in measured_layers if layer not in self.layers]
         if outside or not measured_layers:
             raise ValueError(f"layers {outside} are not of this run, which measures {list(self.layers)}")
-        return PartSpec(part, measured_layers, self.removal, chosen, _in_order(orders), seed, first_order=False)
+        seed = whole_number(seed, "seed")
+        return PartSpec(part, measured_layers, self.removal, chosen, _in_order(asked), seed, first_order=False)
 
     def _is_measured(self, spec: PartSpec) -> bool:
         """Whether the part has all that is asked of it."""

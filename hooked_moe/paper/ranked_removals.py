@@ -64,7 +64,7 @@ def compare_experts(model: Transformer, texts: AuditTexts, picks: Sequence[Pick]
     def measure(text: int) -> TextValues:
         own = [picks[number] for number in by_text[text]]
         removals = [SequenceRemoval(p.layer, frozenset([e]), p.position) for p in own for e in (p.high_expert, p.low_expert)]
-        losses = sequence_removals(model, torch.tensor(texts.tokens[text]), removals)
+        losses = sequence_removals(model, torch.tensor(texts.tokens[text], dtype=torch.long, device="cpu"), removals)
         delta = losses.removed - losses.baseline
         return np.stack([losses.baseline[::2], delta[::2], delta[1::2]])
 
@@ -87,7 +87,7 @@ def remove_progressively(
     numbers = drawn[:, 0].tolist()
 
     def measure(text: int) -> TextValues:
-        tokens = torch.tensor(texts[text])
+        tokens = torch.tensor(texts[text], dtype=torch.long, device="cpu")
         (position,) = drawn[drawn[:, 0] == text, 1].tolist()
         routed = expert_observations(model, tokens[None], layers)  # no hooks, which texts side by side would share
         removals = []

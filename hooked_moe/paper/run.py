@@ -14,7 +14,7 @@ router, final norm, unembedding and loss are in float32 here, whatever the dtype
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hooked_moe.checks import whole_numbers
 from hooked_moe.corpus import Corpus
 from hooked_moe.measurement.fingerprint import model_fingerprint, versions
 from hooked_moe.measurement.run_directory import claim, digest, read_json
@@ -58,7 +59,7 @@ from hooked_moe.transformer import Transformer
 def open_released(
     model: Transformer,
     corpus: Corpus,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     *,
     results: Path = Path("results"),
     name: str | None = None,
@@ -73,7 +74,11 @@ def open_released(
     released = released_protocol(model.cfg.model_type)
     model.require_tokenizer()
     model.require_weights("the released protocol")
-    chosen = protocol_layers(model.cfg.model_type, model.cfg.n_layers, model.cfg.moe_layers) if layers is None else tuple(layers)
+    cfg = model.cfg
+    if layers is None:
+        chosen = protocol_layers(cfg.model_type, cfg.n_layers, cfg.moe_layers)
+    else:
+        chosen = tuple(whole_numbers(layers, "layers", cfg.n_layers))
     without = [layer for layer in chosen if layer not in model.cfg.moe_layers]
     if without or not chosen:
         raise ValueError(f"layers {without or '()'} have no experts to remove; layers {model.cfg.moe_layers} have")

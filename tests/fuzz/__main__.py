@@ -59,7 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
             counts[result.outcome] += 1
             if result.outcome in BAD:
                 failures.append(result)
-                print(f"{name} --seed {result.seed} --only {result.number}: {result.outcome}: {result.detail}\n    {result.mutation}", flush=True)
+                print(
+                    f"{name} --seed {result.seed} --only {result.number}: {result.outcome}: {result.detail}\n    {result.mutation}",
+                    flush=True,
+                )
         rows.append((name, args.seed, args.inputs, counts))
         print(f"{name}: {dict(counts)}, {time.perf_counter() - started:.0f} s", flush=True)
     if rows and (args.report or args.inputs >= 1000):
@@ -77,7 +80,9 @@ def replay(target: Target, seed: int, number: int) -> None:
 
 def as_markdown(rows: list[tuple[str, int, int, collections.Counter[str]]]) -> str:
     """The counts as a table, with the commit they are of."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=ROOT
+    ).stdout.strip()
     lines = [
         "# Fuzzing\n",
         f"Written by `make fuzz` at commit {commit or 'unknown'}. Inputs are valid files whose structure or bytes were mutated; an input is",

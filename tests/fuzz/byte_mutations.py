@@ -20,7 +20,9 @@ def mutate_bytes(data: bytes, rng: random.Random) -> tuple[bytes, str]:
         "double": lambda: data + data,
         "empty": lambda: b"",
         "swap": lambda: data[place:] + data[:place],
-        "foreign": lambda: rng.choice((b"\x80\x04K\x01.", b"PK\x03\x04", b"version https://git-lfs", b"<html>", b"\xef\xbb\xbf" + data)),
+        "foreign": lambda: rng.choice(
+            (b"\x80\x04K\x01.", b"PK\x03\x04", b"version https://git-lfs", b"<html>", b"\xef\xbb\xbf" + data)
+        ),
     }[kind]()
     return changed, f"{kind} at byte {place}"
 

@@ -46,8 +46,24 @@ _SIZES: dict[str, Any] = {
 }
 _FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {"n_key_value_heads": 2, "d_head": 8, "qk_norm": "full", "clip_qkv": 3.0},
-    "qwen2_moe": {"n_key_value_heads": 1, "d_head": 8, "qkv_bias": True, "d_shared": 10, "shared_gate": True, "dense_layers": (0,), "d_mlp": 12},
-    "deepseek_v2": {"n_key_value_heads": 2, "d_head": 10, "d_rotary": 4, "d_value": 6, "kv_lora_rank": 8, "rotary_interleaved": True, "d_shared": 12},
+    "qwen2_moe": {
+        "n_key_value_heads": 1,
+        "d_head": 8,
+        "qkv_bias": True,
+        "d_shared": 10,
+        "shared_gate": True,
+        "dense_layers": (0,),
+        "d_mlp": 12,
+    },
+    "deepseek_v2": {
+        "n_key_value_heads": 2,
+        "d_head": 10,
+        "d_rotary": 4,
+        "d_value": 6,
+        "kv_lora_rank": 8,
+        "rotary_interleaved": True,
+        "d_shared": 12,
+    },
 }
 
 
@@ -57,7 +73,9 @@ def small_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator([TEXT] * 20, trainer)
     return Tokenizer(backend, None, 0, None)
 
@@ -108,7 +126,9 @@ class Checkpoints:
                     model.tokenizer.decode([0, 7, 299])
                     if ids and len(ids) <= model.cfg.n_ctx * 8:
                         logits.append(model(TEXT))
-        if not all(bool(x.isfinite().all()) for x in logits) and not any("NaN or infinite" in str(note.message) for note in noted):
+        if not all(bool(x.isfinite().all()) for x in logits) and not any(
+            "NaN or infinite" in str(note.message) for note in noted
+        ):
             return "" if _extreme(directory) else "logits that are not finite, of finite weights, without a word"
         return ""
 
@@ -127,7 +147,14 @@ def _mutated(name: str, data: bytes, rng: random.Random) -> tuple[bytes, str]:
         words = {"tokenizer.json": TOKENIZER_WORDS, "config.json": _CONFIG_WORDS}.get(name, ())
         value, what = mutate(json.loads(data), rng, words)
         return dumps(value), what
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):  # an earlier mutation left no structure to mutate
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ):  # an earlier mutation left no structure to mutate
         return mutate_bytes(data, rng)
 
 

@@ -12,7 +12,8 @@ from tests.fuzz.byte_mutations import mutate_bytes
 from tests.fuzz.json_mutations import STRINGS, dumps, mutate
 
 _LINES = [
-    {"id": f"d{i}", "domain": "sea", "title": f"Title {i}", "text": f"The whale, number {i}, swam past the ship \u2014 twice."} for i in range(4)
+    {"id": f"d{i}", "domain": "sea", "title": f"Title {i}", "text": f"The whale, number {i}, swam past the ship \u2014 twice."}
+    for i in range(4)
 ]
 _TEXTS = "\n\x1e\n".join(str(line["text"]) for line in _LINES)
 _WORDS = (*STRINGS, {"text": "a"}, {"text": " "}, [{"text": "b"}], "whale " * 2000, "\u2028", "\r", "\x1e", "a\n\x1e\nb")

@@ -17,7 +17,23 @@ NUMBERS: tuple[Any, ...] = (
     *(0.0, -0.0, 0.5, 1.0, -1.5, 1e-320, 1e15, 1e39, 1e308, float("nan"), float("inf"), float("-inf")),
 )
 STRINGS = (
-    *("", " ", "a", "0", "3", "true", "null", "NaN", "a" * 300, "x" * 100_000, "\x00", "\x1b[2J\x1b[31m", "\u202eabc", "\ud800", "\x7f\x9b"),
+    *(
+        "",
+        " ",
+        "a",
+        "0",
+        "3",
+        "true",
+        "null",
+        "NaN",
+        "a" * 300,
+        "x" * 100_000,
+        "\x00",
+        "\x1b[2J\x1b[31m",
+        "\u202eabc",
+        "\ud800",
+        "\x7f\x9b",
+    ),
     *("../../outside.safetensors", "/dev/zero", "model.safetensors", "config.json", ".", "..", "a" * 300 + ".safetensors"),
     *("\u2581", "\U0001f40b", "<|endoftext|>", "(a+)+$", "("),
 )
@@ -29,7 +45,9 @@ CONTAINERS: tuple[Any, ...] = (
 
 def hostile(rng: random.Random) -> Any:
     """A value that no file should have in most places."""
-    return copy.deepcopy(rng.choice((True, False, None, rng.choice(NUMBERS), rng.choice(NUMBERS), rng.choice(STRINGS), rng.choice(CONTAINERS))))
+    return copy.deepcopy(
+        rng.choice((True, False, None, rng.choice(NUMBERS), rng.choice(NUMBERS), rng.choice(STRINGS), rng.choice(CONTAINERS)))
+    )
 
 
 def mutate(value: Any, rng: random.Random, dictionary: tuple[Any, ...] = ()) -> tuple[Any, str]:
@@ -40,7 +58,9 @@ def mutate(value: Any, rng: random.Random, dictionary: tuple[Any, ...] = ()) -> 
     root = [copy.deepcopy(value)]
     container, key, path = _random_place(root, rng)
     old = container[key]
-    kinds = ["hostile", "hostile", "delete", "near", "near", "elsewhere", "twice", "repeat"] + ["dictionary"] * 3 * bool(dictionary)
+    kinds = ["hostile", "hostile", "delete", "near", "near", "elsewhere", "twice", "repeat"] + ["dictionary"] * 3 * bool(
+        dictionary
+    )
     kind = rng.choice(kinds)
     if kind == "delete":
         del container[key]

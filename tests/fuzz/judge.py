@@ -53,7 +53,11 @@ def _is_raised_here(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.filename is not None:
         return True
     ours = [frame for frame in frames if frame.filename.startswith(PACKAGES)]
-    return bool(ours) and frames[-1] is ours[-1] and linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip().startswith("raise")
+    return (
+        bool(ours)
+        and frames[-1] is ours[-1]
+        and linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip().startswith("raise")
+    )
 
 
 def _place(trace: TracebackType | None) -> str:

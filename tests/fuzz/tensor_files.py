@@ -45,7 +45,9 @@ def mutate_tensors(data: bytes, rng: random.Random) -> tuple[bytes, str]:
         body = body[:start] + body[end:]
         what = f"{name} dropped"
     elif kind == "many":
-        header |= {f"model.layers.{i}.x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(rng.choice((3, 3000)))}
+        header |= {
+            f"model.layers.{i}.x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(rng.choice((3, 3000)))
+        }
         what = "tensors without values"
     else:
         header, what = mutate(header, rng, _HEADER_WORDS)

@@ -33,7 +33,10 @@ NORMALIZERS: tuple[Any, ...] = (
     {"type": "Prepend", "prepend": "x" * 100_000},
     {"type": "Prepend", "prepend": "\u2581"},
     {"type": "Strip", "strip_left": True, "strip_right": True},
-    *({"type": "Precompiled", "precompiled_charsmap": text} for text in ("", "AAAA", "/////w==", "/////w", "BAAAAAAAAAA=", "AAAAgAAA")),
+    *(
+        {"type": "Precompiled", "precompiled_charsmap": text}
+        for text in ("", "AAAA", "/////w==", "/////w", "BAAAAAAAAAA=", "AAAAgAAA")
+    ),
     {"precompiled_charsmap": "/////wAAAAAAAAAA"},
 )
 PRE_TOKENIZERS: tuple[Any, ...] = (
@@ -76,7 +79,13 @@ MODELS: tuple[Any, ...] = (
     {"type": "Unigram", "unk_id": 99, "vocab": [["a", -1.0]]},
     {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0], ["", 1e308]]},
     {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0], ["b", -2.0]], "byte_fallback": True},
-    {"type": "WordPiece", "unk_token": "z", "continuing_subword_prefix": "##", "max_input_chars_per_word": 2**60, "vocab": {"a": 0}},
+    {
+        "type": "WordPiece",
+        "unk_token": "z",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 2**60,
+        "vocab": {"a": 0},
+    },
     {"type": "WordLevel", "unk_token": "z", "vocab": {"a": 2**32 - 1}},
     {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 2**32 - 1}},
     {"type": "BPE", "dropout": 1.0, "unk_token": "z", "vocab": {"a": 0, "b": 1}, "merges": []},
