@@ -60,7 +60,7 @@ def f(
 
 def test_the_core_of_the_model_stays_small() -> None:
     counts = {str(path.relative_to(ROOT)): lines_of_code(path.read_text(encoding="utf-8")) for path in CORE}
-    assert sum(counts.values()) <= 1500, counts
+    assert sum(counts.values()) <= 1525, counts  # 25 of them: ranges of a config's numbers, which files state and nobody checked
 
 
 STILL_LONGER = (

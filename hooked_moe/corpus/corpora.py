@@ -210,8 +210,8 @@ def _field(record: dict[str, Any], name: str, default: str, where: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where}: {name!r} is no Unicode text: half of a surrogate pair, {text[error.start]!a}, is at character {error.start}. "
-            "Replace it, as text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') does."
+            f"{where}: {name!r} is no Unicode text: it has half of a surrogate pair, {text[error.start]!a}, at character "
+            f"{error.start}. Replace it, as text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') does."
         ) from error
     return text
 

@@ -59,10 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
             counts[result.outcome] += 1
             if result.outcome in BAD:
                 failures.append(result)
-                print(
-                    f"{name} --seed {result.seed} --only {result.number}: {result.outcome}: {result.detail}\n    {result.mutation}",
-                    flush=True,
-                )
+                again = f"{name} --seed {result.seed} --only {result.number}"
+                print(f"{again}: {result.outcome}: {result.detail}\n    {result.mutation}", flush=True)
         rows.append((name, args.seed, args.inputs, counts))
         print(f"{name}: {dict(counts)}, {time.perf_counter() - started:.0f} s", flush=True)
     if rows and (args.report or args.inputs >= 1000):
@@ -85,9 +83,9 @@ def as_markdown(rows: list[tuple[str, int, int, collections.Counter[str]]]) -> s
     ).stdout.strip()
     lines = [
         "# Fuzzing\n",
-        f"Written by `make fuzz` at commit {commit or 'unknown'}. Inputs are valid files whose structure or bytes were mutated; an input is",
-        'determined by its kind, seed and number. "right" means loaded, run and as it should be; a named error says what was wrong in words',
-        "of the package. Limits: 10 s of processor time, and 200 MB beyond the input's size.\n",
+        f"Written by `make fuzz` at commit {commit or 'unknown'}. Inputs are valid files whose structure or bytes were mutated; an",
+        'input is determined by its kind, seed and number. "right" means loaded, run and as it should be; a named error says what was',
+        "wrong in words of the package. Limits: 10 s of processor time, and 200 MB beyond the input's size.\n",
         f"| kind | seed | inputs | {' | '.join((*GOOD, *BAD))} |",
         f"|---|---|---|{'---|' * len((*GOOD, *BAD))}",
     ]

@@ -28,7 +28,7 @@ def mutate_bytes(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def mutate_file(file: Path, rng: random.Random) -> str:
-    """The file becomes something else: nothing, a directory, a link that leads nowhere, round in a circle or out; no right to read."""
+    """The file becomes something else: nothing, a directory, a link that leads nowhere or in a circle, or one without rights."""
     kind = rng.choice(("remove", "directory", "dangling link", "link to itself", "link to a directory", "unreadable"))
     file.unlink()
     if kind == "directory":

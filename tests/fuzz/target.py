@@ -21,4 +21,4 @@ class Target(Protocol):
         """Write one input into an empty directory; returns what was done to it."""
 
     def run(self, directory: Path) -> str:
-        """Use the input as a user would. Returns "" where all is right, or else what is wrong; errors are judged by the caller."""
+        """Use the input as a user would. Returns "" where all is right, or else what is wrong; the caller judges errors."""
