@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from hooked_moe.checks import printable, quoted
+from hooked_moe.checks import quoted
 
 MOST_VALUES = 2_500_000
 """More than the tokenizer of any model has; Python's objects for as many empty lists take 200 MB."""
@@ -39,8 +39,8 @@ def parse_json(text: str | bytes) -> Any:
         raise JsonError(f"{error.msg} at {line}column {error.colno}") from error
     except JsonError:
         raise
-    except ValueError as error:  # Python reads no whole number of more than some thousand digits
-        raise JsonError(printable(error)) from error
+    except ValueError as error:  # all that is left: Python reads no whole number of more than some thousand digits
+        raise JsonError("it has a whole number of thousands of digits") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

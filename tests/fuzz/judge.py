@@ -42,7 +42,8 @@ def _of_error(error: BaseException, target: Target) -> tuple[str, str]:
         return "panic", described
     if not isinstance(error, ValueError | OSError) or not _is_raised_here(error):
         return "internal error", described
-    if not text.strip() or len(text) > MOST_CHARACTERS or not (target.shown_by_console or text.replace("\n", "").isprintable()):
+    readable = len(text) <= MOST_CHARACTERS and text.replace("\n", "").isprintable()
+    if not text.strip() or not (readable or target.shown_by_console):
         return "unreadable error", f"{len(text)} characters: {described}"
     return "named error", described
 
