@@ -29,9 +29,10 @@ from tests.fuzz.corpora import Corpora
 from tests.fuzz.judge import BAD, GOOD, ROOT, judged
 from tests.fuzz.options import Options
 from tests.fuzz.pool import Result, make_input, run_inputs
+from tests.fuzz.results import Results
 from tests.fuzz.target import Target
 
-TARGETS: dict[str, type[Target]] = {"checkpoints": Checkpoints, "corpora": Corpora, "options": Options}
+TARGETS: dict[str, type[Target]] = {"checkpoints": Checkpoints, "corpora": Corpora, "options": Options, "results": Results}
 REPORT = ROOT / "benchmarks" / "FUZZ.md"
 
 
