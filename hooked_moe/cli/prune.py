@@ -23,8 +23,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from hooked_moe.analysis.pruning import ADDITIVE_SHARE, predict_pruning
-from hooked_moe.analysis.pruning_orders import RANKINGS, TABLE, Pruning, PruningOrders, random_ranking
+from hooked_moe.analysis.pruning_orders import RANKINGS, TABLE, Pruning, PruningOrders, random_ranking, seed_of
 from hooked_moe.analysis.pruning_table import PRUNING, MeasuredLosses, pruning_summary, pruning_table
+from hooked_moe.analysis.summed_effects import SUMS_FILE
 from hooked_moe.checks import unknown_name
 from hooked_moe.cli.console import parser_of, run_command
 from hooked_moe.cli.measured_run import analyse, open_run
@@ -37,11 +38,13 @@ from hooked_moe.report.figures.names import label
 from hooked_moe.report.number_text import preset_share, share, signed
 from hooked_moe.statistics import MINIMUM_PAIRS
 from hooked_moe.surgery import remove_experts
-from hooked_moe.tables import read_csv, write_csv_atomic
+from hooked_moe.tables import read_csv, write_derived
 
 SHARES = (0.125, 0.25, 0.5)
 TOKENS = 256
 N_RANDOM = 5
+INPUTS = ("effects.parquet", "routing.parquet", "expert_weights.parquet", SUMS_FILE)
+"""What the rankings of a run, and the predictions, are learned from."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,7 +79,7 @@ def prune(args: argparse.Namespace) -> Path:
     check_options(args)
     with open_run(args) as run:
         run.model.require_weights("pruning")
-        if "position" not in run.manifest["parts"]:
+        if not run.has("position"):
             run.require("position", memory_budget=args.memory)
         analyse(run)
         return save(run, args) if args.save_to else measure(run, args)
@@ -118,13 +121,13 @@ def measure(run: Run, args: argparse.Namespace) -> Path:
         print(f"{label(name)}: {reason}")
     prunings = [orders.prune(name, one, per) for name, per, one in sorted(keys, key=_place) if name not in absent]
     directory = run.directory / "prunings"
-    losses = PrunedLosses(run.model, run.tokenized, documents, args.evaluate_tokens, directory, run.plan)
+    losses = PrunedLosses(run.model, run.tokenized, documents, args.evaluate_tokens, directory, run.plan, log=print)
     intact = losses.of({})
     pruned = [losses.of(one.experts).total for one in tqdm(prunings, desc="pruned models", unit="model")]
     measured = MeasuredLosses(intact.n_positions, intact.total, np.stack(pruned), args.evaluate_tokens)
     table = pruning_table(prunings, measured, orders.sums, "even")
-    write_csv_atomic(table, run.directory / "pruning.csv")
-    write_csv_atomic(pruning_summary(table), run.directory / "pruning_summary.csv")
+    written = {"pruning.csv": table, "pruning_summary.csv": pruning_summary(table)}
+    write_derived(run.directory, "pruning", written, INPUTS, "hooked-moe prune")
     report = write_report(run.directory)
     for line in lines(table):
         print(line)
@@ -150,9 +153,16 @@ def evaluated(n_documents: int, limit: int | None, at_least: int = 0) -> list[in
 def measured_before(path: Path, n_tokens: int) -> list[dict[str, Any]]:
     """The rows of earlier commands: what they pruned by stays in the table, and so does the number of documents.
 
-    None if they read another number of tokens of each document: the table begins again then.
+    None if they read another number of tokens of each document, or if the table is damaged: it begins again then.
     """
-    rows = read_csv(path, PRUNING).to_pylist() if path.is_file() else []
+    try:
+        rows = read_csv(path, PRUNING).to_pylist() if path.is_file() else []
+        known = all(row["ranking"] in RANKINGS or seed_of(row["ranking"]) is not None for row in rows)
+    except ValueError:
+        rows, known = [], False
+    if not known:
+        print(f"note: {path} is damaged, and with it is lost what earlier commands pruned by: it is made again of this one alone")
+        return []
     if any(row["n_tokens"] != n_tokens for row in rows):
         print(f"{path} is of documents of {rows[0]['n_tokens']} tokens, not {n_tokens}: it is replaced")
         return []

@@ -24,7 +24,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from hooked_moe import HookedMoE, measurement, tables
 from hooked_moe.cli import audit, measured_run
 from hooked_moe.corpus import load_corpus
-from hooked_moe.measurement import verification
+from hooked_moe.measurement import gate, verification
 from hooked_moe.measurement.fingerprint import versions, weights_sha256
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.report.figures.drawing import Drawing
@@ -106,8 +106,8 @@ def test_another_run_elsewhere_gives_the_same_bytes(uninterrupted: dict[str, byt
 def test_a_finished_run_reports_again_without_measuring(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = run_audit(tmp_path)
     before = contents(directory)
-    for name in ("verify", "measure_part", "noise_floor"):
-        monkeypatch.setattr(measurement.run, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    for room, name in ((gate, "verify"), (measurement.run, "measure_part"), (gate, "noise_floor")):
+        monkeypatch.setattr(room, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     assert contents(run_audit(tmp_path)) == before
     for name in ("report.html", "cells.csv", "experts.parquet"):
         (directory / name).unlink()
@@ -477,7 +477,7 @@ def test_checks_are_made_with_the_removal_and_the_scopes_of_the_run(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(measurement.run, "verify", lambda model, tokens, *rest: asked.append((tokens.shape[1], *rest)) or [])
+    monkeypatch.setattr(gate, "verify", lambda model, tokens, *rest: asked.append((tokens.shape[1], *rest)) or [])
     run_audit(tmp_path, "--scope", "both", "--removal", "reroute")
     assert asked == [(16, "reroute", ("position",)), (16, "reroute", ("sequence",))]
 
