@@ -1,11 +1,13 @@
-"""Checks of what users give: whole numbers, from Python, numpy or torch, and names that have to exist."""
+"""Checks of what users give: whole numbers, from Python, numpy or torch, names that have to exist, and paths."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import operator
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -18,6 +20,21 @@ def as_int_or_none(value: Any) -> int | None:
         return operator.index(value)
     except (TypeError, ValueError):
         return None
+
+
+def expanded_path(path: str | os.PathLike[str]) -> Path:
+    """The path, with a home directory in place of ~. Raises `ValueError` where there is none: in containers that run as a user
+    without an entry in /etc/passwd and without HOME, and for the ~name of a user who does not exist.
+
+    >>> expanded_path("results/tiny-olmoe").parts
+    ('results', 'tiny-olmoe')
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} begins with a home directory that is not known: set HOME, or give the path itself"
+        ) from error
 
 
 class UnknownNameError(ValueError, KeyError):

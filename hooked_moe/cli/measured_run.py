@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from hooked_moe.analysis import analyse_run, analysis_fault
-from hooked_moe.cli.options import DTYPES, SEED, check_run_name, choose_device, first_documents, parse_layers, parse_tokens
+from hooked_moe.cli.options import (
+    DTYPES,
+    SEED,
+    check_memory,
+    check_run_name,
+    choose_device,
+    first_documents,
+    parse_layers,
+    parse_tokens,
+)
 from hooked_moe.corpus import load_corpus
 from hooked_moe.measurement import Run, open_measurement
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
@@ -25,6 +34,7 @@ def open_run(args: argparse.Namespace) -> Run:
     Raises `ValueError` and `OSError` that say what to do.
     """
     check_run_name(args.run)
+    check_memory(args.memory)
     model = HookedMoE.from_pretrained(
         args.model,
         dtype=DTYPES[args.dtype or "float32"],

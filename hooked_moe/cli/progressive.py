@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from hooked_moe.analysis.progressive import progressive_table
-from hooked_moe.cli.console import parser_of, run_command
+from hooked_moe.cli.console import int_or_none, parser_of, run_command
 from hooked_moe.cli.measured_run import analyse, open_run
 from hooked_moe.cli.options import add_measurement_arguments, parse_sample
 from hooked_moe.cli.released_run import add_protocol_argument, open_released_run, released_positions
@@ -42,7 +42,8 @@ def progressive(args: argparse.Namespace) -> Path:
     """Three orders at one token; returns the run's directory."""
     with open_run(args) as run:
         valid = run.tokenized.valid_positions()
-        positions = "all" if args.positions.isdecimal() and int(args.positions) >= len(valid) else args.positions
+        number = int_or_none(args.positions)
+        positions = "all" if number is not None and number >= len(valid) else args.positions
         run.require("progressive", parse_sample(positions, valid), memory_budget=args.memory)
         table = progressive_table(run.directory / "progressive.parquet")
         write_progressive(run.directory, table, "progressive.parquet")

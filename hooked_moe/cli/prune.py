@@ -27,7 +27,7 @@ from hooked_moe.analysis.pruning_orders import RANKINGS, TABLE, Pruning, Pruning
 from hooked_moe.analysis.pruning_table import PRUNING, MeasuredLosses, pruning_summary, pruning_table
 from hooked_moe.analysis.summed_effects import SUMS_FILE
 from hooked_moe.checks import unknown_name
-from hooked_moe.cli.console import parser_of, run_command
+from hooked_moe.cli.console import parser_of, run_command, whole_number
 from hooked_moe.cli.measured_run import analyse, open_run
 from hooked_moe.cli.options import add_measurement_arguments
 from hooked_moe.loading import save_pretrained
@@ -42,7 +42,7 @@ from hooked_moe.tables import read_csv, write_derived
 
 SHARES = (0.125, 0.25, 0.5)
 TOKENS = 256
-N_RANDOM = 5
+N_RANDOM, MOST_RANDOM = 5, 1000
 INPUTS = ("effects.parquet", "routing.parquet", "expert_weights.parquet", SUMS_FILE)
 """What the rankings of a run, and the predictions, are learned from."""
 
@@ -56,15 +56,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--criteria", nargs="+", default=list(RANKINGS), metavar="NAME", help=f"some of {', '.join(RANKINGS)} (default: all)"
     )
-    parser.add_argument("--random", type=int, default=N_RANDOM, metavar="N", help="masks at random (default: %(default)s)")
+    parser.add_argument(
+        "--random", type=whole_number, default=N_RANDOM, metavar="N", help="masks at random (default: %(default)s)"
+    )
     parser.add_argument(
         "--per", choices=["layer", "model"], default="layer", help="what the share is of: every layer (default), or the model"
     )
     parser.add_argument(
-        "--evaluate", type=int, metavar="N", help="measure on the first N odd documents, or more if others were (default: all)"
+        "--evaluate",
+        type=whole_number,
+        metavar="N",
+        help="measure on the first N odd documents, or more if others were (default: all)",
     )
     parser.add_argument(
-        "--evaluate-tokens", type=int, default=TOKENS, metavar="N", help="and the first N tokens of each (default: %(default)s)"
+        "--evaluate-tokens",
+        type=whole_number,
+        default=TOKENS,
+        metavar="N",
+        help="and the first N tokens of each (default: %(default)s)",
     )
     # Not `args.save`: nnsight, once it is imported, gives every object a method of that name, and argparse then sets no default.
     parser.add_argument(
@@ -97,8 +106,10 @@ def check_options(args: argparse.Namespace) -> None:
     for one in args.shares:
         if not 0 < one < 1:
             raise ValueError(f"--shares {one:g}: give the part of the experts to remove, between 0 and 1, as in 0.25")
-    if args.random < 1:
-        raise ValueError(f"--random {args.random}: one mask at random is the least that costs can be compared with")
+    if not 1 <= args.random <= MOST_RANDOM:
+        raise ValueError(
+            f"--random {args.random}: one mask at random is the least that costs can be compared with, {MOST_RANDOM:,} the most"
+        )
     if args.evaluate is not None and args.evaluate < MINIMUM_PAIRS:
         raise ValueError(f"--evaluate {args.evaluate}: an interval over documents takes {MINIMUM_PAIRS} of them or more")
     if args.evaluate_tokens < 2:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from hooked_moe.cli.console import int_or_none, shortened
 from hooked_moe.cli.options import DTYPES, check_run_name, choose_device, first_documents, parse_layers
 from hooked_moe.corpus import load_corpus
 from hooked_moe.loading.hub import download
@@ -19,6 +20,8 @@ from hooked_moe.paper.protocols import Released, released_protocol
 from hooked_moe.paper.published import PAIRS, published_model, released_comparisons
 from hooked_moe.tables import read_parquet, write_derived
 
+MOST_POSITIONS = 1_000_000
+"""Of a cell: positions are drawn with replacement where texts have fewer, so that no text says how many are too many."""
 FIXED = {"removal": "zero", "context": None, "tokens": "512", "bos": None, "stream": False, "memory": None, "scope": "position"}
 """Options that the released protocol leaves no choice in, with their defaults."""
 
@@ -77,9 +80,10 @@ def released_positions(text: str, default: int = PAIRS) -> int:
     """How many positions a cell has: `default` for "all", for the released protocol samples."""
     if text == "all":
         return default
-    if not text.isdecimal() or int(text) < 3:
-        raise ValueError(f"--positions {text!r}: give a number from 3; the paper's is {default}")
-    return int(text)
+    number = int_or_none(text)
+    if number is None or not 3 <= number <= MOST_POSITIONS:
+        raise ValueError(f"--positions {shortened(text)}: give a number from 3 to {MOST_POSITIONS:,}; the paper's is {default}")
+    return number
 
 
 def write_released_cells(run: ReleasedRun, n: int, *tables: pa.Table) -> list[ReleasedCell]:

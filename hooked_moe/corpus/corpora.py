@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from hooked_moe.checks import expanded_path
 from hooked_moe.loading.hub import download_file
 
 CORPUS_NAMES = ("held-out", "wikitext-2")
@@ -147,7 +148,7 @@ def _listed(items: list[str], limit: int = 5) -> str:
 
 
 def _file_corpus(name: str) -> Corpus:
-    path = Path(name).expanduser()
+    path = expanded_path(name)
     if path.is_dir():
         raise IsADirectoryError(f"{name} is a directory; expected a .jsonl or .txt file. Name one of the files in it.")
     if not path.is_file():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from hooked_moe.checks import unknown_name
+from hooked_moe.checks import expanded_path, unknown_name
 
 SHIPPED = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe")
 """Models that come with the package, under `hooked_moe/pretrained/<name>/`."""
@@ -79,7 +79,7 @@ def locate(name: str | PathLike[str]) -> Location:
             return Location(model_name=hub_id, hub_id=hub_id)
         if text in SHIPPED:
             return Location(model_name=text, directory=_shipped(text))
-    path = Path(text).expanduser()
+    path = expanded_path(text)
     if path.exists():
         return Location(model_name=path.resolve().name, directory=_checked(path))
     if isinstance(name, str) and _HUB_ID.fullmatch(text):

@@ -7,7 +7,6 @@ document that has none, and ends with the same bytes.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
 from hooked_moe.counterfactuals.engine.steps import Steps, run_without_grad, side_by_side
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
+from hooked_moe.loading.spill import spill_directory
 from hooked_moe.loading.streaming import spill_of
 from hooked_moe.measurement.document_tables import TABLES, measure_document
 from hooked_moe.measurement.part_spec import PartSpec
@@ -112,7 +112,7 @@ def _groups(model: Transformer, lengths: list[int], spec: PartSpec, pending: lis
         return [[index] for index in pending]
     each = model.cfg.experts_per_token if spec.part != "sequence" else max(map(model.cfg.experts_in, spec.layers))
     per_token = len(spec.layers) * each * variant_bytes(model.cfg)
-    room = shutil.disk_usage(spill.directory or tempfile.gettempdir()).free // 2
+    room = shutil.disk_usage(spill_directory(spill.directory)).free // 2
     groups: list[list[int]] = []
     used = room
     for index in pending:
