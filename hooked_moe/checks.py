@@ -1,4 +1,4 @@
-"""Checks of what users and files give: whole numbers, ranges, names that have to exist; and how a value is shown in a message.
+"""Checks of what users and files give: whole numbers, ranges, names that exist, paths; and how a value is shown in a message.
 
 Floats are never whole numbers, 3.0 as little as 2.5: half precision rounds numbers from 257 on, and what came out of arithmetic
 may be rounded already. Bools are none either; a bool array is a mask, where one is expected.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import operator
+import os
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -134,6 +136,21 @@ def in_list(values: Any, what: str, example: str) -> list[Any]:
     if not items and isinstance(values, Iterator):
         raise ValueError(f"{what} is an iterator that yields nothing, or was used up before: give a list, as in {example}")
     return items
+
+
+def expanded_path(path: str | os.PathLike[str]) -> Path:
+    """The path, with a home directory in place of ~. Raises `ValueError` where there is none: in containers that run as a user
+    without an entry in /etc/passwd and without HOME, and for the ~name of a user who does not exist.
+
+    >>> expanded_path("results/tiny-olmoe").parts
+    ('results', 'tiny-olmoe')
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{quoted(os.fspath(path))} begins with a home directory that is not known: set HOME, or give the path itself"
+        ) from error
 
 
 class UnknownNameError(ValueError, KeyError):

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Int
 
 from hooked_moe.checks import whole_number, whole_numbers
 from hooked_moe.statistics import shrunk_means
-from hooked_moe.tables import required_file
+from hooked_moe.tables import read_parquet, required_file
 
 SUMS_FILE = "expert_effect_sums.parquet"
 
@@ -40,7 +39,7 @@ class SummedEffects:
         if isinstance(run, pa.Table):
             table = run
         else:
-            table = pq.read_table(required_file(Path(run), SUMS_FILE, "analysing the run writes it"), use_threads=False)
+            table = read_parquet(required_file(Path(run), SUMS_FILE, "analysing the run writes it"))
         column = f"sum_{effect}"
         if column not in table.column_names:
             raise ValueError(f"this run has not measured {effect!r}; it has {', '.join(_measured(table))}")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hooked_moe.cli import parity_checks
-from hooked_moe.cli.console import parser_of, run_command
+from hooked_moe.cli.console import parser_of, run_command, whole_number
 from hooked_moe.cli.options import DTYPES, choose_device
 from hooked_moe.cli.parity_checks import Result, not_run
 from hooked_moe.cli.published_checkpoints import PUBLISHED, Published, published
@@ -48,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--expect", choices=sorted(PUBLISHED), help="the published checkpoint that a local directory is said to be a copy of"
     )
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of held-out text (default: %(default)s)")
+    parser.add_argument("--tokens", type=whole_number, default=256, help="tokens of held-out text (default: %(default)s)")
     parser.add_argument(
         "--dtype",
         choices=sorted(DTYPES),

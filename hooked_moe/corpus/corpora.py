@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from hooked_moe.checks import quoted
+from hooked_moe.checks import expanded_path, quoted
 from hooked_moe.json_text import JsonError, parse_json
 from hooked_moe.loading.hub import download_file
 
@@ -149,7 +149,7 @@ def _listed(items: list[str], limit: int = 5) -> str:
 
 
 def _file_corpus(name: str) -> Corpus:
-    path = Path(name).expanduser()
+    path = expanded_path(name)
     if path.is_dir():
         raise IsADirectoryError(f"{name} is a directory; expected a .jsonl or .txt file. Name one of the files in it.")
     if not path.is_file():

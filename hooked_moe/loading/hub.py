@@ -23,6 +23,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
+from hooked_moe.checks import expanded_path
 from hooked_moe.loading.beside import refuse_adapter
 from hooked_moe.loading.hub_errors import ANSWERS, HubError, explained, is_outage, one_line, reason, root
 
@@ -216,7 +217,7 @@ class Repository:
     def _not_cached(self, error: errors.LocalEntryNotFoundError) -> str:
         missing = _missing_files(error)
         what = f"only partly in the local cache ({missing})" if missing else "not in the local cache"
-        cache = Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser()
+        cache = expanded_path(self.cache_dir or constants.HF_HUB_CACHE)
         snapshots = cache / repo_folder_name(repo_id=self.hub_id, repo_type=self.kind) / "snapshots"
         others = [self._state(folder.name) for folder in sorted(snapshots.glob("*")) if folder.name != self.asked]
         return (

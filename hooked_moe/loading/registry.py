@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from hooked_moe.checks import unknown_name
+from hooked_moe.checks import expanded_path, unknown_name
 from hooked_moe.loading.beside import names_in, refuse_adapter
 from hooked_moe.loading.checkpoint import present
 
@@ -81,7 +81,7 @@ def locate(name: str | PathLike[str]) -> Location:
             return Location(model_name=hub_id, hub_id=hub_id)
         if text in SHIPPED:
             return Location(model_name=text, directory=_shipped(text))
-    path = Path(text).expanduser()
+    path = expanded_path(text)
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(
             f"{path} is a link to {os.readlink(path)}, which is not there: make the link again, or give a path"

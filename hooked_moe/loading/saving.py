@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hooked_moe.checks import expanded_path
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.loading.beside import GENERATION_CONFIG, OF_A_MODEL, TEMPLATES, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from hooked_moe.loading.checkpoint import INDEX_FILE, SINGLE_FILE
@@ -49,7 +50,7 @@ def save_pretrained(model: Transformer, path: str | PathLike[str]) -> None:
     assert slots.keys() == parameters.keys(), f"no checkpoint tensor for {parameters.keys() - slots.keys()}"
     tensors = {slot.hf_name: slot.of(parameters[name].detach()) for name in parameters for slot in slots[name]}
 
-    directory = Path(path).expanduser()
+    directory = expanded_path(path)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"cannot save a model as {directory}: it is a file; give a directory")
     with _files_of(directory) as files:

@@ -18,7 +18,15 @@ from tests.fuzz.checkpoints import small_checkpoints
 from tests.fuzz.json_mutations import dumps, mutate
 
 _TEXTS = tuple(f"The whale number {i} swam past the ship, and the ship followed it." for i in range(3))
-_WORDS = ("all", [0, 1], "position", {"positions": "all", "layers": [0, 1]}, {"max_abs_nats": float("nan")}, {"max_abs_nats": "x"}, "1.0")
+_WORDS = (
+    "all",
+    [0, 1],
+    "position",
+    {"positions": "all", "layers": [0, 1]},
+    {"max_abs_nats": float("nan")},
+    {"max_abs_nats": "x"},
+    "1.0",
+)
 
 
 class Results:

@@ -22,12 +22,13 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 def parse_bytes(amount: int | str) -> int:
     """A number of bytes, or text such as "4GB" (10^9) or "512MiB" (2^20). Raises `ValueError` for anything else."""
     if isinstance(amount, str):
-        match = re.fullmatch(r"\s*([0-9]{0,30}\.?[0-9]{1,30})\s*([A-Za-z]*)\s*", amount)
-        if match and match[2].upper() in _UNITS:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", amount)
+        if match and match[2].upper() in _UNITS and len(match[1]) < 30:
             amount = int(float(match[1]) * _UNITS[match[2].upper()])
     nbytes = as_int_or_none(amount)
-    if nbytes is None or nbytes < 1:
-        raise ValueError(f"a memory budget is a number of bytes, or text such as '4GB' or '512MiB', not {quoted(amount)}")
+    if nbytes is None or not 1 <= nbytes < 2**63:
+        shown = "a number of more than 63 bits" if nbytes is not None and nbytes >= 2**63 else quoted(amount)
+        raise ValueError(f"a memory budget is a number of bytes, or text such as '4GB' or '512MiB', not {shown}")
     return nbytes
 
 

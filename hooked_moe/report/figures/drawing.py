@@ -27,6 +27,7 @@ BLACK, BLUE, SKY, GREEN, VERMILLION, GREY = "#000000", "#0072B2", "#56B4E9", "#0
 PURPLE = "#8f4a75"
 SMALL = 8  # points; nothing in a figure is smaller
 WIDE, NARROW = 7.4, 3.9  # inches
+FILES = ("svg", "png", "csv")
 DOTS_PER_INCH = 200  # of the PNG
 
 LEGEND_BELOW: Any = {"loc": "outside lower center", "handlelength": 2.4, "columnspacing": 1.6}
@@ -80,7 +81,7 @@ class Drawing:
         return files
 
     def save(self, directory: Path) -> bytes:
-        """Write `name`.svg, .png and .csv into `directory`; returns the svg."""
+        """Write `name` with each of the endings `FILES` into `directory`; returns the svg."""
         files = self.render("svg", "png")
         for kind, content in files.items():
             with atomic_path(directory / f"{self.name}.{kind}") as temporary:
