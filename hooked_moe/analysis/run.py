@@ -18,7 +18,7 @@ is kept grows with layers, experts and documents, not with tokens.
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from hooked_moe.analysis.redistribution import RedistributionAccumulator, layer_
 from hooked_moe.analysis.saving_table import saving_table
 from hooked_moe.analysis.savings import SavingAudit
 from hooked_moe.analysis.summaries import DomainSummary, LayerSummary, ScopeSummary, SlotSummary
+from hooked_moe.checks import whole_numbers
 from hooked_moe.tables import (
     MEASURED_TABLES,
     FileRecord,
@@ -67,7 +68,7 @@ def analyse_run(
     Raises FileNotFoundError without effects.parquet, ValueError for unknown layers, for a sample larger than the corpus and for
     tables that are not of one measurement.
     """
-    run = Path(run_dir)
+    run, layers = Path(run_dir), None if layers is None else whole_numbers(layers, "layers")  # which may be an iterator
     required_file(run, "effects.parquet", "the measurement writes it")
     derived, cells, missing = _derive(run, n_experts, layers, n_positions, seed)
     for name, table in derived.items():
