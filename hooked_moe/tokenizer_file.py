@@ -78,8 +78,9 @@ def _growth(piece: dict[str, Any]) -> float:
     content, pattern, prefix, single = (piece.get(key) for key in ("content", "pattern", "prepend", "single"))
     if isinstance(content, str):
         plain = pattern.get("String") if isinstance(pattern, dict) else None
-        # A regular expression may match nothing between any two characters.
-        return max(1.0, len(content) / max(len(plain), 1) if isinstance(plain, str) else 1.0 + len(content))
+        if isinstance(plain, str) and plain:
+            return max(1.0, len(content) / len(plain))
+        return 1.0 + len(content)  # no text, like a regular expression, matches between any two characters
     if isinstance(prefix, str):
         return 1.0 + len(prefix)  # before every piece of text between two added tokens
     if isinstance(single, list):

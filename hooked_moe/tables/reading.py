@@ -1,6 +1,5 @@
 """How the files of a run are read: what cannot be read is named, with the way out."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+
+from hooked_moe.json_text import JsonError, parse_json
 
 
 def required_file(run: Path, name: str, origin: str) -> Path:
@@ -24,8 +25,8 @@ def read_json(
 ) -> dict[str, Any]:
     """A JSON object. Raises `ValueError`, which ends with the remedy, for anything else."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(Path(path).read_bytes())
+    except JsonError as error:
         raise ValueError(f"{os.fspath(path)} is not readable JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{os.fspath(path)} holds no JSON object; {remedy}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import math
 import os
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--inputs", type=int, default=2000, help="of each kind (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of each kind at most; what was run by then is counted")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--only", type=int, metavar="K", help="run input K alone, in this process, and keep its files")
     parser.add_argument("--report", type=Path, help=f"where counts go (default: {REPORT.relative_to(ROOT)})")
@@ -62,7 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
                 failures.append(result)
                 again = f"{name} --seed {result.seed} --only {result.number}"
                 print(f"{again}: {result.outcome}: {result.detail}\n    {result.mutation}", flush=True)
-        rows.append((name, args.seed, args.inputs, counts))
+            if time.perf_counter() - started > 60 * args.minutes:
+                break
+        rows.append((name, args.seed, counts))
         print(f"{name}: {dict(counts)}, {time.perf_counter() - started:.0f} s", flush=True)
     if rows and (args.report or args.inputs >= 1000):
         (args.report or REPORT).write_text(as_markdown(rows), encoding="utf-8")
@@ -77,7 +81,7 @@ def replay(target: Target, seed: int, number: int) -> None:
     target.run(directory)
 
 
-def as_markdown(rows: list[tuple[str, int, int, collections.Counter[str]]]) -> str:
+def as_markdown(rows: list[tuple[str, int, collections.Counter[str]]]) -> str:
     """The counts as a table, with the commit they are of."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=ROOT
@@ -90,8 +94,9 @@ def as_markdown(rows: list[tuple[str, int, int, collections.Counter[str]]]) -> s
         f"| kind | seed | inputs | {' | '.join((*GOOD, *BAD))} |",
         f"|---|---|---|{'---|' * len((*GOOD, *BAD))}",
     ]
-    for name, seed, inputs, counts in rows:
-        lines.append(f"| {name} | {seed} | {inputs:,} | {' | '.join(f'{counts[outcome]:,}' for outcome in (*GOOD, *BAD))} |")
+    for name, seed, counts in rows:
+        numbers = [counts.total(), *(counts[outcome] for outcome in (*GOOD, *BAD))]
+        lines.append(f"| {name} | {seed} | {' | '.join(f'{number:,}' for number in numbers)} |")
     return "\n".join(lines) + "\n"
 
 

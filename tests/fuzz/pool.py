@@ -47,15 +47,19 @@ def run_inputs(target: Target, seed: int, numbers: Iterable[int], workers: int) 
     waiting = sorted(numbers)
     shares = [waiting[i::workers] for i in range(workers)]
     running = [_Worker(target, seed, share) for share in shares if share]
-    while running:
-        ready = wait([worker.connection for worker in running], timeout=0.5)
-        for worker in list(running):
-            if worker.connection in ready:
-                yield from worker.take()
-            elif worker.is_stuck():
-                yield worker.abandon("hang", f"more than {MOST_SECONDS:.0f} s")
-            if worker.ended:
-                running.remove(worker)
+    try:
+        while running:
+            ready = wait([worker.connection for worker in running], timeout=0.5)
+            for worker in list(running):
+                if worker.connection in ready:
+                    yield from worker.take()
+                elif worker.is_stuck():
+                    yield worker.abandon("hang", f"more than {MOST_SECONDS:.0f} s")
+                if worker.ended:
+                    running.remove(worker)
+    finally:
+        for worker in running:
+            worker.process.kill()
 
 
 class _Worker:
