@@ -84,7 +84,7 @@ def _growth(piece: dict[str, Any]) -> float:
     if isinstance(prefix, str):
         return 1.0 + len(prefix)  # before every piece of text between two added tokens
     if isinstance(single, list):
-        return max(1.0, sum(isinstance(part, dict) and "Sequence" in part for part in single))
+        return max(1.0, float(sum(isinstance(part, dict) and "Sequence" in part for part in single)))
     return 1.0
 
 

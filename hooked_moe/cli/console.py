@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -29,9 +29,9 @@ _MOST = 2**31 - 1
 class Parser(argparse.ArgumentParser):
     """Options as argparse reads them, on any console."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         tolerate_any_console()
-        args = sys.argv[1:] if args is None else args
+        args = sys.argv[1:] if args is None else list(args)
         for argument in args:
             name, _, value = argument.partition("=")
             if name.startswith("--") and value == "--":  # argparse drops the value and then fails for want of it

@@ -90,7 +90,8 @@ def as_markdown(rows: list[tuple[str, int, collections.Counter[str]]]) -> str:
         "# Fuzzing\n",
         f"Written by `make fuzz` at commit {commit or 'unknown'}. Inputs are valid files, mutated in structure or bytes; each",
         'is determined by its kind, seed and number. "right" means loaded, run and as it should be; a named error says what was',
-        "wrong in words of the package. Limits: 10 s of processor time, and 200 MB beyond the input's size.\n",
+        "wrong in the package's words. Limits: 10 s of processor time (result directories: 60, for they are analysed again), and",
+        "200 MB beyond the input's size.\n",
         f"| kind | seed | inputs | {' | '.join((*GOOD, *BAD))} |",
         f"|---|---|---|{'---|' * len((*GOOD, *BAD))}",
     ]

@@ -97,6 +97,7 @@ def small_checkpoints() -> list[dict[str, bytes]]:
 class Checkpoints:
     name = "checkpoints"
     shown_by_console = False
+    seconds = 10
 
     def prepare(self) -> None:
         self.seeds = small_checkpoints()

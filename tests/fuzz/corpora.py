@@ -22,6 +22,7 @@ _WORDS = (*STRINGS, {"text": "a"}, {"text": " "}, [{"text": "b"}], "whale " * 20
 class Corpora:
     name = "corpora"
     shown_by_console = False
+    seconds = 10
 
     def prepare(self) -> None:
         pass

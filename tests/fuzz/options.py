@@ -38,6 +38,7 @@ _FLAGS = ("--stream", "--bos", "--no-bos", "--", "-h", "--version", "-x")
 class Options:
     name = "options"
     shown_by_console = True
+    seconds = 10
 
     def prepare(self) -> None:
         self.checkpoint = small_checkpoints()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing as mp
 import os
@@ -19,8 +20,6 @@ from pathlib import Path
 from tests.fuzz.judge import judged, memory
 from tests.fuzz.target import Target
 
-MOST_SECONDS = 10.0
-"""Of processor time for one input; of the clock, six times as much, for the machine may be shared."""
 HEADROOM = 2 * 10**9
 """Address space that a worker may take on top of what it has: enough for the outcome "memory" to be measured, not for the
 machine to suffer."""
@@ -54,7 +53,7 @@ def run_inputs(target: Target, seed: int, numbers: Iterable[int], workers: int) 
                 if worker.connection in ready:
                     yield from worker.take()
                 elif worker.is_stuck():
-                    yield worker.abandon("hang", f"more than {MOST_SECONDS:.0f} s")
+                    yield worker.abandon("hang", f"more than {target.seconds:.0f} s")
                 if worker.ended:
                     running.remove(worker)
     finally:
@@ -95,7 +94,7 @@ class _Worker:
 
     def is_stuck(self) -> bool:
         began, cpu = self._begun
-        return self._cpu_seconds() - cpu > MOST_SECONDS or time.monotonic() - began > 6 * MOST_SECONDS
+        return self._cpu_seconds() - cpu > self.target.seconds or time.monotonic() - began > 6 * self.target.seconds
 
     def abandon(self, outcome: str, detail: str) -> Result:
         """End the process and go on with a new one after the input that it was at."""
@@ -122,6 +121,7 @@ def _work(connection: Connection, target: Target, seed: int, numbers: list[int])
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)  # panics are written there
+    faulthandler.disable()  # which would speak through a descriptor of its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + HEADROOM,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

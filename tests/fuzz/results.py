@@ -32,6 +32,7 @@ _WORDS = (
 class Results:
     name = "results"
     shown_by_console = False
+    seconds = 60
 
     def prepare(self) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="fuzz-results-"))

@@ -14,6 +14,9 @@ class Target(Protocol):
     shown_by_console: bool
     """Whether errors repeat what the user gave, and only the console makes them safe to show."""
 
+    seconds: float
+    """Of processor time, after which an input hangs; of the clock, six times as many, for the machine may be shared."""
+
     def prepare(self) -> None:
         """Make the valid inputs that are mutated. Called once, in the parent of the workers."""
 
