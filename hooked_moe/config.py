@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from hooked_moe.checks import require_defaults, whole_number
+from hooked_moe.checks import as_int_or_none, described, require_defaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +145,9 @@ class HookedMoEConfig:
         optional = ("kv_lora_rank", "q_lora_rank", "d_rotary", "d_value", "d_shared", "d_mlp")
         routing = ("num_experts", "experts_per_token", "d_expert", "n_expert_groups", "groups_per_token")
         for name in (*sizes, *routing, *(name for name in optional if getattr(self, name) is not None)):
-            number = whole_number(getattr(self, name), name)
-            if number < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {number}")
+            number = as_int_or_none(getattr(self, name))
+            if number is None or number < 1:
+                raise ValueError(f"{name} must be a positive whole number, not {described(getattr(self, name))}")
             object.__setattr__(self, name, number)
         require_defaults(self, "router_score", "selection_bias", "group_score", "attention_sink", "sliding_window")
         self._check_attention()

@@ -19,10 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int
 
+from hooked_moe.checks import check_text, described
 from hooked_moe.loading.hub import download_file
 
 CORPUS_NAMES = ("held-out", "wikitext-2")
@@ -39,6 +43,13 @@ class Document:
     domain: str
     title: str
     text: str
+
+    def __post_init__(self) -> None:
+        for name in ("id", "domain", "title", "text"):
+            try:
+                check_text(getattr(self, name))
+            except ValueError as error:
+                raise type(error)(f"{name!r} of document {described(self.id)}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ def load_corpus(
 
 
 def tokenize_documents(
-    documents: Sequence[Document], encode: Callable[[str], Sequence[int]], n_ctx: int, bos: int | None = None
+    documents: Iterable[Document], encode: Callable[[str], Sequence[int]], n_ctx: int, bos: int | None = None
 ) -> list[Window]:
     """Cut each document's tokens into windows of at most `n_ctx` tokens.
 
@@ -115,7 +126,8 @@ def tokenize_documents(
     if room < 2:
         kind = "two tokens" if bos is None else "a bos and two tokens"
         raise ValueError(f"n_ctx is {n_ctx}; a window has to hold {kind} to predict anything. Give a larger n_ctx.")
-    encoded = [np.asarray(encode(document.text), dtype=np.int64) for document in documents]
+    documents = list(documents)
+    encoded = [_encoded(document, encode) for document in documents]
     short = [f"{d.id!r} ({len(ids)})" for d, ids in zip(documents, encoded, strict=True) if len(ids) < 2]
     if short:
         raise ValueError(f"Documents of fewer than two tokens have nothing to predict: {_listed(short)}. Leave them out.")
@@ -124,6 +136,13 @@ def tokenize_documents(
         for number, ids in enumerate(encoded)
         for start in range(0, len(ids) - 1, room - 1)
     ]
+
+
+def _encoded(document: Document, encode: Callable[[str], Sequence[int]]) -> Int[np.ndarray, " token"]:
+    try:
+        return np.asarray(encode(document.text), dtype=np.int64)
+    except ValueError as error:
+        raise ValueError(f"document {document.id!r} cannot be tokenized: {error}") from error
 
 
 def _corpus(name: str, documents: Iterable[Document]) -> Corpus:
@@ -150,6 +169,8 @@ def _file_corpus(name: str) -> Corpus:
     path = Path(name).expanduser()
     if path.is_dir():
         raise IsADirectoryError(f"{name} is a directory; expected a .jsonl or .txt file. Name one of the files in it.")
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{name} is a link to {path.readlink()}, which is not there. Name the file itself.")
     if not path.is_file():
         if len(path.parts) > 1 or path.suffix:
             raise FileNotFoundError(f"There is no corpus file {name} (looked for {path.absolute()}). Check the path.")
@@ -186,13 +207,29 @@ def _jsonl_documents(text: str, stem: str, source: str) -> Iterator[Document]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}. Expected an object.") from error
+        except (ValueError, RecursionError) as error:  # of a number with thousands of digits, of thousands of brackets
+            raise ValueError(f"{where} cannot be read as JSON: {error}. Expected an object.") from error
         if not isinstance(record, dict) or "text" not in record:
             contents = f"has the fields {list(record)}" if isinstance(record, dict) else f"holds {line.strip()[:40]!r}"
             raise ValueError(f"{where} {contents}; expected an object with the document in a field 'text'.")
         if not isinstance(record["text"], str) or not record["text"].strip():
-            raise ValueError(f"{where}: 'text' is {record['text']!r}; expected text that is not empty. Remove the line.")
-        key = str(record.get("id", f"{stem}-{number}"))
-        yield Document(key, str(record.get("domain", stem)), str(record.get("title", key)), record["text"])
+            found = described(record["text"])
+            raise ValueError(f"{where}: 'text' is {found}; expected text that is not empty. Remove the line.")
+        key = _label(record, "id", f"{stem}-{number}", where)
+        try:
+            yield Document(key, _label(record, "domain", stem, where), _label(record, "title", key, where), record["text"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _label(record: dict[str, Any], name: str, otherwise: str, where: str) -> str:
+    """A text or a whole number, as text; `otherwise` where the record has none or null."""
+    value = record.get(name)
+    if value is None:
+        return otherwise
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{where}: {name!r} is {described(value)}; expected text, a whole number, or nothing at all.")
+    return str(value)
 
 
 def _text_documents(text: str, stem: str) -> Iterator[Document]:
@@ -205,7 +242,14 @@ def _text_documents(text: str, stem: str) -> Iterator[Document]:
 
 
 def _parquet_rows(path: Path) -> list[str]:
-    return [row or "" for row in pq.read_table(path, columns=["text"]).column("text").to_pylist()]
+    table = pq.read_table(path)
+    if "text" not in table.column_names or not _is_text(table.schema.field("text").type):
+        raise ValueError(f"{path} has no column 'text' of text; it has {', '.join(table.column_names)}. Download it again.")
+    return [row or "" for row in table.column("text").to_pylist()]
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_)
 
 
 def _wikitext_rows(rows: list[str]) -> Iterator[Document]:
