@@ -131,7 +131,7 @@ class Transformer(HookedModule):
             resid = self.hook_embed(self.embed(tokens))
         else:
             resid = inputs.as_residual(input, self.cfg)
-            attention_mask = inputs.as_mask(attention_mask, *resid.shape[:2], self.cfg)
+            attention_mask = inputs.as_mask(attention_mask, len(resid), resid.shape[1], self.cfg)
             if tokens is not None:
                 if tokens.shape != resid.shape[:2]:
                     raise ValueError(f"tokens has shape {list(tokens.shape)}; the residual stream is of {list(resid.shape[:2])}")
