@@ -269,7 +269,7 @@ def train_and_save(args: argparse.Namespace) -> None:
         )
     tokens = np.load(args.corpus / "train.npy", mmap_mode="r", allow_pickle=False)
     model = train(cfg, recipe, tokens, out, args.save_every)
-    model.tokenizer = Tokenizer.from_file(args.corpus / "tokenizer.json", eos_id=cfg.eos_token_id, pad_id=cfg.pad_token_id)
+    model.tokenizer = Tokenizer.from_file(args.corpus / "tokenizer.json", eos_id=cfg.end_tokens[0], pad_id=cfg.pad_token_id)
     model.to("cpu", torch.float16).save_pretrained(out / "model")
     write_text_atomic(json.dumps({"model": args.model, **asdict(recipe)}, indent=1) + "\n", out / "model" / "recipe.json")
 

@@ -32,10 +32,9 @@ def quoted(value: object) -> str:
     >>> quoted("a\\x1b[2J"), quoted(3), len(quoted("a" * 10**6))
     ("'a\\\\x1b[2J'", '3', 160)
     """
-    try:
-        return _cut(_BRIEF.repr(value))
-    except ValueError:  # Python does not write out whole numbers of more than some thousand digits
-        return f"a {type(value).__name__} of too many digits to show"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a whole number of {value.bit_length()} bits"  # Python refuses to write down the largest
+    return _cut(_BRIEF.repr(value))
 
 
 def printable(text: object, most: int = SHOWN) -> str:
@@ -153,6 +152,38 @@ def expanded_path(path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def is_hook(pair: Any) -> bool:
+    """Whether this is (name, names or predicate, function)."""
+    return isinstance(pair, list | tuple) and len(pair) == 2 and callable(pair[1])
+
+
+def as_hooks(hooks: Any, what: str) -> list[Any]:
+    """Hooks in a list, taken once from any iterable. Raises `WrongTypeError` for one alone, a mapping, or anything else."""
+    expected = "(name, function) pairs, as in [(name, function)]"
+    if isinstance(hooks, Iterable) and not isinstance(hooks, str | Mapping):
+        pairs = list(hooks)
+        wrong = [pair for pair in pairs if not is_hook(pair)]
+        if not wrong:
+            return pairs
+        raise WrongTypeError(f"{what} must be a list of {expected}; {described(wrong[0])} is no pair of them")
+    raise WrongTypeError(f"{what} must be a list of {expected}, not {described(hooks)}")
+
+
+def check_text(text: Any) -> str:
+    """The text. Raises `ValueError` for half of a surrogate pair, which is no Unicode, and `WrongTypeError` for no text."""
+    if not isinstance(text, str):
+        raise WrongTypeError(f"expected a text, not {described(text)}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"this is no Unicode text: half of a surrogate pair, {text[error.start]!a}, is at character {error.start}, in "
+            f"{text[max(0, error.start - 10) : error.end + 10]!a}; text.encode('utf-16', 'surrogatepass').decode('utf-16', "
+            "'replace') puts a replacement character there"
+        ) from error
+    return text
+
+
 class UnknownNameError(ValueError, KeyError):
     """A name that does not exist, with the nearest ones that do."""
 
@@ -162,9 +193,9 @@ class UnknownNameError(ValueError, KeyError):
 
 def unknown_name(kind: str, name: str, known: Iterable[str], advice: str = "") -> UnknownNameError:
     """An `UnknownNameError` that suggests the nearest known names."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
     suggestion = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
-    return UnknownNameError(f"unknown {kind} {name!r}{suggestion}{' ' + advice if advice else ''}")
+    return UnknownNameError(f"unknown {kind} {described(name)}{suggestion}{' ' + advice if advice else ''}")
 
 
 def require_defaults(options: Any, *names: str) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from hooked_moe.checks import quoted, require_between, require_defaults, whole_number
+from hooked_moe.checks import as_int_or_none, described, require_between, require_defaults
 
 MOST = {"n_layers": 4_096, "num_experts": 16_384}
 """More than any model has. Every layer and every expert takes objects of its own, before there is a weight."""
@@ -149,9 +149,11 @@ class HookedMoEConfig:
         optional = ("kv_lora_rank", "q_lora_rank", "d_rotary", "d_value", "d_shared", "d_mlp")
         routing = ("num_experts", "experts_per_token", "d_expert", "n_expert_groups", "groups_per_token")
         for name in (*sizes, *routing, *(name for name in optional if getattr(self, name) is not None)):
-            number, most = whole_number(getattr(self, name), name), MOST.get(name, 2**31 - 1)
-            if not 1 <= number <= most:
-                raise ValueError(f"{name} must be a positive whole number, not {quoted(number)}; {most:,} at most")
+            number, most = as_int_or_none(getattr(self, name)), MOST.get(name, 2**31 - 1)
+            if number is None or not 1 <= number <= most:
+                raise ValueError(
+                    f"{name} must be a positive whole number, not {described(getattr(self, name))}; {most:,} at most"
+                )
             object.__setattr__(self, name, number)
         require_between(self, 0, 1e6, "eps", "initializer_range", "routed_scaling_factor", "clip_qkv")
         require_between(self, 2, 1e15, "rotary_base")

@@ -93,11 +93,19 @@ def _prompt(
     return inputs.pad_texts(input, model.cfg, model.tokenizer, prepend_bos, side="left")
 
 
+def end_tokens(model: Transformer) -> tuple[int, ...]:
+    """The token ids any of which ends a text: those of the checkpoint's generation_config.json if it states some, as in
+    transformers, or else of its config.json. Those outside the vocabulary, which cannot be generated, are left out."""
+    stated = model.generation_config.get("eos_token_id")
+    ends = model.cfg.end_tokens if stated is None else tuple(stated) if isinstance(stated, list) else (stated,)
+    return tuple(end for end in ends if 0 <= end < model.cfg.d_vocab)
+
+
 def _end_tokens(model: Transformer, eos_token_id: int | Iterable[int] | None) -> list[int]:
     """Any of which ends a row; the first fills up the rows that have ended."""
     cfg = model.cfg
     if eos_token_id is None:
-        ends = list(model.end_tokens)
+        ends = list(end_tokens(model))
         if not ends:
             raise ValueError("this model names no end-of-text token: pass eos_token_id, or stop_at_eos=False")
         return ends

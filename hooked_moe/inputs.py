@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_moe.checks import WrongTypeError, described, whole_number
+from hooked_moe.components.key_value_cache import KeyValueCache
 from hooked_moe.config import HookedMoEConfig
+from hooked_moe.expert_mask import ExpertMask
 from hooked_moe.tokenizer import Tokenizer, as_texts
 
 TEXTS_ARE_MASKED = "attention_mask goes with tokens; texts are padded and masked by the model itself"
@@ -24,7 +26,7 @@ def as_tokens(
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None]:
     """Token ids on the model's device, and which of them are real (None: all), of token ids or of texts."""
     if not isinstance(input, Tensor):
-        items = input if isinstance(input, str) or not isinstance(input, Iterable) else list(input)
+        items = list(input) if isinstance(input, Iterable) and not isinstance(input, str | Mapping) else input
         if not isinstance(items, str) and not (isinstance(items, list) and all(isinstance(item, str) for item in items)):
             raise WrongTypeError(
                 f"expected token ids as an integer tensor [batch, pos], or text, not {described(input)}; "
@@ -121,3 +123,22 @@ def layer_bound(name: str, layer: Any, default: int, cfg: HookedMoEConfig) -> in
     if not 0 <= bound <= cfg.n_layers:
         raise ValueError(f"{name}={number} is out of range: the model has layers 0 to {cfg.n_layers - 1}")
     return bound
+
+
+def check_expert_mask(mask: Any, cfg: HookedMoEConfig) -> None:
+    """Raise `WrongTypeError` for what is no expert mask, and `ValueError` for one of layers that have no experts."""
+    if not isinstance(mask, ExpertMask):
+        raise WrongTypeError(f"expert_mask must be an ExpertMask, as ExpertMask({{layer: keep}}), not {described(mask)}")
+    mask.check_layers(cfg)
+
+
+def check_continues(cache: KeyValueCache, batch: int, pos: int, layers: range, cfg: HookedMoEConfig) -> None:
+    """Raise `ValueError` unless a pass of `pos` new tokens through these layers continues what the cache holds."""
+    if layers != range(cfg.n_layers):
+        raise ValueError("past_kv_cache keeps what every layer makes: leave out start_at_layer and stop_at_layer")
+    if len(cache.layers) != cfg.n_layers:
+        raise ValueError(f"past_kv_cache is for {len(cache.layers)} layers, and the model has {cfg.n_layers}")
+    if cache.real is not None and len(cache.real) != batch:
+        raise ValueError(f"past_kv_cache holds {len(cache.real)} rows, and the input has {batch}: each row continues its own")
+    if cache.width is not None and cache.length + pos > cache.width:
+        raise ValueError(f"past_kv_cache was made for rows of {cache.width} tokens, and these would have {cache.length + pos}")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_moe.checks import WrongTypeError, as_int_or_none, described, in_list, quoted, whole_number, whole_numbers
+from hooked_moe.checks import WrongTypeError, as_int_or_none, check_text, described, in_list, quoted, whole_number, whole_numbers
 from hooked_moe.tokenizer_file import named_failures, read_backend
 
 AFTER = "a"
@@ -30,21 +30,6 @@ def as_texts(texts: Any) -> list[str]:
         if not isinstance(item, str):
             raise WrongTypeError(f"expected a text, or a list of texts, not one that holds {described(item)}")
     return items
-
-
-def check_text(text: Any) -> str:
-    """The text. Raises `ValueError` for half of a surrogate pair, which is no Unicode, and `WrongTypeError` for no text."""
-    if not isinstance(text, str):
-        raise WrongTypeError(f"expected a text, not {described(text)}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"this is no Unicode text: half of a surrogate pair, {text[error.start]!a}, is at character {error.start}, in "
-            f"{text[max(0, error.start - 10) : error.end + 10]!a}; text.encode('utf-16', 'surrogatepass').decode('utf-16', "
-            "'replace') puts a replacement character there"
-        ) from error
-    return text
 
 
 @dataclass(frozen=True)

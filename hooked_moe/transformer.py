@@ -131,7 +131,7 @@ class Transformer(HookedModule):
             resid = self.hook_embed(self.embed(tokens))
         else:
             resid = inputs.as_residual(input, self.cfg)
-            attention_mask = inputs.as_mask(attention_mask, *resid.shape[:2], self.cfg)
+            attention_mask = inputs.as_mask(attention_mask, len(resid), resid.shape[1], self.cfg)
             if tokens is not None:
                 if tokens.shape != resid.shape[:2]:
                     raise ValueError(f"tokens has shape {list(tokens.shape)}; the residual stream is of {list(resid.shape[:2])}")
@@ -139,17 +139,14 @@ class Transformer(HookedModule):
         batch, pos = resid.shape[:2]
         before, cache = 0, None
         if past_kv_cache is not None:
-            before, cache = past_kv_cache.length, past_kv_cache.draft(batch, pos, range(start, stop), self.cfg.n_layers)
+            before, cache = past_kv_cache.length, past_kv_cache.draft()
+            inputs.check_continues(past_kv_cache, batch, pos, range(start, stop), self.cfg)
             new = torch.ones(batch, pos, dtype=torch.bool, device=resid.device) if attention_mask is None else attention_mask
             attention_mask = cache.extend_mask(new)
         positions, visible = self._positions(batch, pos, before, attention_mask)
         rotate = rotation(positions, self.cfg)
         if expert_mask is not None:
-            if not isinstance(expert_mask, ExpertMask):
-                raise TypeError(
-                    f"expert_mask must be an ExpertMask, as ExpertMask({{layer: keep}}), not {type(expert_mask).__name__}"
-                )
-            expert_mask.check_layers(self.cfg)
+            inputs.check_expert_mask(expert_mask, self.cfg)
         width = (past_kv_cache and past_kv_cache.width) or before + pos
 
         for layer in range(start, stop):
@@ -224,14 +221,6 @@ class Transformer(HookedModule):
         if (weight.device, weight.dtype) != (self.cfg.device, self.cfg.dtype):
             self.cfg = self.cfg.replace(device=weight.device, dtype=weight.dtype)
         return self
-
-    @property
-    def end_tokens(self) -> tuple[int, ...]:
-        """The token ids any of which ends a generated text: of generation_config.json if it states some, as in transformers, or
-        else of config.json. Those outside the vocabulary, which are never generated, are left out."""
-        stated = self.generation_config.get("eos_token_id")
-        ends = self.cfg.end_tokens if stated is None else tuple(stated) if isinstance(stated, list) else (stated,)
-        return tuple(end for end in ends if 0 <= end < self.cfg.d_vocab)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; `ValueError` if there is none."""

@@ -41,19 +41,8 @@ class KeyValueCache:
         """How many tokens of each row have been run."""
         return 0 if self.real is None else self.real.shape[1]
 
-    def draft(self, batch: int, pos: int, layers: range, n_layers: int) -> KeyValueCache:
-        """A copy for a pass of `pos` new tokens through `layers` to extend, until `adopt` takes it over.
-
-        A pass that fails in between changes nothing here. Raises `ValueError` for a pass that does not continue this cache.
-        """
-        if layers != range(n_layers):
-            raise ValueError("past_kv_cache keeps what every layer makes: leave out start_at_layer and stop_at_layer")
-        if len(self.layers) != n_layers:
-            raise ValueError(f"past_kv_cache is for {len(self.layers)} layers, and the model has {n_layers}")
-        if self.real is not None and len(self.real) != batch:
-            raise ValueError(f"past_kv_cache holds {len(self.real)} rows, and the input has {batch}: each row continues its own")
-        if self.width is not None and self.length + pos > self.width:
-            raise ValueError(f"past_kv_cache was made for rows of {self.width} tokens, and these would have {self.length + pos}")
+    def draft(self) -> KeyValueCache:
+        """A copy for a pass to extend, until `adopt` takes it over: a pass that fails in between changes nothing here."""
         draft = KeyValueCache(0, self.width)
         draft.layers = [LayerCache(layer.keys, layer.values) for layer in self.layers]
         draft.real = self.real

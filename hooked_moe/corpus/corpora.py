@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int
 
-from hooked_moe.checks import expanded_path, quoted
+from hooked_moe.checks import check_text, expanded_path, quoted
 from hooked_moe.json_text import JsonError, parse_json
 from hooked_moe.loading.hub import download_file
 
@@ -41,6 +43,13 @@ class Document:
     domain: str
     title: str
     text: str
+
+    def __post_init__(self) -> None:
+        for name in ("id", "domain", "title", "text"):
+            try:
+                check_text(getattr(self, name))
+            except ValueError as error:
+                raise type(error)(f"{name!r} of document {quoted(self.id)}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ def load_corpus(
 
 
 def tokenize_documents(
-    documents: Sequence[Document], encode: Callable[[str], Sequence[int]], n_ctx: int, bos: int | None = None
+    documents: Iterable[Document], encode: Callable[[str], Sequence[int]], n_ctx: int, bos: int | None = None
 ) -> list[Window]:
     """Cut each document's tokens into windows of at most `n_ctx` tokens.
 
@@ -117,7 +126,8 @@ def tokenize_documents(
     if room < 2:
         kind = "two tokens" if bos is None else "a bos and two tokens"
         raise ValueError(f"n_ctx is {n_ctx}; a window has to hold {kind} to predict anything. Give a larger n_ctx.")
-    encoded = [np.asarray(encode(document.text), dtype=np.int64) for document in documents]
+    documents = list(documents)
+    encoded = [_encoded(document, encode) for document in documents]
     short = [f"{quoted(d.id)} ({len(ids)})" for d, ids in zip(documents, encoded, strict=True) if len(ids) < 2]
     if short:
         raise ValueError(f"Documents of fewer than two tokens have nothing to predict: {_listed(short)}. Leave them out.")
@@ -126,6 +136,13 @@ def tokenize_documents(
         for number, ids in enumerate(encoded)
         for start in range(0, len(ids) - 1, room - 1)
     ]
+
+
+def _encoded(document: Document, encode: Callable[[str], Sequence[int]]) -> Int[np.ndarray, " token"]:
+    try:
+        return np.asarray(encode(document.text), dtype=np.int64)
+    except ValueError as error:
+        raise ValueError(f"document {quoted(document.id)} cannot be tokenized: {error}") from error
 
 
 def _corpus(name: str, documents: Iterable[Document]) -> Corpus:
@@ -152,6 +169,8 @@ def _file_corpus(name: str) -> Corpus:
     path = expanded_path(name)
     if path.is_dir():
         raise IsADirectoryError(f"{name} is a directory; expected a .jsonl or .txt file. Name one of the files in it.")
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{name} is a link to {path.readlink()}, which is not there. Name the file itself.")
     if not path.is_file():
         if len(path.parts) > 1 or path.suffix:
             raise FileNotFoundError(f"There is no corpus file {name} (looked for {path.absolute()}). Check the path.")
@@ -192,28 +211,23 @@ def _jsonl_documents(text: str, stem: str, source: str) -> Iterator[Document]:
             contents = f"has the fields {quoted(list(record))}" if isinstance(record, dict) else f"holds {line.strip()[:40]!r}"
             raise ValueError(f"{where} {contents}; expected an object with the document in a field 'text'.")
         if not isinstance(record["text"], str) or not record["text"].strip():
-            raise ValueError(f"{where}: 'text' is {quoted(record['text'])}; expected text that is not empty. Remove the line.")
-        key = _field(record, "id", f"{stem}-{number}", where)
-        domain, title = _field(record, "domain", stem, where), _field(record, "title", key, where)
-        yield Document(key, domain, title, _field(record, "text", "", where))
+            found = quoted(record["text"])
+            raise ValueError(f"{where}: 'text' is {found}; expected text that is not empty. Remove the line.")
+        key = _label(record, "id", f"{stem}-{number}", where)
+        try:
+            yield Document(key, _label(record, "domain", stem, where), _label(record, "title", key, where), record["text"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
 
-def _field(record: dict[str, Any], name: str, default: str, where: str) -> str:
-    """A field that is text, or a number as text; what is missing or null is the default."""
+def _label(record: dict[str, Any], name: str, otherwise: str, where: str) -> str:
+    """A text or a whole number, as text; `otherwise` where the record has none or null."""
     value = record.get(name)
     if value is None:
-        return default
-    if not isinstance(value, str | int | float):
-        raise ValueError(f"{where}: {name!r} is {quoted(value)}; expected text, or a number. Mend the line.")
-    text = str(value)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: {name!r} is no Unicode text: it has half of a surrogate pair, {text[error.start]!a}, at character "
-            f"{error.start}. Replace it, as text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') does."
-        ) from error
-    return text
+        return otherwise
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{where}: {name!r} is {quoted(value)}; expected text, a whole number, or nothing at all.")
+    return str(value)
 
 
 def _text_documents(text: str, stem: str) -> Iterator[Document]:
@@ -226,7 +240,14 @@ def _text_documents(text: str, stem: str) -> Iterator[Document]:
 
 
 def _parquet_rows(path: Path) -> list[str]:
-    return [row or "" for row in pq.read_table(path, columns=["text"]).column("text").to_pylist()]
+    table = pq.read_table(path)
+    if "text" not in table.column_names or not _is_text(table.schema.field("text").type):
+        raise ValueError(f"{path} has no column 'text' of text; it has {', '.join(table.column_names)}. Download it again.")
+    return [row or "" for row in table.column("text").to_pylist()]
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_)
 
 
 def _wikitext_rows(rows: list[str]) -> Iterator[Document]:

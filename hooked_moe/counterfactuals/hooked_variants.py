@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_moe.checks import WrongTypeError, described, in_list
+from hooked_moe.checks import WrongTypeError, described, in_list, is_hook
 from hooked_moe.components.losses import loss_of
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes
 from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, require_unhooked
 from hooked_moe.hooks.hook_point import HookPoint
-from hooked_moe.hooks.hooked_module import Hook, is_hook
+from hooked_moe.hooks.hooked_module import Hook
 from hooked_moe.transformer import LogitsAndLoss, ReturnType, Transformer
 
 HookEdit = Hook | Iterable[Hook]

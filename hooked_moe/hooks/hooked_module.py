@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hooked_moe.checks import WrongTypeError, described, in_list, unknown_name
+from hooked_moe.checks import as_hooks, in_list, unknown_name
 from hooked_moe.hooks.activation_cache import ActivationCache
 from hooked_moe.hooks.hook_point import HookPoint
 
 NameOrPredicate = str | Iterable[str] | Callable[[str], bool]
 Hook = tuple[NameOrPredicate, Callable[..., Any]]
 NamesFilter = NameOrPredicate | None
-
-
-def is_hook(pair: Any) -> bool:
-    """Whether this is (name, names or predicate, function)."""
-    return isinstance(pair, list | tuple) and len(pair) == 2 and callable(pair[1])
-
-
-def as_hooks(hooks: Any, what: str) -> list[Hook]:
-    """Hooks in a list, taken once from any iterable. Raises `WrongTypeError` for one alone, a mapping, or anything else."""
-    expected = "(name, function) pairs, as in [(name, function)]"
-    if isinstance(hooks, Iterable) and not isinstance(hooks, str | Mapping):
-        pairs = list(hooks)
-        wrong = [pair for pair in pairs if not is_hook(pair)]
-        if not wrong:
-            return pairs
-        raise WrongTypeError(f"{what} must be a list of {expected}; {described(wrong[0])} is no pair of them")
-    raise WrongTypeError(f"{what} must be a list of {expected}, not {described(hooks)}")
 
 
 class HookedModule(nn.Module):
@@ -62,7 +45,7 @@ class HookedModule(nn.Module):
             return accepted
         names = [which] if isinstance(which, str) else in_list(which, "names of hook points", "['hook_embed']")
         for name in names:
-            if name not in self.hook_dict:
+            if not isinstance(name, str) or name not in self.hook_dict:
                 raise unknown_name("hook point", name, self.hook_dict, "See model.hook_dict for all names.")
         return [self.hook_dict[name] for name in names]
 

@@ -81,22 +81,26 @@ class Checkpoint:
             raise CheckpointError(
                 f"{index} names shards that do not exist; download them again, into the same directory:{abbreviated(absent)}"
             )
-        unknown, superseded = [], []
+        others: list[tuple[str, str]] = []
         for shard in shards:
             for name, tensor in read_header(self.directory / shard).items():
                 if weight_map.get(name) == shard:
                     self.tensors[name] = tensor
-                elif name in weight_map:  # the index says which of two is meant
-                    superseded.append(f"{name} in {shard}: the index takes it from {weight_map[name]}")
                 elif not RECOMPUTED.fullmatch(name):
-                    unknown.append(f"{name} is in {shard}; the index says nothing of it")
-        lost = sorted(weight_map.keys() - self.tensors.keys())
-        wrong = [*unknown, *(f"{name} is not in {weight_map[name]}, where the index has it" for name in lost)]
+                    others.append((name, shard))
+        wrong = [
+            f"{name} is in {shard}; the index says {weight_map.get(name, 'nothing of it')}"
+            for name, shard in others
+            if name not in self.tensors
+        ]
+        lost = weight_map.keys() - self.tensors.keys() - {name for name, _ in others}
+        wrong += [f"{name} is not in {weight_map[name]}, where the index has it" for name in sorted(lost)]
         if wrong:
             raise CheckpointError(
                 f"{index} and its shards disagree; download both again, or write in its weight_map which shard has what:"
                 f"{abbreviated(wrong)}"
             )
+        superseded = [f"{name} in {shard}: the index takes it from {weight_map[name]}" for name, shard in others]
         self._note("copies of tensors that the index takes from elsewhere", superseded)
 
     def _note(self, what: str, items: list[str]) -> None:

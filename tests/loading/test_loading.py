@@ -91,7 +91,7 @@ def test_logits_equal_those_of_transformers(case: str, layout: str, tmp_path: Pa
 def test_special_tokens_and_name_reach_the_config(directory: Path) -> None:
     edit_config(directory, bos_token_id=5, eos_token_id=[7, 8], pad_token_id=None)
     cfg = HookedMoE.from_pretrained(directory).cfg
-    assert (cfg.bos_token_id, cfg.eos_token_id, cfg.pad_token_id) == (5, 7, None)
+    assert (cfg.bos_token_id, cfg.eos_token_id, cfg.pad_token_id) == (5, (7, 8), None)
     assert (cfg.model_name, cfg.revision) == ("model", None)
 
 

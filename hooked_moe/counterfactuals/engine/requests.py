@@ -10,7 +10,7 @@ from typing import Any
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_moe.checks import whole_number, whole_numbers
+from hooked_moe.checks import as_int_or_none, described, whole_numbers
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.memory import Demand, demand_of, demand_within, divide, parse_bytes
 from hooked_moe.counterfactuals.engine.padding import Packed, pack
@@ -120,7 +120,7 @@ def _checked_layers(model: Transformer, layers: Layers | None, dense: bool) -> l
 
 def checked_n_variants(n_variants: Any) -> int:
     """The number of variants to measure. Raises `ValueError` unless it is a whole number from 1."""
-    number = whole_number(n_variants, "the number of variants")
-    if number < 1:
-        raise ValueError(f"the number of variants must be a whole number from 1, not {number}")
+    number = as_int_or_none(n_variants)
+    if number is None or number < 1:
+        raise ValueError(f"the number of variants must be a whole number from 1, not {described(n_variants)}")
     return number
