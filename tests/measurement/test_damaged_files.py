@@ -19,7 +19,7 @@ from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.tables import file_record
-from tests.support.damage import DAMAGES, cut_short, flip_bit
+from tests.support.damage import DAMAGES, cut_short, delete, flip_bit
 from tests.support.number_text import number_corpus, number_reader
 
 LENGTHS = (12, 9, 10)
@@ -71,7 +71,7 @@ def measurement(model: HookedMoE, corpus: Callable[[], TokenizedCorpus], tmp_pat
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_is_named_set_aside_and_measured_again(measurement: Measurement, damage: Any) -> None:
     whole, chance = measurement.measure(), random.Random(0)
-    for path in measurement.files()[::5]:
+    for path in measurement.files()[::6]:
         damage(path, chance)
         there = path.exists()
         assert measurement.measure() == whole
@@ -99,7 +99,7 @@ def flipped(measurement: Measurement, trials: int) -> int:
 
 
 def test_flipped_bits_anywhere_give_the_same_tables(measurement: Measurement) -> None:
-    assert flipped(measurement, 12) >= 10
+    assert flipped(measurement, 6) >= 5
 
 
 @pytest.mark.slow
@@ -175,8 +175,9 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file() and path.suffix != ".damaged"}
 
 
-@pytest.mark.parametrize("damage", [flip_bit, cut_short, DAMAGES[-1]])
-@pytest.mark.parametrize("name", ["effects", "routing", "documents", "expert_weights"])
+@pytest.mark.parametrize(
+    ("name", "damage"), [("effects", flip_bit), ("routing", delete), ("documents", cut_short), ("expert_weights", delete)]
+)
 def test_a_damaged_table_of_a_finished_run_is_made_again(opened: Any, name: str, damage: Any) -> None:
     with opened() as run:
         run.require("position", SOME, progress=False)
