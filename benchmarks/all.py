@@ -22,6 +22,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.tables import print_page
+from hooked_moe.tables import write_text_atomic
+
 HERE = Path(__file__).resolve().parent
 OLMOE = ["--d-model", "2048", "--d-expert", "1024", "--vocabulary", "50304", "--layers", "2"]
 SUITE: dict[str, list[list[str]]] = {
@@ -51,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sections.append(text)
     page = "\n".join([*heading(time.perf_counter() - started), *sections])
     if out is None:
-        print(page)
+        print_page(page)
     else:
-        out.write_text(page, encoding="utf-8")
+        write_text_atomic(page, out)
         print(f"{out} is written")
     return code
 

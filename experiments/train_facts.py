@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.train_tiny import Recipe, RouterLosses, optimiser
+from experiments.support.router_losses import RouterLosses
+from experiments.train_tiny import Recipe, optimiser
 from hooked_moe import HookedMoE
 from hooked_moe.corpus import load_facts
 
@@ -117,7 +118,7 @@ def train(recipe: FactRecipe, tokens: np.ndarray, out: Path, base: str = "tiny-o
             logits = model(rows[:, :-1])
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
             by_row = loss.view(len(rows), -1).mean(1)
-            router_loss = losses.total(shared)
+            router_loss = losses.total(shared.load_balancing, shared.router_z)
             optim.zero_grad(set_to_none=True)
             (by_row.mean() + router_loss).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), shared.clip_norm)

@@ -13,7 +13,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from hooked_moe.checks import require_defaults
+from hooked_moe.checks import as_int_or_none, described, require_between, require_defaults
+
+MOST = {"n_layers": 4_096, "num_experts": 16_384}
+"""More than any model has. Every layer and every expert takes objects of its own, before there is a weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class YarnScaling:
     `m(mscale_all_dim)^2`, where m(x) = 0.1 x ln(factor) + 1. The defaults are YaRN's own: all of it in the rotations."""
 
     def __post_init__(self) -> None:
+        require_between(self, 0, 1e9, "factor", "original_ctx", "beta_fast", "mscale", "mscale_all_dim")
         if self.factor < 1 or self.original_ctx < 1 or self.beta_fast <= self.beta_slow or self.beta_slow <= 0:
             raise ValueError(f"factor and original_ctx must be at least 1, and beta_fast > beta_slow > 0, not as in {self}")
 
@@ -134,7 +138,8 @@ class HookedMoEConfig:
     """The hub commit the weights came from; None for local weights."""
     bos_token_id: int | None = None
     """Put before every text when the family's tokenizer does so; None where it does not."""
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    """The token that ends a text; several, where any of them does."""
     pad_token_id: int | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
@@ -144,9 +149,14 @@ class HookedMoEConfig:
         optional = ("kv_lora_rank", "q_lora_rank", "d_rotary", "d_value", "d_shared", "d_mlp")
         routing = ("num_experts", "experts_per_token", "d_expert", "n_expert_groups", "groups_per_token")
         for name in (*sizes, *routing, *(name for name in optional if getattr(self, name) is not None)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+            number, most = as_int_or_none(getattr(self, name)), MOST.get(name, 2**31 - 1)
+            if number is None or not 1 <= number <= most:
+                raise ValueError(
+                    f"{name} must be a positive whole number, not {described(getattr(self, name))}; {most:,} at most"
+                )
+            object.__setattr__(self, name, number)
+        require_between(self, 0, 1e6, "eps", "initializer_range", "routed_scaling_factor", "clip_qkv")
+        require_between(self, 2, 1e15, "rotary_base")
         require_defaults(self, "router_score", "selection_bias", "group_score", "attention_sink", "sliding_window")
         self._check_attention()
         self._check_experts()
@@ -204,6 +214,12 @@ class HookedMoEConfig:
     normalization_type: ClassVar[str] = "RMS"
     attn_only: ClassVar[bool] = False
     """These two for TransformerLens's tools, which ask for them."""
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a text, each of them."""
+        ends = self.eos_token_id
+        return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
 
     def experts_in(self, layer: int) -> int:
         """Routed experts of a layer; 0 if it is dense."""

@@ -18,6 +18,7 @@ from hooked_moe.chat import are_several, rendered
 from hooked_moe.counterfactuals import hooked_variants
 from hooked_moe.description import description
 from hooked_moe.surgery import pruning
+from hooked_moe.tokenizer import as_ids, as_texts, is_batch
 from hooked_moe.transformer import ReturnType, Transformer
 from hooked_moe.weight_views import WeightViews
 
@@ -35,7 +36,7 @@ class HookedMoE(Transformer, WeightViews):
     def run_variants(
         self,
         tokens: Int[Tensor, "batch pos"] | str | list[str],
-        edits: Sequence[Any],
+        edits: Iterable[Any],
         return_type: ReturnType = "logits",
         **options: Any,
     ) -> Any:
@@ -140,8 +141,7 @@ class HookedMoE(Transformer, WeightViews):
             if prepend_bos is not None:
                 raise ValueError("with chat=True the chat template says whether there is a BOS token: leave out prepend_bos")
             return self.apply_chat_template(text, add_generation_prompt=True)
-        texts = [text] if isinstance(text, str) else text
-        return self.require_tokenizer().pad(texts, self.cfg.device, prepend_bos)[0]
+        return self.require_tokenizer().pad(as_texts(text), self.cfg.device, prepend_bos)[0]
 
     def apply_chat_template(
         self,
@@ -166,16 +166,17 @@ class HookedMoE(Transformer, WeightViews):
             return tokenizer.pad(texts, self.cfg.device, prepend_bos=False)[0]
         return texts[0] if len(texts) == 1 and not are_several(messages) else texts
 
-    def to_string(self, tokens: Int[Tensor, "..."] | list[int] | int) -> str | list[str]:
+    def to_string(self, tokens: Int[Tensor, "..."] | Sequence[Any] | int) -> str | list[str]:
         """The text of tokens [pos], or a list of texts for [batch, pos]."""
         return self.require_tokenizer().to_string(tokens)
 
-    def to_str_tokens(self, text: str | Int[Tensor, " pos"], prepend_bos: bool | None = None) -> list[str]:
-        """Each token of a text (or of token ids) as a string."""
+    def to_str_tokens(self, text: Any, prepend_bos: bool | None = None) -> Any:
+        """Each token of a text, or of token ids [pos], as a string; a list for each of several texts or rows [batch, pos]."""
+        if is_batch(text):
+            return [self.to_str_tokens(row, prepend_bos) for row in text]
         tokenizer = self.require_tokenizer()
-        ids = tokenizer.encode(text, prepend_bos) if isinstance(text, str) else torch.as_tensor(text).flatten().tolist()
-        return [tokenizer.decode([token]) for token in ids]
+        return tokenizer.to_str_tokens(tokenizer.encode(text, prepend_bos) if isinstance(text, str) else as_ids(text))
 
     def to_single_token(self, text: str) -> int:
-        """The id of a text that is one token; `ValueError` shows its tokens if it is several."""
+        """The id of a text that is one token, on its own or after other text; `ValueError` shows its tokens if it is several."""
         return self.require_tokenizer().to_single_token(text)

@@ -17,6 +17,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from hooked_moe import inputs
 from hooked_moe.components.block import Block
 from hooked_moe.components.key_value_cache import KeyValueCache
 from hooked_moe.components.losses import loss_of
@@ -65,10 +66,13 @@ class Unembed(nn.Module):
 class Transformer(HookedModule):
     """What runs. `HookedMoE`, which users hold, is this with loading, saving, text and whole experiments on top."""
 
+    @torch.inference_mode(False)
     def __init__(self, cfg: HookedMoEConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
         self.cfg = cfg
         self.tokenizer = tokenizer
+        self.generation_config: dict[str, Any] = {}
+        """The checkpoint's generation_config.json, which is saved along. Of it, only the end tokens are used here."""
         self._noted_length = False
         with torch.device(cfg.device):
             self.embed = Embed(cfg)
@@ -113,13 +117,13 @@ class Transformer(HookedModule):
         before block l instead of tokens (then a loss needs `tokens` too); `stop_at_layer=l` returns the residual stream before
         block l. The loss is the mean over all real next tokens, or [batch, pos-1] with `loss_per_token` (nan at padding).
         With a `past_kv_cache`, the tokens continue those it has seen, and are added to it: `pos` counts the new ones only, in
-        hooks too.
+        hooks too. A pass that fails, or is refused, leaves it as it was.
         Raises `ValueError` for what cannot be run: token ids outside the vocabulary, layers that do not exist, wrong shapes.
         """
         if return_type not in _RETURN_TYPES:
             raise ValueError(f"return_type must be one of {_RETURN_TYPES}, not {return_type!r}")
-        start = self._layer_bound("start_at_layer", start_at_layer, default=0)
-        stop = self._layer_bound("stop_at_layer", stop_at_layer, default=self.cfg.n_layers)
+        start = inputs.layer_bound("start_at_layer", start_at_layer, 0, self.cfg)
+        stop = inputs.layer_bound("stop_at_layer", stop_at_layer, self.cfg.n_layers, self.cfg)
         if start > stop:
             raise ValueError(f"start_at_layer={start_at_layer} is after stop_at_layer={stop_at_layer}: there is no block to run")
         if start_at_layer is None:
@@ -128,42 +132,49 @@ class Transformer(HookedModule):
             tokens, attention_mask = self.as_tokens(input, attention_mask)
             resid = self.hook_embed(self.embed(tokens))
         else:
-            resid = self._as_residual(input)
+            resid = inputs.as_residual(input, self.cfg)
+            attention_mask = inputs.as_mask(attention_mask, len(resid), resid.shape[1], self.cfg)
             if tokens is not None:
-                tokens, _ = self.as_tokens(tokens)
                 if tokens.shape != resid.shape[:2]:
                     raise ValueError(f"tokens has shape {list(tokens.shape)}; the residual stream is of {list(resid.shape[:2])}")
-            attention_mask = self._as_mask(attention_mask, *resid.shape[:2])
+                tokens, _ = self.as_tokens(tokens, attention_mask)
         batch, pos = resid.shape[:2]
-        before = 0 if past_kv_cache is None else past_kv_cache.length
+        before, cache = 0, None
         if past_kv_cache is not None:
+            before, cache = past_kv_cache.length, past_kv_cache.draft()
+            inputs.check_continues(past_kv_cache, batch, pos, range(start, stop), self.cfg)
             new = torch.ones(batch, pos, dtype=torch.bool, device=resid.device) if attention_mask is None else attention_mask
-            attention_mask = past_kv_cache.extend_mask(new)
+            attention_mask = cache.extend_mask(new)
         self._note_length(before + pos)
         positions, visible = self._positions(batch, pos, before, attention_mask)
         rotate = rotation(positions, self.cfg)
         if expert_mask is not None:
-            if not isinstance(expert_mask, ExpertMask):
-                raise TypeError(
-                    f"expert_mask must be an ExpertMask, as ExpertMask({{layer: keep}}), not {type(expert_mask).__name__}"
-                )
-            expert_mask.check_layers(self.cfg)
+            inputs.check_expert_mask(expert_mask, self.cfg)
         width = (past_kv_cache and past_kv_cache.width) or before + pos
 
         for layer in range(start, stop):
             shape = batch, width, self.cfg.experts_in(layer)
             mask = expert_mask and expert_mask.for_layer(layer, shape, resid.device, slice(before, before + pos))
-            past = None if past_kv_cache is None else past_kv_cache.layers[layer]
+            past = None if cache is None else cache.layers[layer]
             resid = self.blocks[layer](resid, rotate, visible, mask, past)
 
-        if stop_at_layer is not None:
-            return resid
+        if stop_at_layer is None:
+            real = None if attention_mask is None else attention_mask[:, before:]
+            output = self._read_out(resid, return_type, tokens, real, loss_per_token)
+        else:
+            output = resid
+        if past_kv_cache is not None and cache is not None:
+            past_kv_cache.adopt(cache)  # now that nothing can fail any more
+        return output
+
+    def _read_out(self, resid: Tensor, return_type: Any, tokens: Tensor | None, real: Tensor | None, per_token: bool) -> Any:
+        """What `forward` returns of the last residual stream."""
         logits = self.logits(resid)
         if return_type == "logits" or return_type is None:
             return logits if return_type else None
         if tokens is None:
             raise ValueError("a loss from a residual stream needs the tokens too: pass tokens=[batch, pos]")
-        loss = loss_of(logits, tokens, None if attention_mask is None else attention_mask[:, before:], loss_per_token)
+        loss = loss_of(logits, tokens, real, per_token)
         return LogitsAndLoss(logits, loss) if return_type == "both" else loss
 
     def _note_length(self, length: int) -> None:
@@ -200,45 +211,11 @@ class Transformer(HookedModule):
         visible = ((keys <= queries) & attention_mask[:, None, None, :]) | own
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, before:], visible
 
-    def _as_mask(self, attention_mask: Any, batch: int, pos: int) -> Bool[Tensor, "batch pos"] | None:
-        if attention_mask is None:
-            return None
-        mask = torch.as_tensor(attention_mask, device=self.cfg.device)
-        if mask.shape != (batch, pos):
-            raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected {[batch, pos]}")
-        return mask.bool()
-
-    def _layer_bound(self, name: str, layer: int | None, default: int) -> int:
-        if layer is None:
-            return default
-        bound = layer + self.cfg.n_layers if layer < 0 else layer
-        if not 0 <= bound <= self.cfg.n_layers:
-            raise ValueError(f"{name}={layer} is out of range: the model has layers 0 to {self.cfg.n_layers - 1}")
-        return bound
-
-    def as_tokens(self, input: Any, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def as_tokens(
+        self, input: Any, attention_mask: Any = None
+    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None]:
         """Token ids and attention mask of what `forward` accepts; `ValueError` says what is wrong with anything else."""
-        if isinstance(input, str) or (isinstance(input, list) and all(isinstance(text, str) for text in input)):
-            if attention_mask is not None:
-                raise ValueError("attention_mask goes with tokens; texts are padded and masked by the model itself")
-            return self.require_tokenizer().pad([input] if isinstance(input, str) else input, self.cfg.device)
-        if not isinstance(input, Tensor) or input.dim() != 2 or input.is_floating_point() or input.dtype == torch.bool:
-            got = f"{input.dtype} {list(input.shape)}" if isinstance(input, Tensor) else type(input).__name__
-            raise ValueError(f"expected token ids as an integer tensor [batch, pos], or text, not {got}")
-        if input.shape[1] == 0 or input.shape[0] == 0:
-            raise ValueError(f"no tokens: the input has shape {list(input.shape)}")
-        low, high = int(input.min()), int(input.max())
-        if low < 0 or high >= self.cfg.d_vocab:
-            raise ValueError(
-                f"token id {low if low < 0 else high} is out of range: {self.cfg.model_name} has ids 0 to {self.cfg.d_vocab - 1}"
-            )
-        return input.to(self.cfg.device, torch.long), self._as_mask(attention_mask, *input.shape)
-
-    def _as_residual(self, input: Any) -> Tensor:
-        if not isinstance(input, Tensor) or input.dim() != 3 or input.shape[-1] != self.cfg.d_model:
-            got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
-            raise ValueError(f"start_at_layer takes a residual stream [batch, pos, d_model={self.cfg.d_model}], not {got}")
-        return input.to(self.cfg.device, self.cfg.dtype)
+        return inputs.as_tokens(input, attention_mask, self.cfg, self.tokenizer)
 
     @property
     def streams(self) -> bool:
@@ -260,6 +237,4 @@ class Transformer(HookedModule):
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; `ValueError` if there is none."""
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: pass token ids, or set model.tokenizer = Tokenizer.from_file(...)")
-        return self.tokenizer
+        return inputs.require_tokenizer(self.tokenizer)

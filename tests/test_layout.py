@@ -62,7 +62,9 @@ def f(
 
 def test_the_core_of_the_model_stays_small() -> None:
     counts = {str(path.relative_to(ROOT)): lines_of_code(path.read_text(encoding="utf-8")) for path in CORE}
-    assert sum(counts.values()) <= 1600, counts  # 1500, and 100 for short names and TransformerLens's options of `run_with_cache`
+    assert sum(counts.values()) <= 1650, (
+        counts
+    )  # 1500; 100 for TransformerLens's names and options; 50 for checks of what files say
 
 
 STILL_LONGER = (

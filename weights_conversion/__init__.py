@@ -3,6 +3,7 @@
 A new family adds its module and one entry here.
 """
 
+from hooked_moe.checks import quoted
 from weights_conversion.conversion import Conversion
 from weights_conversion.deepseek_v2 import DEEPSEEK_V2
 from weights_conversion.errors import CheckpointError, abbreviated
@@ -20,7 +21,9 @@ CONVERSIONS: dict[str, Conversion] = {conversion.model_type: conversion for conv
 def conversion_for(model_type: str, source: str) -> Conversion:
     """The conversion of a family; `CheckpointError` names the families there are. `source` is what named this one."""
     if model_type not in CONVERSIONS:
-        raise CheckpointError(f"{source}: model_type {model_type!r} is not supported; supported are: {', '.join(CONVERSIONS)}")
+        raise CheckpointError(
+            f"{source}: model_type {quoted(model_type)} is not supported; supported are: {', '.join(CONVERSIONS)}"
+        )
     return CONVERSIONS[model_type]
 
 

@@ -70,7 +70,7 @@ def read_all(
     hf.refuse_unsupported(sliding_window_switch)
     n_heads = hf.integer("num_attention_heads")
     return hf.rotary(rotary_base, split_temperature) | {
-        "n_layers": hf.integer("num_hidden_layers"),
+        "n_layers": hf.layers(),
         "d_model": hf.integer("hidden_size"),
         "d_vocab": hf.integer("vocab_size"),
         "n_ctx": hf.integer("max_position_embeddings", default=n_ctx),
@@ -80,9 +80,9 @@ def read_all(
         "eps": hf.number("rms_norm_eps", default=eps),
         "tie_word_embeddings": hf.boolean("tie_word_embeddings", default=False),
         "initializer_range": hf.number("initializer_range", default=0.02),
-        "bos_token_id": hf.token_id("bos_token_id"),
-        "eos_token_id": hf.token_id("eos_token_id"),
-        "pad_token_id": hf.token_id("pad_token_id"),
+        "bos_token_id": hf.integer("bos_token_id", default=None),
+        "eos_token_id": hf.end_tokens("eos_token_id"),
+        "pad_token_id": hf.integer("pad_token_id", default=None),
     }
 
 
@@ -107,7 +107,7 @@ def write_all(cfg: HookedMoEConfig, architecture: str) -> dict[str, object]:
         "output_router_logits": False,
         "tie_word_embeddings": cfg.tie_word_embeddings,
         "bos_token_id": cfg.bos_token_id,
-        "eos_token_id": cfg.eos_token_id,
+        "eos_token_id": list(cfg.eos_token_id) if isinstance(cfg.eos_token_id, tuple) else cfg.eos_token_id,
         "pad_token_id": cfg.pad_token_id,
         "use_cache": True,
         "dtype": dtype,
@@ -126,8 +126,8 @@ def head_width(hf: HFConfig) -> int:
 
 def read_qwen(hf: HFConfig) -> dict[str, Any]:
     """What Qwen's configs state alike: the experts, and which layers are dense."""
-    n_layers, step = hf.integer("num_hidden_layers"), hf.integer("decoder_sparse_step", default=1)
-    only: list[int] = hf.integers("mlp_only_layers", default=[])
+    n_layers, step = hf.layers(), hf.integer("decoder_sparse_step", default=1)
+    only = set(hf.integers("mlp_only_layers", default=[]))
     if step < 1:
         raise hf.error(f"decoder_sparse_step must be at least 1, not {step}")
     dense = tuple(layer for layer in range(n_layers) if layer in only or (layer + 1) % step)

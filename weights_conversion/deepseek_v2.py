@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hooked_moe.checks import quoted
 from hooked_moe.config import HookedMoEConfig
 from weights_conversion import common
 from weights_conversion.common import HF, OURS
@@ -24,7 +25,7 @@ def read_config(hf: HFConfig) -> HookedMoEConfig:
     hf.refuse("num_key_value_heads", (n_heads,), f"latent attention makes keys and values for every head: expected {n_heads}")
     d_expert = hf.integer("moe_intermediate_size")
     shared = 0 if hf.states_null("n_shared_experts") else hf.integer("n_shared_experts", default=2)
-    dense = hf.integer("first_k_dense_replace", default=0)
+    dense = min(hf.integer("first_k_dense_replace", default=0), hf.layers())
     return HookedMoEConfig(
         **common.read_all(hf, n_ctx=2048, eps=1e-6, rotary_base=10_000.0, split_temperature=True),
         **_read_groups(hf),
@@ -48,7 +49,7 @@ def _read_groups(hf: HFConfig) -> dict[str, Any]:
     if method == "greedy":
         return {}
     if method != "group_limited_greedy":
-        raise hf.error(f"topk_method={method!r} is not supported: 'greedy' and 'group_limited_greedy' are")
+        raise hf.error(f"topk_method={quoted(method)} is not supported: 'greedy' and 'group_limited_greedy' are")
     return {"n_expert_groups": hf.integer("n_group"), "groups_per_token": hf.integer("topk_group")}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hooked_moe.config import YarnScaling
+from hooked_moe.checks import printable, quoted
+from hooked_moe.config import MOST, YarnScaling
 from weights_conversion.errors import CheckpointError
 
 _REQUIRED: Any = object()
@@ -27,11 +29,22 @@ class HFConfig:
 
     def integer(self, key: str, *aliases: str, default: Any = _REQUIRED) -> Any:
         """A whole number. Names after the first are other names of the same key."""
-        return self._value((key, *aliases), default, "a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool))
+        return self._value((key, *aliases), default, "a whole number below 2^63", _is_integer)
+
+    def layers(self) -> int:
+        """How many layers there are: no more than can be counted before the checkpoint is seen."""
+        n_layers: int = self.integer("num_hidden_layers")
+        if n_layers > MOST["n_layers"]:
+            raise self.error(f"num_hidden_layers is {n_layers:,}, and {MOST['n_layers']:,} are the most here")
+        return n_layers
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        value = self._value((key,), default, "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool))
+        value = self._value((key,), default, "a finite number", _is_number)
         return None if value is None else float(value)
+
+    def boolean_or_none(self, key: str) -> bool | None:
+        """None where it is not stated."""
+        return None if self.values.get(key) is None else self.boolean(key)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
         return bool(self._value((key,), default, "true or false", lambda v: isinstance(v, bool)))
@@ -39,26 +52,26 @@ class HFConfig:
     def integers(self, key: str, default: Any = _REQUIRED) -> Any:
         """A list of whole numbers."""
         return self._value(
-            (key,), default, "a list of whole numbers", lambda v: isinstance(v, list) and all(type(i) is int for i in v)
+            (key,), default, "a list of whole numbers", lambda v: isinstance(v, list) and all(_is_integer(i) for i in v)
         )
 
     def states_null(self, key: str) -> bool:
         """Whether the key is there and null, as where a family's default is something else."""
         return key in self.values and self.values[key] is None
 
-    def token_id(self, key: str) -> int | None:
-        """A special token; the first, where a config lists several that end a text."""
-        value = self.values.get(key)
-        if isinstance(value, list) and value:
-            return HFConfig({**self.values, key: value[0]}, self.source).token_id(key)
-        return self.integer(key, default=None)
+    def end_tokens(self, key: str) -> int | tuple[int, ...] | None:
+        """The token that ends a text, or the tokens any of which does."""
+        if not isinstance(self.values.get(key), list):
+            return self.integer(key, default=None)
+        ends = tuple(self.integers(key))
+        return ends if len(ends) > 1 else ends[0] if ends else None
 
     def _value(self, keys: tuple[str, ...], default: Any, kind: str, is_kind: Any) -> Any:
         for key in keys:
             value = self.values.get(key)
             if value is not None:
                 if not is_kind(value):
-                    raise self.error(f"{key} must be {kind}, not {value!r}")
+                    raise self.error(f"{key} must be {kind}, not {quoted(value)}")
                 return value
         if default is _REQUIRED:
             raise self.error(f"{keys[0]} is missing; it must be {kind}")
@@ -68,7 +81,7 @@ class HFConfig:
         """Raise unless the key is absent, null or one of the given values."""
         value = self.values.get(key)
         if value is not None and value not in unless:
-            raise self.error(f"{key}={value!r} is not supported: {why}")
+            raise self.error(f"{key}={quoted(value)} is not supported: {why}")
 
     def refuse_unsupported(self, sliding_window_switch: bool = True) -> None:
         """Refuse the options that no family here has.
@@ -79,7 +92,8 @@ class HFConfig:
         self.refuse("quantization_config", ({},), "weights must be float64, float32, float16 or bfloat16; dequantise them first")
         if self.boolean("use_sliding_window", default=sliding_window_switch):
             self.refuse("sliding_window", (0,), "attention here always sees the whole context")
-        if "sliding_attention" in (self.values.get("layer_types") or ()):
+        kinds = self._value(("layer_types",), [], "a list", lambda v: isinstance(v, list))
+        if "sliding_attention" in kinds:
             raise self.error("'sliding_attention' in layer_types is not supported: attention here always sees the whole context")
 
     def rotary(self, default_base: float, split_temperature: bool = False) -> dict[str, Any]:
@@ -98,7 +112,7 @@ class HFConfig:
             if section is None:
                 continue
             if not isinstance(section, dict):
-                raise self.error(f"{key} must be an object or null, not {section!r}")
+                raise self.error(f"{key} must be an object or null, not {quoted(section)}")
             inner = HFConfig(section, f"{self.source}: {key}")
             inner.refuse("partial_rotary_factor", (1,), "all coordinates of a head are rotated here")
             scalings[key] = inner.yarn(split_temperature)
@@ -113,8 +127,9 @@ class HFConfig:
         }
 
     def _agree(self, stated: Mapping[str, object]) -> None:
-        if len(set(stated.values())) > 1:
-            raise self.error(f"{' and '.join(f'{key}={value}' for key, value in stated.items())} contradict each other")
+        first, *others = stated.values() or (None,)
+        if any(other != first for other in others):  # compared, not hashed: a file may state lists
+            raise self.error(f"{' and '.join(f'{key}={_plain(value)}' for key, value in stated.items())} contradict each other")
 
     def yarn(self, split_temperature: bool) -> YarnScaling | None:
         """The scaling that a section on rotary positions describes; None for plain positions."""
@@ -124,7 +139,7 @@ class HFConfig:
         if kind == "default":
             return None
         if kind != "yarn":
-            raise self.error(f"rope_type={kind!r} is not supported: 'default' and 'yarn' are")
+            raise self.error(f"rope_type={quoted(kind)} is not supported: 'default' and 'yarn' are")
         self.refuse("truncate", (True,), "YaRN's range of frequencies is rounded to whole pairs here")
         self.refuse("attention_factor", (), "YaRN's temperature follows from its factor here")
         mscale, all_dim = self.number("mscale", default=None), self.number("mscale_all_dim", default=None)
@@ -140,6 +155,18 @@ class HFConfig:
             mscale=1.0 if mscale is None else mscale,
             mscale_all_dim=all_dim or 0.0,
         )
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, float) and math.isfinite(value)) or _is_integer(value)
+
+
+def _plain(value: Any) -> str:
+    return printable(value) if isinstance(value, str) else quoted(value)
 
 
 def rotary_entries(base: float, scaling: YarnScaling | None) -> dict[str, object]:

@@ -9,10 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hooked_moe import HookedMoE
+from hooked_moe.tables import atomic_path
 
 
 def save_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW, step: int) -> None:
-    """Weights, both moments and the step in one safetensors file, renamed into place.
+    """Weights, both moments and the step in one safetensors file, which is there whole or not at all.
 
     `updates` is how many the optimiser made: fewer than `step` where another one made the first ones (upcycling).
     """
@@ -22,9 +23,8 @@ def save_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW, step: int
         for moment in ("exp_avg", "exp_avg_sq"):
             state[f"{moment}/{name}"] = optim.state[parameter][moment]
         updates = int(optim.state[parameter]["step"])
-    temporary = path.with_suffix(".tmp")
-    save_file(state, temporary, metadata={"step": str(step), "updates": str(updates)})
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={"step": str(step), "updates": str(updates)})
 
 
 def load_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW) -> int:

@@ -46,7 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UnknownNameError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    result: int = import_module(module).main(rest)
+    try:
+        result: int = import_module(module).main(rest)
+    except KeyboardInterrupt:  # before the command began: while it was imported
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     return result
 
 

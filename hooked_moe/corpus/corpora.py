@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int
 
+from hooked_moe.checks import check_text, expanded_path, quoted
+from hooked_moe.json_text import JsonError, parse_json
 from hooked_moe.loading.hub import download_file
 
 CORPUS_NAMES = ("held-out", "wikitext-2")
@@ -40,6 +44,13 @@ class Document:
     domain: str
     title: str
     text: str
+
+    def __post_init__(self) -> None:
+        for name in ("id", "domain", "title", "text"):
+            try:
+                check_text(getattr(self, name))
+            except ValueError as error:
+                raise type(error)(f"{name!r} of document {quoted(self.id)}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ def read_corpus(
 
 
 def tokenize_documents(
-    documents: Sequence[Document], encode: Callable[[str], Sequence[int]], n_ctx: int, bos: int | None = None
+    documents: Iterable[Document], encode: Callable[[str], Sequence[int]], n_ctx: int, bos: int | None = None
 ) -> list[Window]:
     """Cut each document's tokens into windows of at most `n_ctx` tokens.
 
@@ -106,8 +117,9 @@ def tokenize_documents(
     if room < 2:
         kind = "two tokens" if bos is None else "a bos and two tokens"
         raise ValueError(f"n_ctx is {n_ctx}; a window has to hold {kind} to predict anything. Give a larger n_ctx.")
-    encoded = [np.asarray(encode(document.text), dtype=np.int64) for document in documents]
-    short = [f"{d.id!r} ({len(ids)})" for d, ids in zip(documents, encoded, strict=True) if len(ids) < 2]
+    documents = list(documents)
+    encoded = [_encoded(document, encode) for document in documents]
+    short = [f"{quoted(d.id)} ({len(ids)})" for d, ids in zip(documents, encoded, strict=True) if len(ids) < 2]
     if short:
         raise ValueError(f"Documents of fewer than two tokens have nothing to predict: {_listed(short)}. Leave them out.")
     return [
@@ -117,12 +129,19 @@ def tokenize_documents(
     ]
 
 
+def _encoded(document: Document, encode: Callable[[str], Sequence[int]]) -> Int[np.ndarray, " token"]:
+    try:
+        return np.asarray(encode(document.text), dtype=np.int64)
+    except ValueError as error:
+        raise ValueError(f"document {quoted(document.id)} cannot be tokenized: {error}") from error
+
+
 def corpus_of(name: str, documents: Iterable[Document]) -> Corpus:
     """A corpus with its checksum, after the checks that hold for every source."""
     documents = list(documents)
     if not documents:
         raise ValueError(f"Corpus {name!r} is empty: it has no text. Expected at least one document.")
-    repeated = [repr(key) for key, count in Counter(d.id for d in documents).items() if count > 1]
+    repeated = [quoted(key) for key, count in Counter(d.id for d in documents).items() if count > 1]
     if repeated:
         raise ValueError(f"Corpus {name!r} gives the same id to several documents: {_listed(repeated)}. Make ids unique.")
     text = f"\n{RECORD_SEPARATOR}\n".join(document.text for document in documents)
@@ -138,7 +157,9 @@ def _listed(items: list[str], limit: int = 5) -> str:
 
 
 def _file_corpus(name: str) -> Corpus:
-    path = Path(name).expanduser()
+    path = expanded_path(name)
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{name} is a link to {path.readlink()}, which is not there. Name the file itself.")
     if not path.is_file():
         if len(path.parts) > 1 or path.suffix:
             raise FileNotFoundError(f"There is no corpus file {name} (looked for {path.absolute()}). Check the path.")
@@ -175,16 +196,30 @@ def _jsonl_documents(text: str, stem: str, source: str) -> Iterator[Document]:
             continue
         where = f"{source}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}. Expected an object.") from error
+            record = parse_json(line)
+        except JsonError as error:
+            raise ValueError(f"{where} is not JSON: {error}. Expected an object.") from error
         if not isinstance(record, dict) or "text" not in record:
-            contents = f"has the fields {list(record)}" if isinstance(record, dict) else f"holds {line.strip()[:40]!r}"
+            contents = f"has the fields {quoted(list(record))}" if isinstance(record, dict) else f"holds {line.strip()[:40]!r}"
             raise ValueError(f"{where} {contents}; expected an object with the document in a field 'text'.")
         if not isinstance(record["text"], str) or not record["text"].strip():
-            raise ValueError(f"{where}: 'text' is {record['text']!r}; expected text that is not empty. Remove the line.")
-        key = str(record.get("id", f"{stem}-{number}"))
-        yield Document(key, str(record.get("domain", stem)), str(record.get("title", key)), record["text"])
+            found = quoted(record["text"])
+            raise ValueError(f"{where}: 'text' is {found}; expected text that is not empty. Remove the line.")
+        key = _label(record, "id", f"{stem}-{number}", where)
+        try:
+            yield Document(key, _label(record, "domain", stem, where), _label(record, "title", key, where), record["text"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _label(record: dict[str, Any], name: str, otherwise: str, where: str) -> str:
+    """A text or a whole number, as text; `otherwise` where the record has none or null."""
+    value = record.get(name)
+    if value is None:
+        return otherwise
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{where}: {name!r} is {quoted(value)}; expected text, a whole number, or nothing at all.")
+    return str(value)
 
 
 def _text_documents(text: str, stem: str) -> Iterator[Document]:
@@ -197,7 +232,14 @@ def _text_documents(text: str, stem: str) -> Iterator[Document]:
 
 
 def _parquet_rows(path: Path) -> list[str]:
-    return [row or "" for row in pq.read_table(path, columns=["text"]).column("text").to_pylist()]
+    table = pq.read_table(path)
+    if "text" not in table.column_names or not _is_text(table.schema.field("text").type):
+        raise ValueError(f"{path} has no column 'text' of text; it has {', '.join(table.column_names)}. Download it again.")
+    return [row or "" for row in table.column("text").to_pylist()]
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_)
 
 
 def _wikitext_rows(rows: list[str]) -> Iterator[Document]:

@@ -9,7 +9,7 @@ predicting token t+1, and a position counts when t+1 exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts
 from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.counterfactuals.engine.question import Question, SequenceQuestion, Variants
 from hooked_moe.counterfactuals.engine.readout import Readout
-from hooked_moe.counterfactuals.engine.requests import Embeddings, Mask, Positions, Tokens, make_request
+from hooked_moe.counterfactuals.engine.requests import Embeddings, Layers, Mask, Positions, Tokens, make_request
 from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.counterfactuals.observations import most_experts, observe
 from hooked_moe.counterfactuals.removals import (
@@ -41,13 +41,13 @@ Scope = Literal["position", "sequence", "from_position"]
 def expert_effects(
     model: Transformer,
     tokens: Tokens,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     scope: Scope = "position",
     removal: Removal | str = "zero",
     positions: Positions | None = None,
     attention_mask: Mask | None = None,
     *,
-    readouts: Sequence[Readout] = (),
+    readouts: Iterable[Readout] = (),
     embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
 ) -> Steps[ExpertEffects]:
@@ -70,9 +70,9 @@ def expert_effects(
     """
     if scope not in ("position", "sequence", "from_position"):
         raise ValueError(f"scope must be 'position', 'sequence' or 'from_position', not {scope!r}")
-    if scope == "sequence" and readouts:
-        raise ValueError("readouts are of single tokens; with scope='sequence' only the loss and the KL divergence are measured")
     request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget, embeddings=embeddings)
+    if scope == "sequence" and request.readouts:
+        raise ValueError("readouts are of single tokens; with scope='sequence' only the loss and the KL divergence are measured")
     removal = as_removal(removal)
     removal.check_layers(request.layers)
     slots, most = model.cfg.experts_per_token, most_experts(model)

@@ -14,7 +14,7 @@ blocks together would take too much memory, blocks are run again on the way back
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +28,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
 from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.engine.padding import Packed, Results
-from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Embeddings, Mask, Tokens, make_request
+from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Embeddings, Layers, Mask, Tokens, make_request
 from hooked_moe.counterfactuals.results import ExpertEffects, TensorResult
 from hooked_moe.kernels.prefix_attention import for_every_head, own_share
 from hooked_moe.kernels.target_loss import target_loss
@@ -66,7 +66,7 @@ class FirstOrderEffects(TensorResult):
 def first_order_effects(
     model: Transformer,
     tokens: Tokens,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     attention_mask: Mask | None = None,
     *,
     embeddings: Embeddings | None = None,

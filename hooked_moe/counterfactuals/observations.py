@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, as_expert_block
 from hooked_moe.counterfactuals.engine.padding import Packed, empty_table
 from hooked_moe.counterfactuals.engine.question import Question, Variants
-from hooked_moe.counterfactuals.engine.requests import Mask, Tokens, make_request
+from hooked_moe.counterfactuals.engine.requests import Layers, Mask, Tokens, make_request
 from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.counterfactuals.results import ExpertEffects, as_expert_effects
 from hooked_moe.transformer import Transformer
@@ -26,7 +25,7 @@ from hooked_moe.transformer import Transformer
 def expert_observations(
     model: Transformer,
     tokens: Tokens,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     attention_mask: Mask | None = None,
 ) -> Steps[ExpertEffects]:
     """The table of `expert_effects` from the clean run alone, at the cost of one forward: its effects are nan."""

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.checks import as_int_or_none
+from hooked_moe.checks import as_int_or_none, described, whole_number
 from hooked_moe.components.precision import at_least_float32
 from hooked_moe.counterfactuals.engine.losses import loss_at
 from hooked_moe.counterfactuals.engine.padding import Packed
@@ -128,7 +128,7 @@ def _ids_by_row(model: Transformer, tokens: Any, rows: Int[Tensor, " row"]) -> I
 def _id(model: Transformer, token: Any) -> int:
     number = model.require_tokenizer().to_single_token(token) if isinstance(token, str) else as_int_or_none(token)
     if number is None:
-        raise ValueError(f"LogitDifference takes token ids or one-token texts, not {token!r}")
+        raise ValueError(f"LogitDifference takes token ids or one-token texts, not {described(token)}")
     if not 0 <= number < model.cfg.d_vocab:
         raise ValueError(f"token id {number} is out of range: the model has ids 0 to {model.cfg.d_vocab - 1}")
     return number
@@ -159,6 +159,7 @@ class LossAfter:
     name: str = "loss_after"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", whole_number(self.tokens, "the number of tokens that LossAfter takes"))
         if self.tokens < 0:
             raise ValueError(f"LossAfter takes a number of tokens from 0, not {self.tokens}")
 

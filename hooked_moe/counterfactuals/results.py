@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.checks import whole_number
 from hooked_moe.counterfactuals.engine.padding import Results
 from hooked_moe.tables import Axis, Column, GridResult
 
@@ -138,6 +139,8 @@ class ExpertEffects(EffectsResult):
 
     def at(self, layer: int, batch: int, pos: int, expert: int) -> dict[str, int | float]:
         """Every value of one expert at one token. Raises `ValueError` if it was not measured there."""
+        given = {"layer": layer, "batch": batch, "pos": pos, "expert": expert}
+        layer, batch, pos, expert = (whole_number(value, name) for name, value in given.items())
         if layer not in self.layers:
             raise ValueError(f"layer {layer} was not measured; measured layers are {self.layers}")
         batches, length = self.baseline_loss.shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -10,12 +10,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.checks import by_number
 from hooked_moe.counterfactuals.engine.answer import answer
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock
 from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.counterfactuals.engine.question import Question, Variants
 from hooked_moe.counterfactuals.engine.readout import Readout
-from hooked_moe.counterfactuals.engine.requests import Embeddings, Mask, Positions, Tokens, check_n_variants, make_request
+from hooked_moe.counterfactuals.engine.requests import (
+    Embeddings,
+    Layers,
+    Mask,
+    Positions,
+    Tokens,
+    checked_n_variants,
+    make_request,
+)
 from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.counterfactuals.results import VariantEffects, as_variant_effects
 from hooked_moe.transformer import Transformer
@@ -46,11 +55,11 @@ def token_effects(
     tokens: Tokens,
     edit: Edit | Mapping[int, VariantEdit],
     n_variants: int = 1,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     positions: Positions | None = None,
     attention_mask: Mask | None = None,
     *,
-    readouts: Sequence[Readout] = (),
+    readouts: Iterable[Readout] = (),
     embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
 ) -> Steps[VariantEffects]:
@@ -78,7 +87,7 @@ def token_effects(
 
         token_effects(model, tokens, {2: steer, 4: steer}, n_variants=len(strengths))
     """
-    check_n_variants(n_variants)
+    n_variants = checked_n_variants(n_variants)
     if not isinstance(edit, Mapping):
         request = make_request(
             model, tokens, layers, positions, attention_mask, readouts, memory_budget, dense=True, embeddings=embeddings
@@ -86,11 +95,12 @@ def token_effects(
         return as_variant_effects((yield from answer(Edited(n_variants, edit), request)))
     if layers is not None:
         raise ValueError("layers= goes with one edit for all layers; {layer: edit} says itself which layers are changed")
+    edits = by_number(edit, "layer")
     request = make_request(
-        model, tokens, list(edit), positions, attention_mask, readouts, memory_budget, dense=True, embeddings=embeddings
+        model, tokens, list(edits), positions, attention_mask, readouts, memory_budget, dense=True, embeddings=embeddings
     )
     first, *later = request.layers
-    question = EditedTogether(n_variants, {int(layer): one for layer, one in edit.items()}, later)
+    question = EditedTogether(n_variants, edits, later)
     return as_variant_effects((yield from answer(question, replace(request, layers=[first]))))
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from hooked_moe.checks import as_hooks, in_list
 from hooked_moe.hooks.activation_cache import ActivationCache
 from hooked_moe.hooks.caching import Kept, with_positions
 from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.hooks.names import Name, Names, is_one_name
 
-NameOrPredicate = Name | Callable[[str], bool]
+NameOrPredicate = Name | Iterable[Name] | Callable[[str], bool]
 Hook = tuple[NameOrPredicate, Callable[..., Any]]
-NamesFilter = NameOrPredicate | Sequence[Name] | None
+NamesFilter = NameOrPredicate | None
 
 
 class HookedModule(nn.Module):
@@ -48,7 +49,7 @@ class HookedModule(nn.Module):
             if not accepted:
                 raise ValueError("the predicate accepts no hook point; see model.hook_dict for the names")
             return accepted
-        names: Any = [which] if is_one_name(which) else which
+        names = [which] if is_one_name(which) else in_list(which, "names of hook points", "['hook_embed']")
         return [self.hook_dict[full] for name in names for full in self._names.meant(name)]
 
     def add_hook(self, name: NameOrPredicate, fn: Callable[..., Any], dir: str = "fwd", is_permanent: bool = False) -> None:
@@ -62,12 +63,12 @@ class HookedModule(nn.Module):
             point.reset(including_permanent)
 
     @contextmanager
-    def hooks(self, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = ()) -> Iterator[HookedModule]:
+    def hooks(self, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = ()) -> Iterator[HookedModule]:
         """Attach hooks for the length of a `with` block; others stay as they are. A wrong name attaches none of them."""
         hooks_by_point = [
             (point, fn, direction)
             for direction, hooks in (("fwd", fwd_hooks), ("bwd", bwd_hooks))
-            for which, fn in hooks
+            for which, fn in as_hooks(hooks, f"{direction}_hooks")
             for point in self.hook_points(which)
         ]
         with self._attached(hooks_by_point):
@@ -82,7 +83,7 @@ class HookedModule(nn.Module):
             for point, registered in attached:
                 point.remove(registered)
 
-    def run_with_hooks(self, *args: Any, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = (), **kwargs: Any) -> Any:
+    def run_with_hooks(self, *args: Any, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = (), **kwargs: Any) -> Any:
         """A forward pass with hooks. Backward hooks outlive it in the graph: they fire when the result is differentiated."""
         with self.hooks(fwd_hooks, bwd_hooks):
             return self(*args, **kwargs)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
-from hooked_moe.checks import UnknownNameError, unknown_name
+from hooked_moe.checks import UnknownNameError, unknown_name, whole_number
 
 Name = str | tuple[Any, ...]
 """A full name; a short one, in every layer; or (short name, layer or None, part of the block): the part where it is ambiguous."""
@@ -37,7 +37,10 @@ class Names:
         """
         if isinstance(name, str) and name in self.full:
             return [name]
+        if not isinstance(name, str | tuple):
+            raise unknown_name(self.kind, name, self.full, self.advice)
         short, layer, part = (*((name,) if isinstance(name, str) else name), None, None)[:3]
+        layer = None if layer is None else whole_number(layer, "the layer")
         short = str(short).removeprefix("hook_")
         short = ALIASES.get(short, short)
         if layer is not None and layer < 0:

@@ -5,9 +5,10 @@ Only safetensors files are ever opened. Nothing is unpickled, and no file outsid
 
 from __future__ import annotations
 
-import json
+import os
+import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -17,10 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hooked_moe.checks import printable, quoted
+from hooked_moe.json_text import JsonError, parse_json
 from weights_conversion.errors import CheckpointError, abbreviated
+from weights_conversion.weight_map import Slot
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+RECOMPUTED = re.compile(r"(.+\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+"""Tensors that checkpoints from before transformers 4.33 hold, and every loader computes from the config instead."""
 PIECE = 2**20
 """How many bytes are read at a time: few enough to be still in the processor's cache when they are converted and checked."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,12 +55,18 @@ class Checkpoint:
         """Reads the headers. Raises `CheckpointError` for files that are missing, broken or not where the index has them."""
         self.directory = directory
         self.tensors: dict[str, StoredTensor] = {}
-        if (directory / SINGLE_FILE).is_file():  # before the index, as in transformers
+        self.notes: list[str] = []
+        """What is in the files and was left there, because the model is certainly right without it."""
+        if present(directory / SINGLE_FILE):  # before the index, as in transformers
             self.tensors = read_header(directory / SINGLE_FILE)
-        elif (directory / INDEX_FILE).is_file():
+        elif present(directory / INDEX_FILE):
             self._read_shards(read_index(directory / INDEX_FILE))
         else:
             raise CheckpointError(_no_weights(directory))
+        recomputed = [name for name in self.tensors if RECOMPUTED.fullmatch(name)]
+        self._note("tensors that follow from the config, and are computed from it", recomputed)
+        for name in recomputed:
+            del self.tensors[name]
         unsupported = [f"{name}: {tensor.dtype}" for name, tensor in self.tensors.items() if tensor.dtype not in DTYPES]
         if unsupported:
             raise CheckpointError(
@@ -64,22 +76,40 @@ class Checkpoint:
     def _read_shards(self, weight_map: Mapping[str, str]) -> None:
         index = self.directory / INDEX_FILE
         shards = sorted(set(weight_map.values()))
-        absent = [shard for shard in shards if not (self.directory / shard).is_file()]
+        absent = [shard for shard in shards if not present(self.directory / shard)]
         if absent:
             raise CheckpointError(
                 f"{index} names shards that do not exist; download them again, into the same directory:{abbreviated(absent)}"
             )
-        wrong = []
+        others: list[tuple[str, str]] = []
         for shard in shards:
             for name, tensor in read_header(self.directory / shard).items():
                 if weight_map.get(name) == shard:
                     self.tensors[name] = tensor
-                else:
-                    wrong.append(f"{name} is in {shard}; the index says {weight_map.get(name, 'nothing of it')}")
-        lost = weight_map.keys() - self.tensors.keys()
+                elif not RECOMPUTED.fullmatch(name):
+                    others.append((name, shard))
+        wrong = [
+            f"{name} is in {shard}; the index says {weight_map.get(name, 'nothing of it')}"
+            for name, shard in others
+            if name not in self.tensors
+        ]
+        lost = weight_map.keys() - self.tensors.keys() - {name for name, _ in others}
         wrong += [f"{name} is not in {weight_map[name]}, where the index has it" for name in sorted(lost)]
         if wrong:
-            raise CheckpointError(f"{index} and its shards disagree; download both again:{abbreviated(wrong)}")
+            raise CheckpointError(
+                f"{index} and its shards disagree; download both again, or write in its weight_map which shard has what:"
+                f"{abbreviated(wrong)}"
+            )
+        superseded = [f"{name} in {shard}: the index takes it from {weight_map[name]}" for name, shard in others]
+        self._note("copies of tensors that the index takes from elsewhere", superseded)
+
+    def _note(self, what: str, items: list[str]) -> None:
+        if items:
+            self.notes.append(f"{self.directory} holds {len(items)} {what}; they were not read:{abbreviated(items)}")
+
+    def holds(self, slots: Iterable[Slot]) -> bool:
+        """Whether all of these tensors are there."""
+        return all(slot.hf_name in self.tensors for slot in slots)
 
     def read_into(self, places: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Fill the places with the tensors of these names, converted to the dtype and moved to the device of each.
@@ -88,7 +118,7 @@ class Checkpoint:
         read into place, not mapped: the pages of a mapped file count against the process until it is closed, which would be the
         whole checkpoint on top of the model.
         """
-        buffer = torch.empty(PIECE, dtype=torch.uint8)
+        buffer = torch.empty(PIECE, dtype=torch.uint8, device="cpu")
         by_file: dict[Path, list[str]] = {}
         for name in sorted(places, key=lambda name: self.tensors[name].start):  # so that the disk reads forward
             by_file.setdefault(self.tensors[name].file, []).append(name)
@@ -104,6 +134,10 @@ class Checkpoint:
                         if not direct:
                             place.copy_(piece)
                         yield name, piece
+
+    def warn_of_what_was_left(self) -> None:
+        for note in self.notes:
+            warnings.warn(note, stacklevel=4)
 
     def warn_of_non_finite(self, names: Sequence[str]) -> None:
         """Warn that these tensors have NaN or infinite values, if there are any."""
@@ -128,12 +162,22 @@ def _read_fully(stream: RawIOBase, piece: Tensor, file: Path) -> None:
         left = left[count:]
 
 
+def present(file: Path) -> bool:
+    """Whether a file is there. Raises `CheckpointError` for a link that leads nowhere: the file was there once."""
+    if file.is_symlink() and not file.exists():
+        raise CheckpointError(
+            f"{file} is a link to {os.readlink(file)}, which is not there: in the cache of the hub, the blobs were cleaned away. "
+            "Download the model again, or copy it with what its links lead to (cp -rL)"
+        )
+    return file.is_file()
+
+
 def opened(file: Path) -> Any:
     """A safetensors file; `CheckpointError` names one that is truncated or something else."""
     try:
         return safe_open(file, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file ({error}){_likely_cause(file)}") from error
+        raise CheckpointError(f"{file} is not a readable safetensors file ({printable(error)}){_likely_cause(file)}") from error
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -141,8 +185,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         names = list(handle.keys())
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        try:
+            header = parse_json(stream.read(length))  # which may be read differently only where a name stands twice
+        except JsonError as error:
+            raise CheckpointError(f"the header of {file} cannot be read: {error}; download the file again") from error
     entries = {name: header[name] for name in names}
+    if not all(isinstance(entry, dict) for entry in entries.values()):  # the library reads lists, too
+        raise CheckpointError(f"the header of {file} describes a tensor by something else than an object; download it again")
     return {
         name: StoredTensor(file, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
         for name, entry in entries.items()
@@ -152,8 +201,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; `CheckpointError` names a file that is none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = parse_json(file.read_bytes())
+    except (OSError, JsonError) as error:
         raise CheckpointError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} must hold a JSON object, not {type(values).__name__}")
@@ -167,13 +216,13 @@ def read_index(file: Path) -> dict[str, str]:
         raise CheckpointError(f"{file} has no weight_map from tensor names to shard files; download it again")
     unsafe = sorted({shard for shard in weight_map.values() if not _is_plain_name(shard)})
     if unsafe:
-        listed = abbreviated([repr(shard) for shard in unsafe])
+        listed = abbreviated([quoted(shard) for shard in unsafe])
         raise CheckpointError(f"{file} names shards that are not plain .safetensors file names, and is not followed:{listed}")
     return weight_map
 
 
 def _is_plain_name(shard: str) -> bool:
-    return shard.endswith(".safetensors") and not any(character in shard for character in "/\\:\0")
+    return shard.endswith(".safetensors") and shard.isprintable() and len(shard) < 200 and not set(shard) & set("/\\:")
 
 
 def _no_weights(directory: Path) -> str:
@@ -183,7 +232,9 @@ def _no_weights(directory: Path) -> str:
             f"{directory} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code and are never opened: "
             "convert them to safetensors (load them in transformers and call save_pretrained)"
         )
-    return f"{directory} has no weights: expected {SINGLE_FILE}, or {INDEX_FILE} with its shards"
+    others = sorted(file.name for file in directory.glob("*.safetensors"))
+    instead = f"; it has {', '.join(others[:3])}, which neither names" if others else ""
+    return f"{directory} has no weights: expected {SINGLE_FILE}, or {INDEX_FILE} with its shards{instead}"
 
 
 def _likely_cause(file: Path) -> str:

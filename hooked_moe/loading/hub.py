@@ -23,12 +23,13 @@ from huggingface_hub import constants, errors
 from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
+from hooked_moe.checks import expanded_path
+from hooked_moe.loading.beside import refuse_adapter
 from hooked_moe.loading.hub_errors import ANSWERS, HubError, explained, is_outage, one_line, reason, root
 
-ALLOWED_FILES = ["*.safetensors", "*.json"]
-"""No pickles and no code: nothing that is downloaded can run, but a chat template, which makes text of messages in a sandbox."""
-OPTIONAL_FILES = ["chat_template.jinja"]
-"""What many models do not have."""
+NEEDED_FILES = ["*.safetensors", "*.json"]
+ALLOWED_FILES = [*NEEDED_FILES, "*.jinja"]
+"""No pickles and no code: nothing that is downloaded can run. Chat templates are text here, to be saved along."""
 IGNORED_FILES = ["*/*", "consolidated*"]
 """Other copies of the weights that repositories keep beside them."""
 
@@ -52,11 +53,11 @@ def download(
         revision=revision,
         cache_dir=None if cache_dir is None else fspath(cache_dir),
         offline=local_files_only or constants.HF_HUB_OFFLINE,
-        allowed=ALLOWED_FILES if weights else ["*.json"],
-        optional=OPTIONAL_FILES,
+        allowed=ALLOWED_FILES if weights else ["*.json", "*.jinja"],
         ignored=IGNORED_FILES,
         otherwise="give a local directory",
     ).resolved()
+    refuse_adapter(set(model.listed), model)
     config = model.file("config.json")
     check_config(config)
     commit = config.parent.name  # the cache keeps each commit in a folder of that name, also where only the cache was asked
@@ -98,8 +99,6 @@ class Repository:
     allowed: Sequence[str]
     ignored: Sequence[str]
     otherwise: str
-    optional: Sequence[str] = ()
-    """What is wanted too, where there is such a file."""
     commit: str | None = None
     """What the revision is, where the hub was asked."""
     listed: tuple[str, ...] = ()
@@ -151,9 +150,7 @@ class Repository:
         """The directory with all files that are wanted."""
         with self.explained():
             directory = self._snapshot(self.asked, self.offline)
-        wanted = filter_repo_objects(
-            self.listed, allow_patterns=[*self.allowed, *self.optional], ignore_patterns=list(self.ignored)
-        )
+        wanted = filter_repo_objects(self.listed, allow_patterns=list(self.allowed), ignore_patterns=list(self.ignored))
         missing = [name for name in wanted if not (directory / name).is_file()]
         if missing:  # without a list of the files, the client is content with those that are here, and does not say why
             with self.explained():
@@ -192,7 +189,8 @@ class Repository:
             directory = self._snapshot(self.revision, offline=True)
         except errors.LocalEntryNotFoundError:
             return None
-        return directory.name if all(any(directory.glob(pattern)) for pattern in self.allowed) else None
+        needed = NEEDED_FILES if self.kind == "model" else self.allowed
+        return directory.name if all(any(directory.glob(pattern)) for pattern in needed) else None
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -221,7 +219,7 @@ class Repository:
     def _not_cached(self, error: errors.LocalEntryNotFoundError) -> str:
         missing = _missing_files(error)
         what = f"only partly in the local cache ({missing})" if missing else "not in the local cache"
-        cache = Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser()
+        cache = expanded_path(self.cache_dir or constants.HF_HUB_CACHE)
         snapshots = cache / repo_folder_name(repo_id=self.hub_id, repo_type=self.kind) / "snapshots"
         others = [self._state(folder.name) for folder in sorted(snapshots.glob("*")) if folder.name != self.asked]
         return (
@@ -245,7 +243,7 @@ class Repository:
                 revision=revision,
                 cache_dir=self.cache_dir,
                 local_files_only=offline,
-                allow_patterns=[*self.allowed, *self.optional],
+                allow_patterns=list(self.allowed),
                 ignore_patterns=list(self.ignored),
             )
         )

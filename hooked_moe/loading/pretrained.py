@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hooked_moe.checks import expanded_path
 from hooked_moe.components.block import Block
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.loading.adapter import merge_adapter, read_adapter_config
-from hooked_moe.loading.chat_files import read_chat_template
+from hooked_moe.loading.beside import names_in, read_generation_config, read_tokenizer, refuse_adapter
 from hooked_moe.loading.checkpoint import Checkpoint, all_finite, read_json
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.placement import as_device, as_dtype
 from hooked_moe.loading.registry import Location, locate
+from hooked_moe.loading.sizes import check_sizes
 from hooked_moe.loading.streaming import StreamedBlocks
-from hooked_moe.tokenizer import Tokenizer
 from hooked_moe.transformer import Transformer
 from weights_conversion import CheckpointError, Conversion, HFConfig, abbreviated, conversion_for
 from weights_conversion.weight_map import Slot, slots_by_parameter
@@ -64,11 +65,11 @@ def from_pretrained(
             raise ValueError(
                 "adapter= is merged into weights in memory, and stream=True keeps none there: load one without the other"
             )
-        read_adapter_config(Path(adapter).expanduser())  # before anything is downloaded
+        read_adapter_config(expanded_path(adapter))  # before anything is downloaded
     directory, location, commit = find(name, revision, cache_dir, local_files_only)
     conversion, cfg = read_config(directory / "config.json")
     cfg = cfg.replace(model_name=location.model_name, revision=commit, dtype=dtype)
-    model = build_model(model_class, cfg, read_tokenizer(directory, cfg), Checkpoint(directory), target, stream)
+    model = build_model(model_class, cfg, directory, Checkpoint(directory), target, stream)
     if adapter is not None:
         merge_adapter(model, conversion, adapter)
         model.cfg = model.cfg.replace(model_name=f"{model.cfg.model_name}+{Path(adapter).resolve().name}")
@@ -78,14 +79,19 @@ def from_pretrained(
 def build_model(
     model_class: type[Model],
     cfg: HookedMoEConfig,
-    tokenizer: Tokenizer | None,
+    directory: Path,
     checkpoint: Checkpoint,
     device: torch.device,
     stream: bool,
 ) -> Model:
-    """A model of this configuration with the weights of a checkpoint, or with a promise of them (`stream`)."""
-    model = model_class(cfg.replace(device=torch.device("meta")), tokenizer)
-    plan = plan_copies(model, conversion_for(cfg.model_type, str(checkpoint.directory)), checkpoint)
+    """A model of this configuration with the weights of a checkpoint, or with a promise of them (`stream`), and what else lies in
+    the directory."""
+    conversion = conversion_for(cfg.model_type, str(checkpoint.directory))
+    check_sizes(cfg, conversion, checkpoint)
+    model = model_class(cfg.replace(device=torch.device("meta")), read_tokenizer(directory, cfg))
+    model.generation_config = read_generation_config(directory)
+    checkpoint.warn_of_what_was_left()
+    plan = plan_copies(model, conversion, checkpoint)
     if stream:
         blocks = list(model.blocks)
         model.blocks = cast(Sequence[Block], nn.ModuleList())  # set aside while the rest is loaded
@@ -113,6 +119,7 @@ def find(
         directory, commit = download(
             location.hub_id, revision, cache_dir, local_files_only, check_config=read_config, weights=weights
         )
+        refuse_adapter(names_in(directory), directory)
         return directory, location, commit
     assert location.directory is not None
     if revision is not None:
@@ -128,18 +135,6 @@ def read_config(file: Path) -> tuple[Conversion, HookedMoEConfig]:
         raise CheckpointError(f"{file} has no model_type, so the architecture is unknown")
     conversion = conversion_for(model_type, str(file))
     return conversion, conversion.from_hf(HFConfig(values, str(file)))
-
-
-def read_tokenizer(directory: Path, cfg: HookedMoEConfig) -> Tokenizer | None:
-    """The tokenizer in tokenizer.json. tokenizer_config.json may say whether BOS goes before a text (DeepSeek-V2, Mixtral)."""
-    file, options = directory / "tokenizer.json", directory / "tokenizer_config.json"
-    if not file.is_file():
-        return None
-    stated = read_json(options).get("add_bos_token") if options.is_file() else None
-    adds_bos = bool(stated) if stated is not None and cfg.bos_token_id is not None else None
-    tokenizer = Tokenizer.from_file(file, cfg.bos_token_id, cfg.eos_token_id, cfg.pad_token_id, adds_bos)
-    tokenizer.chat_template = read_chat_template(directory)
-    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -169,9 +164,13 @@ def plan_copies(model: Transformer, conversion: Conversion, checkpoint: NamedTen
     every = dict(model.named_parameters(remove_duplicate=False))
     slots = slots_by_parameter(conversion.weights, model.cfg, every)
     for parameter, others in slots_by_parameter(conversion.alternatives, model.cfg, every).items():
-        if all(slot.hf_name in checkpoint.tensors for slot in others):
+        if checkpoint.holds(others):
             slots[parameter] = others
     assert slots.keys() == every.keys(), f"no checkpoint tensor for {every.keys() - slots.keys()}"
+    for other in every.keys() - own.keys():  # tied weights are stored under either name
+        first = next(name for name, parameter in own.items() if parameter is every[other])
+        if not checkpoint.holds(slots[first]) and checkpoint.holds(slots[other]):
+            slots[first], slots[other] = slots[other], slots[first]
     copied = {slot.hf_name: slot for parameter in own for slot in slots[parameter]}
     repeated = {slot.hf_name: slot for parameter in every.keys() - own.keys() for slot in slots[parameter]}
     repeated = {name: slot for name, slot in repeated.items() if name in checkpoint.tensors}
@@ -193,11 +192,23 @@ def plan_copies(model: Transformer, conversion: Conversion, checkpoint: NamedTen
         raise CheckpointError(
             f"the tensors in {checkpoint.directory} are not those that its config.json describes "
             f"({model.cfg.model_type}, {model.cfg.n_layers} layers). Check that both are of one model and complete. "
-            "Tensors\n" + "\n".join(problems)
+            "Tensors\n" + "\n".join(problems) + _likely_reason(missing, extra)
         )
     return CopyPlan(copied, repeated)
 
 
+def _likely_reason(missing: list[str], extra: list[str]) -> str:
+    """What such names usually mean, and what to do then; empty where they say nothing."""
+    if any(".lora_" in name or name.startswith("base_model.") for name in extra):
+        return "\nThese are an adapter's: merge it into its base model and save that (peft: model.merge_and_unload())"
+    if missing == ["lm_head.weight"]:
+        return "\nIf the unembedding is the embedding, say so in config.json: tie_word_embeddings true"
+    if extra and not missing:
+        return "\nIf they belong to something else (a value head, say), write the file again without them"
+    return ""
+
+
+@torch.inference_mode(False)  # what is loaded in that mode may be trained outside of it
 def allocate(model: Transformer, device: torch.device) -> None:
     """Give a model on the meta device memory of its own, which is not yet filled."""
     # `model.to_empty` would do, but for the half second and 40 MB of its detour through torch's symbolic shapes.

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from hooked_moe.checks import unknown_name
-from hooked_moe.loading.checkpoint import read_json
+from hooked_moe.checks import expanded_path, unknown_name
+from hooked_moe.loading.beside import names_in, refuse_adapter
+from hooked_moe.loading.checkpoint import present
 
 SHIPPED = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe", "tiny-olmoe-facts")
 """Models that come with the package, under `hooked_moe/pretrained/<name>/`."""
@@ -80,7 +81,11 @@ def locate(name: str | PathLike[str]) -> Location:
             return Location(model_name=hub_id, hub_id=hub_id)
         if text in SHIPPED:
             return Location(model_name=text, directory=_shipped(text))
-    path = Path(text).expanduser()
+    path = expanded_path(text)
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{path} is a link to {os.readlink(path)}, which is not there: make the link again, or give a path"
+        )
     if path.exists():
         return Location(model_name=path.resolve().name, directory=_checked(path))
     if isinstance(name, str) and _HUB_ID.fullmatch(text):
@@ -93,13 +98,8 @@ def locate(name: str | PathLike[str]) -> Location:
 def _checked(path: Path) -> Path:
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; give the directory that holds config.json and the safetensors files")
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        raise FileNotFoundError(
-            f"{path} has an adapter and no model: name its base, which adapter_config.json says is {base!r}, and give the "
-            f"directory as adapter={str(path)!r}"
-        )
-    if not (path / "config.json").is_file():
+    refuse_adapter(names_in(path), path)
+    if not present(path / "config.json"):
         raise FileNotFoundError(f"{path} has no config.json, so it is not a model directory in HuggingFace layout")
     return path
 

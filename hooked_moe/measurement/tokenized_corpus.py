@@ -8,6 +8,7 @@ from collections import defaultdict
 import numpy as np
 import pyarrow as pa
 
+from hooked_moe.checks import whole_number
 from hooked_moe.corpus import Corpus, Window, tokenize_documents
 from hooked_moe.tables import DOCUMENTS, table_with_schema
 from hooked_moe.tokenizer import Tokenizer
@@ -37,8 +38,8 @@ class TokenizedCorpus:
             raise ValueError("this model has no tokenizer, so it cannot read a corpus: put its tokenizer.json beside its weights")
         encode = model.tokenizer.encode
         self.corpus = corpus
-        self.n_ctx = n_ctx
-        self.limit = limit
+        self.n_ctx = n_ctx = whole_number(n_ctx, "n_ctx")
+        self.limit = limit = None if limit is None else whole_number(limit, "limit")
         self.bos = _bos(model.tokenizer, prepend_bos)
         kept = limit if limit is None or self.bos is None else limit - 1
         windows = tokenize_documents(corpus.documents, lambda text: encode(text, prepend_bos=False)[:kept], n_ctx, self.bos)

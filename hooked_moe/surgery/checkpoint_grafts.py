@@ -63,7 +63,7 @@ class CheckpointGrafts:
         for place in from_b:
             for name, _ in self._names[place]:
                 mixed.tensors[name] = self._checkpoints[1].tensors[name]
-        return build_model(self._class, self.cfg, self._tokenizer, mixed, self._device, self._stream)
+        return build_model(self._class, self.cfg, self._checkpoints[0].directory, mixed, self._device, self._stream)
 
     def _tensors_by_parameter(self, checkpoint: Checkpoint) -> dict[str, list[str]]:
         skeleton = self._class(self.cfg.replace(device=torch.device("meta")))

@@ -1,16 +1,17 @@
 """The tables that a run leaves behind: what measurement writes and analysis reads, and all that passes between the two."""
 
+from hooked_moe.tables.checksums import FileRecord, FileRecords, file_fault, file_record, file_records, is_record, set_aside
 from hooked_moe.tables.files import (
     atomic_path,
-    read_csv,
     remove_temporaries,
-    required_file,
     write_csv_atomic,
     write_json_atomic,
     write_parquet_atomic,
     write_text_atomic,
 )
 from hooked_moe.tables.grid_result import Axis, Column, GridResult
+from hooked_moe.tables.ledger import LEDGER, NOT_MADE, Ledger, write_derived
+from hooked_moe.tables.reading import parquet_batches, parquet_schema, read_csv, read_json, read_parquet, required_file
 from hooked_moe.tables.result import Result
 from hooked_moe.tables.schemas import (
     CHECKPOINTS,
@@ -21,6 +22,7 @@ from hooked_moe.tables.schemas import (
     EFFECTS_SEQUENCE,
     EXPERT_WEIGHTS,
     GRAFTS,
+    MEASURED_TABLES,
     PROGRESSIVE,
     RELEASED_EXPERTS,
     RELEASED_PROGRESSIVE,
@@ -42,6 +44,9 @@ __all__ = [
     "EFFECTS_SEQUENCE",
     "EXPERT_WEIGHTS",
     "GRAFTS",
+    "LEDGER",
+    "MEASURED_TABLES",
+    "NOT_MADE",
     "PROGRESSIVE",
     "RELEASED_EXPERTS",
     "RELEASED_PROGRESSIVE",
@@ -52,15 +57,28 @@ __all__ = [
     "TOKENS",
     "Axis",
     "Column",
+    "FileRecord",
+    "FileRecords",
     "GridResult",
+    "Ledger",
     "Result",
     "atomic_path",
+    "file_fault",
+    "file_record",
+    "file_records",
+    "is_record",
+    "parquet_batches",
+    "parquet_schema",
     "read_csv",
+    "read_json",
+    "read_parquet",
     "remove_temporaries",
     "required_file",
     "schema_of",
+    "set_aside",
     "table_with_schema",
     "write_csv_atomic",
+    "write_derived",
     "write_json_atomic",
     "write_parquet_atomic",
     "write_text_atomic",

@@ -20,6 +20,8 @@ def table_with_schema(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
 
 
+MEASURED_TABLES: Final = ("documents", "effects", "effects_sequence", "expert_weights", "progressive", "routing", "tokens")
+"""The tables of a measurement, each a parquet file of its name; all else in a run is derived from them."""
 REMOVAL_ORDERS: Final = ("descending", "ascending", "random")
 """The values of the column `order` of `PROGRESSIVE`: by routing weight, highest or lowest first, or random."""
 

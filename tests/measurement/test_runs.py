@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hooked_moe import HookedMoE, measurement
-from hooked_moe.measurement import Run, measured_positions, open_measurement
+from hooked_moe.measurement import Run, gate, measured_positions, open_measurement
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from tests.support.number_text import number_corpus, number_reader
@@ -139,8 +139,8 @@ def test_a_failure_to_open_leaves_the_run_unlocked(opened: Callable[..., Run], t
 
 
 def test_scopes_are_verified_before_they_are_measured_and_only_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, original = [], measurement.run.verify
-    monkeypatch.setattr(measurement.run, "verify", lambda *inputs: asked.append(inputs[-1]) or original(*inputs))
+    asked, original = [], gate.verify
+    monkeypatch.setattr(gate, "verify", lambda *inputs: asked.append(inputs[-1]) or original(*inputs))
     run.require("progressive", SOME, progress=False)
     run.require("position", SOME, progress=False)
     run.require("sequence", SOME, progress=False)

@@ -7,7 +7,7 @@ users see.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from hooked_moe.checks import WrongTypeError, whole_numbers
 from hooked_moe.transformer import Transformer
 
 
@@ -169,7 +170,7 @@ def empty_table(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 def pack(
     tokens: Int[Tensor, "batch pos"],
     attention_mask: Bool[Tensor, "batch pos"] | None,
-    positions: Sequence[int] | Bool[Tensor, "batch pos"] | None = None,
+    positions: Iterable[int] | Bool[Tensor, "batch pos"] | None = None,
     embeddings: Float[Tensor, "batch pos d_model"] | None = None,
 ) -> Packed:
     """Pack the real tokens of every row. `positions` are the original positions to measure; the run begins with `embeddings`.
@@ -203,22 +204,18 @@ def pack(
 
 
 def _as_mask(positions: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
-    expected = "a list of positions, valid in every row, or a bool mask [batch, pos]"
-    if isinstance(positions, slice):
-        raise ValueError(f"positions must be {expected}, not a slice")
-    try:
-        asked = torch.as_tensor(list(positions) if isinstance(positions, Set | Iterator) else positions, device=tokens.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"positions must be {expected}, not {positions!r}") from error
-    if asked.dtype == torch.bool:
+    if str(getattr(positions, "dtype", None)) in ("bool", "torch.bool"):
+        asked = torch.as_tensor(positions, device=tokens.device)
         if asked.shape != tokens.shape:
             raise ValueError(f"positions has shape {list(asked.shape)}; a bool mask must be {list(tokens.shape)}")
         return asked
-    if asked.dim() > 1 or (asked.is_floating_point() and asked.numel()):
-        raise ValueError(f"positions must be {expected}, not {asked.dtype} {list(asked.shape)}")
+    try:
+        numbers = whole_numbers(positions, "positions")
+    except WrongTypeError as error:
+        raise WrongTypeError(f"{error}; they are valid in every row, or give a bool mask [batch, pos]") from error
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for position in asked.flatten().tolist():
+    for position in numbers:
         if not 0 <= position < tokens.shape[1]:
             raise ValueError(f"position {position} is out of range: the rows have positions 0 to {tokens.shape[1] - 1}")
-        mask[:, int(position)] = True
+        mask[:, position] = True
     return mask

@@ -81,7 +81,7 @@ def by_name(readouts: Any, model: Transformer, packed: Packed) -> dict[str, Read
     if not isinstance(readouts, Iterable) or isinstance(readouts, str):
         raise ValueError(f"readouts must be a list of readouts, as in [KL()], not {readouts!r}")
     named: dict[str, Readout] = {}
-    for readout in readouts:
+    for readout in list(readouts):
         if isinstance(readout, type) or not isinstance(readout, Readout):
             raise ValueError(f"readouts must be a list of readouts, as in [KL()]; {readout!r} is none")
         if readout.name in named:

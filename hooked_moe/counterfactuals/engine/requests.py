@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_moe.checks import as_int_or_none
+from hooked_moe.checks import as_int_or_none, described, whole_numbers
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.memory import Demand, demand_of, demand_within, divide, parse_bytes
 from hooked_moe.counterfactuals.engine.padding import Packed, pack
@@ -24,7 +24,8 @@ WAITING_BYTES = 1 << 30
 
 Tokens = Int[Tensor, "batch pos"] | str | list[str]
 Mask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]
-Positions = Sequence[int] | Bool[Tensor, "batch pos"]
+Layers = Iterable[int]
+Positions = Iterable[int] | Bool[Tensor, "batch pos"]
 Embeddings = Float[Tensor, "batch pos d_model"]
 
 
@@ -75,10 +76,10 @@ class Request:
 def make_request(
     model: Transformer,
     tokens: Tokens,
-    layers: Sequence[int] | None,
+    layers: Layers | None,
     positions: Positions | None,
     attention_mask: Mask | None,
-    readouts: Sequence[Readout],
+    readouts: Iterable[Readout],
     memory_budget: int | str | None,
     dense: bool = False,
     embeddings: Embeddings | None = None,
@@ -114,21 +115,12 @@ def require_unhooked(model: Transformer) -> None:
         )
 
 
-def checked_layers(model: Transformer, layers: Sequence[int] | None, dense: bool = False) -> list[int]:
+def checked_layers(model: Transformer, layers: Layers | None, dense: bool = False) -> list[int]:
     """The layers, in order; None means all with experts, or, with `dense`, all. Raises `ValueError` for others."""
     cfg = model.cfg
     if layers is None:
         return list(range(cfg.n_layers)) if dense else cfg.moe_layers
-    if as_int_or_none(layers) is not None:
-        raise ValueError(f"layers must be a list of layers, as in [{layers}], not the number {layers}")
-    try:
-        numbers = [(layer, as_int_or_none(layer)) for layer in layers]
-    except TypeError as error:
-        raise ValueError(f"layers must be a list of whole numbers, as in {cfg.moe_layers}, not {layers!r}") from error
-    wrong = [layer for layer, number in numbers if number is None]
-    if wrong:
-        raise ValueError(f"layers must be whole numbers, as in {cfg.moe_layers}, not {wrong[0]!r}")
-    chosen = sorted({number for _, number in numbers if number is not None})
+    chosen = sorted(set(whole_numbers(layers, "layers", cfg.n_layers)))
     for layer in chosen:
         if not 0 <= layer < cfg.n_layers:
             raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {cfg.n_layers - 1}")
@@ -139,7 +131,9 @@ def checked_layers(model: Transformer, layers: Sequence[int] | None, dense: bool
     return chosen
 
 
-def check_n_variants(n_variants: Any) -> None:
-    """Raise `ValueError` unless it is a number of variants to measure."""
-    if (as_int_or_none(n_variants) or 0) < 1:
-        raise ValueError(f"the number of variants must be a whole number from 1, not {n_variants!r}")
+def checked_n_variants(n_variants: Any) -> int:
+    """The number of variants to measure. Raises `ValueError` unless it is a whole number from 1."""
+    number = as_int_or_none(n_variants)
+    if number is None or number < 1:
+        raise ValueError(f"the number of variants must be a whole number from 1, not {described(n_variants)}")
+    return number
