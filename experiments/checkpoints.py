@@ -46,7 +46,7 @@ def train_checkpoints(name: str, steps: list[int], corpus: Path, out: Path) -> l
         directory = out / f"step-{step}"
         if not (directory / "recipe.json").exists():
             model = train(cfg, recipe, tokens, out, save_every=50, stop_at=step)
-            model.tokenizer = Tokenizer.from_file(corpus / "tokenizer.json", eos_id=cfg.eos_token_id, pad_id=cfg.pad_token_id)
+            model.tokenizer = Tokenizer.from_file(corpus / "tokenizer.json", eos_id=cfg.end_tokens[0], pad_id=cfg.pad_token_id)
             model.save_pretrained(directory)
             (directory / "recipe.json").write_text(json.dumps({"model": name, "step": step}) + "\n", encoding="utf-8")
         directories.append(directory)

@@ -28,7 +28,7 @@ def audit_run(levels: Mapping[str, int], seed: int, run: int, directory: Path, t
     audit, shuffled = directory / "audit" / cfg.model_name / "reduced", directory / "audit" / "shuffled"
     if not (audit / "pruning.csv").is_file():
         model = trained(cfg, recipe_of(levels, seed), directory).eval()
-        model.tokenizer = Tokenizer.from_file(tokenizer, eos_id=cfg.eos_token_id, pad_id=cfg.pad_token_id)
+        model.tokenizer = Tokenizer.from_file(tokenizer, eos_id=cfg.end_tokens[0], pad_id=cfg.pad_token_id)
         reduced_audit(model, FORM, directory / "audit", "reduced")
     if not (shuffled / "savings.csv").is_file():
         shuffle_experts(audit, shuffled)

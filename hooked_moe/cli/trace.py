@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -98,7 +99,7 @@ def trace(args: argparse.Namespace) -> Path:
     return directory
 
 
-def _changes(args: argparse.Namespace) -> dict[str, object]:
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of the protocol that options change."""
     options = {
         "corruption": args.corruption,

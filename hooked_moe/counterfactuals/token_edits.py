@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -126,7 +126,7 @@ class EditedTogether(Question):
 
     n_variants: int
     edits: dict[int, VariantEdit]
-    layers_again: Sequence[int] = ()
+    layers_again: Collection[int] = ()
 
     def branch(self, clean: CleanBlock, packed: Packed, width: int) -> Variants:
         batch = torch.arange(len(packed.rows), device=packed.rows.device)

@@ -49,7 +49,7 @@ class HookedModule(nn.Module):
             if not accepted:
                 raise ValueError("the predicate accepts no hook point; see model.hook_dict for the names")
             return accepted
-        names = [which] if is_one_name(which) else in_list(which, "names of hook points", "['hook_embed']")
+        names: list[Any] = [which] if is_one_name(which) else in_list(which, "names of hook points", "['hook_embed']")
         return [self.hook_dict[full] for name in names for full in self._names.meant(name)]
 
     def add_hook(self, name: NameOrPredicate, fn: Callable[..., Any], dir: str = "fwd", is_permanent: bool = False) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -21,7 +21,6 @@ from torch import Tensor
 from hooked_moe.checks import printable, quoted
 from hooked_moe.json_text import JsonError, parse_json
 from weights_conversion.errors import CheckpointError, abbreviated
-from weights_conversion.weight_map import Slot
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -106,10 +105,6 @@ class Checkpoint:
     def _note(self, what: str, items: list[str]) -> None:
         if items:
             self.notes.append(f"{self.directory} holds {len(items)} {what}; they were not read:{abbreviated(items)}")
-
-    def holds(self, slots: Iterable[Slot]) -> bool:
-        """Whether all of these tensors are there."""
-        return all(slot.hf_name in self.tensors for slot in slots)
 
     def read_into(self, places: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Fill the places with the tensors of these names, converted to the dtype and moved to the device of each.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from hooked_moe.chat import ChatTemplate
 from hooked_moe.config import HookedMoEConfig
+from hooked_moe.loading.beside import read_tokenizer
 from hooked_moe.loading.checkpoint import DTYPES
-from hooked_moe.loading.pretrained import CopyPlan, find, plan_copies, read_config, read_tokenizer
+from hooked_moe.loading.pretrained import CopyPlan, find, plan_copies, read_config
 from hooked_moe.tokenizer import Tokenizer
 from hooked_moe.transformer import Transformer
 from weights_conversion import CheckpointError, HFConfig, abbreviated, conversion_for

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -158,18 +158,23 @@ class NamedTensors(Protocol):
         """Each with a shape."""
 
 
+def holds(checkpoint: NamedTensors, slots: Iterable[Slot]) -> bool:
+    """Whether all of these tensors are there."""
+    return all(slot.hf_name in checkpoint.tensors for slot in slots)
+
+
 def plan_copies(model: Transformer, conversion: Conversion, checkpoint: NamedTensors) -> CopyPlan:
     """Match a checkpoint with a model, by names and shapes alone; a `CheckpointError` lists all that does not fit."""
     own = dict(model.named_parameters())
     every = dict(model.named_parameters(remove_duplicate=False))
     slots = slots_by_parameter(conversion.weights, model.cfg, every)
     for parameter, others in slots_by_parameter(conversion.alternatives, model.cfg, every).items():
-        if checkpoint.holds(others):
+        if holds(checkpoint, others):
             slots[parameter] = others
     assert slots.keys() == every.keys(), f"no checkpoint tensor for {every.keys() - slots.keys()}"
     for other in every.keys() - own.keys():  # tied weights are stored under either name
         first = next(name for name, parameter in own.items() if parameter is every[other])
-        if not checkpoint.holds(slots[first]) and checkpoint.holds(slots[other]):
+        if not holds(checkpoint, slots[first]) and holds(checkpoint, slots[other]):
             slots[first], slots[other] = slots[other], slots[first]
     copied = {slot.hf_name: slot for parameter in own for slot in slots[parameter]}
     repeated = {slot.hf_name: slot for parameter in every.keys() - own.keys() for slot in slots[parameter]}

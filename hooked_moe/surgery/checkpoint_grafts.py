@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from hooked_moe.loading.beside import read_tokenizer
 from hooked_moe.loading.checkpoint import Checkpoint
 from hooked_moe.loading.placement import as_device
-from hooked_moe.loading.pretrained import build_model, plan_copies, read_config, read_tokenizer
+from hooked_moe.loading.pretrained import build_model, plan_copies, read_config
 from hooked_moe.surgery.grafting import Model, check_same_architecture, check_same_tokenizer, default_places
 from hooked_moe.surgery.parts import BLOCK_PARTS, Layers, Parts, Place, place_of
 from weights_conversion import conversion_for
@@ -39,8 +40,7 @@ class CheckpointGrafts:
             read_config(directory / "config.json")[1].replace(dtype=dtype, model_name=directory.name) for directory in directories
         )
         check_same_architecture(self.cfg, other)
-        self._tokenizer, others = (read_tokenizer(directory, self.cfg) for directory in directories)
-        check_same_tokenizer(self._tokenizer, others)
+        check_same_tokenizer(*(read_tokenizer(directory, self.cfg) for directory in directories))
         self._checkpoints = Checkpoint(directories[0]), Checkpoint(directories[1])
         self._names: dict[Place, list[tuple[str, str]]] = {}
         own, theirs = (self._tensors_by_parameter(checkpoint) for checkpoint in self._checkpoints)

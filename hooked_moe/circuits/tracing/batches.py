@@ -68,7 +68,7 @@ def batches(model: Transformer, runs: Sequence[CorruptedRun], protocol: Protocol
 
 def noise_scale(model: Transformer, prompts: Sequence[Prompt], protocol: Protocol) -> float:
     """The standard deviation of the noise."""
-    rows = model.embed.W_E
+    rows: Tensor = model.embed.W_E
     if protocol.sigma_from == "subjects":
         rows = rows[torch.tensor([token for prompt in prompts for token in prompt.tokens[slice_of(prompt.subject)]])]
     return protocol.sigma * float(rows.float().std())

@@ -71,7 +71,7 @@ def _noised(
     for start in range(0, len(prompts), ROWS):
         if n_cases == protocol.n_cases:
             break
-        candidates = []
+        candidates: list[CorruptedRun] = []
         for prompt, record in zip(prompts[start : start + ROWS], known[start : start + ROWS], strict=True):
             foil = answer_token(model.require_tokenizer(), str(record.foil), protocol)
             if foil is None or foil == prompt.true_id:

@@ -106,7 +106,7 @@ def choice_stability(result: TracingResult) -> dict[str, Any]:
     settings = stability(result.grid, blocks, search, SEEDS, THRESHOLDS)
     same = [found for _, _, found in settings if found is not None and _is(found, chosen)]
     folds = relation_folds(result.cases["relation"].to_pylist(), FOLDS, result.protocol.seed)
-    several = np.unique(folds) if folds.any() else []  # of a single relation nothing can be left out
+    several = np.unique(folds).tolist() if folds.any() else []  # of a single relation nothing can be left out
     left_out = [candidates(result.grid, blocks, folds != fold, search, result.protocol.recurrence) for fold in several]
     return {
         "settings": len(settings),

@@ -98,7 +98,8 @@ def _measured(result: TracingResult, numbers: Mapping[str, Any]) -> dict[str, st
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        return str(Estimate(*value, p=float("nan"), n=0))
+        mean, low, high = value
+        return str(Estimate(mean, low, high, p=float("nan"), n=0))
     return str(value)
 
 
