@@ -72,8 +72,10 @@ def heat_map(
 
         heat_map(effects, rows=[0, 1], columns=range(16), value_label="mean Δ loss (nats)").savefig("effects.png")
 
-    Raises `ValueError` where the labels are not as many as the values.
+    Raises `ValueError` where the labels are not as many as the values, and for a limit of 0 or less.
     """
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit must be above 0, not {limit}")
     if values.shape != (len(rows), len(columns)):
         raise ValueError(f"values have shape {list(values.shape)}; there are {len(rows)} row and {len(columns)} column labels")
     finite = values[np.isfinite(values)]

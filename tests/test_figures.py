@@ -52,6 +52,11 @@ def test_a_notebook_shows_it_and_a_file_takes_it(tmp_path) -> None:
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_limit_must_be_above_zero() -> None:
+    with pytest.raises(ValueError, match=r"limit must be above 0, not -1\.0"):
+        heat_map(np.eye(2), rows=[0, 1], columns=[0, 1], limit=-1.0)
+
+
 def test_labels_must_be_as_many_as_values() -> None:
     with (
         without_type_checks(),

@@ -19,7 +19,7 @@ Texts: TypeAlias = Corpus | TokenizedCorpus | Sequence[str] | Int[Tensor, "batch
 """A corpus, texts, or token ids, whose rows are documents then."""
 
 TOKENS_PER_BATCH = 2048
-BATCHES_AHEAD = 16
+BATCHES_AHEAD = 8
 """Batches' worth of pieces that are looked at together, so that those of like length share a batch."""
 
 Outcome = TypeVar("Outcome")

@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.kernels import routing
 from hooked_moe.routing.pieces import Piece, Texts, pieces_of, run_in_batches
 from hooked_moe.routing.rule import rule_of
 from hooked_moe.tables import Result, atomic_path, schema_of, table_with_schema
-from hooked_moe.tables.result import ROWS_SHOWN
+from hooked_moe.tables.result import ROWS_SHOWN, readable
 from hooked_moe.transformer import Transformer
 
 SINK_RATIO: Final = 10.0
@@ -87,7 +88,10 @@ class RoutingTable(Result):
         return self.n_rows // (len(self.layers) * self.slots)
 
     def table(self) -> pa.Table:
-        return self.rows if isinstance(self.rows, pa.Table) else pq.read_table(self.rows, page_checksum_verification=True)
+        if isinstance(self.rows, pa.Table):
+            return self.rows
+        with readable(self.rows):
+            return pq.read_table(self.rows, page_checksum_verification=True)
 
     def summary(self) -> str:
         layers = f"{len(self.layers)} layers x {self.slots} slots"
@@ -153,14 +157,15 @@ class RoutingTable(Result):
             table = self.rows.select(names)
             yield from (table.slice(start, rows).combine_chunks() for start in range(0, table.num_rows, rows))
             return
-        file = pq.ParquetFile(self.rows, pre_buffer=False, page_checksum_verification=True)
         held: list[pa.RecordBatch] = []
-        for batch in file.iter_batches(rows, columns=names, use_threads=False):
-            held.append(batch)
-            table = pa.Table.from_batches(held)
-            if table.num_rows >= rows:
-                yield table.slice(0, rows).combine_chunks()
-                held = table.slice(rows).to_batches()
+        with readable(self.rows):
+            file = pq.ParquetFile(self.rows, pre_buffer=False, page_checksum_verification=True)
+            for batch in file.iter_batches(rows, columns=names, use_threads=False):
+                held.append(batch)
+                table = pa.Table.from_batches(held)
+                if table.num_rows >= rows:
+                    yield table.slice(0, rows).combine_chunks()
+                    held = table.slice(rows).to_batches()
         if sum(batch.num_rows for batch in held):
             yield pa.Table.from_batches(held).combine_chunks()
 
@@ -240,17 +245,28 @@ def _piece_rows(piece: Piece, columns: dict[str, np.ndarray], layers: list[int])
 
 def _observed(model: Transformer, tokens: Tensor, real: Tensor | None, layers: list[int], rule: routing.RoutingRule) -> Any:
     """A function of (row, own tokens) that gives the columns of a piece, [own layer slot]."""
+    norms: dict[int, Tensor] = {}
+
+    def keep_norm(resid: Tensor, hook: HookPoint) -> None:  # not the streams themselves: of all layers, they are large
+        norms[hook.layer()] = resid.norm(dim=-1, dtype=torch.float32)
+
     names = [f"blocks.{layer}.{point}" for layer in layers for point in _HOOKS]
-    _, cache = model.run_with_cache(tokens, attention_mask=real, names_filter=names, stop_at_layer=max(layers) + 1)
+    with model.hooks([(f"blocks.{layer}.hook_resid_mid", keep_norm) for layer in layers]):
+        _, cache = model.run_with_cache(tokens, attention_mask=real, names_filter=names, stop_at_layer=max(layers) + 1)
     by_layer = []
     for layer in layers:
-        logits, indices, weights, resid = (cache[f"blocks.{layer}.{point}"] for point in _HOOKS)
-        norms = resid.norm(dim=-1, dtype=torch.float32)
-        typical = (norms if real is None else norms.masked_fill(~real, torch.nan)).nanmedian(dim=-1, keepdim=True).values
+        logits, indices, weights = (cache[f"blocks.{layer}.{point}"] for point in _HOOKS)
+        typical = (
+            (norms[layer] if real is None else norms[layer].masked_fill(~real, torch.nan)).nanmedian(-1, keepdim=True).values
+        )
         columns = routes_of(logits, indices, rule)
         if model.cfg.selection_bias:  # then the next in line is not that of the scores
             columns["margin"] = torch.full_like(columns["margin"], torch.nan)
-        columns |= {"expert": indices, "routing_weight": weights.float(), "sink": (norms > SINK_RATIO * typical)[..., None]}
+        columns |= {
+            "expert": indices,
+            "routing_weight": weights.float(),
+            "sink": (norms[layer] > SINK_RATIO * typical)[..., None],
+        }
         by_layer.append({name: column.expand(indices.shape).cpu().numpy() for name, column in columns.items()})
 
     def of_row(row: int, own: np.ndarray) -> dict[str, np.ndarray]:
@@ -259,7 +275,7 @@ def _observed(model: Transformer, tokens: Tensor, real: Tensor | None, layers: l
     return of_row
 
 
-_HOOKS = ("mlp.hook_router_logits", "mlp.hook_expert_indices", "mlp.hook_expert_weights", "hook_resid_mid")
+_HOOKS = ("mlp.hook_router_logits", "mlp.hook_expert_indices", "mlp.hook_expert_weights")
 
 
 def routes_of(logits: Tensor, indices: Tensor, rule: routing.RoutingRule) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ class Result:
 
     def file_labels(self) -> dict[bytes, bytes]:
         """What a file says of its rows: the class, and `metadata()`."""
-        metadata = json.dumps(self.metadata(), sort_keys=True, allow_nan=False, ensure_ascii=False).encode()
+        metadata = json.dumps(self.metadata(), allow_nan=False, ensure_ascii=False).encode()
         kind, version = type(self).__name__.encode(), __version__.encode()
         return {_KIND: kind, _METADATA: metadata, _CHECKSUM: _checksum(metadata), _VERSION: version}
 
@@ -99,7 +99,7 @@ class Result:
         Raises FileNotFoundError for a missing file and ValueError for a file that is damaged, or holds something else.
         """
         metadata = cls.metadata_of_file(path)
-        with _readable(path):
+        with readable(path):
             table = pq.read_table(path, page_checksum_verification=True)
         return cls.from_table(table, metadata)
 
@@ -108,7 +108,7 @@ class Result:
         """What `save` wrote beside the rows. Raises as `load` does."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path}: {cls.__name__}.load reads what save(path) wrote")
-        with _readable(path):
+        with readable(path):
             labels = pq.read_schema(path).metadata or {}
         kind = labels.get(_KIND, b"").decode()
         if kind != cls.__name__:
@@ -135,7 +135,8 @@ class Result:
 
 
 @contextmanager
-def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
+def readable(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A block that reads a file of a result: damage is a ValueError that names the file."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:

@@ -27,7 +27,7 @@ from tests.conftest import EVERY_ARCHITECTURE
 
 Ask = Callable[[HookedMoE, Tensor, Tensor], GridResult]
 QUESTIONS: dict[str, Ask] = {
-    "experts": lambda model, tokens, mask: expert_effects(model, tokens, attention_mask=mask, readouts=[KL(), LossAfter(2)]),
+    "experts": lambda model, tokens, mask: expert_effects(model, tokens, attention_mask=mask, readouts=[LossAfter(2), KL()]),
     "progressive": lambda model, tokens, mask: progressive_effects(model, tokens, attention_mask=mask),
     "variants": lambda model, tokens, mask: token_effects(
         model,

@@ -21,6 +21,7 @@ from hooked_moe.routing import pieces as pieces_module
 from tests.conftest import EVERY_ARCHITECTURE, random_model
 from tests.support.hf_models import FAMILIES, Pair, logits_of, pair_of, random_tokens, routing_of
 from tests.support.number_text import number_corpus, number_reader, token_ids
+from tests.support.routes import random_experts, routing_of_experts
 
 FLOATS = ("routing_weight", "probability", "entropy", "margin")
 
@@ -257,6 +258,17 @@ def test_a_sink_is_a_residual_stream_far_longer_than_the_others(model: HookedMoE
     assert np.argwhere(grid["sink"][:, 1, 0]).flatten().tolist() == [tokens.shape[1] + 3]
     assert not grid["sink"][:, 0].any()
 
+    def padding_is_longer(resid: Tensor, hook: Any) -> Tensor:
+        resid[0, 2] *= 500
+        resid[0, 4:] *= 1000
+        return resid
+
+    mask = torch.ones_like(tokens)
+    mask[0, 4:] = 0
+    with model.hooks([("blocks.1.hook_resid_mid", padding_is_longer)]):
+        (grid,) = routing_table(model, tokens, [1], attention_mask=mask).grids("sink")
+    assert np.argwhere(grid["sink"][:, 0, 0]).flatten().tolist() == [2], "the median is of tokens, not of padding"
+
 
 def test_a_streamed_model_is_read_once_a_batch(tokens: Tensor) -> None:
     whole, streamed = (HookedMoE.from_pretrained("tiny-olmoe", stream=stream) for stream in (False, True))
@@ -301,6 +313,27 @@ def test_a_table_with_rows_missing_or_moved_is_refused(model: HookedMoE, tokens:
             list(dataclasses.replace(table, rows=wrong).grids("expert"))
     with pytest.raises(ValueError, match=r"layers \[9\] are not in this table, which has \[0, 1, 2\]"):
         table.chosen_layers([9])
+
+
+def test_layers_keep_their_order_in_a_file(tmp_path: Path) -> None:
+    experts = random_experts(np.random.default_rng(0), 30, 3, 2, 5)
+    table = routing_of_experts(experts, np.repeat(np.arange(3), 10), n_experts=5, layers=[2, 10, 11])
+    table.save(tmp_path / "routes.parquet")
+    for again in (RoutingTable.open(tmp_path / "routes.parquet"), RoutingTable.load(tmp_path / "routes.parquet")):
+        assert again.layers == [2, 10, 11]
+        (grid,) = again.grids("expert")
+        np.testing.assert_array_equal(grid["expert"], experts)
+
+
+def test_damage_is_seen_when_the_rows_are_read(reader: HookedMoE, tmp_path: Path) -> None:
+    path = tmp_path / "routes.parquet"
+    table = routing_table(reader, number_corpus(tmp_path, LENGTHS), n_ctx=8, path=path)
+    content = bytearray(path.read_bytes())
+    content[200] ^= 4
+    path.write_bytes(content)
+    for read in (table.table, lambda: list(table.grids(*ROUTES.names[5:])), lambda: RoutingTable.load(path)):
+        with pytest.raises(ValueError, match=r"routes\.parquet is damaged, or no parquet file .*: save the result again"):
+            read()
 
 
 @pytest.mark.slow
