@@ -158,6 +158,9 @@ class HookedMoE(Transformer, WeightViews):
         one of the checkpoint's; `variables` are what else it reads, as `tools` or `enable_thinking`. Meanings are transformers'.
         Do not tokenize the text by `to_tokens`, which may put a second BOS token before it. Raises `ValueError` where there is no
         template and for messages that it refuses.
+
+            tokens = model.apply_chat_template([{"role": "user", "content": "Where is Paris?"}], add_generation_prompt=True)
+            model.generate(tokens, 20)
         """
         tokenizer = self.require_tokenizer()
         options = {"add_generation_prompt": add_generation_prompt, **variables}

@@ -17,10 +17,10 @@ from torch import Tensor
 from hooked_moe.checks import as_int_or_none
 from hooked_moe.hooks.caching import index_of, take
 from hooked_moe.hooks.logit_lens import LogitLens, read_logits
+from hooked_moe.hooks.terms import Components, experts, heads, mlp, term
 
 Stack = Float[Tensor, "component *batch_and_pos d_model"]
-Parts = tuple[Tensor, list[str]]
-"""Components, and their labels."""
+Part = Float[Tensor, "component *part_of_them d_model"]
 Tokens = str | int | Sequence[Any] | Tensor
 
 
@@ -83,13 +83,12 @@ class ResidualStack(Mapping[Any, Tensor]):
         if mode not in ("all", "mlp", "attn"):
             raise ValueError(f"mode must be 'all', 'mlp' or 'attn', not {mode!r}")
         end = self._layer(layer, mlp_input)
-        parts = [self._part("embed", self["hook_embed"], pos_slice)] if incl_embeds else []
+        parts = [term("embed", self["hook_embed"], pos_slice)] if incl_embeds else []
         for number in range(end + mlp_input):
             if mode != "mlp":
-                parts.append(self._part(f"{number}_attn_out", self["attn_out", number], pos_slice))
+                parts.append(term(f"{number}_attn_out", self["attn_out", number], pos_slice))
             if mode != "attn" and number < end:
-                mlp = self._experts if expand_experts else self._mlp
-                parts.append(mlp(number, pos_slice))
+                parts.append((experts if expand_experts else mlp)(self, number, pos_slice))
         return self._stacked(parts, end, mlp_input, apply_ln, pos_slice, return_labels)
 
     def stack_head_results(
@@ -105,7 +104,7 @@ class ResidualStack(Mapping[Any, Tensor]):
         Taken from hook_result where that is cached, and otherwise made of hook_z.
         """
         end = self._layer(layer)
-        parts = [self._heads(number, pos_slice) for number in range(end)]
+        parts = [heads(self, number, pos_slice) for number in range(end)]
         parts = self._with_remainder(parts, end, incl_remainder, pos_slice)
         return self._stacked(parts, end, False, apply_ln, pos_slice, return_labels)
 
@@ -126,7 +125,7 @@ class ResidualStack(Mapping[Any, Tensor]):
             dict(zip(labels, cache.logit_attrs(stack, " Paris", pos_slice=-1)[:, 0].tolist()))
         """
         end = self._layer(layer)
-        parts = [self._experts(number, pos_slice) for number in range(end)]
+        parts = [experts(self, number, pos_slice) for number in range(end)]
         parts = self._with_remainder(parts, end, incl_remainder, pos_slice)
         return self._stacked(parts, end, False, apply_ln, pos_slice, return_labels)
 
@@ -141,9 +140,9 @@ class ResidualStack(Mapping[Any, Tensor]):
     ) -> Any:
         """Heads, experts (or whole MLPs), the embedding and the biases ("bias") before `layer`: their sum is its input."""
         end = self._layer(layer, mlp_input)
-        parts = [self._heads(number, pos_slice) for number in range(end + mlp_input)]
-        parts += [(self._experts if expand_experts else self._mlp)(number, pos_slice) for number in range(end)]
-        embed = self._part("embed", self["hook_embed"], pos_slice)
+        parts = [heads(self, number, pos_slice) for number in range(end + mlp_input)]
+        parts += [(experts if expand_experts else mlp)(self, number, pos_slice) for number in range(end)]
+        embed = term("embed", self["hook_embed"], pos_slice)
         bias = self.model.accumulated_bias(end, mlp_input).to(embed[0]).expand(embed[0].shape)
         return self._stacked([*parts, embed, (bias, ["bias"])], end, mlp_input, apply_ln, pos_slice, return_labels)
 
@@ -162,7 +161,7 @@ class ResidualStack(Mapping[Any, Tensor]):
         batch_slice: Any = None,
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
-    ) -> Stack:
+    ) -> Part:
         """The components as `layer`'s attention (or with `mlp_input` its MLP, or the unembedding) reads them.
 
         Each is divided by the root mean square of the whole residual stream, as cached, and multiplied by the norm's weight: the
@@ -191,7 +190,7 @@ class ResidualStack(Mapping[Any, Tensor]):
         pos_slice: Any = None,
         batch_slice: Any = None,
         has_batch_dim: bool = True,
-    ) -> Float[Tensor, "component *batch_and_pos"]:
+    ) -> Float[Tensor, "component *part_of_them"]:
         """What each component adds to the logit of `tokens`, or to its difference from that of `incorrect_tokens`.
 
         Tokens are one for all (a text that is one token, or an id), [batch], [pos] or [batch, pos], as far as the stack has these
@@ -240,8 +239,6 @@ class ResidualStack(Mapping[Any, Tensor]):
             stack = self.apply_ln_to_stack(stack, recompute_ln=True, has_batch_dim=False)
         return read_logits(self.model, stack, labels, **options)
 
-    # The terms
-
     @property
     def _n_layers(self) -> int:
         if self.model is None:
@@ -259,45 +256,14 @@ class ResidualStack(Mapping[Any, Tensor]):
             raise ValueError(f"layer must be {of}, from 0 to {last - mlp_input}, not {layer!r}")
         return number
 
-    def _part(self, label: str, activation: Tensor, pos_slice: Any) -> Parts:
-        return take(activation, pos_slice, -2)[None], [label]
-
-    def _mlp(self, layer: int, pos_slice: Any) -> Parts:
-        return self._part(f"{layer}_mlp_out", self["mlp_out", layer], pos_slice)
-
-    def _heads(self, layer: int, pos_slice: Any) -> Parts:
-        name = f"blocks.{layer}.attn.hook_result"
-        if name in self:
-            result = take(self[name], pos_slice, -3)
-        else:
-            z, weight = take(self["z", layer], pos_slice, -3), self.model.blocks[layer].attn.W_O
-            result = torch.einsum("...hv,dhv->...hd", z, weight)
-        return result.movedim(-2, 0), [f"L{layer}H{head}" for head in range(result.shape[-2])]
-
-    def _experts(self, layer: int, pos_slice: Any) -> Parts:
-        """Routed experts, scattered from their slots, then the shared ones; or the dense MLP."""
-        count = self.model.cfg.experts_in(layer)
-        if not count:
-            return self._part(f"L{layer}mlp", self["mlp_out", layer], pos_slice)
-        outputs, weights = take(self["expert_out", layer], pos_slice, -3), take(self["expert_weights", layer], pos_slice, -2)
-        indices = take(self["expert_indices", layer], pos_slice, -2)
-        contributions = outputs * weights[..., None]
-        stack = contributions.new_zeros(*contributions.shape[:-2], count, contributions.shape[-1])
-        stack = stack.scatter_add(-2, indices[..., None].expand(contributions.shape), contributions).movedim(-2, 0)
-        labels = [f"L{layer}E{expert}" for expert in range(count)]
-        if self.model.cfg.d_shared is None:
-            return stack, labels
-        shared = take(self["shared_out", layer], pos_slice, -2)
-        return torch.cat((stack, shared[None])), [*labels, f"L{layer}shared"]
-
-    def _with_remainder(self, parts: list[Parts], layer: int, wanted: bool, pos_slice: Any) -> list[Parts]:
+    def _with_remainder(self, parts: list[Components], layer: int, wanted: bool, pos_slice: Any) -> list[Components]:
         if not wanted:
             return parts
         rest = take(self["resid_post", layer - 1] if layer else self["resid_pre", 0], pos_slice, -2)
         return [*parts, ((rest - sum(stack.sum(0) for stack, _ in parts))[None], ["remainder"])]
 
     def _stacked(
-        self, parts: list[Parts], layer: int, mlp_input: bool, apply_ln: bool, pos_slice: Any, return_labels: bool
+        self, parts: list[Components], layer: int, mlp_input: bool, apply_ln: bool, pos_slice: Any, return_labels: bool
     ) -> Tensor | tuple[Tensor, list[str]]:
         if parts:
             stack = torch.cat([stack for stack, _ in parts])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,7 +16,6 @@ from torch import Tensor
 from hooked_moe.loading.checkpoint import opened, read_json
 from hooked_moe.transformer import Transformer
 from weights_conversion import CheckpointError, Conversion, abbreviated
-from weights_conversion.weight_map import Slot
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -79,13 +78,45 @@ def merge_adapter(model: Transformer, conversion: Conversion, adapter: str | Pat
     directory = Path(adapter).expanduser()
     config = read_adapter_config(directory)
     pairs, whole = _read_tensors(directory / WEIGHTS_FILE)
-    slots: dict[str, Slot] = {}
+    places = _places(model, conversion)
+    targets = _targets(pairs, places)
+    _check_fit(directory, model, pairs, targets, whole, places)
+    for name, value in whole.items():
+        places[name].copy_(value)
+    for pair, name in zip(pairs, targets, strict=True):
+        place = places[name]
+        wide = place.to(torch.promote_types(place.dtype, torch.float32))
+        place.copy_(wide + pair.change(place).mul_(scale_of(name, pair.rank(place), config)))
+
+
+def _places(model: Transformer, conversion: Conversion) -> dict[str, Tensor]:
+    """The model's weights by every name that a checkpoint may have for them, in the checkpoint's shapes: views."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    places = {}
     for weight in (*conversion.weights, *conversion.alternatives):
-        if weight.when(model.cfg):
-            slots |= {slot.hf_name: slot for slot in weight.slots(model.cfg) if slot.parameter in parameters}
-    places = {name: slot.of(parameters[slot.parameter]) for name, slot in slots.items()}
-    targets = [_target(pair, places) for pair in pairs]
+        for slot in weight.slots(model.cfg) if weight.when(model.cfg) else ():
+            if slot.parameter in parameters:
+                places[slot.hf_name] = slot.of(parameters[slot.parameter])
+    return places
+
+
+def _targets(pairs: Sequence[Pair], places: Mapping[str, Tensor]) -> list[str]:
+    """The name of the weight that each pair changes; empty where none fits."""
+    by_module: dict[str, list[str]] = {}
+    for name in places:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    own = (by_module.get(re.sub(r"(\.base_layer)+$", "", pair.module), []) for pair in pairs)
+    return [next((name for name in names if pair.fits(places[name])), "") for pair, names in zip(pairs, own, strict=True)]
+
+
+def _check_fit(
+    directory: Path,
+    model: Transformer,
+    pairs: Sequence[Pair],
+    targets: Sequence[str],
+    whole: Mapping[str, Tensor],
+    places: Mapping[str, Tensor],
+) -> None:
     strange = [
         f"{pair.module}: A {list(pair.a.shape)}, B {list(pair.b.shape)}"
         for pair, name in zip(pairs, targets, strict=True)
@@ -97,17 +128,11 @@ def merge_adapter(model: Transformer, conversion: Conversion, adapter: str | Pat
             f"{directory} does not fit {model.cfg.model_name}: it has tensors for which the model has no weight of that name, or "
             f"one of another shape:{abbreviated(strange)}"
         )
-    embeddings = [name for name in (*whole, *targets) if slots[name].parameter in ("embed.W_E", "unembed.W_U")]
-    if model.cfg.tie_word_embeddings and embeddings:
+    tied = [name for name in (*whole, *targets) if places[name].data_ptr() == model.embed.W_E.data_ptr()]
+    if model.cfg.tie_word_embeddings and tied:
         raise CheckpointError(
-            f"{directory} changes {embeddings[0]}, which this model ties: embedding and unembedding would both change"
+            f"{directory} changes {tied[0]}, which this model ties: embedding and unembedding would both change"
         )
-    for name, value in whole.items():
-        places[name].copy_(value)
-    for pair, name in zip(pairs, targets, strict=True):
-        place = places[name]
-        wide = place.to(torch.promote_types(place.dtype, torch.float32))
-        place.copy_(wide + pair.change(place).mul_(scale_of(name, pair.rank(place), config)))
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
@@ -150,13 +175,6 @@ def scale_of(name: str, rank: int, config: Mapping[str, Any]) -> float:
     own = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name.removesuffix(".weight"))), None)
     alpha = config.get("lora_alpha", 8) if own is None else patterns[own]
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _target(pair: Pair, places: Mapping[str, Tensor]) -> str:
-    """The name of the weight that a pair changes; empty where no weight fits."""
-    module = re.sub(r"(\.base_layer)+$", "", pair.module)
-    own = [name for name in places if name.rpartition(".")[0] == module]
-    return next((name for name in own if pair.fits(places[name])), "")
 
 
 def _read_tensors(file: Path) -> tuple[list[Pair], dict[str, Tensor]]:

@@ -39,6 +39,8 @@ def from_hf(model_class: type[Model], hf_model: Any, tokenizer: Any = None) -> M
     every one, fused experts among them; where experts are modules of their own (transformers 4), theirs are copied. Training one
     model changes both then. `tokenizer` is a fast one of transformers, a `Tokenizer`, or a `tokenizers.Tokenizer`.
 
+        HookedMoE.from_hf(transformers.OlmoeForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory))
+
     Raises `CheckpointError` for an architecture or option that is not supported, and `ValueError` for weights that are not plain
     floating-point tensors on one device.
     """

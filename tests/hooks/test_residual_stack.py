@@ -15,7 +15,6 @@ from tests.conftest import EVERY_ARCHITECTURE
 transformer_lens = pytest.importorskip("transformer_lens")
 TheirCache = transformer_lens.ActivationCache
 
-pytestmark = pytest.mark.usefixtures("unchecked")
 ATTENTION_MASK = torch.tensor([[0, 0] + [1] * 9, [1] * 11])
 
 
@@ -207,6 +206,7 @@ def test_a_logit_lens_is_that_of_transformer_lens(options: dict[str, Any], model
         assert torch.equal(lens.rank_trajectory(), expected.rank_trajectory())
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_arguments_are_answered(model: HookedMoE, tokens: Tensor) -> None:
     _, cache = model.run_with_cache(tokens)
     _, part = model.run_with_cache(tokens, names_filter=["resid_pre", "expert_out"])

@@ -91,9 +91,12 @@ def test_a_tokenizer_comes_along(backend: tokenizers.Tokenizer) -> None:
         assert ours.to_tokens(text)[0].tolist() == fast(text)["input_ids"]
         assert ours.tokenizer is not None
         assert ours.tokenizer.eos_id == 1
-    ours = HookedMoE.from_hf(hf, fast)
-    fast(text, truncation=True, max_length=2)
-    assert len(ours.to_tokens(text)[0]) > 2  # theirs truncates from now on, ours does not
+    whole = fast(text)["input_ids"]
+    before = HookedMoE.from_hf(hf, fast)
+    fast(text, truncation=True, max_length=2)  # theirs truncates from now on, ours does not
+    fast.backend_tokenizer.enable_padding(length=30)
+    for ours in (before, HookedMoE.from_hf(hf, fast)):
+        assert ours.to_tokens(text)[0].tolist() == whole
     made = HookedMoE.from_hf(hf, Fast(backend)).require_tokenizer()
     assert (made.eos_id, made.pad_id) == (1, 8)
     assert made.chat_template is not None
