@@ -69,18 +69,18 @@ def attribution_patch_experts(
     if method == "direct" and not isinstance(metric, At):
         raise ValueError(f"method='direct' takes At(position, LogitDifference(...)), not {metric!r}")
     asked = asked_positions(pair, positions)
-    by_layer = aligned({layer: expert_deltas(pair, layer, part) for layer in chosen})
+    by_layer = aligned({layer: expert_deltas(pair, layer, part).where(asked) for layer in chosen})
     if method == "direct":
         gradients = dict.fromkeys(chosen, direct_gradients(pair, metric))
     elif method == "atp":
         gradients = residual_gradients(pair, metric)
     else:
-        moved = {layer: deltas.delta.sum(2) * asked[..., None] for layer, deltas in by_layer.items()}
+        moved = {layer: deltas.delta.sum(2) for layer, deltas in by_layer.items()}
         gradients = {layer: _mean_gradient(pair, metric, layer, change, steps) for layer, change in moved.items()}
     with torch.no_grad():
         values = torch.stack([_along(deltas.delta, gradients[layer]) for layer, deltas in by_layer.items()])
-        values = values.masked_fill(~asked[None, ..., None], float("nan"))
-        patches = as_patches(pair, by_layer, values, metric, part, method)
+        active = {layer: deltas.active() for layer, deltas in by_layer.items()}
+        patches = as_patches(pair, active, values, metric, part, method)
     return with_slot_per_expert(patches) if dense else patches
 
 
@@ -108,7 +108,7 @@ def residual_gradients(
         return dict(zip(streams, torch.autograd.grad(value, list(streams.values())), strict=True))
 
 
-def direct_gradients(pair: PromptPair, metric: At) -> Float[Tensor, "batch pos d_model"]:
+def direct_gradients(pair: PromptPair, metric: Any) -> Float[Tensor, "batch pos d_model"]:
     """What the logit difference is multiplied by at the position that is read, the final norm's scale held fixed; 0 elsewhere."""
     packed = pack(pair.tokens, pair.attention_mask)
     final = at_least_float32(pair.resid_post("corrupt"))

@@ -121,7 +121,7 @@ def direct_logit_attribution(
 
 def _direction(run: PromptPair, tokens: AnyTokens, other: AnyTokens | None) -> Float[Tensor, "#batch d_model"]:
     packed = pack(run.tokens, run.attention_mask)
-    readout = LogitDifference(tokens, tokens if other is None else other)  # type: ignore[arg-type]
+    readout = LogitDifference(tokens, tokens if other is None else other)
     readout.check(run.model, packed)
     return readout.direction(run.model, packed.rows) if other is not None else readout.directions(run.model, packed.rows)[0]
 

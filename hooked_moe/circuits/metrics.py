@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_moe.circuits.pairs import PromptPair
@@ -28,7 +28,7 @@ LOGIT_BYTES = 1 << 28
 """Bytes of logits in memory together, where a metric asks for all of them."""
 
 
-def is_readout(metric: Any) -> bool:
+def is_readout(metric: Any) -> TypeGuard[Readout]:
     return not isinstance(metric, type) and isinstance(metric, Readout)
 
 
@@ -78,9 +78,9 @@ def metric_changes(
         baseline = metric_of_rows(metric, pair.model.logits(pair.resid_post("corrupt")))
         return torch.stack([metric_of_rows(metric, pair.model.logits(variant)) for variant in final]) - baseline
     require_one_place(metric)
-    packed = pack(pair.tokens, pair.attention_mask)
-    there = replace(packed, query_positions=metric.packed_positions(packed)[:, :1])
-    return metric.readout(_final(pair, there, final))[..., 0]
+    place, packed = cast(At, metric), pack(pair.tokens, pair.attention_mask)
+    there = replace(packed, query_positions=place.packed_positions(packed)[:, :1])
+    return place.readout(_final(pair, there, final))[..., 0]
 
 
 def require_one_place(metric: Any) -> None:
@@ -166,7 +166,7 @@ def differentiable_value(pair: PromptPair, metric: Any, resid: Float[Tensor, "ba
     """The sum over rows of the metric, from last residual streams, for gradients."""
     if not is_readout(metric):
         return metric_of_rows(metric, pair.model.logits(resid)).sum()
-    packed = pack(pair.tokens, pair.attention_mask)
-    positions: Int[Tensor, "batch 1"] = metric.original_positions(packed)[:, None]
+    place, packed = cast(At, metric), pack(pair.tokens, pair.attention_mask)
+    positions, difference = place.original_positions(packed)[:, None], cast(LogitDifference, place.readout)
     x = pair.model.ln_final(gather_positions(resid, positions)[:, 0].to(torch.promote_types(resid.dtype, torch.float32)))
-    return (x * metric.readout.direction(pair.model, packed.rows)).sum()
+    return (x * difference.direction(pair.model, packed.rows)).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -101,6 +101,15 @@ class PromptPair:
 @without_autocast()
 def prompt_pair(model: Transformer, clean: Clean, corrupt: Tokens, attention_mask: Mask | None = None) -> PromptPair:
     """Run what is not run yet. Raises `ValueError` for prompts of other lengths, other padding, or while hooks are attached."""
+    pair = clean_side(model, clean, corrupt, attention_mask)
+    _, cache = model.run_with_cache(pair.tokens, None, attention_mask=pair.attention_mask, names_filter=expert_activations)
+    return replace(pair, corrupt=cache)
+
+
+@torch.no_grad()
+@without_autocast()
+def clean_side(model: Transformer, clean: Clean, corrupt: Tokens, attention_mask: Mask | None = None) -> PromptPair:
+    """The same without the corrupted run."""
     require_unhooked(model)
     tokens, mask = model.as_tokens(corrupt, attention_mask)
     if not isinstance(clean, Mapping):
@@ -111,8 +120,7 @@ def prompt_pair(model: Transformer, clean: Clean, corrupt: Tokens, attention_mas
                 f"{_lengths(clean_tokens, clean_mask)} and {_lengths(tokens, mask)} tokens"
             )
         _, clean = model.run_with_cache(clean_tokens, None, attention_mask=clean_mask, names_filter=expert_activations)
-    _, corrupt_cache = model.run_with_cache(tokens, None, attention_mask=mask, names_filter=expert_activations)
-    pair = PromptPair(model, tokens, mask, clean, corrupt_cache)
+    pair = PromptPair(model, tokens, mask, clean, {})
     found, expected = list(pair.resid_post("clean").shape[:2]), list(tokens.shape)
     if found != expected:
         raise ValueError(f"the clean cache is of {found} tokens, and the corrupted prompts are of {expected}: they must match")
@@ -140,6 +148,17 @@ def _lengths(tokens: Tensor, mask: Tensor | None) -> list[int]:
     return (torch.ones_like(tokens) if mask is None else mask).sum(-1).tolist()
 
 
+class ActiveExperts(NamedTuple):
+    """The experts that either run routes each token to, in one layer."""
+
+    experts: Int[Tensor, "batch pos slot"]
+    """-1 where there is none."""
+    changed: Bool[Tensor, "batch pos slot"]
+    """Whether anything differs between the runs."""
+    clean_active: Bool[Tensor, "batch pos slot"]
+    corrupt_active: Bool[Tensor, "batch pos slot"]
+
+
 class ExpertDeltas(NamedTuple):
     """What putting each expert's part of the clean run into the corrupted one adds to the residual stream, in one layer."""
 
@@ -149,26 +168,52 @@ class ExpertDeltas(NamedTuple):
     clean_active: Bool[Tensor, "batch pos slot"]
     corrupt_active: Bool[Tensor, "batch pos slot"]
 
+    def where(self, kept: Bool[Tensor, "batch pos"]) -> ExpertDeltas:
+        """No experts elsewhere."""
+        own = kept[..., None] & (self.experts >= 0)
+        return ExpertDeltas(
+            torch.where(own, self.experts, -1),
+            self.delta.masked_fill(~own[..., None], 0.0),
+            self.clean_active & own,
+            self.corrupt_active & own,
+        )
+
+    def active(self) -> ActiveExperts:
+        """Without the vectors."""
+        return ActiveExperts(self.experts, (self.delta != 0).any(-1), self.clean_active, self.corrupt_active)
+
+    def in_slots(self, slots: int) -> ExpertDeltas:
+        """The same in as many slots as others have: those beyond are empty."""
+        fills = (-1, 0.0, False, False)
+        return ExpertDeltas(*(_padded_slots(x, slots, fill) for x, fill in zip(self, fills, strict=True)))
+
 
 def expert_deltas(pair: PromptPair, layer: int, part: Part = "contribution") -> ExpertDeltas:
+    """Those of every token, in as many slots as the token with most of them needs."""
+    corrupt, x = pair.experts("corrupt", layer), pair.mlp_input("corrupt", layer)
+    deltas = deltas_between(pair.experts("clean", layer), corrupt, part, pair.moe(layer), x)
+    return deltas.where(pair.real())
+
+
+def deltas_between(
+    clean: LayerExperts, corrupt: LayerExperts, part: Part, moe: MoE, corrupt_input: Float[Tensor, "batch pos d_model"]
+) -> ExpertDeltas:
     """With w the routing weight and E the output of an expert, 0 where a run does not route the token to it:
 
     contribution: w_clean E_clean - w_corrupt E_corrupt; content: w_clean (E_clean - E_corrupt), the expert reading the clean
     run's input; routing: (w_clean - w_corrupt) E_corrupt. The last two, which need E_corrupt where the expert is not active,
     sum to the first.
     """
-    clean, corrupt = pair.experts("clean", layer), pair.experts("corrupt", layer)
     experts = _union(clean.indices, corrupt.indices)
-    experts = torch.where(pair.real()[..., None], experts, -1)
     clean_active, w_clean, e_clean = _at_experts(clean, experts)
     corrupt_active, w_corrupt, e_corrupt = _at_experts(corrupt, experts)
     if part == "contribution":
         delta = w_clean * e_clean - w_corrupt * e_corrupt
     else:
-        outputs = pair.moe(layer).run_experts(pair.mlp_input("corrupt", layer), experts.clamp(min=0)).in_slots()
+        outputs = moe.run_experts(corrupt_input, experts.clamp(min=0)).in_slots()
         e_corrupt = torch.where(corrupt_active[..., None], e_corrupt, outputs)
         delta = w_clean * (e_clean - e_corrupt) if part == "content" else (w_clean - w_corrupt) * e_corrupt
-    return ExpertDeltas(experts, delta.masked_fill((experts < 0)[..., None], 0.0), clean_active, corrupt_active)
+    return ExpertDeltas(experts, delta, clean_active, corrupt_active).where(torch.ones_like(experts[..., 0], dtype=torch.bool))
 
 
 def check_part(part: Any) -> None:
@@ -177,7 +222,7 @@ def check_part(part: Any) -> None:
         raise ValueError(f"part must be one of {', '.join(map(repr, get_args(Part)))}, not {part!r}")
 
 
-def padded_slots(x: Shaped[Tensor, "batch pos slot *rest"], slots: int, value: Any) -> Shaped[Tensor, "batch pos slots *rest"]:
+def _padded_slots(x: Shaped[Tensor, "batch pos slot *rest"], slots: int, value: Any) -> Shaped[Tensor, "batch pos slots *rest"]:
     """As many slots as other layers have."""
     more = x.new_full((*x.shape[:2], slots - x.shape[2], *x.shape[3:]), value)
     return torch.cat((x, more), dim=2)

@@ -80,9 +80,8 @@ def path_patch(
     `get_act_patch_expert`, a readout with `At`. Raises `ValueError` for nodes that are not there, and receivers that are not
     after their senders.
     """
-    senders, receivers = ([node] if _is_node(node) else list(node) for node in (sender, receiver))
-    senders = [_checked(model, node, ("expert", "head")) for node in senders]
-    receivers = [_checked(model, node, RECEIVERS) for node in receivers]
+    senders = [_checked(model, node, ("expert", "head")) for node in _listed(sender)]
+    receivers = [_checked(model, node, RECEIVERS) for node in _listed(receiver)]
     for early in senders:
         for late in receivers:
             _check_order(early, late)
@@ -96,13 +95,13 @@ def path_patch(
 
 
 def _effects(
-    pair: PromptPair, delta: Float[Tensor, "batch pos d_model"], receivers: list[Node], metric: Any
+    pair: PromptPair, delta: Float[Tensor, "batch pos d_model"], receivers: list[Any], metric: Any
 ) -> Float[Tensor, "receiver batch"]:
     finals = torch.stack([received(pair, node, delta) for node in receivers])
     return metric_changes(pair, metric, finals)
 
 
-def sent(pair: PromptPair, node: Node) -> Float[Tensor, "batch pos d_model"]:
+def sent(pair: PromptPair, node: Any) -> Float[Tensor, "batch pos d_model"]:
     """What a sender's clean output adds to the corrupted run's residual stream; 0 for an expert that neither run goes to."""
     kind, layer, number = node
     if kind == "head":
@@ -164,20 +163,24 @@ def _flipped(pair: PromptPair, layer: int, delta: Float[Tensor, "batch pos slot 
     return (~kept).sum(-1)
 
 
+def _listed(nodes: Any) -> list[Any]:
+    return [nodes] if _is_node(nodes) else list(nodes)
+
+
 def _is_node(node: Any) -> bool:
     if not isinstance(node, tuple):
         return isinstance(node, str)
     return len(node) in (2, 3) and isinstance(node[0], str) and all(as_int_or_none(number) is not None for number in node[1:])
 
 
-def label(node: Node) -> str:
+def label(node: Any) -> str:
     """A node's name in tables: "expert 2.17"."""
     return node if isinstance(node, str) else f"{node[0]} {'.'.join(map(str, node[1:]))}"
 
 
-def _checked(model: Transformer, node: Any, kinds: Sequence[str]) -> Node:
+def _checked(model: Transformer, node: Any, kinds: Sequence[str]) -> Any:
     """The node with plain numbers. Raises `ValueError` for one that the model does not have."""
-    kind = node if isinstance(node, str) else node[0] if _is_node(node) else None
+    kind: str = "" if not _is_node(node) else node if isinstance(node, str) else node[0]
     if kind not in kinds:
         raise ValueError(f"{node!r} is not one of {', '.join(map(_example, kinds))}")
     if isinstance(node, str) != (kind == "logits") or (not isinstance(node, str) and len(node) != (2 if kind == "router" else 3)):
@@ -200,10 +203,10 @@ def _example(kind: str) -> str:
     return f"('{kind}', layer)" if kind == "router" else f"('{kind}', layer, number)"
 
 
-def _check_order(sender: Node, receiver: Node) -> None:
+def _check_order(sender: Any, receiver: Any) -> None:
     """Raise `ValueError` unless the receiver reads what the sender writes: heads of a block come before its experts."""
 
-    def place(node: Node) -> int:
+    def place(node: Any) -> int:
         return 1 << 30 if isinstance(node, str) else 2 * node[1] + (not str(node[0]).startswith("head"))
 
     if place(receiver) <= place(sender):

@@ -79,7 +79,8 @@ class At:
         if isinstance(self.position, tuple):
             positions = torch.tensor(self.position, device=rows.device)[rows]
         else:
-            positions = torch.full_like(rows, int(self.position))
+            assert isinstance(self.position, int)
+            positions = torch.full_like(rows, self.position)
         from_end = (packed.original_positions >= 0).sum(-1) + positions
         there = packed.original_positions.gather(1, from_end.clamp(0, packed.tokens.shape[1] - 1)[:, None])[:, 0]
         return torch.where(positions >= 0, positions, there.masked_fill(from_end < 0, -2))

@@ -24,7 +24,7 @@ from hooked_moe.counterfactuals.engine.readout import Final
 from hooked_moe.transformer import Transformer
 
 CHUNK_BYTES = 16 << 20
-"""Bytes of logits that are in memory at a time, the variants' and the clean run's alike."""
+"""Bytes of logits that are in memory at a time, the variants' and the clean run's alike; or of variants in float32."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,13 @@ class LogitDifference:
     def __call__(self, final: Final) -> Float[Tensor, "variant batch query"]:
         direction = self.direction(final.model, final.packed.rows)
 
-        def logits(resid: Float[Tensor, "batch query d_model"]) -> Float[Tensor, "batch query"]:
+        def logits(resid: Float[Tensor, "variant batch query d_model"]) -> Float[Tensor, "variant batch query"]:
             x = final.model.ln_final(at_least_float32(resid))
             return x @ direction[0] if len(direction) == 1 else (x * direction[:, None]).sum(-1)
 
-        clean = logits(final.at_window_starts(final.clean))
-        return torch.stack([logits(variant) for variant in final.at_window_starts(final.variants)]) - clean
+        clean, variants = final.at_window_starts(final.clean)[None], final.at_window_starts(final.variants)
+        together = max(1, CHUNK_BYTES // (4 * max(1, clean.numel())))
+        return torch.cat([logits(part) for part in variants.split(together)]) - logits(clean)
 
 
 def _hashable(tokens: Any) -> Any:

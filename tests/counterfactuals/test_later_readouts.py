@@ -129,8 +129,8 @@ def test_readouts_at_other_positions_equal_full_forwards(padding: str, model: Ho
     )
     clean = Forward(model, tokens, mask, [embedded(embeddings)])
     for batch, row in enumerate(rows):
-        for number, pos in enumerate(row):
-            layer, variant = pos % 3, number % 2
+        for number, pos in list(enumerate(row))[batch::2]:
+            layer, variant = pos % 3, (number + batch) % 3 % 2
             edit: Edit = (lambda x: x + direction) if variant == 0 else (lambda x: 0.5 * x)
             forward = Forward(model, tokens, mask, [embedded(embeddings), put_at(layer, batch, pos, edit)])
             where = (layer, variant, batch, pos)
@@ -261,7 +261,7 @@ def test_changes_in_several_layers_equal_the_hooks_that_make_them(
     assert effects.layers == [0]
     clean = Forward(model, tokens, mask)
     for batch, row in enumerate(real_tokens(tokens, mask)):
-        for pos in row.nonzero()[:, 0].tolist():
+        for pos in row.nonzero()[:, 0].tolist()[batch::2]:
             variant = pos % 3
 
             def halve(x: Tensor, hook: Any, batch: int = batch, pos: int = pos) -> Tensor:

@@ -70,6 +70,7 @@ def _fan_out_into(
             observe,
             request.chunk_size(question.n_variants * packed.width),
         )
+    question.see_end(out.final, packed)
     results.put_baseline(out.baseline, packed)
     if question.n_variants:
         baseline = out.baseline if packed.query_positions is None else out.baseline.gather(1, packed.query_positions)

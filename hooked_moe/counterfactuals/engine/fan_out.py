@@ -57,6 +57,8 @@ class FanOut(NamedTuple):
     baseline: Float[Tensor, "batch pos"]
     """The clean run's."""
     readouts: dict[str, Float[Tensor, "layer variant batch query *rest"]]
+    final: Float[Tensor, "batch pos d_model"]
+    """The clean run's last residual stream."""
 
 
 def fan_out(
@@ -122,7 +124,7 @@ def fan_out(
         baseline = prediction_change(model, resid[None], resid, packed.targets).losses[0]
     else:
         baseline = loss_at(model, resid[None], packed.targets)[0]
-    return FanOut(losses, kl, baseline, readings)
+    return FanOut(losses, kl, baseline, readings, resid)
 
 
 def advance(

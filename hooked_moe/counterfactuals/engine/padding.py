@@ -58,8 +58,9 @@ class Packed:
 
     def _of_rows(self, part: slice | Int[Tensor, " part"]) -> Packed:
         by_row = ("tokens", "targets", "original_positions", "rows", "query_positions", "asked", "embeddings")
-        values = {name: getattr(self, name) for name in by_row}
-        return replace(self, **{name: None if value is None else value[part] for name, value in values.items()})
+        whole = {name: getattr(self, name) for name in by_row}
+        picked: dict[str, Any] = {name: None if value is None else value[part] for name, value in whole.items()}
+        return replace(self, **picked)
 
     def split_queries(self, queries: int) -> Iterator[Packed]:
         """Parts of at most `queries` measured positions per row."""

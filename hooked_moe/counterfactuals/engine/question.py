@@ -39,6 +39,9 @@ class Question(ABC):
         """What is read off the clean run of a layer besides: columns [batch, pos, ...], at all positions."""
         return {}
 
+    def see_end(self, resid: Float[Tensor, "batch packed d_model"], packed: Packed) -> None:  # noqa: B027 (few need it)
+        """Is shown the clean run's last residual stream."""
+
 
 class SequenceQuestion(ABC):
     """A change at every token of a sequence that goes to an expert: asked for each expert that the sequence uses."""
