@@ -3,6 +3,7 @@
     python -m experiments.factor_study                          # all that is missing: train, audit, analyse
     python -m experiments.factor_study --stages train --seeds 0 1 2
     python -m experiments.factor_study --stages train --at-most 1   # one training, then stop
+    python -m experiments.factor_study --stages train & python -m experiments.factor_study --stages train   # two share the runs
 
 Every run is kept as it is made (its training state too), so that the same command resumes; runs come in an order whose every
 beginning is as balanced as it can be. Stages: plan.csv, training, audits and responses.csv, and what `hooked-moe study factors`
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pyarrow as pa
 import torch
@@ -29,11 +31,13 @@ from hooked_moe.cli.study_factors import analyse
 from hooked_moe.statistics.factorial import informative_order
 from hooked_moe.tables import write_csv_atomic
 
+PlannedRun = tuple[int, int, dict[str, int]]
+"""(seed, run, levels)"""
 STAGES = ("plan", "train", "audit", "effects")
 
 
-def planned_runs(seeds: list[int]) -> Iterator[tuple[int, int, dict[str, int]]]:
-    """(seed, run, levels) in the order in which they are made: all runs of a seed before the next."""
+def planned_runs(seeds: list[int]) -> Iterator[PlannedRun]:
+    """In the order in which they are made: all runs of a seed before the next."""
     levels = DESIGN.levels()
     for seed in seeds:
         for run in informative_order(levels):
@@ -67,9 +71,7 @@ def study(args: argparse.Namespace) -> None:
         )
     if "train" in args.stages:
         tokens = np.load(args.corpus / "train.npy", mmap_mode="r", allow_pickle=False)
-        missing = [run for run in planned if not is_trained(args.out / run_name(*run[:2]), STEPS)]
-        for seed, run, levels in missing[: args.at_most]:
-            train_run(levels, seed, tokens, args.out / run_name(seed, run))
+        train_missing(planned, tokens, args.out, args.at_most)
     if "audit" in args.stages:
         rows: list[dict[str, Any]] = []
         for seed, run, levels in planned:
@@ -82,6 +84,24 @@ def study(args: argparse.Namespace) -> None:
         print(f"{args.out / 'responses.csv'}: {len({(row['run'], row['seed']) for row in rows})} runs")
     if "effects" in args.stages:
         analyse(args.out / "responses.csv", args.out / "report")
+
+
+def train_missing(planned: list[PlannedRun], tokens: np.ndarray, out: Path, at_most: int | None) -> None:
+    """Train what is not trained yet, but for the runs that another process is at: several may share the work."""
+    made = 0
+    for seed, run, levels in planned:
+        directory = out / run_name(seed, run)
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(directory / "train.lock")
+        if made == at_most:
+            return
+        try:
+            with lock.acquire(timeout=0):
+                if not is_trained(directory, STEPS):
+                    train_run(levels, seed, tokens, directory)
+                    made += 1
+        except filelock.Timeout:
+            print(f"{directory.name} is being trained by another process")
 
 
 if __name__ == "__main__":

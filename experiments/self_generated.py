@@ -39,7 +39,9 @@ def generated_text(model: HookedMoE, n_tokens: int, seed: int) -> np.ndarray:
     for _ in range(-(-n_tokens // (ROWS * ROW_LENGTH))):
         with torch.inference_mode():
             options = {"generator": generator, "stop_at_eos": False, "return_type": "tokens", "verbose": False}
-            rows.append(model.generate(start, ROW_LENGTH - 1, **options))
+            sampled = model.generate(start, ROW_LENGTH - 1, **options)
+        assert isinstance(sampled, torch.Tensor)
+        rows.append(sampled)
     return torch.cat(rows).flatten().numpy().astype(np.uint16)[:n_tokens]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -97,3 +98,14 @@ def test_the_study_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(plan) == 17
     assert plan[0].replace('"', "") == "seed,run,F1,F2,F3,F4,F5,F6,F7"
     assert run_name(0, 3) == "run-03-seed-0"
+
+
+def test_several_processes_share_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(factor_study, "train_run", lambda levels, seed, tokens, out: made.append(out.name))
+    first, second, third = (run_name(seed, run) for seed, run, _ in PLAN[:3])
+    with filelock.FileLock(tmp_path / first / "train.lock"):
+        factor_study.train_missing(PLAN, TOKENS, tmp_path, at_most=1)
+    assert made == [second]
+    factor_study.train_missing(PLAN, TOKENS, tmp_path, at_most=3)
+    assert made == [second, first, second, third]  # none is recorded as trained here

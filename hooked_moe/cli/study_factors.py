@@ -27,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Path:
     """The study from its responses; returns the report's path."""
     shipped = Path(str(resources.files("hooked_moe.analysis").joinpath("data", "factor_responses.csv")))
+    if args.responses is None and not shipped.is_file():
+        raise ValueError(
+            "no responses ship with this version: give --responses, as `python -m experiments.factor_study` writes them"
+        )
     return analyse(args.responses or shipped, args.out)
 
 

@@ -64,7 +64,7 @@ class FactLosses:
         log_p = self.log_probabilities(model)
         right = 0
         for relation in set(self._relations):
-            own = [index for index, name in enumerate(self._relations) if name == relation]
+            own = np.array([index for index, name in enumerate(self._relations) if name == relation])
             candidates = np.unique(self.answers[own])
             right += int((candidates[log_p[np.ix_(own, candidates)].argmax(axis=1)] == self.answers[own]).sum())
         return right / len(self.answers)

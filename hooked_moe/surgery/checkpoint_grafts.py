@@ -6,6 +6,7 @@ import copy
 from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
+from typing import Generic
 
 import torch
 
@@ -18,7 +19,7 @@ from hooked_moe.surgery.parts import BLOCK_PARTS, Layers, Parts, Place, place_of
 from weights_conversion import conversion_for
 
 
-class CheckpointGrafts:
+class CheckpointGrafts(Generic[Model]):
     """Grafts of two checkpoint directories: each is a model read from the files of both, loaded or streamed anew.
 
     `hooked_moe.surgery.graft_sweep` takes this in place of two models. Raises `ValueError` for configs or tokenizers that differ.

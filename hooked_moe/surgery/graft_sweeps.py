@@ -28,7 +28,7 @@ class DocumentValues(NamedTuple):
     """A readout, document by document: a sum and the number of observations in it. The value is sum over sum."""
 
     total: Float[np.ndarray, " document"]
-    count: Float[np.ndarray, " document"]
+    n: Float[np.ndarray, " document"]
 
 
 Readout = Callable[[Transformer], "DocumentValues | float"]
@@ -206,7 +206,7 @@ def _players(places: Collection[Place], kind: str) -> Mapping[str, frozenset[Pla
 
 def _difference(value: DocumentValues, base: DocumentValues) -> Float[np.ndarray, " document"]:
     """By document; the counts are the same, for the documents are."""
-    if not np.array_equal(value.count, base.count):
+    if not np.array_equal(value.n, base.n):
         raise ValueError("the readout counted different observations in two grafts: shares need the same in all of them")
     return value.total - base.total
 
@@ -220,7 +220,7 @@ def _share(parts: Float[np.ndarray, "part document"], whole: Float[np.ndarray, "
 def _table(rows: Sequence[tuple[Graft, str, DocumentValues]], a: DocumentValues, b: DocumentValues) -> pa.Table:
     whole = _difference(b, a)
     carried = np.stack([_difference(value, a) if way == "a<-b" else _difference(b, value) for _, way, value in rows])
-    value = ratio_bootstrap(np.stack([value.total for _, _, value in rows]).T, a.count[:, None])
+    value = ratio_bootstrap(np.stack([value.total for _, _, value in rows]).T, a.n[:, None])
     share = _share(carried, whole)
     columns: dict[str, object] = {
         "sweep": [graft.sweep for graft, _, _ in rows],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,12 +13,14 @@ from hooked_moe.components.moe import MoE
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.transformer import Transformer
 
+Model = TypeVar("Model", bound=Transformer)
+
 _ROUTED = ("num_experts", "experts_per_token", "d_expert", "norm_topk_prob", "d_shared", "shared_gate")
 _MAY_DIFFER = {*_ROUTED, "experts_by_layer", "dense_layers", "d_mlp", "routed_scaling_factor", "model_name", "model_type"}
 
 
 @torch.no_grad()
-def upcycle(dense: Transformer, cfg: HookedMoEConfig, *, noise: float = 0.01, seed: int = 0) -> Transformer:
+def upcycle(dense: Model, cfg: HookedMoEConfig, *, noise: float = 0.01, seed: int = 0) -> Model:
     """A new model of `cfg` that starts from a dense one of the same shape (Komatsuzaki et al. 2023, arXiv 2212.05055).
 
     A layer of `dense` is an ordinary MLP, or one expert that every token goes to with weight 1. Each expert is a copy of it, as
@@ -68,6 +71,7 @@ def _check_same_shape(dense: HookedMoEConfig, cfg: HookedMoEConfig) -> None:
 
 def _neurons(mlp: MoE | GatedMLP, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gate rows, up rows and down rows of a dense layer, each [neuron, d_model], in float32."""
+    rows: tuple[Tensor, Tensor, Tensor]
     if isinstance(mlp, GatedMLP):
         rows = mlp.W_gate, mlp.W_in, mlp.W_out.T
     elif mlp.num_experts == 1 and mlp.shared is None and mlp.router.rule.renormalize:

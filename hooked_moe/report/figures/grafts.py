@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
@@ -104,6 +106,6 @@ def draw_graft_parts(numbers: pa.Table, narrow: bool) -> Figure:
     return figure
 
 
-def _legend(figure: Figure, panels: list[Axes], narrow: bool) -> None:
+def _legend(figure: Figure, panels: Sequence[Axes], narrow: bool) -> None:
     handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(list(handles.values()), list(handles), ncols=1 if narrow else 3, **LEGEND_BELOW)
