@@ -183,10 +183,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         try:
             header = parse_json(stream.read(length))  # which may be read differently only where a name stands twice
         except JsonError as error:
-            raise CheckpointError(f"the header of {file} cannot be read: {error}; download the file again") from error
+            raise CheckpointError(f"the header of {file} cannot be read: {error}; download it again") from error
     entries = {name: header[name] for name in names}
     if not all(isinstance(entry, dict) for entry in entries.values()):  # the library reads lists, too
-        raise CheckpointError(f"the header of {file} describes a tensor by something else than an object; download it again")
+        raise CheckpointError(f"the header of {file} cannot be read: a tensor is described by no object; download it again")
     return {
         name: StoredTensor(file, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
         for name, entry in entries.items()

@@ -32,8 +32,8 @@ def check_sizes(cfg: HookedMoEConfig, conversion: Conversion, checkpoint: Checkp
     else:
         return
     raise CheckpointError(
-        f"the tensors in {checkpoint.directory} are not those that its config.json describes. Check that both are of one model "
-        f"and complete. config.json describes {problem}"
+        f"the tensors in {checkpoint.directory} are not those that its config.json describes ({cfg.model_type}). Check that both "
+        f"are of one model and complete. config.json describes {problem}"
     )
 
 
