@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,7 +76,7 @@ class Window:
 
 
 def load_corpus(
-    name_or_path: str = "held-out",
+    name_or_path: str | os.PathLike[str] = "held-out",
     *,
     unit: str = "article",
     revision: str | None = None,
@@ -91,6 +92,7 @@ def load_corpus(
     Raises ValueError for an unknown name or malformed contents, FileNotFoundError and IsADirectoryError for a path that
     is no file, `HubError` (an OSError) where the hub does not give it.
     """
+    name_or_path = os.fspath(name_or_path)
     if unit not in ("article", "paragraph", "row"):
         raise ValueError(f"unit is {unit!r}; expected 'article', 'paragraph' or 'row'.")
     if name_or_path == "wikitext-2":

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from hooked_moe.checks import whole_number, whole_numbers
+from hooked_moe.checks import WrongTypeError, whole_number, whole_numbers
 from hooked_moe.counterfactuals import Order, Scope
 from hooked_moe.expert_mask import RemovalName, check_removal
 from hooked_moe.measurement.document_tables import TABLES
@@ -62,6 +62,8 @@ def open_measurement(
     another process writes there, `OSError` where the directory cannot be made.
     """
     check_removal(removal)
+    if not isinstance(tokenized, TokenizedCorpus):
+        raise WrongTypeError(f"expected a TokenizedCorpus(model, corpus, n_ctx), not {type(tokenized).__name__}")
     layers = tuple(model.cfg.moe_layers if layers is None else sorted(set(whole_numbers(layers, "layers", model.cfg.n_layers))))
     without = [layer for layer in layers if layer not in model.cfg.moe_layers]
     if without or not layers:
