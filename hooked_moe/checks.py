@@ -99,6 +99,17 @@ def whole_numbers(values: Any, what: str, count: int | None = None) -> list[int]
     return [number for number in numbers if number is not None]
 
 
+def pairs_of_numbers(pairs: Any, what: str, form: str) -> list[tuple[int, int]]:
+    """Pairs of whole numbers, such as (document, position), from any iterable or array of them. Raises `WrongTypeError`."""
+    numbers = []
+    for pair in in_list(pairs, what, f"[{form}]"):
+        both = whole_numbers(pair, what) if isinstance(pair, Iterable) else []
+        if len(both) != 2:
+            raise WrongTypeError(f"{what} must be pairs {form}, not {described(pair)}")
+        numbers.append((both[0], both[1]))
+    return numbers
+
+
 def by_number(mapping: Mapping[Any, Value], what: str) -> dict[int, Value]:
     """A mapping whose keys are ints. Raises `WrongTypeError` for other keys or no mapping, and `ValueError` for two that are one.
 

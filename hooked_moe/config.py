@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from hooked_moe.checks import as_int_or_none, described, require_between, require_defaults
+from hooked_moe.checks import as_int_or_none, described, require_between, require_defaults, whole_numbers
 
 MOST = {"n_layers": 4_096, "num_experts": 16_384}
 """More than any model has. Every layer and every expert takes objects of its own, before there is a weight."""
@@ -219,7 +219,7 @@ class HookedMoEConfig:
     def end_tokens(self) -> tuple[int, ...]:
         """The tokens that end a text, each of them."""
         ends = self.eos_token_id
-        return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
+        return () if ends is None else (ends,) if isinstance(ends, int) else tuple(whole_numbers(ends, "eos_token_id"))
 
     def experts_in(self, layer: int) -> int:
         """Routed experts of a layer; 0 if it is dense."""

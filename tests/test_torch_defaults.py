@@ -96,6 +96,7 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "float64": lambda: default_dtype(torch.float64),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
 }
 """A GPU, as notebooks make it the default, is played by the meta device: what lands there by mistake has no values."""
 

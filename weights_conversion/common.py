@@ -107,7 +107,7 @@ def write_all(cfg: HookedMoEConfig, architecture: str) -> dict[str, object]:
         "output_router_logits": False,
         "tie_word_embeddings": cfg.tie_word_embeddings,
         "bos_token_id": cfg.bos_token_id,
-        "eos_token_id": list(cfg.eos_token_id) if isinstance(cfg.eos_token_id, tuple) else cfg.eos_token_id,
+        "eos_token_id": list(cfg.end_tokens) if len(cfg.end_tokens) > 1 else next(iter(cfg.end_tokens), None),
         "pad_token_id": cfg.pad_token_id,
         "use_cache": True,
         "dtype": dtype,

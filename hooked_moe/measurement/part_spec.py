@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from hooked_moe.checks import WrongTypeError, as_int_or_none, described, whole_numbers
+from hooked_moe.checks import as_int_or_none, pairs_of_numbers
 from hooked_moe.counterfactuals import Order
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions, TokenizedCorpus
@@ -82,7 +82,7 @@ def checked_positions(positions: Iterable[tuple[int, int]] | None, tokenized: To
     """The positions to measure; None for all. Raises `ValueError` if there are none, and for one without a next token."""
     if positions is None:
         return None
-    chosen = frozenset(map(_pair, positions))
+    chosen = frozenset(pairs_of_numbers(positions, "positions", "(document, position)"))
     if not chosen:
         raise ValueError("no positions to measure: positions is empty; leave it out to measure all")
     valid = tokenized.valid_positions()
@@ -93,10 +93,3 @@ def checked_positions(positions: Iterable[tuple[int, int]] | None, tokenized: To
             f"that do, such as {valid[0]}"
         )
     return None if len(chosen) == len(valid) else chosen
-
-
-def _pair(pair: Any) -> tuple[int, int]:
-    numbers = whole_numbers(pair, "a pair (document, position)") if isinstance(pair, Iterable) else []
-    if len(numbers) != 2:
-        raise WrongTypeError(f"positions must be (document, position) pairs, not {described(pair)}")
-    return numbers[0], numbers[1]

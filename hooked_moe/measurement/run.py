@@ -21,7 +21,7 @@ from typing import Any
 import filelock
 import numpy as np
 
-from hooked_moe.checks import whole_number, whole_numbers
+from hooked_moe.checks import WrongTypeError, whole_number, whole_numbers
 from hooked_moe.counterfactuals import Order, Scope
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
 from hooked_moe.expert_mask import RemovalName, check_removal
@@ -69,6 +69,8 @@ def open_measurement(
     another process writes there, `OSError` where the directory cannot be made.
     """
     check_removal(removal)
+    if not isinstance(tokenized, TokenizedCorpus):
+        raise WrongTypeError(f"expected a TokenizedCorpus(model, corpus, n_ctx), not {type(tokenized).__name__}")
     layers = tuple(model.cfg.moe_layers if layers is None else sorted(set(whole_numbers(layers, "layers", model.cfg.n_layers))))
     without = [layer for layer in layers if layer not in model.cfg.moe_layers]
     if without or not layers:
