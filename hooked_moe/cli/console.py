@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -103,10 +104,16 @@ def _second_interrupt_kills() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise KeyboardInterrupt
 
+    before = threading.enumerate()
     if ours:
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
+    except KeyboardInterrupt:
+        for thread in threading.enumerate():  # one that was just starting is not waited for by who started it
+            if thread not in before and not thread.daemon:
+                thread.join()
+        raise
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -114,9 +121,9 @@ def _second_interrupt_kills() -> Iterator[None]:
 
 def _reader_has_gone() -> bool:
     """Whether nothing can be printed any more, as after `hooked-moe compare | head`. Such a command ends without a word."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        return True
-    return False
+    console = select.poll()
+    console.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in console.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+    return True

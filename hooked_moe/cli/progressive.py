@@ -46,9 +46,10 @@ def progressive(args: argparse.Namespace) -> Path:
         positions = "all" if number is not None and number >= len(valid) else args.positions
         run.require("progressive", parse_sample(positions, valid), memory_budget=args.memory)
         table = progressive_table(run.directory / "progressive.parquet")
-        write_progressive(run.directory, table, "progressive.parquet")
         if run.has("position"):
-            print(f"report: {analyse(run)}")
+            print(f"report: {analyse(run)}")  # with progressive.csv
+        else:
+            write_progressive(run.directory, table, "progressive.parquet")
     print_progressive(table)
     return run.directory
 

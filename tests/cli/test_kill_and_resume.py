@@ -29,7 +29,7 @@ OTHERS = (
 )
 STREAMED = (
     ("audit", "--corpus", "short.jsonl", "--run", "streamed", "--stream", "--positions", "20"),
-    ("audit", "--corpus", "short.jsonl", "--run", "streamed", "--stream", "--scope", "both", "--memory", "40MB"),
+    ("audit", "--corpus", "short.jsonl", "--run", "streamed", "--stream", "--scope", "both", "--memory", "200MB"),
 )
 PRUNED = (
     ("prune", "--corpus", "many.jsonl", "--shares", "0.34", "--criteria", "reap", "--random", "1"),
