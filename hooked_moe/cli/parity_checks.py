@@ -80,7 +80,7 @@ def tensors_on_disk(directory: Path, conversion: Conversion, cfg: HookedMoEConfi
     model = HookedMoE(cfg.replace(device=torch.device("meta")))
     plan = plan_copies(model, conversion, checkpoint)
     files = len({tensor.file for tensor in checkpoint.tensors.values()})
-    described = len(plan.copied) + len(plan.repeated)
+    described = len(plan.copied) + len(plan.repeated) + len(plan.left_out)
     yield judged("tensors", len(checkpoint.tensors), "exactly", described, f"as config.json describes; files: {files}")
     stored = sum(_size(checkpoint, name) for name in plan.copied)
     implied = sum(parameter.numel() for parameter in model.parameters())
