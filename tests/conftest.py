@@ -128,7 +128,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "qkv_bias": True,
         "output_bias": True,
         "attention_sink": True,
-        "windowed_layers": (0, 2),
+        "windowed_layers": (0,),
         "sliding_window": 4,
         "router_bias": True,
         "norm_topk_prob": True,

@@ -60,7 +60,7 @@ def write_config(cfg: HookedMoEConfig) -> dict[str, object]:
         "rope_scaling": values["rope_scaling"] or {"rope_type": "default"},
         "head_dim": cfg.d_head,
         "attention_bias": cfg.qkv_bias,
-        "sliding_window": cfg.sliding_window,
+        "sliding_window": cfg.sliding_window or 128,  # transformers wants one, also where no layer has it
         "layer_types": common.layer_types(cfg),
         "num_local_experts": cfg.num_experts,
         "intermediate_size": cfg.d_expert,

@@ -57,9 +57,9 @@ def _norm_rows(prefix: str, of: str, edit_of_scale: str, edit: str) -> tuple[Hoo
 
 def _mlp_rows(prefix: str, shape: str, where_in: str, of: str, edit: str, where: Where) -> tuple[HookSpec, ...]:
     return (
-        HookSpec(prefix + "pre", shape, f"gate projection {where_in} {of}, before its activation", edit, where),
+        HookSpec(prefix + "pre", shape, f"gate projection {where_in} {of}, before SiLU", edit, where),
         HookSpec(prefix + "pre_linear", shape, f"up projection {where_in} {of}", edit, where),
-        HookSpec(prefix + "post", shape, f"neurons of {of}: activation of the gate x up", edit, where),
+        HookSpec(prefix + "post", shape, f"neurons of {of}: SiLU(gate) x up", edit, where),
     )
 
 

@@ -83,7 +83,8 @@ def test_logits_equal_those_of_transformers(case: str, layout: str, tmp_path: Pa
     ours = HookedMoE.from_pretrained(save(theirs, tmp_path, **how))
     files = list(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == how.get("sharded", False)
-    assert any(".gate_up_proj" in name for file in files for name in load_file(file)) == how.get("fused", False)
+    fused = how.get("fused", False) or case.startswith("gpt_oss")  # which has no other layout
+    assert any(".gate_up_proj" in name for file in files for name in load_file(file)) == fused
     tokens = random_tokens()
     torch.testing.assert_close(logits_of(ours, tokens), logits_of(theirs, tokens), atol=5e-5, rtol=0)
 
@@ -220,6 +221,11 @@ def in_words_of_the_hub(values: Options) -> Options:
     hub["rope_theta"] = rotary["rope_theta"]
     scaling = {key: value for key, value in rotary.items() if key not in ("rope_theta", "rope_type")}
     hub["rope_scaling"] = {"type": rotary["rope_type"], **scaling} if scaling else None
+    if hub["model_type"] == "gpt_oss" and not scaling:
+        hub["rope_scaling"] = {"rope_type": "default"}  # null stands for its own
+    if hub["model_type"] == "glm4_moe":
+        hub["partial_rotary_factor"] = hub["rope_scaling"].pop("partial_rotary_factor")
+        hub["rope_scaling"] = None
     hub["torch_dtype"] = hub.pop("dtype", "float32")
     if hub["model_type"] == "qwen3_moe":
         hub["num_experts"] = hub.pop("num_local_experts")
@@ -235,28 +241,36 @@ def test_configs_of_the_hub_say_the_same_in_their_own_words(case: str, tmp_path:
     assert as_transformers_reads(older) == without_special_tokens(read(newer))
 
 
+LATENT = {
+    "n_routed_experts",
+    "moe_intermediate_size",
+    "intermediate_size",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+}
 SIZES = {
     "olmoe": {"num_experts", "intermediate_size"},
     "qwen2_moe": {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size"},
-    "deepseek_v2": {
-        "n_routed_experts",
-        "moe_intermediate_size",
-        "intermediate_size",
-        "kv_lora_rank",
-        "q_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
-    },
+    "deepseek_v2": LATENT,
     "qwen3_moe": {"num_local_experts", "moe_intermediate_size"},
     "mixtral": {"num_local_experts", "intermediate_size"},
+    "deepseek_v3": LATENT | {"n_group", "topk_group", "first_k_dense_replace"},  # whose defaults fit no tiny model
+    "glm4_moe": {"n_routed_experts", "moe_intermediate_size", "intermediate_size"},
+    "glm4_moe_lite": LATENT,
+    "gpt_oss": {"num_local_experts", "intermediate_size"},
 }
+HEADS = {"deepseek_v3": 128, "glm4_moe_lite": 20}
+"""For as many queries the default number of keys makes sense; 16 elsewhere."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_options_that_a_config_leaves_out_have_the_defaults_of_transformers(family: str, tmp_path: Path) -> None:
     """Sizes have none here: a config has to state them."""
-    values = config_file(family, tmp_path, num_attention_heads=16)
+    heads = HEADS.get(family, 16)
+    values = config_file(family, tmp_path, num_attention_heads=heads, num_key_value_heads=heads)
     required = set()
     for key in values.keys() - {"model_type"}:
         fewer = {other: value for other, value in values.items() if other != key}
@@ -544,11 +558,39 @@ def test_rotary_positions_of_another_kind_are_refused(family: str, kind: str, di
     ("family", "changes", "words"),
     [
         ("olmoe", WINDOW, "sliding_window=128"),
-        ("qwen2_moe", WINDOW | {"use_sliding_window": True}, "sliding_window=128"),
-        ("qwen2_moe", {"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention' in layer_types"),
-        ("qwen3_moe", WINDOW | {"use_sliding_window": True}, "sliding_window=128"),
+        ("qwen2_moe", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must be a list of 3 kinds"),
+        ("qwen2_moe", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types must be a list of 3 kinds"),
+        ("qwen2_moe", {"layer_types": ["sliding_attention"] * 3}, "contradicts use_sliding_window=False"),
+        ("qwen3_moe", {"layer_types": ["linear_attention"] * 3}, "'linear_attention' in layer_types is not supported"),
         ("deepseek_v2", WINDOW, "sliding_window=128"),
-        ("mixtral", WINDOW, "sliding_window=128"),
+        ("deepseek_v3", WINDOW, "sliding_window=128"),
+        ("glm4_moe", WINDOW, "sliding_window=128"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias=True"),
+        ("deepseek_v3", {"index_topk": 2048}, "index_topk=2048 is not supported: learned sparse attention"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy'"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ("deepseek_v3", {"n_group": 10, "topk_group": 5}, "group_score='top2' needs two experts in every group"),
+        ("glm4_moe", {"rope_scaling": YARN | BOTH}, "mscale_all_dim is not supported in this family"),
+        ("glm4_moe", {"partial_rotary_factor": 0.2}, "d_rotary must be even.*not 3"),
+        ("glm4_moe_lite", {"first_k_dense_replace": 2}, "first_k_dense_replace=2 is not supported: .* makes layers .0. dense"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types must be a list of 3 kinds"),
+        ("gpt_oss", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention' in layer_types is not supported"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, "limit and alpha must be positive"),
+        ("glm4_moe", {"quantization_config": {"quant_method": "compressed-tensors"}}, "quant_method='compressed-tensors' is not"),
+        (
+            "deepseek_v3",
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+            r"blocks of fp8 are \[128, 128\]",
+        ),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size=None"),
+        (
+            "deepseek_v3",
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}},
+            "fmt='e5m2'",
+        ),
+        ("deepseek_v3", {"quantization_config": {"bits": 4}}, "quant_method is missing"),
         ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1, not 0"),
         ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, "every layer is dense"),
         ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers must be a list of whole numbers, not 'all'"),
@@ -567,9 +609,8 @@ def test_rotary_positions_of_another_kind_are_refused(family: str, kind: str, di
         ("deepseek_v2", {"rope_scaling": YARN | {"mscale": 0.0, "mscale_all_dim": 0.7}}, "mscale=0.0 with mscale_all_dim=0.7"),
         ("deepseek_v2", {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.0}}, "mscale=0.7 with mscale_all_dim=0.0"),
         ("deepseek_v2", {"rope_scaling": YARN | {"attention_factor": 1.0}}, "attention_factor=1.0"),
-        ("deepseek_v2", {"rope_scaling": YARN | {"truncate": False}}, "truncate=False"),
         ("deepseek_v2", {"rope_scaling": YARN | {"factor": 0.5}}, "factor and original_ctx must be at least 1"),
-        ("deepseek_v2", {"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "beta_fast > beta_slow"),
+        ("deepseek_v2", {"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "beta_fast >= beta_slow"),
         ("deepseek_v2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings is missing"),
         ("deepseek_v2", {"rope_scaling": YARN | {"rope_type": "linear"}}, "rope_type=linear and type=yarn contradict"),
         ("deepseek_v2", {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, "contradict each other"),
@@ -595,6 +636,14 @@ def test_what_a_family_does_not_have_here_is_refused_by_name(family: str, change
         ("qwen2_moe", WINDOW),
         ("qwen3_moe", WINDOW),
         ("qwen2_moe", {"layer_types": ["full_attention"] * 3}),
+        ("qwen2_moe", WINDOW | {"layer_types": ["full_attention"] * 3, "use_sliding_window": True}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": None}),
+        ("mixtral", {"sliding_window": 0}),
+        ("mixtral", {"quantization_config": {}}),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}}),
+        ("deepseek_v3", {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": 1}),
+        ("glm4_moe_lite", {"first_k_dense_replace": 1, "mlp_layer_types": None}),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}}),
         ("deepseek_v2", {"topk_method": None, "n_group": 5, "topk_group": 1}),
         ("deepseek_v2", {"scoring_func": "softmax", "moe_layer_freq": 1, "num_key_value_heads": 4}),
         ("mixtral", {"router_jitter_noise": 0.1}),
