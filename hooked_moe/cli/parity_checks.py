@@ -210,7 +210,8 @@ def transformers_run(
         return hook
 
     for layer in layers:
-        model.model.layers[layer].mlp.gate.register_forward_hook(keep(layer))
+        moe = model.model.layers[layer].mlp
+        (moe.router if hasattr(moe, "router") else moe.gate).register_forward_hook(keep(layer))
     logits = model(tokens.to(device), use_cache=False).logits.float().cpu()
     losses = torch.nn.functional.cross_entropy(logits[0, :-1].double(), tokens[0, 1:].cpu(), reduction="none")
     return Run(logits, losses, routing)

@@ -100,7 +100,7 @@ HOOK_TABLE: tuple[HookSpec, ...] = (
              "sigmoid of the logits", "re-routes: selection and weights follow", _SIGMOID),
     HookSpec(_MLP + "hook_selection_bias", "batch pos expert",
              "added to the scores for the selection alone", "re-routes: weights are taken at the experts then selected", _BIASED),
-    HookSpec(_MLP + "hook_expert_indices", "batch pos slot", "selected experts, highest probability (or score plus bias) first",
+    HookSpec(_MLP + "hook_expert_indices", "batch pos slot", "selected experts, highest probability or score first",
              "re-routes: weights are taken again at the edited experts", _ROUTED),
     HookSpec(_MLP + "hook_expert_weights", "batch pos slot",
              "routing weights as applied", "scales each expert's contribution", _ROUTED),

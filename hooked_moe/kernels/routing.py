@@ -76,7 +76,7 @@ def score(logits: Float[Tensor, "*token expert"], rule: RoutingRule, keep: Keep 
 def select(
     scores: Float[Tensor, "*token expert"], rule: RoutingRule, keep: Keep | None = None, bias: Bias | None = None
 ) -> Int[Tensor, "*token slot"]:
-    """The experts with the highest scores plus bias, highest first: `torch.topk`, as in transformers.
+    """The experts with the highest scores plus bias, highest score first: `torch.topk`, as in transformers.
 
     Where `keep` is False an expert comes after all others of the token's groups, which the next one then takes the slot of; but
     before those of other groups, which it gives no slot.
@@ -86,7 +86,13 @@ def select(
         choice = choice.masked_fill(~keep, torch.finfo(choice.dtype).min)
     if rule.groups > 1:
         choice = _within_best_groups(choice, rule)
-    return choice.topk(rule.slots, dim=-1).indices
+    indices = choice.topk(rule.slots, dim=-1).indices
+    return indices if bias is None else _by_score(indices, scores)
+
+
+def _by_score(indices: Int[Tensor, "*token slot"], scores: Float[Tensor, "*token expert"]) -> Int[Tensor, "*token slot"]:
+    """The same experts, highest score first."""
+    return indices.gather(-1, scores.gather(-1, indices).argsort(dim=-1, descending=True, stable=True))
 
 
 def _within_best_groups(choice: Float[Tensor, "*token expert"], rule: RoutingRule) -> Float[Tensor, "*token expert"]:

@@ -1,4 +1,4 @@
-// A score of every expert, the k with the highest score plus bias, and their routing weights as applied.
+// A score of every expert, the k with the highest score plus bias, and their routing weights as applied, highest score first.
 //
 // LANES neighbouring lanes share a token and hold PER_LANE of its scores each, in registers, so that a warp serves 32 / LANES tokens
 // and little of it is spent on talking. All that is compared is one whole number per expert, its key:
@@ -40,7 +40,7 @@ __device__ __forceinline__ float in_group(unsigned long long key) {
 }
 
 extern "C" __global__ void route(
-    long long* __restrict__ indices,    // [tokens, slots]: highest score plus bias first
+    long long* __restrict__ indices,    // [tokens, slots]: highest score first
     SCALAR* __restrict__ weights,       // [tokens, slots]
     const float* __restrict__ logits,   // [tokens, experts]
     const bool* __restrict__ keep,      // [tokens, experts]: a removed expert has no score and is chosen last; null: all are kept
@@ -172,7 +172,17 @@ extern "C" __global__ void route(
     __syncthreads();
     const int count = static_cast<int>((tokens - first_token < blockDim.y ? tokens - first_token : blockDim.y) * slots);
     for (int i = threadIdx.y * LANES + threadIdx.x; i < count; i += LANES * blockDim.y) {
-        indices[first_token * slots + i] = chosen[i];
-        weights[first_token * slots + i] = from_float<SCALAR>(chosen_weights[i]);
+        int place = i;
+        if (bias) {  // they stand in the order of their choice
+            const int first = static_cast<int>(i / slots * slots);
+            const unsigned own = ordered_bits(chosen_weights[i]);
+            place = first;
+            for (int j = first; j < first + slots; ++j) {
+                const unsigned other = ordered_bits(chosen_weights[j]);
+                place += other > own || (other == own && j < i);
+            }
+        }
+        indices[first_token * slots + place] = chosen[i];
+        weights[first_token * slots + place] = from_float<SCALAR>(chosen_weights[i]);
     }
 }
