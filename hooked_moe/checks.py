@@ -6,7 +6,6 @@ may be rounded already. Bools are none either; a bool array is a mask, where one
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import operator
 import os
@@ -207,14 +206,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str], advice: str = "") -
     near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
     suggestion = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
     return UnknownNameError(f"unknown {kind} {described(name)}{suggestion}{' ' + advice if advice else ''}")
-
-
-def require_defaults(options: Any, *names: str) -> None:
-    """Raise `ValueError` where a field of a dataclass has another value than its default, the only one implemented so far."""
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if field.name in names and value != field.default:
-            raise ValueError(f"{field.name}={value!r} is not implemented yet: only {field.name}={field.default!r} is")
 
 
 def require_between(options: Any, low: int | float, high: int | float, *names: str) -> None:

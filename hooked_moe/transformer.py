@@ -1,9 +1,9 @@
 """A mixture-of-experts transformer with a hook point at every step.
 
 Architecture: token embedding; pre-norm blocks of causal attention (rotary positions; grouped key/value heads, or latent
-attention) and a mixture of experts (softmax router, top-k SwiGLU experts, in some families shared ones) or one dense MLP; a
-final RMSNorm and an unembedding. Router, final norm, unembedding and loss are computed in float32 whatever the dtype of the
-weights, under `torch.autocast` too.
+attention) and a mixture of experts (softmax or sigmoid router, top-k SwiGLU experts, in some families shared ones) or one dense
+MLP; a final RMSNorm and an unembedding. Router, final norm, unembedding and loss are computed in float32 whatever the dtype of
+the weights, under `torch.autocast` too.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ from hooked_moe.tokenizer import Tokenizer
 
 ReturnType = Literal["logits", "loss", "both"]
 _RETURN_TYPES = ("logits", "loss", "both", None)
+
+
+Visible = Bool[Tensor, "batch 1 query key"] | None
+"""Which keys every query may see."""
 
 
 class LogitsAndLoss(NamedTuple):
@@ -146,7 +150,7 @@ class Transformer(HookedModule):
             new = torch.ones(batch, pos, dtype=torch.bool, device=resid.device) if attention_mask is None else attention_mask
             attention_mask = cache.extend_mask(new)
         self._note_length(before + pos)
-        positions, visible = self._positions(batch, pos, before, attention_mask)
+        positions, visible, visible_near = self._positions(batch, pos, before, attention_mask)
         rotate = rotation(positions, self.cfg)
         if expert_mask is not None:
             inputs.check_expert_mask(expert_mask, self.cfg)
@@ -156,7 +160,8 @@ class Transformer(HookedModule):
             shape = batch, width, self.cfg.experts_in(layer)
             mask = expert_mask and expert_mask.for_layer(layer, shape, resid.device, slice(before, before + pos))
             past = None if cache is None else cache.layers[layer]
-            resid = self.blocks[layer](resid, rotate, visible, mask, past)
+            seen = visible if self.cfg.window_of(layer) is None else visible_near
+            resid = self.blocks[layer](resid, rotate, seen, mask, past)
 
         if stop_at_layer is None:
             real = None if attention_mask is None else attention_mask[:, before:]
@@ -194,22 +199,29 @@ class Transformer(HookedModule):
 
     def _positions(
         self, batch: int, pos: int, before: int, attention_mask: Tensor | None
-    ) -> tuple[Int[Tensor, "#batch pos"], Bool[Tensor, "batch 1 query key"] | None]:
-        """The position of every token, counted from the first real one, and the keys that every query may see.
+    ) -> tuple[Int[Tensor, "#batch pos"], Visible, Visible]:
+        """The position of every token, counted from the first real one, and the keys that every query may see: in layers without
+        a window, and in those with one.
 
-        `attention_mask` is of all tokens: `before` earlier ones and `pos` new ones. None for the keys means all up to its own.
+        `attention_mask` is of all tokens: `before` earlier ones and `pos` new ones. None for the keys means all up to its own, in
+        the window if there is one.
         """
         everything = attention_mask is None or bool(attention_mask.all())
         if everything and not before:
-            return torch.arange(pos, device=self.cfg.device)[None], None
+            return torch.arange(pos, device=self.cfg.device)[None], None, None
         length = before + pos
         keys = torch.arange(length, device=self.cfg.device)
         queries = keys[before:, None]
         if everything or attention_mask is None:
-            return queries.T, (keys <= queries).expand(batch, 1, pos, length)
-        own = keys == queries  # padding sees itself, so that no row is empty
-        visible = ((keys <= queries) & attention_mask[:, None, None, :]) | own
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, before:], visible
+            positions, visible = keys[None], (keys <= queries).expand(batch, 1, pos, length)
+        else:
+            own = keys == queries  # padding sees itself, so that no row is empty
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            visible = ((keys <= queries) & attention_mask[:, None, None, :]) | own
+        new, near = positions[:, before:], visible
+        if self.cfg.sliding_window is not None:  # counted in real tokens, as positions are
+            near = visible & (new[:, None, :, None] - positions[:, None, None, :] < self.cfg.sliding_window)
+        return new, visible, near
 
     def as_tokens(
         self, input: Any, attention_mask: Any = None

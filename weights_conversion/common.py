@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from hooked_moe.config import HookedMoEConfig
@@ -60,16 +61,20 @@ def read_all(
     eps: float,
     rotary_base: float,
     n_key_value_heads: int | None = None,
-    sliding_window_switch: bool = True,
+    windows: bool = False,
     split_temperature: bool = False,
+    rotated_part: float | None = None,
 ) -> dict[str, Any]:
     """What every family states under the same keys. The arguments are the family's defaults; sizes must be stated.
 
-    Raises `CheckpointError` for options that no family here has. For the two switches see `HFConfig`.
+    `windows` says whether the family may have sliding windows; for `split_temperature` and `rotated_part` see `HFConfig.rotary`.
+    Raises `CheckpointError` for options that no family here has.
     """
-    hf.refuse_unsupported(sliding_window_switch)
+    hf.refuse_unsupported()
+    if not windows:
+        hf.refuse_windows()
     n_heads = hf.integer("num_attention_heads")
-    return hf.rotary(rotary_base, split_temperature) | {
+    return hf.rotary(rotary_base, split_temperature, rotated_part) | {
         "n_layers": hf.layers(),
         "d_model": hf.integer("hidden_size"),
         "d_vocab": hf.integer("vocab_size"),
@@ -151,6 +156,26 @@ def write_qwen(cfg: HookedMoEConfig) -> dict[str, object]:
         "mlp_only_layers": list(cfg.dense_layers),
         "decoder_sparse_step": 1,
         "intermediate_size": cfg.d_mlp or cfg.d_shared or cfg.d_expert,  # not read without dense layers
-        "use_sliding_window": False,
-        "sliding_window": None,
     }
+
+
+def windowed(layers: Iterable[int], window: int | None) -> dict[str, Any]:
+    """The layers that have a window, and its width."""
+    chosen = tuple(layers) if window else ()
+    return {"windowed_layers": chosen, "sliding_window": window if chosen else None}
+
+
+def layer_types(cfg: HookedMoEConfig) -> list[str]:
+    """`layer_types` in config.json."""
+    return ["full_attention" if cfg.window_of(layer) is None else "sliding_attention" for layer in range(cfg.n_layers)]
+
+
+def layers_of_type(hf: HFConfig, kind: str, key: str = "layer_types") -> list[int] | None:
+    """The layers that the config says are of this kind; None where it does not say."""
+    kinds = hf.values.get(key)
+    if kinds is None:
+        return None
+    n_layers = hf.integer("num_hidden_layers")
+    if not isinstance(kinds, list) or len(kinds) != n_layers:
+        raise hf.error(f"{key} must be a list of {n_layers} kinds, one a layer, not {kinds!r}")
+    return [layer for layer, found in enumerate(kinds) if found == kind]

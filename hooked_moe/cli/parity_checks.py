@@ -82,7 +82,7 @@ def tensors_on_disk(directory: Path, conversion: Conversion, cfg: HookedMoEConfi
     model = HookedMoE(cfg.replace(device=torch.device("meta")))
     plan = plan_copies(model, conversion, checkpoint)
     files = len({tensor.file for tensor in checkpoint.tensors.values()})
-    described = len(plan.copied) + len(plan.repeated)
+    described = len(plan.copied) + len(plan.repeated) + len(plan.left_out)
     yield judged("tensors", len(checkpoint.tensors), "exactly", described, f"as config.json describes; files: {files}")
     stored = sum(_size(checkpoint, name) for name in plan.copied)
     implied = sum(parameter.numel() for parameter in model.parameters())
@@ -212,7 +212,8 @@ def transformers_run(
         return hook
 
     for layer in layers:
-        model.model.layers[layer].mlp.gate.register_forward_hook(keep(layer))
+        moe = model.model.layers[layer].mlp
+        (moe.router if hasattr(moe, "router") else moe.gate).register_forward_hook(keep(layer))
     logits = model(tokens.to(device), use_cache=False).logits.float().cpu()
     losses = torch.nn.functional.cross_entropy(logits[0, :-1].double(), tokens[0, 1:].cpu(), reduction="none")
     return Run(logits, losses, routing)

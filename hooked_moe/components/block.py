@@ -24,7 +24,7 @@ class Block(nn.Module):
     def __init__(self, cfg: HookedMoEConfig, layer: int) -> None:
         super().__init__()
         self.ln1 = HookedRMSNorm(cfg.d_model, cfg.eps)
-        self.attn = GroupedQueryAttention(cfg) if cfg.kv_lora_rank is None else LatentAttention(cfg)
+        self.attn = GroupedQueryAttention(cfg, layer) if cfg.kv_lora_rank is None else LatentAttention(cfg, layer)
         self.ln2 = HookedRMSNorm(cfg.d_model, cfg.eps)
         self.mlp = (
             MoE(cfg, cfg.experts_in(layer)) if cfg.d_mlp is None or cfg.experts_in(layer) else GatedMLP(cfg.d_model, cfg.d_mlp)

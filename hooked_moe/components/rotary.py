@@ -54,7 +54,9 @@ def _frequencies(width: int, base: float, yarn: YarnScaling | None, device: torc
         """Which pair turns this many times within the original context."""
         return width * math.log(yarn.original_ctx / (times * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), width - 1)
+    low, high = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     slow = ((torch.arange(width // 2, dtype=torch.float32, device=on_cpu) - low) / max(high - low, 0.001)).clamp(0, 1)
     return (frequencies / yarn.factor * slow + frequencies * (1 - slow)).to(device)

@@ -30,7 +30,8 @@ from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.engine.padding import Packed, Results
 from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Embeddings, Layers, Mask, Tokens, make_request
 from hooked_moe.counterfactuals.results import ExpertEffects, TensorResult
-from hooked_moe.kernels.prefix_attention import for_every_head, own_share
+from hooked_moe.kernels.cpu.prefix_attention import for_every_head
+from hooked_moe.kernels.prefix_attention import own_share
 from hooked_moe.kernels.target_loss import target_loss
 from hooked_moe.tables import Column
 from hooked_moe.transformer import Transformer
@@ -156,7 +157,7 @@ def attend_by_own_stream(attn: Attention, qkv: QueriesKeysValues) -> Float[Tenso
     z = attn.attend(QueriesKeysValues(q, k.detach(), v.detach()), None)
     scale = attn.cfg.attention_scale
     with torch.no_grad():
-        share = own_share(q, k, v, scale).unsqueeze(-1).to(z.dtype)
+        share = own_share(q, k, v, scale, attn.sink, attn.window).unsqueeze(-1).to(z.dtype)
     own_k, own_v = for_every_head(q, k), for_every_head(q, v)
     score = (q.detach() * own_k).sum(-1, keepdim=True) * scale
     moved = (score - score.detach()) * (own_v - z).detach()

@@ -109,7 +109,8 @@ class ExpertEffects(EffectsResult):
     max_activation: Float[Tensor, "layer batch pos slot"]
     """Largest |coordinate| of E_i(x)."""
     router_probability: Float[Tensor, "layer batch pos expert"]
-    """The router's softmax over all experts, selected or not; 0 for experts that a layer does not have."""
+    """The router's score of every expert, selected or not: its softmax, or its sigmoids, without a selection bias; 0 for experts
+    that a layer does not have."""
     baseline_loss: Float[Tensor, "batch pos"]
     """-log p(next token) of the clean run, in nats; nan where there is no next token."""
     readouts: dict[str, Float[Tensor, "layer batch pos slot *rest"]] = field(default_factory=dict)

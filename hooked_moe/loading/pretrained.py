@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
@@ -25,7 +25,7 @@ from hooked_moe.loading.sizes import check_sizes
 from hooked_moe.loading.streaming import StreamedBlocks
 from hooked_moe.transformer import Transformer
 from weights_conversion import CheckpointError, Conversion, HFConfig, abbreviated, conversion_for
-from weights_conversion.weight_map import Slot, slots_by_parameter
+from weights_conversion.weight_map import Slot, left_out, slots_by_parameter
 
 Model = TypeVar("Model", bound=Transformer)
 
@@ -143,6 +143,8 @@ class CopyPlan:
 
     copied: dict[str, Slot]
     repeated: dict[str, Slot]
+    left_out: set[str] = field(default_factory=set)
+    """Tensors that go nowhere: see `weights_conversion.weight_map.left_out`."""
 
 
 @runtime_checkable
@@ -181,12 +183,13 @@ def plan_copies(model: Transformer, conversion: Conversion, checkpoint: NamedTen
     repeated = {name: slot for name, slot in repeated.items() if name in checkpoint.tensors}
 
     stored = checkpoint.tensors
+    ignored = left_out(stored.keys(), model.cfg) - copied.keys()
     missing = [name for name in copied if name not in stored]
-    extra = [name for name in stored if name not in copied and name not in repeated]
+    extra = [name for name in stored if name not in copied and name not in repeated and name not in ignored]
     misshaped = [
         f"{name}: {list(stored[name].shape)}, expected {list(expected)} ({slot.axes})"
         for name, slot in (copied | repeated).items()
-        if name in stored and stored[name].shape != (expected := tuple(slot.of(every[slot.parameter]).shape))
+        if name in stored and stored[name].shape != (expected := slot.shape(every[slot.parameter]))
     ]
     problems = [
         f"{len(names)} {kind}:{abbreviated(names)}"
@@ -199,7 +202,7 @@ def plan_copies(model: Transformer, conversion: Conversion, checkpoint: NamedTen
             f"({model.cfg.model_type}, {model.cfg.n_layers} layers). Check that both are of one model and complete. "
             "Tensors\n" + "\n".join(problems) + _likely_reason(missing, extra)
         )
-    return CopyPlan(copied, repeated)
+    return CopyPlan(copied, repeated, ignored)
 
 
 def _likely_reason(missing: list[str], extra: list[str]) -> str:
@@ -228,12 +231,12 @@ def copy_weights(model: Transformer, checkpoint: Checkpoint, plan: CopyPlan) -> 
     parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     targets = {name: slot.of(parameters[slot.parameter].detach()) for name, slot in plan.copied.items()}
     broken: dict[str, None] = {}
-    total = sum(checkpoint.tensors[name].nbytes for name in targets)
+    total = sum(target.nbytes for target in targets.values())
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2.0, disable=None) as progress:
         for name, values in checkpoint.read_into(targets):
             if not all_finite(values):
                 broken[name] = None
-            progress.update(values.nbytes)
+            progress.update(values.numel() * targets[name].itemsize)
     checkpoint.warn_of_non_finite(list(broken))
     for name, slot in plan.repeated.items():
         part = slot.of(parameters[slot.parameter])

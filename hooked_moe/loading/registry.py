@@ -47,6 +47,21 @@ PRETRAINED: tuple[PretrainedName, ...] = (
     PretrainedName("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1", aliases=("mixtral",)),
     PretrainedName("mixtral-8x7b-instruct", "mistralai/Mixtral-8x7B-Instruct-v0.1", aliases=("mixtral-instruct",)),
     PretrainedName("mixtral-8x22b", "mistralai/Mixtral-8x22B-v0.1"),
+    PretrainedName("moonlight-16b-a3b", "moonshotai/Moonlight-16B-A3B", aliases=("moonlight",)),
+    PretrainedName("moonlight-16b-a3b-instruct", "moonshotai/Moonlight-16B-A3B-Instruct", aliases=("moonlight-instruct",)),
+    PretrainedName("kimi-k2", "moonshotai/Kimi-K2-Base", aliases=("kimi-k2-base",)),
+    PretrainedName("kimi-k2-instruct", "moonshotai/Kimi-K2-Instruct"),
+    PretrainedName("deepseek-v3", "deepseek-ai/DeepSeek-V3", aliases=("deepseek-v3-chat",)),
+    PretrainedName("deepseek-v3-base", "deepseek-ai/DeepSeek-V3-Base"),
+    PretrainedName("deepseek-r1", "deepseek-ai/DeepSeek-R1"),
+    PretrainedName("glm-4.5-air", "zai-org/GLM-4.5-Air"),
+    PretrainedName("glm-4.5-air-base", "zai-org/GLM-4.5-Air-Base"),
+    PretrainedName("glm-4.5", "zai-org/GLM-4.5"),
+    PretrainedName("glm-4.6", "zai-org/GLM-4.6"),
+    PretrainedName("glm-4.7", "zai-org/GLM-4.7"),
+    PretrainedName("glm-4.7-flash", "zai-org/GLM-4.7-Flash"),
+    PretrainedName("gpt-oss-20b", "openai/gpt-oss-20b", aliases=("gpt-oss",)),
+    PretrainedName("gpt-oss-120b", "openai/gpt-oss-120b"),
 )
 
 _HUB_IDS = {name: entry.hub_id for entry in PRETRAINED for name in (entry.name, *entry.aliases)}

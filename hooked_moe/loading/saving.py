@@ -22,7 +22,7 @@ from hooked_moe.loading.checkpoint import INDEX_FILE, SINGLE_FILE
 from hooked_moe.tokenizer import Tokenizer
 from hooked_moe.transformer import Transformer
 from weights_conversion import conversion_for
-from weights_conversion.weight_map import slots_by_parameter
+from weights_conversion.weight_map import Slot, slots_by_parameter
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Larger checkpoints are split into several files and an index, as transformers does."""
@@ -48,7 +48,7 @@ def save_pretrained(model: Transformer, path: str | PathLike[str]) -> None:
     parameters = dict(model.named_parameters())  # only the first of tied weights
     slots = slots_by_parameter(conversion.weights, cfg, parameters)
     assert slots.keys() == parameters.keys(), f"no checkpoint tensor for {parameters.keys() - slots.keys()}"
-    tensors = {slot.hf_name: slot.of(parameters[name].detach()) for name in parameters for slot in slots[name]}
+    tensors = {slot.hf_name: (slot, parameters[name].detach()) for name in parameters for slot in slots[name]}
 
     directory = expanded_path(path)
     if directory.exists() and not directory.is_dir():
@@ -121,30 +121,40 @@ def _is_weight_file(name: str) -> bool:
     return name == INDEX_FILE or re.fullmatch(r"model(-[\w-]+)?\.safetensors", name) is not None
 
 
-def _write_weights(files: _Files, tensors: dict[str, Tensor]) -> None:
+Placed = dict[str, tuple[Slot, Tensor]]
+"""The tensors of a checkpoint by their names: each a slot of a parameter."""
+
+
+def _write_weights(files: _Files, tensors: Placed) -> None:
     shards = _shards(tensors)
     if len(shards) == 1:
-        save_file(shards[0], files.temporary(SINGLE_FILE), metadata={"format": "pt"})
+        _save(shards[0], files.temporary(SINGLE_FILE))
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, files.temporary(name), metadata={"format": "pt"})
+        _save(shard, files.temporary(name))
         weight_map |= dict.fromkeys(shard, name)
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    total = sum(slot.of(parameter).nbytes for slot, parameter in tensors.values())
     files.write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def _save(tensors: Placed, file: Path) -> None:
+    """Write one file. What is not in the checkpoint's order is copied here, so that only one file's tensors are at a time."""
+    save_file({name: slot.as_stored(parameter) for name, (slot, parameter) in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def _shards(tensors: Placed) -> list[Placed]:
     """The tensors in their order, divided where the next one would not fit into the shard."""
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[Placed] = [{}]
     size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+    for name, (slot, parameter) in tensors.items():
+        nbytes = slot.of(parameter).nbytes
+        if shards[-1] and size + nbytes > MAX_SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
+        shards[-1][name] = slot, parameter
+        size += nbytes
     return shards
 
 

@@ -79,7 +79,7 @@ Attend = Callable[[Attention, QueriesKeysValues], Float[Tensor, "batch pos head 
 
 
 def attend_to_earlier(attn: Attention, qkv: QueriesKeysValues) -> Float[Tensor, "batch pos head d_value"]:
-    """Every position sees all up to its own."""
+    """Every position sees all up to its own, in the layer's window."""
     return attn.attend(qkv, None)
 
 
