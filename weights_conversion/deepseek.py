@@ -101,5 +101,5 @@ def write_experts(cfg: HookedMoEConfig) -> dict[str, object]:
 
 def dense(hf: HFConfig, layers: int | list[int]) -> dict[str, Any]:
     """Which layers are dense, the first so many or those of a list, and how wide."""
-    chosen = tuple(range(layers)) if isinstance(layers, int) else tuple(layers)
+    chosen = tuple(range(min(layers, hf.layers()))) if isinstance(layers, int) else tuple(layers)
     return {"dense_layers": chosen, "d_mlp": hf.integer("intermediate_size") if chosen else None}
