@@ -14,7 +14,7 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 SOURCES := $(wildcard hooked_moe weights_conversion experiments benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help audit paper test test-all check format bench calibrate gpu clean
+.PHONY: help audit paper test test-all check format bench calibrate fuzz gpu clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ bench: $(VENV)/.development ## measure speed and memory against named peers, int
 
 calibrate: $(VENV)/.development ## how often every decision rule errs, into benchmarks/CALIBRATION.md; ARGS=--small is a trial
 	@$(BIN)/python -m benchmarks.calibration $(ARGS)
+
+fuzz: $(VENV)/.development ## damaged and hostile files and options, outcomes counted in benchmarks/FUZZ.md; ARGS="--inputs 100000"
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 gpu: $(VENV)/.development ## on an NVIDIA GPU: its tests, compute-sanitizer, and speed into benchmarks/GPU.md; ARGS=--small is a trial
 	@$(BIN)/python -m benchmarks.gpu $(ARGS)

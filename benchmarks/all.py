@@ -22,9 +22,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.tables import print_page
+from hooked_moe.tables import write_text_atomic
+
 HERE = Path(__file__).resolve().parent
 OLMOE = ["--d-model", "2048", "--d-expert", "1024", "--vocabulary", "50304", "--layers", "2"]
 SUITE: dict[str, list[list[str]]] = {
+    "circuits": [["--tokens", "12", "48"]],
     "removals": [["--contexts", "256", "512", "1024", "2048", "--batches", "1", "4", "--repeats", "3"]],
     "forward": [["--repeats", "5"]],
     "roofline": [["--repeats", "5"], ["--repeats", "3", *OLMOE]],
@@ -51,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sections.append(text)
     page = "\n".join([*heading(time.perf_counter() - started), *sections])
     if out is None:
-        print(page)
+        print_page(page)
     else:
-        out.write_text(page, encoding="utf-8")
+        write_text_atomic(page, out)
         print(f"{out} is written")
     return code
 

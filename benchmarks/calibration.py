@@ -26,10 +26,11 @@ from benchmarks import planted_effects as planted
 from benchmarks import saving_rules
 from benchmarks.decision_rules import ALPHA, BOUND, EVIDENCE, SAMPLE, Decisions, decisions
 from benchmarks.planted_effects import planted_table
-from benchmarks.tables import Table
+from benchmarks.tables import Table, print_page
 from hooked_moe import statistics as stat
 from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.statistics.choice_model import PRIOR_SD
+from hooked_moe.tables import write_text_atomic
 
 HERE = Path(__file__).resolve().parent
 DOCUMENTS, FEW, TOKENS, RANKINGS = 48, 12, 40, 3
@@ -99,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
     tables = calibrate(runs, args.seed, args.processes)
     page = "\n".join([*_heading(runs, args.seed, time.perf_counter() - started, args.processes), *map(str, tables)])
     if args.small:
-        print(page)
+        print_page(page)
     else:
-        args.out.write_text(page, encoding="utf-8")
+        write_text_atomic(page, args.out)
         print(f"{args.out} is written")
     return tables
 

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.all import versions
 from benchmarks.roofline import flops
-from benchmarks.tables import Table, parse, parser, show
+from benchmarks.tables import Table, parse, parser, print_page, show
 from benchmarks.timing import seconds_of, summary
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.counterfactuals import expert_effects
@@ -36,6 +36,7 @@ from hooked_moe.kernels.routing import RoutingRule, group_by_expert, route
 from hooked_moe.kernels.swiglu import gather_rows, swiglu
 from hooked_moe.kernels.target_loss import shifted_target_loss, target_loss
 from hooked_moe.kernels.weighted_sum import masked_combine
+from hooked_moe.tables import write_text_atomic
 
 HERE = Path(__file__).resolve().parent
 SMALL = {
@@ -66,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.small:
         show(tables[::-1])
     else:
-        args.out.write_text(page, encoding="utf-8")
-        print(page)
+        write_text_atomic(page, args.out)
+        print_page(page)
     return int(any(code != 0 for code in checks.values()))
 
 

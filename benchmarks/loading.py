@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from hooked_moe import HookedMoE, HookedMoEConfig
+from hooked_moe.cli.console import tolerate_any_console
 from hooked_moe.config import YarnScaling
 from hooked_moe.loading.checkpoint import INDEX_FILE
 from weights_conversion import CONVERSIONS
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
     place: AbstractContextManager[Any] = tempfile.TemporaryDirectory() if args.dir is None else nullcontext(args.dir)
     with place as directory:
         sizes = build(cfg, Path(directory))
+        tolerate_any_console()
         print(f"{args.layers} layers, {sizes.parameters:,} parameters, {sizes.tensors:,} tensors in {SHARDS} files")
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {args.repeats} repeats\n")
         print(as_table(compare(Path(directory), args.repeats), sizes))

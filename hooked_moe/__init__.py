@@ -33,6 +33,7 @@ _HOMES = {
 }
 _ROOMS = (
     "analysis",
+    "circuits",
     "corpus",
     "counterfactuals",
     "loading",

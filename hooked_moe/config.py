@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from hooked_moe.checks import require_defaults
+from hooked_moe.checks import as_int_or_none, described, require_between, whole_numbers
+
+MOST = {"n_layers": 4_096, "num_experts": 16_384}
+"""More than any model has. Every layer and every expert takes objects of its own, before there is a weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,13 @@ class YarnScaling:
     """DeepSeek-V2's split of YaRN's temperature: rotations are scaled by `m(mscale) / m(mscale_all_dim)` and attention scores by
     `m(mscale_all_dim)^2`, where m(x) = 0.1 x ln(factor) + 1. The defaults are YaRN's own: all of it in the rotations."""
 
+    truncate: bool = True
+    """Whether the range in between is widened to whole pairs of coordinates; not in gpt-oss."""
+
     def __post_init__(self) -> None:
-        if self.factor < 1 or self.original_ctx < 1 or self.beta_fast <= self.beta_slow or self.beta_slow <= 0:
-            raise ValueError(f"factor and original_ctx must be at least 1, and beta_fast > beta_slow > 0, not as in {self}")
+        require_between(self, 0, 1e9, "factor", "original_ctx", "beta_fast", "mscale", "mscale_all_dim")
+        if self.factor < 1 or self.original_ctx < 1 or self.beta_fast < self.beta_slow or self.beta_slow <= 0:
+            raise ValueError(f"factor and original_ctx must be at least 1, and beta_fast >= beta_slow > 0, not as in {self}")
 
     @property
     def rotation_scale(self) -> float:
@@ -49,6 +56,19 @@ class YarnScaling:
 
     def _temperature(self, mscale: float) -> float:
         return 0.1 * mscale * math.log(self.factor) + 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClampedSwiGLU:
+    """The experts' activation in gpt-oss (arXiv 2508.10925): `(u + 1) g sigmoid(alpha g)`, where `g = min(gate, limit)` and
+    `u = clamp(up, -limit, limit)`."""
+
+    limit: float
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if self.limit <= 0 or self.alpha <= 0:
+            raise ValueError(f"limit and alpha must be positive, not as in {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +90,8 @@ class HookedMoEConfig:
     rotary_interleaved: bool = False
     """Which coordinates turn together: j with j + 1 (True), or j with j + half the rotated width, as in Llama."""
     rotary_scaling: YarnScaling | None = None
+    d_rotary: int | None = None
+    """How many coordinates of a head carry the position: the first ones, or in latent attention the last ones; None: all."""
     qk_norm: Literal["full", "head", None] = None
     """An RMSNorm of q and of k before rotation: over the whole projected width (OLMoE), or over each head (Qwen3)."""
     clip_qkv: float | None = None
@@ -79,16 +101,16 @@ class HookedMoEConfig:
     """Whether the attention's output projection has a bias."""
 
     attention_sink: bool = False
-    """A learned logit of each head in the denominator of its softmax (gpt-oss). True is not implemented yet."""
+    """A learned logit of each head in the denominator of its softmax (gpt-oss): attention that goes to no token."""
+    windowed_layers: tuple[int, ...] = ()
+    """Layers in which a token sees only the last positions up to its own ..."""
     sliding_window: int | None = None
-    """How many positions up to its own a token sees; None: all. A number (gpt-oss, Mistral) is not implemented yet."""
+    """... and how many these are, its own among them."""
 
     kv_lora_rank: int | None = None
     """Latent attention (DeepSeek-V2): keys and values of all heads are projected from one vector of this width per token."""
     q_lora_rank: int | None = None
     """Latent attention: queries likewise; None: straight from the residual stream."""
-    d_rotary: int | None = None
-    """Latent attention: how many coordinates of a head, the last ones, carry the position; None: all of `d_head`."""
     d_value: int | None = None
     """Latent attention: width of one head's value; None: `d_head`."""
 
@@ -106,13 +128,19 @@ class HookedMoEConfig:
     n_expert_groups: int = 1
     """Experts stand in this many groups of equal size (DeepSeek-V2's devices) ..."""
     groups_per_token: int = 1
-    """... and a token goes only to experts of the groups whose best expert is most probable."""
+    """... and a token goes only to experts of the groups with the best score."""
+    router_bias: bool = False
+    """A bias of the router's logits (gpt-oss)."""
     router_score: Literal["softmax", "sigmoid"] = "softmax"
-    """How router logits become scores. "sigmoid" (DeepSeek-V3) is not implemented yet."""
+    """How router logits become scores: "sigmoid" in DeepSeek-V3."""
     selection_bias: bool = False
-    """A learned bias of each expert's score, for the selection only (DeepSeek-V3). True is not implemented yet."""
+    """A bias of each expert's score for the selection only, which the weights leave out (DeepSeek-V3); in float32 or wider."""
     group_score: Literal["max", "top2"] = "max"
-    """A group's score: that of its best expert, or the sum of its two best (DeepSeek-V3), which is not implemented yet."""
+    """A group's score: that of its best expert, or the sum of its two best (DeepSeek-V3)."""
+    expert_bias: bool = False
+    """Whether the experts' projections have biases (gpt-oss)."""
+    clamped_swiglu: ClampedSwiGLU | None = None
+    """The experts' activation; None: SwiGLU, `silu(gate) * up`."""
     d_shared: int | None = None
     """Width of the shared experts together, which serve every token; None: there are none."""
     shared_gate: bool = False
@@ -134,20 +162,25 @@ class HookedMoEConfig:
     """The hub commit the weights came from; None for local weights."""
     bos_token_id: int | None = None
     """Put before every text when the family's tokenizer does so; None where it does not."""
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    """The token that ends a text; several, where any of them does."""
     pad_token_id: int | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
         sizes = ("n_layers", "d_model", "d_vocab", "n_ctx", "n_heads", "n_key_value_heads", "d_head")
-        optional = ("kv_lora_rank", "q_lora_rank", "d_rotary", "d_value", "d_shared", "d_mlp")
+        optional = ("kv_lora_rank", "q_lora_rank", "d_rotary", "d_value", "d_shared", "d_mlp", "sliding_window")
         routing = ("num_experts", "experts_per_token", "d_expert", "n_expert_groups", "groups_per_token")
         for name in (*sizes, *routing, *(name for name in optional if getattr(self, name) is not None)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
-        require_defaults(self, "router_score", "selection_bias", "group_score", "attention_sink", "sliding_window")
+            number, most = as_int_or_none(getattr(self, name)), MOST.get(name, 2**31 - 1)
+            if number is None or not 1 <= number <= most:
+                raise ValueError(
+                    f"{name} must be a positive whole number, not {described(getattr(self, name))}; {most:,} at most"
+                )
+            object.__setattr__(self, name, number)
+        require_between(self, 0, 1e6, "eps", "initializer_range", "routed_scaling_factor", "clip_qkv")
+        require_between(self, 2, 1e15, "rotary_base")
         self._check_attention()
         self._check_experts()
 
@@ -163,8 +196,11 @@ class HookedMoEConfig:
             raise ValueError(f"clip_qkv must be positive or None, not {self.clip_qkv}")
         if self.qk_norm not in ("full", "head", None):
             raise ValueError(f"qk_norm must be 'full', 'head' or None, not {self.qk_norm!r}")
+        self._check_layers("windowed_layers", "sliding_window", "the window of windowed layers")
+        if self.rotary_width > self.d_head:
+            raise ValueError(f"d_rotary ({self.d_rotary}) cannot exceed d_head ({self.d_head})")
         if self.kv_lora_rank is None:
-            latent_only = [name for name in ("q_lora_rank", "d_rotary", "d_value") if getattr(self, name) is not None]
+            latent_only = [name for name in ("q_lora_rank", "d_value") if getattr(self, name) is not None]
             if latent_only:
                 raise ValueError(f"{', '.join(latent_only)} go with latent attention, which kv_lora_rank makes")
         else:
@@ -174,10 +210,7 @@ class HookedMoEConfig:
                 raise ValueError("latent attention has a key and value head for every query head, and no norm, clipping or bias")
 
     def _check_experts(self) -> None:
-        if self.dense_layers != tuple(layer for layer in range(self.n_layers) if layer in self.dense_layers):
-            raise ValueError(f"dense_layers must be ascending layers from 0 to {self.n_layers - 1}, not {self.dense_layers}")
-        if bool(self.dense_layers) != (self.d_mlp is not None):
-            raise ValueError(f"d_mlp is the width of dense layers: got dense_layers={self.dense_layers}, d_mlp={self.d_mlp}")
+        self._check_layers("dense_layers", "d_mlp", "the width of dense layers")
         if not self.moe_layers:
             raise ValueError("every layer is dense: there are no experts")
         if self.experts_by_layer is not None and len(self.experts_by_layer) != self.n_layers:
@@ -198,14 +231,42 @@ class HookedMoEConfig:
                 raise ValueError(
                     f"experts_per_token ({self.experts_per_token}) cannot exceed the {reachable} of a token's groups"
                 )
+        if self.router_score not in ("softmax", "sigmoid"):
+            raise ValueError(f"router_score must be 'softmax' or 'sigmoid', not {self.router_score!r}")
+        if self.group_score not in ("max", "top2"):
+            raise ValueError(f"group_score must be 'max' or 'top2', not {self.group_score!r}")
+        if self.group_score == "top2" and 1 < self.n_expert_groups == self.num_experts:
+            raise ValueError("group_score='top2' needs two experts in every group")
         if self.shared_gate and self.d_shared is None:
             raise ValueError("shared_gate needs shared experts: set d_shared")
+
+    def _check_layers(self, layers: str, size: str, meaning: str) -> None:
+        """A tuple of layers, and the size that it goes with."""
+        given, width = getattr(self, layers), getattr(self, size)
+        if given != tuple(layer for layer in range(self.n_layers) if layer in given):
+            raise ValueError(f"{layers} must be ascending layers from 0 to {self.n_layers - 1}, not {given}")
+        if bool(given) != (width is not None):
+            raise ValueError(f"{size} is {meaning}: got {layers}={given}, {size}={width}")
+
+    normalization_type: ClassVar[str] = "RMS"
+    attn_only: ClassVar[bool] = False
+    """These two for TransformerLens's tools, which ask for them."""
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a text, each of them."""
+        ends = self.eos_token_id
+        return () if ends is None else (ends,) if isinstance(ends, int) else tuple(whole_numbers(ends, "eos_token_id"))
 
     def experts_in(self, layer: int) -> int:
         """Routed experts of a layer; 0 if it is dense."""
         if self.experts_by_layer is not None:
             return self.experts_by_layer[layer]
         return 0 if layer in self.dense_layers else self.num_experts
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions up to its own a token sees in a layer; None: all."""
+        return self.sliding_window if layer in self.windowed_layers else None
 
     @property
     def moe_layers(self) -> list[int]:

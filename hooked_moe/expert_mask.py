@@ -5,7 +5,6 @@ One forward evaluates a different mask in every batch row, so many counterfactua
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, get_args
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_moe.checks import WrongTypeError, as_int_or_none, by_number, described, in_list, whole_numbers
 from hooked_moe.config import HookedMoEConfig
 
 RemovalName = Literal["zero", "renormalize", "reroute"]
@@ -21,7 +21,7 @@ Entry = tuple[int, int | None, int | None, int]
 AnyEntry = tuple[SupportsIndex, SupportsIndex | None, SupportsIndex | None, SupportsIndex]
 
 
-class MaskTypeError(TypeError, ValueError):
+class MaskTypeError(WrongTypeError):
     """A mask of the wrong type, which an expert mask and a request for effects refuse alike."""
 
 
@@ -89,19 +89,27 @@ class ExpertMask:
 
     def __init__(self, keep: Mapping[int, Tensor], removal: RemovalName = "zero") -> None:
         check_removal(removal)
-        for layer, tensor in keep.items():
-            if not isinstance(layer, int):
-                raise TypeError(f"layers are whole numbers, not {layer!r}")
+        self._keep = by_number(keep, "layer")
+        for layer, tensor in self._keep.items():
             check_mask(layer, tensor, removal)
         self.removal: RemovalName = removal
-        self._keep = dict(keep)
         self._entries: dict[int, list[Entry]] = {}
 
     @classmethod
-    def ablate(cls, entries: Iterable[AnyEntry], removal: RemovalName = "zero") -> ExpertMask:
-        """Remove single experts: `(layer, batch, pos, expert)`, where None for batch or pos means every one."""
+    def ablate(
+        cls, entries: Iterable[AnyEntry] | Mapping[Any, Iterable[SupportsIndex]], removal: RemovalName = "zero"
+    ) -> ExpertMask:
+        """Remove single experts: `(layer, batch, pos, expert)`, where None for batch or pos means every one.
+
+        Or `{layer: experts}`, everywhere: `{3: [5, 17]}` stands for `[(3, None, None, 5), (3, None, None, 17)]`.
+        """
         mask = cls({}, removal)
-        for values in entries:
+        if isinstance(entries, Mapping):
+            by_layer = by_number(entries, "layer")
+            entries = [
+                (i, None, None, e) for i, experts in by_layer.items() for e in whole_numbers(experts, f"experts of layer {i}")
+            ]
+        for values in in_list(entries, "entries", "[(layer, batch, pos, expert)]"):
             entry = _entry(values)
             mask._entries.setdefault(entry[0], []).append(entry)
         return mask
@@ -150,10 +158,12 @@ class ExpertMask:
 
 def _entry(entry: Any) -> Entry:
     """(layer, batch, pos, expert) as plain numbers, whatever array they came from; None only for batch and pos."""
-    try:
-        values = [None if value is None else operator.index(value) for value in entry]
-    except TypeError:
-        values = []
-    if len(values) != 4 or values[0] is None or values[3] is None or any(value is not None and value < 0 for value in values):
-        raise ValueError(f"(layer, batch, pos, expert) must be whole numbers from 0 (None: every batch, every pos), not {entry}")
-    return values[0], values[1], values[2], values[3]
+    given = list(entry) if isinstance(entry, Iterable) else []
+    numbers = [as_int_or_none(value) for value in given]
+    fits = len(given) == 4 and all(number is not None or given[at] is None for at, number in enumerate(numbers))
+    if not fits or numbers[0] is None or numbers[3] is None or any(number is not None and number < 0 for number in numbers):
+        raise ValueError(
+            "(layer, batch, pos, expert) must be whole numbers from 0 (None: every batch, every pos), and entries are a list of "
+            f"them, as in [(2, 0, 5, 17)], not {described(tuple(given) or entry)}"
+        )
+    return numbers[0], numbers[1], numbers[2], numbers[3]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from hooked_moe import inputs
+from hooked_moe.checks import as_int_or_none, whole_number, whole_numbers
 from hooked_moe.components.key_value_cache import KeyValueCache
 from hooked_moe.expert_mask import ExpertMask
 from hooked_moe.transformer import Transformer
@@ -29,7 +31,7 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     stop_at_eos: bool = True,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | Iterable[int] | None = None,
     use_past_kv_cache: bool = True,
     prepend_bos: bool | None = None,
     attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
@@ -40,8 +42,10 @@ def generate(
     """See `HookedMoE.generate`."""
     if return_type not in ("input", "str", "tokens"):
         raise ValueError(f"return_type must be 'input', 'str' or 'tokens', not {return_type!r}")
+    max_new_tokens = whole_number(max_new_tokens, "max_new_tokens")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    top_k = None if top_k is None else whole_number(top_k, "top_k")
     _check_sampling(temperature, top_k, top_p)
     ends = _end_tokens(model, eos_token_id) if stop_at_eos else []
     tokens, real = _prompt(model, input, attention_mask, prepend_bos)
@@ -63,7 +67,7 @@ def generate(
         chosen = _choose(logits, temperature, top_k, top_p, generator) if do_sample and temperature else logits.argmax(-1)
         if ends:
             chosen = torch.where(finished, ends[0], chosen)
-            finished |= torch.isin(chosen, torch.tensor(ends, device=chosen.device))
+            finished |= torch.isin(chosen, torch.tensor(ends, dtype=torch.long, device=chosen.device))
         tokens = torch.cat((tokens, chosen[:, None]), dim=1)
         real = torch.cat((real, torch.ones_like(real[:, :1])), dim=1)
         if bool(finished.all()):
@@ -71,7 +75,7 @@ def generate(
     if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
         return tokens
     texts = [model.require_tokenizer().decode(row[kept].tolist(), special=False) for row, kept in zip(tokens, real, strict=True)]
-    return texts if isinstance(input, list) or (isinstance(input, Tensor) and len(texts) > 1) else texts[0]
+    return texts[0] if isinstance(input, str) or (isinstance(input, Tensor) and len(texts) == 1) else texts
 
 
 def _prompt(
@@ -85,20 +89,36 @@ def _prompt(
             raise ValueError("generation continues the last token of every row: pad on the left, so that it is a real one")
         return tokens, real
     if attention_mask is not None:
-        raise ValueError("attention_mask goes with tokens; texts are padded and masked by the model itself")
-    texts = [input] if isinstance(input, str) else input
-    return model.require_tokenizer().pad(texts, model.cfg.device, prepend_bos, side="left")
+        raise ValueError(inputs.TEXTS_ARE_MASKED)
+    return inputs.pad_texts(input, model.cfg, model.tokenizer, prepend_bos, side="left")
 
 
-def _end_tokens(model: Transformer, eos_token_id: int | Sequence[int] | None) -> list[int]:
-    ends = model.cfg.eos_token_id if eos_token_id is None else eos_token_id
-    if ends is None:
-        raise ValueError("this model names no end-of-text token: pass eos_token_id, or stop_at_eos=False")
-    return [ends] if isinstance(ends, int) else list(ends)
+def end_tokens(model: Transformer) -> tuple[int, ...]:
+    """The token ids any of which ends a text: those of the checkpoint's generation_config.json if it states some, as in
+    transformers, or else of its config.json. Those outside the vocabulary, which cannot be generated, are left out."""
+    stated = model.generation_config.get("eos_token_id")
+    ends = model.cfg.end_tokens if stated is None else tuple(stated) if isinstance(stated, list) else (stated,)
+    return tuple(end for end in ends if 0 <= end < model.cfg.d_vocab)
+
+
+def _end_tokens(model: Transformer, eos_token_id: int | Iterable[int] | None) -> list[int]:
+    """Any of which ends a row; the first fills up the rows that have ended."""
+    cfg = model.cfg
+    if eos_token_id is None:
+        ends = list(end_tokens(model))
+        if not ends:
+            raise ValueError("this model names no end-of-text token: pass eos_token_id, or stop_at_eos=False")
+        return ends
+    number = as_int_or_none(eos_token_id)
+    ends = whole_numbers(eos_token_id, "eos_token_id") if number is None else [number]
+    outside = [end for end in ends if not 0 <= end < cfg.d_vocab]
+    if outside or not ends:
+        raise ValueError(f"eos_token_id must be token ids from 0 to {cfg.d_vocab - 1}, one or more, not {outside or 'none'}")
+    return ends
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")

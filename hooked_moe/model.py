@@ -14,20 +14,29 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_moe import generation, loading
+from hooked_moe.chat import are_several, rendered
 from hooked_moe.counterfactuals import hooked_variants
+from hooked_moe.description import description
 from hooked_moe.surgery import pruning
+from hooked_moe.tokenizer import as_ids, as_texts, is_batch
 from hooked_moe.transformer import ReturnType, Transformer
+from hooked_moe.weight_views import WeightViews
 
 Model = TypeVar("Model", bound="HookedMoE")
 
 
-class HookedMoE(Transformer):
+class HookedMoE(Transformer, WeightViews):
     """The model. `HookedMoE(cfg)` has random weights and trains; `HookedMoE.from_pretrained(name)` has trained ones."""
+
+    def __repr__(self) -> str:
+        known = "none" if self.tokenizer is None else f"{self.tokenizer.vocab_size} tokens"
+        chat = "" if self.tokenizer is None or self.tokenizer.chat_template is None else ", with a chat template"
+        return description(self.cfg, dict(self.named_parameters()), len(self.hook_dict), known + chat)
 
     def run_variants(
         self,
         tokens: Int[Tensor, "batch pos"] | str | list[str],
-        edits: Sequence[Any],
+        edits: Iterable[Any],
         return_type: ReturnType = "logits",
         **options: Any,
     ) -> Any:
@@ -49,17 +58,30 @@ class HookedMoE(Transformer):
         cls: type[Model],
         name: str | PathLike[str],
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
         revision: str | None = None,
         cache_dir: str | PathLike[str] | None = None,
         local_files_only: bool = False,
         stream: bool = False,
+        adapter: str | PathLike[str] | None = None,
+        hf_model: Any = None,
     ) -> Model:
         """A trained model by short name ("olmoe", "tiny-olmoe"), hub id, or local directory in HuggingFace layout.
 
-        See `hooked_moe.loading.from_pretrained` for what is read, and the errors raised.
+        `adapter` is the directory of a LoRA adapter to merge. With `hf_model`, a model of transformers, the weights are its own,
+        in `dtype` and on `device`, and only tokenizer and name are those of `name`. See `hooked_moe.loading.from_pretrained` for
+        what is read, and the errors raised.
         """
+        if hf_model is not None:
+            if stream or adapter is not None:
+                raise ValueError(
+                    "with hf_model= the weights are in memory: leave out stream and adapter, and merge adapters in PEFT"
+                )
+            model = loading.from_hf_named(
+                cls, hf_model, name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+            )
+            return model.to(device=loading.as_device(device), dtype=loading.as_dtype(dtype)).eval()
         return loading.from_pretrained(
             cls,
             name,
@@ -69,7 +91,15 @@ class HookedMoE(Transformer):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             stream=stream,
+            adapter=adapter,
         )
+
+    @classmethod
+    def from_hf(cls: type[Model], hf_model: Any, tokenizer: Any = None) -> Model:
+        """A model with the weights of a transformers model in memory, in its dtype and on its device; shared with it, not copied,
+        where both lay them out alike. `tokenizer` is its fast tokenizer. See `hooked_moe.loading.from_hf`.
+        """
+        return loading.from_hf(cls, hf_model, tokenizer)
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
         """Write config, weights and tokenizer in HuggingFace layout: transformers loads them, and so does `from_pretrained`."""
@@ -100,24 +130,56 @@ class HookedMoE(Transformer):
         """
         return generation.generate(self, input, max_new_tokens, **options)
 
-    def to_tokens(self, text: str | list[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+    def to_tokens(self, text: Any, prepend_bos: bool | None = None, chat: bool = False) -> Int[Tensor, "batch pos"]:
         """Token ids; several texts are padded on the right. `prepend_bos=None` does as the model's family does.
 
-        Padding is not marked: pass several texts to the model itself, which masks it, or `attention_mask` along with these ids.
+        With `chat`, the text is what a user says (or there is a list of messages): the ids end where the assistant's answer
+        begins, by the model's chat template. Padding is not marked: pass several texts to the model itself, which masks it, or
+        `attention_mask` along with these ids.
         """
-        texts = [text] if isinstance(text, str) else text
-        return self.require_tokenizer().pad(texts, self.cfg.device, prepend_bos)[0]
+        if chat:
+            if prepend_bos is not None:
+                raise ValueError("with chat=True the chat template says whether there is a BOS token: leave out prepend_bos")
+            return self.apply_chat_template(text, add_generation_prompt=True)
+        return self.require_tokenizer().pad(as_texts(text), self.cfg.device, prepend_bos)[0]
 
-    def to_string(self, tokens: Int[Tensor, "..."] | list[int] | int) -> str | list[str]:
+    def apply_chat_template(
+        self,
+        messages: Any,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> Any:
+        """Token ids [batch, pos] of a conversation, [{"role": "user", "content": "Hello"}], by the model's chat template; or its
+        text without `tokenize`. Several conversations are padded on the right, and are a list of texts.
+
+        `add_generation_prompt` ends it where the assistant's answer begins. `chat_template` is another template, or the name of
+        one of the checkpoint's; `variables` are what else it reads, as `tools` or `enable_thinking`. Meanings are transformers'.
+        Do not tokenize the text by `to_tokens`, which may put a second BOS token before it. Raises `ValueError` where there is no
+        template and for messages that it refuses.
+
+            tokens = model.apply_chat_template([{"role": "user", "content": "Where is Paris?"}], add_generation_prompt=True)
+            model.generate(tokens, 20)
+        """
+        tokenizer = self.require_tokenizer()
+        options = {"add_generation_prompt": add_generation_prompt, **variables}
+        texts = rendered(tokenizer.chat_template, messages, chat_template, **options)
+        if tokenize:
+            return tokenizer.pad(texts, self.cfg.device, prepend_bos=False)[0]
+        return texts[0] if len(texts) == 1 and not are_several(messages) else texts
+
+    def to_string(self, tokens: Int[Tensor, "..."] | Sequence[Any] | int) -> str | list[str]:
         """The text of tokens [pos], or a list of texts for [batch, pos]."""
         return self.require_tokenizer().to_string(tokens)
 
-    def to_str_tokens(self, text: str | Int[Tensor, " pos"], prepend_bos: bool | None = None) -> list[str]:
-        """Each token of a text (or of token ids) as a string."""
+    def to_str_tokens(self, text: Any, prepend_bos: bool | None = None) -> Any:
+        """Each token of a text, or of token ids [pos], as a string; a list for each of several texts or rows [batch, pos]."""
+        if is_batch(text):
+            return [self.to_str_tokens(row, prepend_bos) for row in text]
         tokenizer = self.require_tokenizer()
-        ids = tokenizer.encode(text, prepend_bos) if isinstance(text, str) else torch.as_tensor(text).flatten().tolist()
-        return [tokenizer.decode([token]) for token in ids]
+        return tokenizer.to_str_tokens(tokenizer.encode(text, prepend_bos) if isinstance(text, str) else as_ids(text))
 
     def to_single_token(self, text: str) -> int:
-        """The id of a text that is one token; `ValueError` shows its tokens if it is several."""
+        """The id of a text that is one token, on its own or after other text; `ValueError` shows its tokens if it is several."""
         return self.require_tokenizer().to_single_token(text)

@@ -1,13 +1,14 @@
 """A mixture-of-experts transformer with a hook point at every step.
 
 Architecture: token embedding; pre-norm blocks of causal attention (rotary positions; grouped key/value heads, or latent
-attention) and a mixture of experts (softmax router, top-k SwiGLU experts, in some families shared ones) or one dense MLP; a
-final RMSNorm and an unembedding. Router, final norm, unembedding and loss are computed in float32 whatever the dtype of the
-weights, under `torch.autocast` too.
+attention) and a mixture of experts (softmax or sigmoid router, top-k SwiGLU experts, in some families shared ones) or one dense
+MLP; a final RMSNorm and an unembedding. Router, final norm, unembedding and loss are computed in float32 whatever the dtype of
+the weights, under `torch.autocast` too.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -16,6 +17,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from hooked_moe import inputs
 from hooked_moe.components.block import Block
 from hooked_moe.components.key_value_cache import KeyValueCache
 from hooked_moe.components.losses import loss_of
@@ -30,6 +32,10 @@ from hooked_moe.tokenizer import Tokenizer
 
 ReturnType = Literal["logits", "loss", "both"]
 _RETURN_TYPES = ("logits", "loss", "both", None)
+
+
+Visible = Bool[Tensor, "batch 1 query key"] | None
+"""Which keys every query may see."""
 
 
 class LogitsAndLoss(NamedTuple):
@@ -64,10 +70,14 @@ class Unembed(nn.Module):
 class Transformer(HookedModule):
     """What runs. `HookedMoE`, which users hold, is this with loading, saving, text and whole experiments on top."""
 
+    @torch.inference_mode(False)
     def __init__(self, cfg: HookedMoEConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
         self.cfg = cfg
         self.tokenizer = tokenizer
+        self.generation_config: dict[str, Any] = {}
+        """The checkpoint's generation_config.json, which is saved along. Of it, only the end tokens are used here."""
+        self._noted_length = False
         with torch.device(cfg.device):
             self.embed = Embed(cfg)
             self.hook_embed = HookPoint()
@@ -111,13 +121,13 @@ class Transformer(HookedModule):
         before block l instead of tokens (then a loss needs `tokens` too); `stop_at_layer=l` returns the residual stream before
         block l. The loss is the mean over all real next tokens, or [batch, pos-1] with `loss_per_token` (nan at padding).
         With a `past_kv_cache`, the tokens continue those it has seen, and are added to it: `pos` counts the new ones only, in
-        hooks too.
+        hooks too. A pass that fails, or is refused, leaves it as it was.
         Raises `ValueError` for what cannot be run: token ids outside the vocabulary, layers that do not exist, wrong shapes.
         """
         if return_type not in _RETURN_TYPES:
             raise ValueError(f"return_type must be one of {_RETURN_TYPES}, not {return_type!r}")
-        start = self._layer_bound("start_at_layer", start_at_layer, default=0)
-        stop = self._layer_bound("stop_at_layer", stop_at_layer, default=self.cfg.n_layers)
+        start = inputs.layer_bound("start_at_layer", start_at_layer, 0, self.cfg)
+        stop = inputs.layer_bound("stop_at_layer", stop_at_layer, self.cfg.n_layers, self.cfg)
         if start > stop:
             raise ValueError(f"start_at_layer={start_at_layer} is after stop_at_layer={stop_at_layer}: there is no block to run")
         if start_at_layer is None:
@@ -126,42 +136,61 @@ class Transformer(HookedModule):
             tokens, attention_mask = self.as_tokens(input, attention_mask)
             resid = self.hook_embed(self.embed(tokens))
         else:
-            resid = self._as_residual(input)
+            resid = inputs.as_residual(input, self.cfg)
+            attention_mask = inputs.as_mask(attention_mask, len(resid), resid.shape[1], self.cfg)
             if tokens is not None:
-                tokens, _ = self.as_tokens(tokens)
                 if tokens.shape != resid.shape[:2]:
                     raise ValueError(f"tokens has shape {list(tokens.shape)}; the residual stream is of {list(resid.shape[:2])}")
-            attention_mask = self._as_mask(attention_mask, *resid.shape[:2])
+                tokens, _ = self.as_tokens(tokens, attention_mask)
         batch, pos = resid.shape[:2]
-        before = 0 if past_kv_cache is None else past_kv_cache.length
+        before, cache = 0, None
         if past_kv_cache is not None:
+            before, cache = past_kv_cache.length, past_kv_cache.draft()
+            inputs.check_continues(past_kv_cache, batch, pos, range(start, stop), self.cfg)
             new = torch.ones(batch, pos, dtype=torch.bool, device=resid.device) if attention_mask is None else attention_mask
-            attention_mask = past_kv_cache.extend_mask(new)
-        positions, visible = self._positions(batch, pos, before, attention_mask)
+            attention_mask = cache.extend_mask(new)
+        self._note_length(before + pos)
+        positions, visible, visible_near = self._positions(batch, pos, before, attention_mask)
         rotate = rotation(positions, self.cfg)
         if expert_mask is not None:
-            if not isinstance(expert_mask, ExpertMask):
-                raise TypeError(
-                    f"expert_mask must be an ExpertMask, as ExpertMask({{layer: keep}}), not {type(expert_mask).__name__}"
-                )
-            expert_mask.check_layers(self.cfg)
+            inputs.check_expert_mask(expert_mask, self.cfg)
         width = (past_kv_cache and past_kv_cache.width) or before + pos
 
         for layer in range(start, stop):
             shape = batch, width, self.cfg.experts_in(layer)
             mask = expert_mask and expert_mask.for_layer(layer, shape, resid.device, slice(before, before + pos))
-            past = None if past_kv_cache is None else past_kv_cache.layers[layer]
-            resid = self.blocks[layer](resid, rotate, visible, mask, past)
+            past = None if cache is None else cache.layers[layer]
+            seen = visible if self.cfg.window_of(layer) is None else visible_near
+            resid = self.blocks[layer](resid, rotate, seen, mask, past)
 
-        if stop_at_layer is not None:
-            return resid
+        if stop_at_layer is None:
+            real = None if attention_mask is None else attention_mask[:, before:]
+            output = self._read_out(resid, return_type, tokens, real, loss_per_token)
+        else:
+            output = resid
+        if past_kv_cache is not None and cache is not None:
+            past_kv_cache.adopt(cache)  # now that nothing can fail any more
+        return output
+
+    def _read_out(self, resid: Tensor, return_type: Any, tokens: Tensor | None, real: Tensor | None, per_token: bool) -> Any:
+        """What `forward` returns of the last residual stream."""
         logits = self.logits(resid)
         if return_type == "logits" or return_type is None:
             return logits if return_type else None
         if tokens is None:
             raise ValueError("a loss from a residual stream needs the tokens too: pass tokens=[batch, pos]")
-        loss = loss_of(logits, tokens, None if attention_mask is None else attention_mask[:, before:], loss_per_token)
+        loss = loss_of(logits, tokens, real, per_token)
         return LogitsAndLoss(logits, loss) if return_type == "both" else loss
+
+    def _note_length(self, length: int) -> None:
+        """Warn, once for each model, of a context longer than those that it was trained for."""
+        if length > self.cfg.n_ctx and not self._noted_length:
+            self._noted_length = True
+            warnings.warn(
+                f"a context of {length} tokens exceeds the {self.cfg.n_ctx} that {self.cfg.model_name} was trained for "
+                "(cfg.n_ctx): its predictions may be poor from there on. Noted once",
+                stacklevel=5,
+            )
 
     @without_autocast()
     def logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
@@ -170,62 +199,35 @@ class Transformer(HookedModule):
 
     def _positions(
         self, batch: int, pos: int, before: int, attention_mask: Tensor | None
-    ) -> tuple[Int[Tensor, "#batch pos"], Bool[Tensor, "batch 1 query key"] | None]:
-        """The position of every token, counted from the first real one, and the keys that every query may see.
+    ) -> tuple[Int[Tensor, "#batch pos"], Visible, Visible]:
+        """The position of every token, counted from the first real one, and the keys that every query may see: in layers without
+        a window, and in those with one.
 
-        `attention_mask` is of all tokens: `before` earlier ones and `pos` new ones. None for the keys means all up to its own.
+        `attention_mask` is of all tokens: `before` earlier ones and `pos` new ones. None for the keys means all up to its own, in
+        the window if there is one.
         """
         everything = attention_mask is None or bool(attention_mask.all())
         if everything and not before:
-            return torch.arange(pos, device=self.cfg.device)[None], None
+            return torch.arange(pos, device=self.cfg.device)[None], None, None
         length = before + pos
         keys = torch.arange(length, device=self.cfg.device)
         queries = keys[before:, None]
         if everything or attention_mask is None:
-            return queries.T, (keys <= queries).expand(batch, 1, pos, length)
-        own = keys == queries  # padding sees itself, so that no row is empty
-        visible = ((keys <= queries) & attention_mask[:, None, None, :]) | own
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, before:], visible
+            positions, visible = keys[None], (keys <= queries).expand(batch, 1, pos, length)
+        else:
+            own = keys == queries  # padding sees itself, so that no row is empty
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            visible = ((keys <= queries) & attention_mask[:, None, None, :]) | own
+        new, near = positions[:, before:], visible
+        if self.cfg.sliding_window is not None:  # counted in real tokens, as positions are
+            near = visible & (new[:, None, :, None] - positions[:, None, None, :] < self.cfg.sliding_window)
+        return new, visible, near
 
-    def _as_mask(self, attention_mask: Any, batch: int, pos: int) -> Bool[Tensor, "batch pos"] | None:
-        if attention_mask is None:
-            return None
-        mask = torch.as_tensor(attention_mask, device=self.cfg.device)
-        if mask.shape != (batch, pos):
-            raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected {[batch, pos]}")
-        return mask.bool()
-
-    def _layer_bound(self, name: str, layer: int | None, default: int) -> int:
-        if layer is None:
-            return default
-        bound = layer + self.cfg.n_layers if layer < 0 else layer
-        if not 0 <= bound <= self.cfg.n_layers:
-            raise ValueError(f"{name}={layer} is out of range: the model has layers 0 to {self.cfg.n_layers - 1}")
-        return bound
-
-    def as_tokens(self, input: Any, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def as_tokens(
+        self, input: Any, attention_mask: Any = None
+    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None]:
         """Token ids and attention mask of what `forward` accepts; `ValueError` says what is wrong with anything else."""
-        if isinstance(input, str) or (isinstance(input, list) and all(isinstance(text, str) for text in input)):
-            if attention_mask is not None:
-                raise ValueError("attention_mask goes with tokens; texts are padded and masked by the model itself")
-            return self.require_tokenizer().pad([input] if isinstance(input, str) else input, self.cfg.device)
-        if not isinstance(input, Tensor) or input.dim() != 2 or input.is_floating_point() or input.dtype == torch.bool:
-            got = f"{input.dtype} {list(input.shape)}" if isinstance(input, Tensor) else type(input).__name__
-            raise ValueError(f"expected token ids as an integer tensor [batch, pos], or text, not {got}")
-        if input.shape[1] == 0 or input.shape[0] == 0:
-            raise ValueError(f"no tokens: the input has shape {list(input.shape)}")
-        low, high = int(input.min()), int(input.max())
-        if low < 0 or high >= self.cfg.d_vocab:
-            raise ValueError(
-                f"token id {low if low < 0 else high} is out of range: {self.cfg.model_name} has ids 0 to {self.cfg.d_vocab - 1}"
-            )
-        return input.to(self.cfg.device, torch.long), self._as_mask(attention_mask, *input.shape)
-
-    def _as_residual(self, input: Any) -> Tensor:
-        if not isinstance(input, Tensor) or input.dim() != 3 or input.shape[-1] != self.cfg.d_model:
-            got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
-            raise ValueError(f"start_at_layer takes a residual stream [batch, pos, d_model={self.cfg.d_model}], not {got}")
-        return input.to(self.cfg.device, self.cfg.dtype)
+        return inputs.as_tokens(input, attention_mask, self.cfg, self.tokenizer)
 
     @property
     def streams(self) -> bool:
@@ -247,6 +249,4 @@ class Transformer(HookedModule):
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; `ValueError` if there is none."""
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: pass token ids, or set model.tokenizer = Tokenizer.from_file(...)")
-        return self.tokenizer
+        return inputs.require_tokenizer(self.tokenizer)

@@ -20,7 +20,7 @@ jaxtyping.config.update("jaxtyping_disable", False)  # whatever JAXTYPING_DISABL
 jaxtyping.install_import_hook(["hooked_moe", "weights_conversion"], "beartype.beartype")
 
 from hooked_moe import HookedMoE, HookedMoEConfig  # noqa: E402
-from hooked_moe.config import YarnScaling  # noqa: E402
+from hooked_moe.config import ClampedSwiGLU, YarnScaling  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -105,6 +105,35 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "d_shared": 20,
         "dense_layers": (0,),
         "d_mlp": 24,
+    },
+    "glm": {
+        "n_key_value_heads": 2,
+        "d_head": 8,
+        "d_rotary": 4,
+        "windowed_layers": (1,),
+        "sliding_window": 2,
+        "router_score": "sigmoid",
+        "selection_bias": True,
+        "group_score": "top2",
+        "n_expert_groups": 3,
+        "groups_per_token": 2,
+        "norm_topk_prob": True,
+        "d_shared": 20,
+        "dense_layers": (0,),
+        "d_mlp": 24,
+    },
+    "gpt-oss": {
+        "n_key_value_heads": 2,
+        "d_head": 8,
+        "qkv_bias": True,
+        "output_bias": True,
+        "attention_sink": True,
+        "windowed_layers": (0,),
+        "sliding_window": 4,
+        "router_bias": True,
+        "norm_topk_prob": True,
+        "expert_bias": True,
+        "clamped_swiglu": ClampedSwiGLU(limit=0.4, alpha=1.702),
     },
 }
 """What the families differ by, at sizes that shapes tell apart; together they have every row of the hook table."""

@@ -47,6 +47,17 @@ def test_every_room_is_on_the_map() -> None:
     assert [path.name for path in sorted(rooms | modules) if f"`{path.relative_to(ROOT)}" not in text] == []
 
 
+def test_code_on_the_page_for_those_who_come_from_transformer_lens_runs() -> None:
+    for library in ("transformer_lens", "transformers"):
+        pytest.importorskip(library)
+    page = ROOT / "docs" / "from_transformer_lens.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 5
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+
+
 def test_python_files_named_in_documents_exist() -> None:
     rooms = "hooked_moe|weights_conversion|experiments|benchmarks|tests|docs"
     named = re.compile(rf"(?<![\w/.])((?:{rooms})/[\w/.-]+\.(?:py|md|cu|h))\b")

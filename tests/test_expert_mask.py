@@ -337,6 +337,18 @@ def test_entries_can_come_from_arrays(ours: HookedMoE, batch: Tensor) -> None:
         assert torch.equal(ours(batch, expert_mask=ExpertMask.ablate([tuple(entry)])), expected)
 
 
+@torch.no_grad()
+def test_a_mapping_removes_experts_everywhere(ours: HookedMoE, batch: Tensor) -> None:
+    experts = {0: [1, 3], 2: (4,)}
+    entries = [(layer, None, None, expert) for layer, several in experts.items() for expert in several]
+    expected = ours(batch, expert_mask=ExpertMask.ablate(entries))
+    assert not torch.equal(expected, ours(batch))
+    for given in (experts, {0: np.array([1, 3]), 2: torch.tensor([4])}, {np.int64(0): {1, 3}, 2: iter([4]), 1: []}):
+        assert torch.equal(ours(batch, expert_mask=ExpertMask.ablate(given)), expected)
+    with pytest.raises(ValueError, match=r"expert 10 in \(2, None, None, 10\) is out of range"):
+        ours(batch, expert_mask=ExpertMask.ablate({2: [10]}))
+
+
 def test_a_mask_knows_the_layers_it_touches(ours: HookedMoE, batch: Tensor) -> None:
     mask = ExpertMask.ablate([(2, 0, 0, 0), (0, 0, 0, 0), (2, 1, 1, 1)])
     assert mask.layers == [0, 2]
@@ -371,6 +383,18 @@ REFUSALS: dict[str, tuple[Build, type[Exception], str]] = {
     "negative": (lambda: ExpertMask.ablate([(0, 0, -1, 0)]), ValueError, r"must be whole numbers from 0 .*not \(0, 0, -1, 0\)"),
     "fractions": (lambda: ExpertMask.ablate([(0, 0, 1.5, 0)]), ValueError, r"must be whole numbers from 0"),
     "no expert": (lambda: ExpertMask.ablate([(0, 0, 0, None)]), ValueError, r"must be whole numbers from 0"),
+    "one expert": (
+        lambda: ExpertMask.ablate({1: 3}),
+        TypeError,
+        r"experts of layer 1 must be a list, as in \{1: \[5, 17\]\}, not 3",
+    ),
+    "half an expert": (
+        lambda: ExpertMask.ablate({1: [0.5]}),
+        TypeError,
+        r"experts of layer 1 must be whole numbers, not \[0.5\]",
+    ),
+    "a mask of experts": (lambda: ExpertMask.ablate({1: torch.tensor([True])}), TypeError, r"must be whole numbers"),
+    "half a layer": (lambda: ExpertMask.ablate({0.5: [1]}), ValueError, r"must be whole numbers from 0"),
     "three numbers": (lambda: ExpertMask.ablate([(0, 0, 1)]), ValueError, r"must be whole numbers from 0 .*not \(0, 0, 1\)"),
 }
 

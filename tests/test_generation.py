@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -204,3 +205,77 @@ def test_what_cannot_be_generated_is_refused_by_name(refusal: str, own: HookedMo
     run, message = REFUSALS[refusal]
     with pytest.raises(ValueError, match=message):
         run(own, prompt)
+
+
+# End tokens, from files and from users
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_any_of_several_end_tokens_ends_a_row(model: HookedMoE, tokens: Tensor) -> None:
+    """They are those of generation_config.json if it names some, or else of config.json; one that cannot occur ends nothing."""
+    free = model.generate(tokens, 6, do_sample=False, stop_at_eos=False, verbose=False)[0, tokens.shape[1] :].tolist()
+    end = next(token for token in free[1:] if token != free[0])
+    expected = free[: free.index(end) + 1]
+    others = [token for token in range(61) if token not in free][:2]
+    cfg = model.cfg
+
+    def generated(**options: Any) -> list[int]:
+        return model.generate(tokens[:1], 6, do_sample=False, verbose=False, **options)[0, tokens.shape[1] :].tolist()
+
+    try:
+        for ends in (end, (others[0], end), (end, others[0]), (*others, end), (-1, end), (end, 61), (10**9, end, -1)):
+            model.cfg = cfg.replace(eos_token_id=ends)
+            assert generated() == expected
+            model.cfg = cfg.replace(eos_token_id=others[0])
+            model.generation_config = {"eos_token_id": list(ends) if isinstance(ends, tuple) else ends}
+            assert generated() == expected
+            model.generation_config = {"temperature": 0.6}
+            assert generated() == free
+        for given in (torch.tensor([others[0], end]), np.array([end]), (token for token in (others[0], end)), torch.tensor(end)):
+            assert generated(eos_token_id=given) == expected
+        model.cfg = cfg.replace(eos_token_id=(-1, 61))
+        with pytest.raises(ValueError, match="this model names no end-of-text token"):
+            generated()
+    finally:
+        model.cfg, model.generation_config = cfg, {}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", [[], 61, -1, [3, 61], 2.0, [2.5], True, "3", torch.tensor([1.0])], ids=repr)
+def test_end_tokens_that_a_user_gives_must_be_token_ids(wrong: Any, model: HookedMoE, tokens: Tensor) -> None:
+    with pytest.raises(ValueError, match="eos_token_id must be"):
+        model.generate(tokens, 2, eos_token_id=wrong)
+
+
+def test_rows_that_have_ended_are_filled_with_an_end_token_of_the_vocabulary(model: HookedMoE, tokens: Tensor) -> None:
+    free = model.generate(tokens, 4, do_sample=False, stop_at_eos=False, verbose=False)[:, tokens.shape[1] :]
+    first, other = free[0, 0].item(), next(token for token in range(61) if not (free == token).any())
+    if first in free[1].tolist():
+        pytest.skip("the rows of this model do not end apart")
+    cfg = model.cfg
+    try:
+        model.cfg = cfg.replace(eos_token_id=(-1, first, other))
+        ended = model.generate(tokens, 4, do_sample=False, verbose=False)[:, tokens.shape[1] :]
+    finally:
+        model.cfg = cfg
+    assert ended[0].tolist() == [first] * 4
+    assert torch.equal(ended[1], free[1])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, not 2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number, not True"),
+        ({"top_k": 1.5}, "top_k must be a whole number, not 1.5"),
+        ({"temperature": float("nan")}, "temperature must be 0 .greedy. or more, not nan"),
+        ({"top_p": float("nan")}, "top_p must be above 0"),
+    ],
+    ids=repr,
+)
+def test_numbers_of_generation_are_checked(options: dict[str, Any], message: str, model: HookedMoE, tokens: Tensor) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate(tokens, **({"stop_at_eos": False} | options))
+    again = model.generate(tokens, torch.tensor(2), top_k=np.int64(1), stop_at_eos=False, verbose=False)
+    assert torch.equal(again, model.generate(tokens, 2, do_sample=False, stop_at_eos=False, verbose=False))

@@ -9,12 +9,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted(p for folder in ("hooked_moe", "weights_conversion") for p in (ROOT / folder).rglob("*.py"))
-FAMILIES = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2")
+FAMILIES = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "gpt_oss")
+READERS = ("caching.py", "logit_lens.py", "residual_stack.py", "terms.py")
+"""What is kept of activations and made of them afterwards: no logit depends on these files of `hooks`."""
 CORE = [
     ROOT / "hooked_moe/config.py",
     ROOT / "hooked_moe/transformer.py",
     *sorted((ROOT / "hooked_moe/components").glob("*.py")),
-    *sorted((ROOT / "hooked_moe/hooks").glob("*.py")),
+    *sorted(path for path in (ROOT / "hooked_moe/hooks").glob("*.py") if path.name not in READERS),
+    ROOT / "weights_conversion/deepseek.py",
     *(ROOT / f"weights_conversion/{family}.py" for family in FAMILIES),
 ]
 """What computes logits, and every place where they can be hooked."""
@@ -60,7 +63,14 @@ def f(
 
 def test_the_core_of_the_model_stays_small() -> None:
     counts = {str(path.relative_to(ROOT)): lines_of_code(path.read_text(encoding="utf-8")) for path in CORE}
-    assert sum(counts.values()) <= 1500, counts
+    # 1,500 for five families; 380 for four more, with sinks, windows and sigmoid routers; 150 for TransformerLens's names and
+    # options, and for checks of what files say.
+    assert sum(counts.values()) <= 2030, counts
+
+
+def test_a_family_is_a_small_file() -> None:
+    lengths = {name: len((ROOT / f"weights_conversion/{name}.py").read_text(encoding="utf-8").splitlines()) for name in FAMILIES}
+    assert max(lengths.values()) <= 120, lengths
 
 
 STILL_LONGER = (

@@ -66,7 +66,7 @@ def test_router_losses_are_those_of_their_papers() -> None:
         balance += sum(5 * chosen.count(e) / len(chosen) * float(probability[e]) for e in range(5))
         z += float(logits.exp().sum(-1).log().square().mean())
     expected = RECIPE.load_balancing * balance + RECIPE.router_z * z
-    assert losses.total(RECIPE).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.total(RECIPE.load_balancing, RECIPE.router_z).item() == pytest.approx(expected, rel=1e-5)
     assert losses.counts.sum(-1).tolist() == [36.0, 36.0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from hooked_moe.config import HookedMoEConfig
@@ -60,17 +61,21 @@ def read_all(
     eps: float,
     rotary_base: float,
     n_key_value_heads: int | None = None,
-    sliding_window_switch: bool = True,
+    windows: bool = False,
     split_temperature: bool = False,
+    rotated_part: float | None = None,
 ) -> dict[str, Any]:
     """What every family states under the same keys. The arguments are the family's defaults; sizes must be stated.
 
-    Raises `CheckpointError` for options that no family here has. For the two switches see `HFConfig`.
+    `windows` says whether the family may have sliding windows; for `split_temperature` and `rotated_part` see `HFConfig.rotary`.
+    Raises `CheckpointError` for options that no family here has.
     """
-    hf.refuse_unsupported(sliding_window_switch)
+    hf.refuse_unsupported()
+    if not windows:
+        hf.refuse_windows()
     n_heads = hf.integer("num_attention_heads")
-    return hf.rotary(rotary_base, split_temperature) | {
-        "n_layers": hf.integer("num_hidden_layers"),
+    return hf.rotary(rotary_base, split_temperature, rotated_part) | {
+        "n_layers": hf.layers(),
         "d_model": hf.integer("hidden_size"),
         "d_vocab": hf.integer("vocab_size"),
         "n_ctx": hf.integer("max_position_embeddings", default=n_ctx),
@@ -80,9 +85,9 @@ def read_all(
         "eps": hf.number("rms_norm_eps", default=eps),
         "tie_word_embeddings": hf.boolean("tie_word_embeddings", default=False),
         "initializer_range": hf.number("initializer_range", default=0.02),
-        "bos_token_id": hf.token_id("bos_token_id"),
-        "eos_token_id": hf.token_id("eos_token_id"),
-        "pad_token_id": hf.token_id("pad_token_id"),
+        "bos_token_id": hf.integer("bos_token_id", default=None),
+        "eos_token_id": hf.end_tokens("eos_token_id"),
+        "pad_token_id": hf.integer("pad_token_id", default=None),
     }
 
 
@@ -107,7 +112,7 @@ def write_all(cfg: HookedMoEConfig, architecture: str) -> dict[str, object]:
         "output_router_logits": False,
         "tie_word_embeddings": cfg.tie_word_embeddings,
         "bos_token_id": cfg.bos_token_id,
-        "eos_token_id": cfg.eos_token_id,
+        "eos_token_id": list(cfg.end_tokens) if len(cfg.end_tokens) > 1 else next(iter(cfg.end_tokens), None),
         "pad_token_id": cfg.pad_token_id,
         "use_cache": True,
         "dtype": dtype,
@@ -126,8 +131,8 @@ def head_width(hf: HFConfig) -> int:
 
 def read_qwen(hf: HFConfig) -> dict[str, Any]:
     """What Qwen's configs state alike: the experts, and which layers are dense."""
-    n_layers, step = hf.integer("num_hidden_layers"), hf.integer("decoder_sparse_step", default=1)
-    only: list[int] = hf.integers("mlp_only_layers", default=[])
+    n_layers, step = hf.layers(), hf.integer("decoder_sparse_step", default=1)
+    only = set(hf.integers("mlp_only_layers", default=[]))
     if step < 1:
         raise hf.error(f"decoder_sparse_step must be at least 1, not {step}")
     dense = tuple(layer for layer in range(n_layers) if layer in only or (layer + 1) % step)
@@ -151,6 +156,26 @@ def write_qwen(cfg: HookedMoEConfig) -> dict[str, object]:
         "mlp_only_layers": list(cfg.dense_layers),
         "decoder_sparse_step": 1,
         "intermediate_size": cfg.d_mlp or cfg.d_shared or cfg.d_expert,  # not read without dense layers
-        "use_sliding_window": False,
-        "sliding_window": None,
     }
+
+
+def windowed(layers: Iterable[int], window: int | None) -> dict[str, Any]:
+    """The layers that have a window, and its width."""
+    chosen = tuple(layers) if window else ()
+    return {"windowed_layers": chosen, "sliding_window": window if chosen else None}
+
+
+def layer_types(cfg: HookedMoEConfig) -> list[str]:
+    """`layer_types` in config.json."""
+    return ["full_attention" if cfg.window_of(layer) is None else "sliding_attention" for layer in range(cfg.n_layers)]
+
+
+def layers_of_type(hf: HFConfig, kind: str, key: str = "layer_types") -> list[int] | None:
+    """The layers that the config says are of this kind; None where it does not say."""
+    kinds = hf.values.get(key)
+    if kinds is None:
+        return None
+    n_layers = hf.integer("num_hidden_layers")
+    if not isinstance(kinds, list) or len(kinds) != n_layers:
+        raise hf.error(f"{key} must be a list of {n_layers} kinds, one a layer, not {kinds!r}")
+    return [layer for layer, found in enumerate(kinds) if found == kind]

@@ -26,6 +26,8 @@ class Conversion:
     checkpoint (biases, where a config has none), so one table serves all configs of a family."""
     alternatives: tuple[Weight, ...] = ()
     """Tensors that a checkpoint may have instead, each for all of one parameter: as transformers 5 can save them."""
+    aliases: tuple[str, ...] = ()
+    """Other model types whose checkpoints are of this family."""
 
     def from_hf(self, hf: HFConfig) -> HookedMoEConfig:
         """The config of a checkpoint; `CheckpointError` names the option that the model does not have."""

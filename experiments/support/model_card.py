@@ -21,6 +21,7 @@ from tqdm import tqdm
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.corpus import load_corpus
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.tables import write_text_atomic
 
 DISCOUNT = 0.75
 
@@ -204,8 +205,8 @@ def main() -> None:
     evaluation = evaluate(model, np.load(args.corpus / "train.npy", allow_pickle=False))
     stored = json.loads((args.model / "config.json").read_text())
     model.cfg = model.cfg.replace(dtype=getattr(torch, stored["dtype"]), model_name=recipe["model"])
-    (args.model / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
-    (args.model / "README.md").write_text(card(model, evaluation, recipe, train))
+    write_text_atomic(json.dumps(evaluation, indent=1) + "\n", args.model / "evaluation.json")
+    write_text_atomic(card(model, evaluation, recipe, train), args.model / "README.md")
     print(json.dumps(evaluation["loss_nats"], indent=1))
 
 

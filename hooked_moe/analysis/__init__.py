@@ -2,6 +2,6 @@
 
 from hooked_moe.analysis.criteria import criterion
 from hooked_moe.analysis.pruning import PruningForecast, choose_experts, predict_pruning
-from hooked_moe.analysis.run import analyse_run
+from hooked_moe.analysis.run import analyse_run, analysis_fault
 
-__all__ = ["PruningForecast", "analyse_run", "choose_experts", "criterion", "predict_pruning"]
+__all__ = ["PruningForecast", "analyse_run", "analysis_fault", "choose_experts", "criterion", "predict_pruning"]

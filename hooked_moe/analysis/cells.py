@@ -15,7 +15,7 @@ difference over single positions, is.
 Rankings depend on the whole corpus, so the table is read twice: a survey of it first, then the positions under each ranking.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +28,7 @@ from hooked_moe.analysis.accumulators.survey import Survey
 from hooked_moe.analysis.cell import EQUIVALENCE_BOUND, Cell, cells_from_table, cells_table, refused_cell
 from hooked_moe.analysis.cell_tests import document_cell, sample_cell, with_corrections, with_sign_flips, with_spearman
 from hooked_moe.analysis.rankings import TOKEN_LADDER, Scores, corrected_together, rankings
+from hooked_moe.checks import whole_numbers
 from hooked_moe.tables.effect_grid import EFFECT_VALUES, EffectGrid
 
 __all__ = [
@@ -85,12 +86,13 @@ class CellAudit:
         """The sampled (document, position) pairs, in the order drawn."""
         return pa.table({"document": self._drawn[:, 0].astype(np.int32), "position": self._drawn[:, 1].astype(np.int32)})
 
-    def cells(self, populations: Sequence[str] = POPULATIONS, alpha: float = 0.05) -> list[Cell]:
+    def cells(self, populations: Iterable[str] = POPULATIONS, alpha: float = 0.05) -> list[Cell]:
         """Every ranking in every layer, ordered by population, ranking, layer.
 
         A cell whose statistics are undefined (a constant or unmeasured criterion, too few documents) has outcome "refused" and
         a note, and still counts in the family of tests. Raises ValueError for a population that there is not.
         """
+        populations = tuple(populations)
         unknown = [name for name in populations if name not in POPULATIONS]
         if unknown:
             raise ValueError(f"unknown population {unknown[0]!r}; there are {', '.join(POPULATIONS)}")
@@ -118,12 +120,13 @@ class CellAudit:
         return replace(cell, note=why) if why else cell
 
 
-def chosen_layers(chunk: EffectGrid, layers: Sequence[int] | None) -> tuple[int, ...]:
+def chosen_layers(chunk: EffectGrid, layers: Iterable[int] | None) -> tuple[int, ...]:
     """The layers asked for, in order; all of the table's by default."""
     if layers is None:
         return chunk.layers
-    if len(set(layers)) != len(layers) or not layers:
-        raise ValueError(f"layers must be distinct and at least one, got {list(layers)}")
-    for layer in layers:
+    chosen = whole_numbers(layers, "layers")
+    if len(set(chosen)) != len(chosen) or not chosen:
+        raise ValueError(f"layers must be distinct and at least one, got {chosen}")
+    for layer in chosen:
         chunk.layer_axis(layer)
-    return tuple(sorted(layers))
+    return tuple(sorted(chosen))

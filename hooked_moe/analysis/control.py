@@ -5,19 +5,18 @@ Per layer, Spearman over positions of (highest weight / lowest weight) and (loss
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
+from hooked_moe.checks import pairs_of_numbers
 from hooked_moe.tables.effect_grid import effect_chunks
 
 
-def weight_ratio_correlations(
-    effects: Path, positions: Collection[tuple[int, int]] | None = None
-) -> dict[int, tuple[float, int]]:
+def weight_ratio_correlations(effects: Path, positions: Iterable[tuple[int, int]] | None = None) -> dict[int, tuple[float, int]]:
     """Layer -> (rho, positions behind it), from effects.parquet; `positions` are (document, position), None means all measured.
 
     Keeps two numbers a position and layer. Raises `ValueError` where fewer than three of the positions were measured.
@@ -25,7 +24,7 @@ def weight_ratio_correlations(
     ratios: list[Float[np.ndarray, "position layer"]] = []
     contrasts: list[Float[np.ndarray, "position layer"]] = []
     layers: tuple[int, ...] = ()
-    wanted = None if positions is None else set(positions)
+    wanted = None if positions is None else set(pairs_of_numbers(positions, "positions", "(document, position)"))
     for chunk in effect_chunks(effects, ("expert", "delta_loss", "routing_weight")):
         grid = chunk.measured()
         if wanted is not None:

@@ -13,7 +13,7 @@ A mask must not be judged by the documents that it was chosen by: the experts th
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ import pyarrow as pa
 from jaxtyping import Float
 
 from hooked_moe.analysis.summed_effects import SummedEffects
+from hooked_moe.checks import by_number, whole_number, whole_numbers
 from hooked_moe.statistics import ratio_bootstrap
 from hooked_moe.tables import read_csv
 
@@ -57,7 +58,7 @@ BLIND = ("criterion", "random")
 
 def predict_pruning(
     run: str | os.PathLike[str] | pa.Table,
-    experts: Mapping[int, Sequence[int]],
+    experts: Mapping[int, Iterable[int]],
     effect: Effect = "kl",
     *,
     half: Half | None = None,
@@ -70,7 +71,7 @@ def predict_pruning(
     """
     sums = SummedEffects.read(run, effect, half)
     chosen = np.zeros(sums.total.shape[1:], bool)
-    for layer, removed in experts.items():
+    for layer, removed in by_number(experts, "layer").items():
         chosen[sums.axis(layer), sums.checked(layer, removed)] = True
     if not chosen.any():
         raise ValueError("no expert is named; give {layer: experts}")
@@ -91,7 +92,7 @@ def choose_experts(
     per: Per = "layer",
     effect: Effect = "kl",
     half: Half | None = "even",
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     keep: int | None = None,
 ) -> dict[int, list[int]]:
     """The experts whose removal costs least by an audit, `share` of each layer's (or of the whole model's): {layer: experts}.
@@ -111,9 +112,10 @@ def choose_experts(
     if not 0 < share < 1:
         raise ValueError(f"share is the part of the experts to remove, between 0 and 1, got {share}")
     sums = SummedEffects.read(run, effect, half)
-    axes = range(len(sums.layers)) if layers is None else [sums.axis(layer) for layer in layers]
+    kept = sums.n_active if keep is None else whole_number(keep, "keep")
+    axes = range(len(sums.layers)) if layers is None else [sums.axis(layer) for layer in whole_numbers(layers, "layers")]
     costs = np.stack([sums.cost(axis) for axis in axes])
-    return lowest_experts([sums.layers[axis] for axis in axes], costs, share, per, sums.n_active if keep is None else keep)
+    return lowest_experts([sums.layers[axis] for axis in axes], costs, share, per, kept)
 
 
 def lowest_experts(

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from hooked_moe.analysis.accumulators.expert_statistics import ExpertAccumulator
@@ -24,7 +23,7 @@ from hooked_moe.analysis.orders import oriented
 from hooked_moe.analysis.pruning import Effect, Half, Per, choose_experts, lowest_experts
 from hooked_moe.analysis.rankings import criterion_values
 from hooked_moe.analysis.summed_effects import SUMS_FILE, SummedEffects, in_half
-from hooked_moe.tables import required_file
+from hooked_moe.tables import read_parquet, required_file
 from hooked_moe.tables.effect_grid import effect_chunks
 
 ORACLES = ("mean_effect", "sum_effect", "first_order")
@@ -67,7 +66,7 @@ class PruningOrders:
     def __init__(self, run: Path, n_experts: int, half: Half | None) -> None:
         """`half` None takes all documents. Raises FileNotFoundError for a run that was not analysed."""
         self.half = half
-        self.sums = pq.read_table(required_file(run, SUMS_FILE, "analysing the run writes it"), use_threads=False)
+        self.sums = read_parquet(required_file(run, SUMS_FILE, "analysing the run writes it"))
         effects = SummedEffects.read(self.sums, "delta_loss", half)
         self.layers, self.n_active = effects.layers, effects.n_active
         self.effect: Effect = "kl" if "sum_kl" in self.sums.column_names else "delta_loss"
@@ -145,5 +144,5 @@ def _statistics(run: Path, n_experts: int, half: Half | None) -> tuple[pa.Table,
 
 
 def _rows_of(path: Path, half: Half | None) -> pa.Table:
-    table = pq.read_table(path, use_threads=False)
+    table = read_parquet(path)
     return table.filter(pa.array(in_half(table["document"].to_numpy(), half)))

@@ -12,13 +12,13 @@ from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from hooked_moe.analysis.accumulators.effect_sums import ExpertEffectSums
 from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.analysis.oracle import fold_of, oracle_scores
 from hooked_moe.analysis.orders import oriented
+from hooked_moe.tables import read_parquet
 from hooked_moe.tables.effect_grid import EffectGrid, TableOrPath
 
 Family = Literal["paper", "extended", "token", "oracle"]
@@ -105,7 +105,7 @@ def is_measured(criterion: str, values: Float[np.ndarray, " expert"]) -> bool:
 
 def criterion_values(criteria: TableOrPath) -> dict[str, dict[int, Float[np.ndarray, " expert"]]]:
     """Criterion name -> layer -> value per expert. Raises ValueError for absent columns and absent or repeated experts."""
-    table = criteria if isinstance(criteria, pa.Table) else pq.read_table(criteria, use_threads=False)
+    table = criteria if isinstance(criteria, pa.Table) else read_parquet(criteria)
     missing = [name for name in ("layer", "expert", *CRITERIA) if name not in table.column_names]
     if missing:
         raise ValueError(f"not a table of criteria: column {', '.join(missing)} missing; it has {table.column_names}")

@@ -9,7 +9,7 @@
     effects_sequence.parquet   -> scopes.csv, and the cells of the sequence scope
     documents.parquet          -> domains.csv
     progressive.parquet        -> progressive.csv
-    all of these               -> analysis.json, which says what was not measured, and why
+    all of these               -> analysis.json: of what the derived files were made, what was not measured, and why
 
 Here is which file comes from which; the numbers are those of the modules imported. Rankings depend on the whole corpus, so the
 effect tables are streamed twice: `_FirstPass`, then all that needs the criteria or the number of positions. What
@@ -17,11 +17,11 @@ is kept grows with layers, experts and documents, not with tokens.
 """
 
 import itertools
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -37,7 +37,16 @@ from hooked_moe.analysis.redistribution import RedistributionAccumulator, layer_
 from hooked_moe.analysis.saving_table import saving_table
 from hooked_moe.analysis.savings import SavingAudit
 from hooked_moe.analysis.summaries import DomainSummary, LayerSummary, ScopeSummary, SlotSummary
-from hooked_moe.tables import required_file, write_csv_atomic, write_json_atomic, write_parquet_atomic
+from hooked_moe.checks import whole_numbers
+from hooked_moe.tables import (
+    MEASURED_TABLES,
+    FileRecord,
+    Ledger,
+    read_json,
+    required_file,
+    write_csv_atomic,
+    write_parquet_atomic,
+)
 from hooked_moe.tables.effect_grid import EffectGrid, effect_chunks
 
 _COLUMNS = (*AUDIT_COLUMNS, "kl", "rest_cosine", "rest_norm")
@@ -47,7 +56,7 @@ def analyse_run(
     run_dir: str | os.PathLike[str],
     *,
     n_experts: int,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     n_positions: int = 200,
     seed: int = 42,
 ) -> list[Cell]:
@@ -59,13 +68,37 @@ def analyse_run(
     Raises FileNotFoundError without effects.parquet, ValueError for unknown layers, for a sample larger than the corpus and for
     tables that are not of one measurement.
     """
-    run = Path(run_dir)
+    run, layers = Path(run_dir), None if layers is None else whole_numbers(layers, "layers")  # which may be an iterator
     required_file(run, "effects.parquet", "the measurement writes it")
     derived, cells, missing = _derive(run, n_experts, layers, n_positions, seed)
     for name, table in derived.items():
         (write_parquet_atomic if name.endswith(".parquet") else write_csv_atomic)(table, run / name)
-    write_json_atomic({"derived": sorted(derived), "not_measured": missing}, run / "analysis.json")
+    settings = _settings(run, n_experts, layers, n_positions, seed)
+    Ledger(run).record(_ANALYSIS, _INPUTS, derived, settings=settings, command="hooked-moe audit", not_measured=missing)
     return cells
+
+
+def analysis_fault(
+    run: Path,
+    *,
+    n_experts: int,
+    layers: Sequence[int] | None = None,
+    n_positions: int = 200,
+    seed: int = 42,
+    known: Mapping[str, FileRecord | None] | None = None,
+) -> str | None:
+    """Why the derived tables are not those that `analyse_run` would write now; None where they are. `known` is as in `Ledger`."""
+    return Ledger(run, known).fault(_ANALYSIS, _INPUTS, _settings(run, n_experts, layers, n_positions, seed))
+
+
+_ANALYSIS = "analysis"
+_INPUTS = tuple(f"{name}.parquet" for name in MEASURED_TABLES)
+
+
+def _settings(run: Path, n_experts: int, layers: Sequence[int] | None, n_positions: int, seed: int) -> dict[str, Any]:
+    """All that decides the derived tables beside the measured ones."""
+    options = {"n_experts": n_experts, "n_positions": n_positions, "seed": seed, "noise_floor": _noise_floor(run)}
+    return options | {"layers": None if layers is None else list(layers)}
 
 
 @dataclass(frozen=True)
@@ -92,7 +125,7 @@ def _chunks(run: Path) -> Iterator[_Chunk]:
 
 
 def _derive(
-    run: Path, n_experts: int, layers: Sequence[int] | None, n_positions: int, seed: int
+    run: Path, n_experts: int, layers: Iterable[int] | None, n_positions: int, seed: int
 ) -> tuple[dict[str, pa.Table], list[Cell], dict[str, str]]:
     """Every derived table by the name of its file, the cells, and what was not measured."""
     first = _FirstPass(run, n_experts, layers)
@@ -155,7 +188,7 @@ _EXPERT_COLUMNS = {
 class _FirstPass:
     """The criteria of every expert, and a survey of the measured positions in each scope."""
 
-    def __init__(self, run: Path, n_experts: int, layers: Sequence[int] | None) -> None:
+    def __init__(self, run: Path, n_experts: int, layers: Iterable[int] | None) -> None:
         experts: ExpertAccumulator | None = None
         for chunk in _chunks(run):
             if experts is None:
@@ -213,6 +246,6 @@ class _SecondPass:
 def _noise_floor(run: Path) -> float | None:
     """In nats, as the manifest records it; None where it does not."""
     path = run / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    value = (manifest.get("noise_floor") or {}).get("max_abs_nats")
+    floor = read_json(path).get("noise_floor") if path.is_file() else None
+    value = floor.get("max_abs_nats") if isinstance(floor, dict) else None
     return float(value) if isinstance(value, int | float) and value > 0 else None

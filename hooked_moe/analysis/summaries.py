@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from hooked_moe.analysis.accumulators.documents import Documents, sums_from
 from hooked_moe.analysis.accumulators.histogram import Histogram
 from hooked_moe.analysis.accumulators.rows import row_batches
 from hooked_moe.statistics import MINIMUM_PAIRS, DegenerateSample, cluster_bootstrap, clustered_dz_from_sums
+from hooked_moe.tables import read_parquet
 from hooked_moe.tables.effect_grid import EffectGrid
 
 LAYER_COLUMNS = {
@@ -169,7 +169,7 @@ class DomainSummary:
         """Raises ValueError where documents.parquet lacks a document of the effect table."""
         self.documents = documents
         self._tokens = run / "tokens.parquet"
-        rows = pq.read_table(run / "documents.parquet", columns=["document", "domain"], use_threads=False).to_pylist()
+        rows = read_parquet(run / "documents.parquet", ["document", "domain"]).to_pylist()
         self._domain = {row["document"]: row["domain"] for row in rows}
         unknown = sorted(set(documents.ids.tolist()) - set(self._domain))
         if unknown:

@@ -1,17 +1,17 @@
 """The sums of single-token effects by document, layer and expert, as arrays: what pruning is forecast and chosen by."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Int
 
+from hooked_moe.checks import whole_number, whole_numbers
 from hooked_moe.statistics import shrunk_means
-from hooked_moe.tables import required_file
+from hooked_moe.tables import read_parquet, required_file
 
 SUMS_FILE = "expert_effect_sums.parquet"
 
@@ -39,7 +39,7 @@ class SummedEffects:
         if isinstance(run, pa.Table):
             table = run
         else:
-            table = pq.read_table(required_file(Path(run), SUMS_FILE, "analysing the run writes it"), use_threads=False)
+            table = read_parquet(required_file(Path(run), SUMS_FILE, "analysing the run writes it"))
         column = f"sum_{effect}"
         if column not in table.column_names:
             raise ValueError(f"this run has not measured {effect!r}; it has {', '.join(_measured(table))}")
@@ -59,14 +59,15 @@ class SummedEffects:
         return cls(layers.tolist(), positions[kept], count[kept], total[kept], active)
 
     def axis(self, layer: int) -> int:
+        layer = whole_number(layer, "a layer")
         if layer not in self.layers:
             raise ValueError(f"layer {layer} was not measured; the run has {self.layers}")
         return self.layers.index(layer)
 
-    def checked(self, layer: int, experts: Sequence[int]) -> list[int]:
+    def checked(self, layer: int, experts: Iterable[int]) -> list[int]:
         """The experts. Raises ValueError for one that does not exist, or is named twice."""
-        removed = list(experts)
         n_experts = self.total.shape[2]
+        removed = whole_numbers(experts, f"the experts of layer {layer}", n_experts)
         wrong = [expert for expert in removed if not 0 <= expert < n_experts]
         if wrong or len(set(removed)) != len(removed):
             fault = f"expert {wrong[0]} outside 0..{n_experts - 1}" if wrong else "an expert twice"

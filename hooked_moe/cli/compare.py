@@ -20,14 +20,15 @@ from typing import Any
 
 from hooked_moe.cli.console import parser_of, run_command
 from hooked_moe.loading.registry import locate
-from hooked_moe.paper.comparison import EXPERIMENTS, ComparedValue, RunValues, compare, comparison_table, read_run
+from hooked_moe.measurement.run_directory import write_access
+from hooked_moe.paper.comparison import EXPERIMENTS, TABLES, ComparedValue, RunValues, compare, comparison_table, read_run
 from hooked_moe.paper.published import published_model
 from hooked_moe.paper.reread import POOLED, reread_table
 from hooked_moe.report import write_report
 from hooked_moe.report.figures.names import label
 from hooked_moe.report.number_text import p_value
 from hooked_moe.report.reread import reread_sentences
-from hooked_moe.tables import write_csv_atomic
+from hooked_moe.tables import write_csv_atomic, write_derived
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,10 +51,15 @@ def compare_published(args: argparse.Namespace) -> None:
         run = read_run(directory)
         compared = compare(run)
         print(heading(run))
+        for name, why in run.left_out.items():
+            print(f"  without {name}: {why}")
         if not compared:
             print(f"  the paper audited no model of type {run.model_type}")
             continue
-        write_csv_atomic(comparison_table(run, compared), directory / "published.csv")
+        with write_access(directory):
+            write_derived(
+                directory, "published", {"published.csv": comparison_table(run, compared)}, TABLES, "hooked-moe compare"
+            )
         for line in brief(compared) if args.brief else lines(compared):
             print(line)
     if args.reread:
@@ -70,10 +76,12 @@ def reread_released(directories: Sequence[Path], results: Path) -> None:
     """reread.csv under `results` and in every directory, whose report is written again, and the table on the console."""
     table = reread_table()
     results.mkdir(parents=True, exist_ok=True)
-    for directory in (results, *directories):
-        write_csv_atomic(table, directory / "reread.csv")
-        if (directory / "report.html").is_file():
-            write_report(directory)
+    write_csv_atomic(table, results / "reread.csv")
+    for directory in directories:
+        with write_access(directory):
+            write_derived(directory, "reread", {"reread.csv": table}, (), "hooked-moe compare --reread")
+            if (directory / "report.html").is_file():
+                write_report(directory)
     for line in reread_lines(table.to_pylist()):
         print(line)
     print(f"table: {results / 'reread.csv'}")

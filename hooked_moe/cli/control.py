@@ -30,7 +30,7 @@ from hooked_moe.cli.released_run import (
 )
 from hooked_moe.report.number_text import p_value
 from hooked_moe.report.outcome_words import PROTOCOL_WORDS
-from hooked_moe.tables import read_csv, write_csv_atomic
+from hooked_moe.tables import read_csv, write_derived
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,13 +47,14 @@ def control(args: argparse.Namespace) -> Path:
     with open_run(args) as run:
         run.require("position", parse_sample(args.positions, run.tokenized.valid_positions()), memory_budget=args.memory)
         analyse(run)
-    cells = cells_from_table(read_csv(run.directory / "cells.csv", cells_table([]).schema))
-    positions = read_csv(run.directory / "positions.csv")
-    sample = list(zip(positions["document"].to_pylist(), positions["position"].to_pylist(), strict=True))
-    effects = run.directory / "effects.parquet"
-    rho = {"sample": weight_ratio_correlations(effects, sample), "all": weight_ratio_correlations(effects)}
-    table = control_table(cells, rho)
-    write_csv_atomic(table, run.directory / "control.csv")
+        cells = cells_from_table(read_csv(run.directory / "cells.csv", cells_table([]).schema))
+        positions = read_csv(run.directory / "positions.csv")
+        sample = list(zip(positions["document"].to_pylist(), positions["position"].to_pylist(), strict=True))
+        effects = run.directory / "effects.parquet"
+        rho = {"sample": weight_ratio_correlations(effects, sample), "all": weight_ratio_correlations(effects)}
+        table = control_table(cells, rho)
+        inputs = ("cells.csv", "positions.csv", "effects.parquet")
+        write_derived(run.directory, "control", {"control.csv": table}, inputs, "hooked-moe control")
     print_control(table)
     return run.directory
 

@@ -19,6 +19,8 @@ COMMANDS = {
     "progressive": "remove one, two, ... all active experts at one token, in three orders",
     "redistribution": "compare each expert's contribution with the rest of the routed sum",
     "prune": "remove experts for good by every ranking, and compare the cost with what the effect table predicted",
+    "trace": "find the experts that carry facts: corrupt a prompt's subject, and restore one expert at a time",
+    "study": "compare models of one architecture: grafts between trainings, checkpoints, training factors",
     "compare": "put measured runs beside the tables of arXiv 2606.10703",
     "paper": "run every experiment of the paper, as defined and as released, on the shipped models",
     "verify": "check a checkpoint: its tensors, its logits, and agreement with transformers",
@@ -44,7 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UnknownNameError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    result: int = import_module(module).main(rest)
+    try:
+        result: int = import_module(module).main(rest)
+    except KeyboardInterrupt:  # before the command began: while it was imported
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     return result
 
 

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from hooked_moe.analysis import analyse_run
-from hooked_moe.cli.options import DTYPES, SEED, check_run_name, choose_device, first_documents, parse_layers, parse_tokens
+from hooked_moe.analysis import analyse_run, analysis_fault
+from hooked_moe.cli.options import (
+    DTYPES,
+    SEED,
+    check_memory,
+    check_run_name,
+    choose_device,
+    first_documents,
+    parse_layers,
+    parse_tokens,
+)
 from hooked_moe.corpus import load_corpus
 from hooked_moe.measurement import Run, open_measurement
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 from hooked_moe.model import HookedMoE
-from hooked_moe.report import write_report
-from hooked_moe.tables import required_file
+from hooked_moe.report import report_fault, write_report
+from hooked_moe.tables import NOT_MADE, required_file
 
 SAMPLE_SIZE = 200
-MEASURED = ("effects", "effects_sequence", "progressive", "routing", "expert_weights", "documents")
 
 
 def open_run(args: argparse.Namespace) -> Run:
@@ -25,6 +34,7 @@ def open_run(args: argparse.Namespace) -> Run:
     Raises `ValueError` and `OSError` that say what to do.
     """
     check_run_name(args.run)
+    check_memory(args.memory)
     model = HookedMoE.from_pretrained(
         args.model,
         dtype=DTYPES[args.dtype or "float32"],
@@ -58,21 +68,28 @@ def open_run(args: argparse.Namespace) -> Run:
 
 
 def analyse(run: Run) -> Path:
-    """Derive what the run's measured tables give, unless that was done since they were written; returns the report's path."""
-    required_file(run.directory, "effects.parquet", "no removals were measured yet")
-    done = run.directory / "analysis.json"
-    tables = [run.directory / f"{name}.parquet" for name in MEASURED]
-    newest = max(path.stat().st_mtime_ns for path in tables if path.is_file())
-    report = run.directory / "report.html"
-    if not (done.is_file() and report.is_file() and done.stat().st_mtime_ns >= newest):
-        positions = run.manifest["parts"]["position"]["positions"]
-        available = len(run.tokenized.valid_positions()) if positions == "all" else int(positions)
-        analyse_run(
-            run.directory,
-            n_experts=run.model.cfg.num_experts,
-            layers=run.layers,
-            n_positions=min(SAMPLE_SIZE, available),
-            seed=SEED,
-        )
-        report = write_report(run.directory)
-    return report
+    """Derive what the run's measured tables give, unless that was done of these very tables; returns the report's path."""
+    directory, known = run.directory, run.known_files()
+    required_file(directory, "effects.parquet", "no removals were measured yet")
+    positions = run.manifest["parts"]["position"]["positions"]
+    available = len(run.tokenized.valid_positions()) if positions == "all" else int(positions)
+    settings: dict[str, Any] = {
+        "n_experts": run.model.cfg.num_experts,
+        "layers": run.layers,
+        "n_positions": min(SAMPLE_SIZE, available),
+        "seed": SEED,
+    }
+    fault = analysis_fault(directory, known=known, **settings)
+    if fault is not None:
+        _say_why("analysed again", fault)
+        analyse_run(directory, **settings)
+    fault = report_fault(directory, known)
+    if fault is None:
+        return directory / "report.html"
+    _say_why("reported again", fault)
+    return write_report(directory)
+
+
+def _say_why(what: str, fault: str) -> None:
+    if fault != NOT_MADE:  # the first time needs no reason
+        print(f"{what}: {fault}")

@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 
 from hooked_moe.analysis.cells import sample_positions
+from hooked_moe.checks import printable, quoted
+from hooked_moe.cli.console import int_or_none, whole_number
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.corpus import Corpus
+from hooked_moe.counterfactuals.engine.memory import parse_bytes
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 
@@ -22,11 +25,13 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say what is measured and where it is kept."""
     parser.add_argument("--model", default="tiny-olmoe", help="short name, hub id or local directory (default: %(default)s)")
     parser.add_argument(
-        "--corpus", default="held-out", help="held-out, wikitext-2, or a .txt or .jsonl file (default: %(default)s)"
+        "--corpus",
+        default="held-out",
+        help="held-out, wikitext-2, a .txt or .jsonl file, or a directory of such files (default: %(default)s)",
     )
     parser.add_argument("--layers", default="all", help="comma-separated layers, or all (default)")
     parser.add_argument("--removal", choices=["zero", "renormalize", "reroute"], default="zero")
-    parser.add_argument("--context", type=int, help="tokens per window (default: the model's context, 512 at most)")
+    parser.add_argument("--context", type=whole_number, help="tokens per window (default: the model's context, 512 at most)")
     parser.add_argument(
         "--tokens", default="512", help="tokens of each document: a number (default: %(default)s, the paper's), or all"
     )
@@ -35,7 +40,7 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="begin every window with the BOS token, which is in no statistic (default: as the model's tokenizer does)",
     )
-    parser.add_argument("--documents", type=int, metavar="N", help="only the first N documents of the corpus")
+    parser.add_argument("--documents", type=whole_number, metavar="N", help="only the first N documents of the corpus")
     parser.add_argument(
         "--dtype",
         choices=sorted(DTYPES),
@@ -49,8 +54,14 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="BYTES", help="bound the memory beside the model's weights, as in 4GB")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--revision", help="commit or branch of the model on the hub")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where results go (default: %(default)s)")
+    parser.add_argument("--results", type=_path, default=Path("results"), help="where results go (default: %(default)s)")
     parser.add_argument("--run", help="name of the run (default: from its settings, so that the same settings find it again)")
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not the name of a directory")
+    return Path(text)
 
 
 def first_documents(corpus: Corpus, n: int | None) -> Corpus:
@@ -63,8 +74,16 @@ def first_documents(corpus: Corpus, n: int | None) -> Corpus:
 
 
 def check_run_name(name: str | None) -> None:
-    if name is not None and (name == ".." or Path(name).name != name or not name):
-        raise ValueError(f"--run {name!r}: give a plain name; it becomes a directory under --results")
+    if name is not None and (name == ".." or Path(name).name != name or not name or not name.isprintable()):
+        raise ValueError(f"--run {quoted(name)}: give a plain name; it becomes a directory under --results")
+
+
+def check_memory(text: str | None) -> None:
+    """Raises `ValueError` for a --memory that is no number of bytes, whether or not there is anything left to measure."""
+    try:
+        parse_bytes(1 if text is None else text)
+    except ValueError as error:
+        raise ValueError(f"--memory {quoted(text)}: {error}") from error
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -72,10 +91,10 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:  # PyTorch raises either, according to how it was built
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name!r} cannot be used here ({reason}); leave it out, or give cpu") from error
+        torch.zeros(1, dtype=torch.float32, device=name).item()
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:  # which, depends on how PyTorch was built
+        reason = printable(str(error).splitlines()[0])
+        raise ValueError(f"--device {quoted(name)} cannot be used here ({reason}); leave it out, or give cpu") from error
     return torch.device(name)
 
 
@@ -83,10 +102,10 @@ def parse_layers(text: str, cfg: HookedMoEConfig) -> tuple[int, ...]:
     """The layers to measure; "all" means all that have experts."""
     if text == "all":
         return tuple(cfg.moe_layers)
-    try:
-        layers = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise ValueError(f"--layers {text!r}: give numbers separated by commas, as in 0,4,7, or all") from None
+    numbers = [int_or_none(part) for part in text.split(",")]
+    layers = sorted({number for number in numbers if number is not None})
+    if None in numbers:
+        raise ValueError(f"--layers {quoted(text)}: give numbers separated by commas, as in 0,4,7, or all")
     for layer in layers:
         if not 0 <= layer < cfg.n_layers:
             raise ValueError(f"--layers: layer {layer} is out of range; the model has layers 0 to {cfg.n_layers - 1}")
@@ -99,17 +118,19 @@ def parse_tokens(text: str) -> int | None:
     """How many tokens of each document to read; None for all."""
     if text == "all":
         return None
-    if not text.isdecimal() or int(text) < MINIMUM_TOKENS:
-        raise ValueError(f"--tokens {text!r}: give all, or a number of tokens from {MINIMUM_TOKENS}")
-    return int(text)
+    number = int_or_none(text)
+    if number is None or number < MINIMUM_TOKENS:
+        raise ValueError(f"--tokens {quoted(text)}: give all, or a number of tokens from {MINIMUM_TOKENS}")
+    return number
 
 
 def parse_sample(text: str, valid: list[tuple[int, int]]) -> DocumentPositions | None:
     """The positions to measure: None for all, or the paper's kind of sample, frozen by its seed."""
     if text == "all":
         return None
-    if not text.isdecimal() or not 3 <= int(text) <= len(valid):
+    number = int_or_none(text)
+    if number is None or not 3 <= number <= len(valid):
         raise ValueError(
-            f"--positions {text!r}: give all, or a number from 3 to {len(valid)}, the valid positions of this corpus"
+            f"--positions {quoted(text)}: give all, or a number from 3 to {len(valid)}, the valid positions of this corpus"
         )
-    return frozenset(valid[index] for index in sample_positions(len(valid), int(text), SEED))
+    return frozenset(valid[index] for index in sample_positions(len(valid), number, SEED))

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hooked_moe.cli import audit, compare, control, progressive, prune, redistribution
-from hooked_moe.cli.console import parser_of, run_command
+from hooked_moe.cli.console import INTERRUPTED, parser_of, run_command, whole_number
 from hooked_moe.cli.options import first_documents
 from hooked_moe.cli.released_run import released_family
 from hooked_moe.corpus import load_corpus
-from hooked_moe.loading.registry import SHIPPED, locate
+from hooked_moe.loading.registry import locate
 from hooked_moe.paper.published import PAIRS
 from hooked_moe.statistics import MINIMUM_PAIRS
 
@@ -33,36 +33,49 @@ PRUNINGS = [
 Command = Callable[[list[str]], int]
 
 
+MODELS = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe")
+"""The shipped models of the paper's three families."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = parser_of("paper", __doc__)
-    parser.add_argument("--models", nargs="+", default=list(SHIPPED), help="which models (default: the shipped ones)")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="which models (default: %(default)s)")
     parser.add_argument("--corpus", default="held-out", help="as in `hooked-moe audit` (default: %(default)s)")
-    parser.add_argument("--documents", type=int, help="only the first N documents of the corpus")
+    parser.add_argument("--documents", type=whole_number, help="only the first N documents of the corpus")
     parser.add_argument(
-        "--positions", type=int, default=100, help=f"of each released cell (default: %(default)s; the paper's is {PAIRS})"
+        "--positions",
+        type=whole_number,
+        default=100,
+        help=f"of each released cell (default: %(default)s; the paper's is {PAIRS})",
     )
     parser.add_argument("--results", type=Path, default=Path("results"), help="where results go (default: %(default)s)")
     return run_command(paper, parser.parse_args(arguments))
 
 
-def paper(args: argparse.Namespace) -> None:
-    """All experiments, model by model. Raises `ValueError` if one fails: its own message stands above."""
+def paper(args: argparse.Namespace) -> int:
+    """All experiments, model by model; returns the exit code. Raises `ValueError` if one fails: its own message stands above."""
     started = time.perf_counter()
     for model in args.models:
         for title, run, arguments in steps(args, model):
             print(f"\n=== {model}: {title} ({time.perf_counter() - started:.0f} s) ===\n", flush=True)
-            if run(arguments) != 0:
+            code = run(arguments)
+            if code == INTERRUPTED:  # which has been said
+                return code
+            if code != 0:
                 raise ValueError(f"{title} of {model} failed; `hooked-moe paper` resumes from there")
     runs = []
     for model in args.models:
         print(f"\n=== {model}: ours | published ===")
-        compare.main(["--model", model, "--results", str(args.results), "--brief"])
+        code = compare.main(["--model", model, "--results", str(args.results), "--brief"])
+        if code != 0:
+            return code
         runs += compare.runs_of(model, args.results)
     compare.reread_released(runs, args.results)
     for model in args.models:
         for report in sorted((args.results / Path(locate(model).model_name).name).glob("*/report.html")):
             print(f"report: {report}")
     print(f"\n{time.perf_counter() - started:.0f} s in all")
+    return 0
 
 
 def steps(args: argparse.Namespace, model: str) -> list[tuple[str, Command, list[str]]]:

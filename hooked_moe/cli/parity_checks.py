@@ -21,6 +21,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.loading.checkpoint import Checkpoint
 from hooked_moe.loading.pretrained import plan_copies
+from hooked_moe.loading.sizes import check_sizes
 from hooked_moe.measurement.verification import LOSS_TOLERANCE, Check, noise_floor, verify
 from hooked_moe.model import HookedMoE
 from weights_conversion import Conversion
@@ -77,10 +78,11 @@ def tensors_on_disk(directory: Path, conversion: Conversion, cfg: HookedMoEConfi
     From the headers alone. Raises `CheckpointError` where loading would, with the tensors that do not fit.
     """
     checkpoint = Checkpoint(directory)
+    check_sizes(cfg, conversion, checkpoint)
     model = HookedMoE(cfg.replace(device=torch.device("meta")))
     plan = plan_copies(model, conversion, checkpoint)
     files = len({tensor.file for tensor in checkpoint.tensors.values()})
-    described = len(plan.copied) + len(plan.repeated)
+    described = len(plan.copied) + len(plan.repeated) + len(plan.left_out)
     yield judged("tensors", len(checkpoint.tensors), "exactly", described, f"as config.json describes; files: {files}")
     stored = sum(_size(checkpoint, name) for name in plan.copied)
     implied = sum(parameter.numel() for parameter in model.parameters())
@@ -110,8 +112,8 @@ def golden_logits(model: HookedMoE, expected: Published) -> Result:
     if max(GOLDEN_INPUT) >= model.cfg.d_vocab:
         return Result("golden logits", "failed", f"the vocabulary of {model.cfg.d_vocab} tokens lacks some of {GOLDEN_INPUT}")
     with torch.inference_mode():
-        logits = model(torch.tensor([GOLDEN_INPUT]))[0].mean(-1).cpu()
-    difference = float((logits - torch.tensor(expected.golden_logits)).abs().max())
+        logits = model(torch.tensor([GOLDEN_INPUT], dtype=torch.long, device="cpu"))[0].mean(-1).cpu()
+    difference = float((logits - torch.tensor(expected.golden_logits, dtype=torch.float32, device="cpu")).abs().max())
     detail = "largest |difference| of the mean logit at 8 tokens from transformers' slow tests"
     return judged("golden logits", difference, "at most", GOLDEN_TOLERANCE, detail)
 
@@ -210,7 +212,8 @@ def transformers_run(
         return hook
 
     for layer in layers:
-        model.model.layers[layer].mlp.gate.register_forward_hook(keep(layer))
+        moe = model.model.layers[layer].mlp
+        (moe.router if hasattr(moe, "router") else moe.gate).register_forward_hook(keep(layer))
     logits = model(tokens.to(device), use_cache=False).logits.float().cpu()
     losses = torch.nn.functional.cross_entropy(logits[0, :-1].double(), tokens[0, 1:].cpu(), reduction="none")
     return Run(logits, losses, routing)

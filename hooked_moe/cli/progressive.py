@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 
 from hooked_moe.analysis.progressive import progressive_table
-from hooked_moe.cli.console import parser_of, run_command
+from hooked_moe.cli.console import int_or_none, parser_of, run_command
 from hooked_moe.cli.measured_run import analyse, open_run
 from hooked_moe.cli.options import add_measurement_arguments, parse_sample
 from hooked_moe.cli.released_run import add_protocol_argument, open_released_run, released_positions
 from hooked_moe.paper.protocols import RELEASED
-from hooked_moe.tables import write_csv_atomic
+from hooked_moe.tables import write_derived
 
 POSITIONS = 500
 
@@ -42,12 +42,14 @@ def progressive(args: argparse.Namespace) -> Path:
     """Three orders at one token; returns the run's directory."""
     with open_run(args) as run:
         valid = run.tokenized.valid_positions()
-        positions = "all" if args.positions.isdecimal() and int(args.positions) >= len(valid) else args.positions
+        number = int_or_none(args.positions)
+        positions = "all" if number is not None and number >= len(valid) else args.positions
         run.require("progressive", parse_sample(positions, valid), memory_budget=args.memory)
         table = progressive_table(run.directory / "progressive.parquet")
-        write_csv_atomic(table, run.directory / "progressive.csv")
-        if "position" in run.manifest["parts"]:
-            print(f"report: {analyse(run)}")
+        if run.has("position"):
+            print(f"report: {analyse(run)}")  # with progressive.csv
+        else:
+            write_progressive(run.directory, table, "progressive.parquet")
     print_progressive(table)
     return run.directory
 
@@ -59,9 +61,13 @@ def released_progressive(args: argparse.Namespace) -> Path:
     n = released_positions(args.positions, protocol.positions)
     with open_released_run(args) as run:
         table = summarise(run.progressive(n))
-        write_csv_atomic(table, run.directory / "progressive.csv")
+        write_progressive(run.directory, table, f"progressive-{n}.parquet", " --protocol as_released")
     print_progressive(table)
     return run.directory
+
+
+def write_progressive(directory: Path, table: pa.Table, measured: str, options: str = "") -> None:
+    write_derived(directory, "progressive", {"progressive.csv": table}, [measured], f"hooked-moe progressive{options}")
 
 
 def summarise(removals: pa.Table) -> pa.Table:

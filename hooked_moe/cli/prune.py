@@ -23,10 +23,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from hooked_moe.analysis.pruning import ADDITIVE_SHARE, predict_pruning
-from hooked_moe.analysis.pruning_orders import RANKINGS, TABLE, Pruning, PruningOrders, random_ranking
+from hooked_moe.analysis.pruning_orders import RANKINGS, TABLE, Pruning, PruningOrders, random_ranking, seed_of
 from hooked_moe.analysis.pruning_table import PRUNING, MeasuredLosses, pruning_summary, pruning_table
+from hooked_moe.analysis.summed_effects import SUMS_FILE
 from hooked_moe.checks import unknown_name
-from hooked_moe.cli.console import parser_of, run_command
+from hooked_moe.cli.console import parser_of, run_command, whole_number
 from hooked_moe.cli.measured_run import analyse, open_run
 from hooked_moe.cli.options import add_measurement_arguments
 from hooked_moe.loading import save_pretrained
@@ -37,11 +38,13 @@ from hooked_moe.report.figures.names import label
 from hooked_moe.report.number_text import preset_share, share, signed
 from hooked_moe.statistics import MINIMUM_PAIRS
 from hooked_moe.surgery import remove_experts
-from hooked_moe.tables import read_csv, write_csv_atomic
+from hooked_moe.tables import read_csv, write_derived
 
 SHARES = (0.125, 0.25, 0.5)
 TOKENS = 256
-N_RANDOM = 5
+N_RANDOM, MOST_RANDOM = 5, 1000
+INPUTS = ("effects.parquet", "routing.parquet", "expert_weights.parquet", SUMS_FILE)
+"""What the rankings of a run, and the predictions, are learned from."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,15 +56,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--criteria", nargs="+", default=list(RANKINGS), metavar="NAME", help=f"some of {', '.join(RANKINGS)} (default: all)"
     )
-    parser.add_argument("--random", type=int, default=N_RANDOM, metavar="N", help="masks at random (default: %(default)s)")
+    parser.add_argument(
+        "--random", type=whole_number, default=N_RANDOM, metavar="N", help="masks at random (default: %(default)s)"
+    )
     parser.add_argument(
         "--per", choices=["layer", "model"], default="layer", help="what the share is of: every layer (default), or the model"
     )
     parser.add_argument(
-        "--evaluate", type=int, metavar="N", help="measure on the first N odd documents, or more if others were (default: all)"
+        "--evaluate",
+        type=whole_number,
+        metavar="N",
+        help="measure on the first N odd documents, or more if others were (default: all)",
     )
     parser.add_argument(
-        "--evaluate-tokens", type=int, default=TOKENS, metavar="N", help="and the first N tokens of each (default: %(default)s)"
+        "--evaluate-tokens",
+        type=whole_number,
+        default=TOKENS,
+        metavar="N",
+        help="and the first N tokens of each (default: %(default)s)",
     )
     # Not `args.save`: nnsight, once it is imported, gives every object a method of that name, and argparse then sets no default.
     parser.add_argument(
@@ -76,7 +88,7 @@ def prune(args: argparse.Namespace) -> Path:
     check_options(args)
     with open_run(args) as run:
         run.model.require_weights("pruning")
-        if "position" not in run.manifest["parts"]:
+        if not run.has("position"):
             run.require("position", memory_budget=args.memory)
         analyse(run)
         return save(run, args) if args.save_to else measure(run, args)
@@ -94,8 +106,10 @@ def check_options(args: argparse.Namespace) -> None:
     for one in args.shares:
         if not 0 < one < 1:
             raise ValueError(f"--shares {one:g}: give the part of the experts to remove, between 0 and 1, as in 0.25")
-    if args.random < 1:
-        raise ValueError(f"--random {args.random}: one mask at random is the least that costs can be compared with")
+    if not 1 <= args.random <= MOST_RANDOM:
+        raise ValueError(
+            f"--random {args.random}: one mask at random is the least that costs can be compared with, {MOST_RANDOM:,} the most"
+        )
     if args.evaluate is not None and args.evaluate < MINIMUM_PAIRS:
         raise ValueError(f"--evaluate {args.evaluate}: an interval over documents takes {MINIMUM_PAIRS} of them or more")
     if args.evaluate_tokens < 2:
@@ -118,13 +132,13 @@ def measure(run: Run, args: argparse.Namespace) -> Path:
         print(f"{label(name)}: {reason}")
     prunings = [orders.prune(name, one, per) for name, per, one in sorted(keys, key=_place) if name not in absent]
     directory = run.directory / "prunings"
-    losses = PrunedLosses(run.model, run.tokenized, documents, args.evaluate_tokens, directory, run.plan)
+    losses = PrunedLosses(run.model, run.tokenized, documents, args.evaluate_tokens, directory, run.plan, log=print)
     intact = losses.of({})
     pruned = [losses.of(one.experts).total for one in tqdm(prunings, desc="pruned models", unit="model")]
     measured = MeasuredLosses(intact.n_positions, intact.total, np.stack(pruned), args.evaluate_tokens)
     table = pruning_table(prunings, measured, orders.sums, "even")
-    write_csv_atomic(table, run.directory / "pruning.csv")
-    write_csv_atomic(pruning_summary(table), run.directory / "pruning_summary.csv")
+    written = {"pruning.csv": table, "pruning_summary.csv": pruning_summary(table)}
+    write_derived(run.directory, "pruning", written, INPUTS, "hooked-moe prune")
     report = write_report(run.directory)
     for line in lines(table):
         print(line)
@@ -150,9 +164,16 @@ def evaluated(n_documents: int, limit: int | None, at_least: int = 0) -> list[in
 def measured_before(path: Path, n_tokens: int) -> list[dict[str, Any]]:
     """The rows of earlier commands: what they pruned by stays in the table, and so does the number of documents.
 
-    None if they read another number of tokens of each document: the table begins again then.
+    None if they read another number of tokens of each document, or if the table is damaged: it begins again then.
     """
-    rows = read_csv(path, PRUNING).to_pylist() if path.is_file() else []
+    try:
+        rows = read_csv(path, PRUNING).to_pylist() if path.is_file() else []
+        known = all(row["ranking"] in RANKINGS or seed_of(row["ranking"]) is not None for row in rows)
+    except ValueError:
+        rows, known = [], False
+    if not known:
+        print(f"note: {path} is damaged, and with it is lost what earlier commands pruned by: it is made again of this one alone")
+        return []
     if any(row["n_tokens"] != n_tokens for row in rows):
         print(f"{path} is of documents of {rows[0]['n_tokens']} tokens, not {n_tokens}: it is replaced")
         return []

@@ -22,7 +22,7 @@ from hooked_moe.cli.console import parser_of, run_command
 from hooked_moe.cli.measured_run import analyse, open_run
 from hooked_moe.cli.options import add_measurement_arguments, parse_sample
 from hooked_moe.cli.released_run import add_protocol_argument, open_released_run
-from hooked_moe.tables import read_csv, write_csv_atomic
+from hooked_moe.tables import read_csv, write_derived
 
 SHOWN = ("mean_gap_norm", "rho_weight_gap", "rho_weight_norm", "rho_gap_compensation", "rho_gap_alignment")
 
@@ -53,7 +53,8 @@ def released_redistribution(args: argparse.Namespace) -> Path:
     """The paper's pairing of rows, and the aligned one on the same texts; returns the run's directory."""
     with open_released_run(args) as run:
         table = by_layer(run.redistribution())
-        write_csv_atomic(table, run.directory / "redistribution.csv")
+        command = "hooked-moe redistribution --protocol as_released"
+        write_derived(run.directory, "redistribution", {"redistribution.csv": table}, ["redistribution.parquet"], command)
     print_redistribution(table)
     return run.directory
 

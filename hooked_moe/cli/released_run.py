@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from hooked_moe.checks import quoted
+from hooked_moe.cli.console import int_or_none
 from hooked_moe.cli.options import DTYPES, check_run_name, choose_device, first_documents, parse_layers
 from hooked_moe.corpus import load_corpus
 from hooked_moe.loading.hub import download
@@ -18,8 +19,10 @@ from hooked_moe.model import HookedMoE
 from hooked_moe.paper import ReleasedCell, ReleasedRun, open_released, released_cells, released_cells_table
 from hooked_moe.paper.protocols import Released, released_protocol
 from hooked_moe.paper.published import PAIRS, published_model, released_comparisons
-from hooked_moe.tables import write_csv_atomic
+from hooked_moe.tables import read_parquet, write_derived
 
+MOST_POSITIONS = 1_000_000
+"""Of a cell: positions are drawn with replacement where texts have fewer, so that no text says how many are too many."""
 FIXED = {"removal": "zero", "context": None, "tokens": "512", "bos": None, "stream": False, "memory": None, "scope": "position"}
 """Options that the released protocol leaves no choice in, with their defaults."""
 
@@ -49,7 +52,7 @@ def open_released_run(args: argparse.Namespace) -> ReleasedRun:
     unit = "row" if args.corpus == "wikitext-2" else "article"
     corpus = first_documents(load_corpus(args.corpus, unit=unit), args.documents)
     layers = None if args.layers == "all" else parse_layers(args.layers, model.cfg)
-    run = open_released(model, corpus, layers, results=args.results, name=args.run)
+    run = open_released(model, corpus, layers, results=args.results, name=args.run, log=print)
     print(f"{model.cfg.model_name} as released: layers {', '.join(map(str, run.layers))}; weights in {dtype}")
     if dtype != released.dtype:
         print(f"note: the released code ran this family in {released.dtype}; give --dtype {released.dtype} for that")
@@ -78,17 +81,19 @@ def released_positions(text: str, default: int = PAIRS) -> int:
     """How many positions a cell has: `default` for "all", for the released protocol samples."""
     if text == "all":
         return default
-    if not text.isdecimal() or int(text) < 3:
-        raise ValueError(f"--positions {text!r}: give a number from 3; the paper's is {default}")
-    return int(text)
+    number = int_or_none(text)
+    if number is None or not 3 <= number <= MOST_POSITIONS:
+        raise ValueError(f"--positions {quoted(text)}: give a number from 3 to {MOST_POSITIONS:,}; the paper's is {default}")
+    return number
 
 
 def write_released_cells(run: ReleasedRun, n: int, *tables: pa.Table) -> list[ReleasedCell]:
     """The cells of some comparisons, and cells.csv of all that the run has measured at `n` positions."""
     ddof = run.released.ddof
-    found = [run.directory / f"{part}-{n}.parquet" for part in ("audit", "control")]
-    measured = [pq.read_table(path) for path in found if path.is_file()]
-    write_csv_atomic(released_cells_table(released_cells(pa.concat_tables(measured), ddof)), run.directory / "cells.csv")
+    found = [name for name in (f"audit-{n}.parquet", f"control-{n}.parquet") if (run.directory / name).is_file()]
+    measured = pa.concat_tables([read_parquet(run.directory / name) for name in found])
+    cells = released_cells_table(released_cells(measured, ddof))
+    write_derived(run.directory, "cells", {"cells.csv": cells}, found, "hooked-moe audit --protocol as_released")
     return released_cells(pa.concat_tables(tables), ddof)
 
 

@@ -24,14 +24,15 @@ import torch
 from torch import Tensor
 
 from hooked_moe.cli import parity_checks
-from hooked_moe.cli.console import parser_of, run_command
+from hooked_moe.cli.console import parser_of, run_command, whole_number
 from hooked_moe.cli.options import DTYPES, choose_device
 from hooked_moe.cli.parity_checks import Result, not_run
 from hooked_moe.cli.published_checkpoints import PUBLISHED, Published, published
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.corpus import load_corpus
+from hooked_moe.loading.beside import read_tokenizer
 from hooked_moe.loading.hub import download
-from hooked_moe.loading.pretrained import read_config, read_tokenizer
+from hooked_moe.loading.pretrained import read_config
 from hooked_moe.loading.registry import locate
 from hooked_moe.measurement.fingerprint import versions
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
@@ -47,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--expect", choices=sorted(PUBLISHED), help="the published checkpoint that a local directory is said to be a copy of"
     )
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of held-out text (default: %(default)s)")
+    parser.add_argument("--tokens", type=whole_number, default=256, help="tokens of held-out text (default: %(default)s)")
     parser.add_argument(
         "--dtype",
         choices=sorted(DTYPES),
@@ -124,12 +125,13 @@ def read_text(subject: Subject, length: int) -> tuple[Tensor, str]:
     length = min(length, subject.cfg.n_ctx)
     tokenizer = read_tokenizer(subject.directory, subject.cfg)
     if tokenizer is None:
-        tokens = torch.randint(subject.cfg.d_vocab, (1, length), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(subject.cfg.d_vocab, (1, length), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         return tokens, f"{length} random token ids, for there is no tokenizer.json"
     for document in load_corpus("held-out").documents:
         ids = tokenizer.encode(document.text)[:length]
         if len(ids) == length:
-            return torch.tensor([ids]), f"{length} tokens of {document.title!r} in the held-out corpus"
+            tokens = torch.tensor([ids], dtype=torch.long, device="cpu")
+            return tokens, f"{length} tokens of {document.title!r} in the held-out corpus"
     raise ValueError(f"--tokens {length}: no document of the held-out corpus is that long; give fewer")
 
 

@@ -31,9 +31,14 @@ class Attention(nn.Module):
     einsum torch makes a batch of one matrix, for which oneDNN copies a weight in half precision.
     """
 
-    def __init__(self, cfg: HookedMoEConfig) -> None:
+    def __init__(self, cfg: HookedMoEConfig, layer: int) -> None:
         super().__init__()
         self.cfg = cfg
+        self.window = cfg.window_of(layer)
+        """How many positions up to its own a token sees; None: all."""
+        self.sink = nn.Parameter(torch.empty(cfg.n_heads)) if cfg.attention_sink else None
+        if self.sink is not None:
+            self.hook_attn_sink = HookPoint()
         self.W_O = nn.Parameter(torch.empty(cfg.d_model, cfg.n_heads, cfg.value_width))
         self.b_O = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.output_bias else None
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
@@ -48,7 +53,8 @@ class Attention(nn.Module):
         visible: Bool[Tensor, "batch 1 query key"] | None = None,
         past: LayerCache | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """`visible` says which keys a query may see; None means all up to its own. `past` holds earlier keys and values."""
+        """`visible` says which keys a query may see; None means all up to its own, in the layer's window if it has one. `past`
+        holds earlier keys and values."""
         q, k, v = self.project(x, rotate)
         if past is not None:
             k, v = past.extend(k, v)
@@ -63,21 +69,26 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch pos head d_value"]:
         """Mix values by attention: a fused kernel, or the pattern itself where a hook looks at it."""
         q, k, v = (rearrange(x, "batch pos head width -> batch head pos width") for x in qkv)
-        narrower = max(0, q.shape[-1] - v.shape[-1])  # fused kernels want values as wide as keys; a column of zeros costs little
-        z = F.scaled_dot_product_attention(
-            q,
-            k,
-            F.pad(v, (0, narrower)) if narrower else v,
-            attn_mask=visible,
-            is_causal=visible is None,
-            scale=self.cfg.attention_scale,
-            enable_gqa=True,
-        )[..., : v.shape[-1]]
+        if visible is None and self.window is not None and self.window < k.shape[2]:
+            visible = _last_keys(k.shape[2], self.window, q.device)
+        sink = self._sinks(q)
+        z = _fused(q, k, v, visible, self.cfg.attention_scale, sink)
         if self.hook_attn_scores.active or self.hook_pattern.active:
-            z = self._attend_by_pattern(z, q, k, v, visible)
+            z = self._attend_by_pattern(z, q, k, v, visible, sink)
         return self.hook_z(rearrange(z, "batch head pos d_value -> batch pos head d_value"))
 
-    def _attend_by_pattern(self, fused: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    def _sinks(self, q: Tensor) -> Float[Tensor, "batch head query"] | None:
+        """The sink of every query, if there are sinks."""
+        if self.sink is None:
+            return None
+        sink = self.sink.expand(q.shape[0], q.shape[2], -1)
+        if self.hook_attn_sink.active:
+            sink = self.hook_attn_sink(sink.clone())
+        return sink.transpose(1, 2)
+
+    def _attend_by_pattern(
+        self, fused: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sink: Tensor | None
+    ) -> Tensor:
         group = q.shape[1] // k.shape[1]
         if group > 1:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -90,9 +101,9 @@ class Attention(nn.Module):
             hidden, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=self.cfg.attention_scale
         )
         scores = product.unflatten(0, q.shape[:2])
-        pattern = _softmax(scores)
+        pattern = _softmax(scores, sink)
         seen = self.hook_attn_scores(scores)
-        edited = self.hook_pattern(_softmax(seen) if self.hook_attn_scores.may_edit else pattern)
+        edited = self.hook_pattern(_softmax(seen, sink) if self.hook_attn_scores.may_edit else pattern)
         if not (self.hook_attn_scores.may_edit or self.hook_pattern.may_edit):
             return fused
         z = einsum(edited, v, "batch head query key, batch head key e -> batch head query e")
@@ -110,6 +121,37 @@ class Attention(nn.Module):
         return out if self.b_O is None else out + self.b_O
 
 
+def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, sink: Tensor | None) -> Tensor:
+    """torch's fused attention, over [batch head pos width].
+
+    A sink is one more key, the first, whose value is zero. Its product with a query has to be the sink of that query: so queries
+    are wider by the sink, keys by zero, and that key is one there.
+    """
+    d_value = v.shape[-1]
+    if sink is not None:
+        visible = _last_keys(k.shape[2], k.shape[2], q.device) if visible is None else visible
+        visible = F.pad(visible, (1, 0), value=True)
+        q = torch.cat((q, F.pad(sink.unsqueeze(-1) / scale, (0, _MORE_COLUMNS - 1)).to(q.dtype)), dim=-1)
+        of_sink = F.pad(k.new_ones(1), (k.shape[-1], _MORE_COLUMNS - 1))
+        k = torch.cat((of_sink.expand(*k.shape[:2], 1, -1), F.pad(k, (0, _MORE_COLUMNS))), dim=2)
+        v = F.pad(v, (0, 0, 1, 0))
+    narrower = max(0, q.shape[-1] - d_value)  # fused kernels want values as wide as keys; a column of zeros costs little
+    v = F.pad(v, (0, narrower)) if narrower else v
+    z = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=True)
+    return z[..., :d_value]
+
+
+_MORE_COLUMNS = 8
+"""By which heads with a sink are wider: one would do, but kernels for GPUs want multiples of it."""
+
+
+@lru_cache(maxsize=2)  # all layers ask for the same ones
+def _last_keys(length: int, window: int, device: torch.device) -> Bool[Tensor, "1 1 query key"]:
+    """Which keys a query sees: the last `window` up to its own."""
+    with torch.inference_mode(False):
+        return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
+
+
 @lru_cache(maxsize=1)  # all layers ask for the same one
 def _later_keys(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "query key"]:
     """Minus infinity for every key after its query, zero for the others; queries and keys both begin at position 0."""
@@ -123,5 +165,9 @@ def project_heads(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Floa
     return out.unflatten(-1, weight.shape[:2])
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    return at_least_float32(scores).softmax(dim=-1).to(scores.dtype)
+def _softmax(scores: Tensor, sink: Tensor | None) -> Tensor:
+    """Over the keys, and a sink beside them, whose share is left out."""
+    wide = at_least_float32(scores)
+    if sink is not None:
+        wide = torch.cat((wide, sink.unsqueeze(-1).to(wide.dtype)), dim=-1)
+    return wide.softmax(dim=-1)[..., : scores.shape[-1]].to(scores.dtype)

@@ -18,10 +18,13 @@ from hooked_moe.hooks.hook_point import HookPoint
 class Block(nn.Module):
     """A pre-norm transformer block: attention, then experts (or one dense MLP), each added to the residual stream."""
 
+    hook_out_is_single_residual_stream = True
+    """What TransformerLens asks of a block before it reads a logit lens from it."""
+
     def __init__(self, cfg: HookedMoEConfig, layer: int) -> None:
         super().__init__()
         self.ln1 = HookedRMSNorm(cfg.d_model, cfg.eps)
-        self.attn = GroupedQueryAttention(cfg) if cfg.kv_lora_rank is None else LatentAttention(cfg)
+        self.attn = GroupedQueryAttention(cfg, layer) if cfg.kv_lora_rank is None else LatentAttention(cfg, layer)
         self.ln2 = HookedRMSNorm(cfg.d_model, cfg.eps)
         self.mlp = (
             MoE(cfg, cfg.experts_in(layer)) if cfg.d_mlp is None or cfg.experts_in(layer) else GatedMLP(cfg.d_model, cfg.d_mlp)

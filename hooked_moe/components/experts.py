@@ -24,10 +24,14 @@ class ExpertGroups:
     """Token copies sorted by expert. n = batch * pos * slot rows; within an expert, rows keep their (batch, pos) order."""
 
     def __init__(self, indices: Int[Tensor, "batch pos slot"], num_experts: int) -> None:
-        self.shape = indices.shape
+        self.shape, self.indices = indices.shape, indices
         self.order, place, self.ends = group_by_expert(indices.flatten(0, 1), num_experts)
         self.place = place.view(self.shape)
         """The row of each slot."""
+
+    @cached_property
+    def expert_of_row(self) -> Int[Tensor, " n"]:
+        return self.indices.flatten().index_select(0, self.order)
 
     def blocks(self, dtype: torch.dtype) -> Blocks:
         """For experts that run one after another."""
@@ -66,12 +70,18 @@ class ExpertSite(nn.Module):
 
 
 class Experts(nn.Module):
-    """`W_in[e, 0]` is the gate projection of expert e and `W_in[e, 1]` its up projection; `W_out[e]` its down projection."""
+    """`W_in[e, 0]` is the gate projection of expert e and `W_in[e, 1]` its up projection; `W_out[e]` its down projection.
+
+    Biases, where a family has them, belong to the expert: its output goes with them where it is left out.
+    """
 
     def __init__(self, cfg: HookedMoEConfig, num_experts: int) -> None:
         super().__init__()
         self.W_in = nn.Parameter(torch.empty(num_experts, 2, cfg.d_expert, cfg.d_model))
         self.W_out = nn.Parameter(torch.empty(num_experts, cfg.d_model, cfg.d_expert))
+        self.b_in = nn.Parameter(torch.zeros(num_experts, 2, cfg.d_expert)) if cfg.expert_bias else None
+        self.b_out = nn.Parameter(torch.zeros(num_experts, cfg.d_model)) if cfg.expert_bias else None
+        self.clamp = cfg.clamped_swiglu
         sites = [ExpertSite() for _ in range(num_experts)]
         for index, site in enumerate(sites):
             self.add_module(str(index), site)
@@ -79,9 +89,8 @@ class Experts(nn.Module):
 
     def keep(self, kept: Sequence[int]) -> None:
         """Forget all experts but these; the i-th kept one is expert i from now on."""
-        with torch.no_grad():
-            self.W_in = nn.Parameter(self.W_in[kept].clone(), self.W_in.requires_grad)
-            self.W_out = nn.Parameter(self.W_out[kept].clone(), self.W_out.requires_grad)
+        for name, parameter in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(parameter.detach()[kept].clone(), parameter.requires_grad))
         for index in range(len(kept), len(self.hook_points)):
             delattr(self, str(index))
         self.hook_points = self.hook_points[: len(kept)]
@@ -89,6 +98,10 @@ class Experts(nn.Module):
     @property
     def _gate_and_up(self) -> Float[Tensor, "expert gate_and_up d_model"]:
         return rearrange(self.W_in, "expert two d_expert d_model -> expert (two d_expert) d_model")
+
+    @property
+    def _gate_and_up_bias(self) -> Float[Tensor, "expert gate_and_up"] | None:
+        return None if self.b_in is None else self.b_in.flatten(1)
 
     @property
     def hooked(self) -> bool:
@@ -101,28 +114,39 @@ class Experts(nn.Module):
         """The stages below in one go, without hooks between them; on a CPU in `scratch`, where it is given."""
         if self._by_block(groups, x):
             blocks = groups.blocks(x.dtype)
-            return expert_mlp(x.flatten(0, 1), groups.flat_tokens(), self._gate_and_up, self.W_out, blocks, scratch)
+            weights, more = (self._gate_and_up, self.W_out), (self._gate_and_up_bias, self.b_out, self.clamp)
+            return expert_mlp(x.flatten(0, 1), groups.flat_tokens(), *weights, blocks, scratch, *more)
         return self.project_out(self.activate(self.project_in(x, groups), groups), groups)
 
     def project_in(self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:
         """Gate projections, then up projections, of a copy of each token for each of its experts."""
-        return self._product(groups.gather(x), self._gate_and_up, groups)
+        return self._product(groups.gather(x), self._gate_and_up, self._gate_and_up_bias, groups)
 
     def activate(self, pre: Float[Tensor, "n gate_and_up"], groups: ExpertGroups) -> Float[Tensor, "n d_expert"]:
-        return swiglu_by_block(pre, groups.blocks(pre.dtype)) if self._by_block(groups, pre) else swiglu(pre)
+        if self._by_block(groups, pre):
+            return swiglu_by_block(pre, groups.blocks(pre.dtype), self.clamp)
+        return swiglu(pre, self.clamp)
 
     def project_out(self, post: Float[Tensor, "n d_expert"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
         """Down projection, then the hooks of the single experts."""
-        out = self._product(post, self.W_out, groups)
+        out = self._product(post, self.W_out, self.b_out, groups)
         return self._hook_each_expert(out, groups) if self.hooked else out
 
     def _by_block(self, groups: ExpertGroups, x: Tensor) -> bool:
-        return runs_by_block(len(groups.order), self.W_out, self.W_in, x)
+        return runs_by_block(len(groups.order), self.W_out, *self.parameters(), x)
 
-    def _product(self, x: Float[Tensor, "n d_in"], weight: Float[Tensor, "expert d_out d_in"], groups: ExpertGroups) -> Tensor:
+    def _product(
+        self,
+        x: Float[Tensor, "n d_in"],
+        weight: Float[Tensor, "expert d_out d_in"],
+        bias: Float[Tensor, "expert d_out"] | None,
+        groups: ExpertGroups,
+    ) -> Float[Tensor, "n d_out"]:
         if self._by_block(groups, x):
-            return product_by_block(x, weight, groups.blocks(x.dtype))
-        return grouped_matmul(x, weight, groups.ends)
+            out = product_by_block(x, weight, groups.blocks(x.dtype))
+        else:
+            out = grouped_matmul(x, weight, groups.ends)
+        return out if bias is None else out + bias.index_select(0, groups.expert_of_row)
 
     def _hook_each_expert(self, out: Float[Tensor, "n d_model"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
         counts = [end - start for start, end in pairwise([0, *groups.ends_on_host])]

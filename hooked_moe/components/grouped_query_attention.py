@@ -16,8 +16,8 @@ from hooked_moe.hooks.hook_point import HookPoint
 class GroupedQueryAttention(Attention):
     """Ainslie et al. 2023 (arXiv 2305.13245); ordinary multi-head attention where there are as many key/value heads as heads."""
 
-    def __init__(self, cfg: HookedMoEConfig) -> None:
-        super().__init__(cfg)
+    def __init__(self, cfg: HookedMoEConfig, layer: int) -> None:
+        super().__init__(cfg, layer)
         h, kv, e, d = cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, cfg.d_model
         self.W_Q = nn.Parameter(torch.empty(h, e, d))
         self.W_K = nn.Parameter(torch.empty(kv, e, d))
@@ -36,7 +36,11 @@ class GroupedQueryAttention(Attention):
         v = project_and_hook(self.hook_v, x, self.W_V, self.b_V)
         if self.cfg.clip_qkv is not None:
             q, k, v = (x.clamp(-self.cfg.clip_qkv, self.cfg.clip_qkv) for x in (q, k, v))
-        return QueriesKeysValues(self.hook_rot_q(rotate(q)), self.hook_rot_k(rotate(k)), v)
+        return QueriesKeysValues(self.hook_rot_q(self._rotated(q, rotate)), self.hook_rot_k(self._rotated(k, rotate)), v)
+
+    def _rotated(self, x: Float[Tensor, "batch pos head d_head"], rotate: Rotation) -> Float[Tensor, "batch pos head d_head"]:
+        width = self.cfg.rotary_width
+        return rotate(x) if width == x.shape[-1] else torch.cat((rotate(x[..., :width]), x[..., width:]), dim=-1)
 
 
 def project_and_hook(hook: HookPoint, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,13 +6,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_moe.checks import whole_number
+
 
 class LayerCache:
     """The keys and values of one layer, as attention uses them: normalised, clipped and rotated."""
 
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        self.keys = keys
+        self.values = values
 
     def extend(
         self, keys: Float[Tensor, "batch pos kv_head d_head"], values: Float[Tensor, "batch pos kv_head d_value"]
@@ -30,14 +32,25 @@ class KeyValueCache:
     """
 
     def __init__(self, n_layers: int, width: int | None = None) -> None:
-        self.width = width
-        self.layers = [LayerCache() for _ in range(n_layers)]
+        self.width = None if width is None else whole_number(width, "width")
+        self.layers = [LayerCache() for _ in range(whole_number(n_layers, "n_layers"))]
         self.real: Bool[Tensor, "batch pos"] | None = None
 
     @property
     def length(self) -> int:
         """How many tokens of each row have been run."""
         return 0 if self.real is None else self.real.shape[1]
+
+    def draft(self) -> KeyValueCache:
+        """A copy for a pass to extend, until `adopt` takes it over: a pass that fails in between changes nothing here."""
+        draft = KeyValueCache(0, self.width)
+        draft.layers = [LayerCache(layer.keys, layer.values) for layer in self.layers]
+        draft.real = self.real
+        return draft
+
+    def adopt(self, draft: KeyValueCache) -> None:
+        """Take over what a pass added to a draft."""
+        self.layers, self.real = draft.layers, draft.real
 
     def extend_mask(self, new: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch all_pos"]:
         """Keep which new tokens are real; returns it of all tokens so far."""

@@ -25,8 +25,8 @@ class LatentAttention(Attention):
     head; `W_Q` stacks W^UQ and W^QR, and takes the normalised latent query `x W_DQ` where there is one.
     """
 
-    def __init__(self, cfg: HookedMoEConfig) -> None:
-        super().__init__(cfg)
+    def __init__(self, cfg: HookedMoEConfig, layer: int) -> None:
+        super().__init__(cfg, layer)
         assert cfg.kv_lora_rank is not None
         h, d, self.d_content = cfg.n_heads, cfg.d_model, cfg.d_head - cfg.rotary_width
         self.W_DQ = nn.Parameter(torch.empty(cfg.q_lora_rank, d)) if cfg.q_lora_rank else None

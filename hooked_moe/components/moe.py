@@ -53,6 +53,13 @@ class MoE(nn.Module):
         self.shared = GatedMLP(cfg.d_model, cfg.d_shared) if cfg.d_shared is not None else None
         self.W_shared_gate = nn.Parameter(torch.empty(1, cfg.d_model)) if cfg.shared_gate else None
         self.hook_router_logits, self.hook_expert_indices, self.hook_expert_weights = HookPoint(), HookPoint(), HookPoint()
+        self._routing_hooks = [self.hook_expert_indices]
+        if cfg.router_score == "sigmoid":
+            self.hook_router_scores = HookPoint()
+            self._routing_hooks.append(self.hook_router_scores)
+        if cfg.selection_bias:
+            self.hook_selection_bias = HookPoint()
+            self._routing_hooks.append(self.hook_selection_bias)
         self.hook_expert_pre, self.hook_expert_pre_linear, self.hook_expert_post = HookPoint(), HookPoint(), HookPoint()
         self.hook_expert_out, self.hook_routed_out = HookPoint(), HookPoint()
         if self.shared is not None:
@@ -69,12 +76,18 @@ class MoE(nn.Module):
         """Which experts every token goes to, and the weights as applied."""
         logits, rule = self.hook_router_logits(self.router(x)), self.router.rule
         keep = None if mask is None else mask.selectable
-        if use_kernels(logits) and not self.hook_expert_indices.active:
-            weights, indices = routing.route(logits.flatten(0, 1), rule, None if keep is None else keep.flatten(0, 1))
+        if use_kernels(logits) and not any(point.active for point in self._routing_hooks):
+            flat_keep = None if keep is None else keep.flatten(0, 1)
+            weights, indices = routing.route(logits.flatten(0, 1), rule, flat_keep, self.router.b_selection)
             weights, indices = weights.unflatten(0, x.shape[:2]), indices.unflatten(0, x.shape[:2])
         else:
             scores = routing.score(logits, rule, keep)
-            indices = self.hook_expert_indices(routing.select(scores, rule))
+            if rule.score == "sigmoid":
+                scores = self.hook_router_scores(scores)
+            bias = self.router.b_selection
+            if bias is not None and self.hook_selection_bias.active:
+                bias = self.hook_selection_bias(bias.expand_as(scores).clone())
+            indices = self.hook_expert_indices(routing.select(scores, rule, keep, bias))
             if self.hook_expert_indices.active:
                 self._check_indices(indices)
             weights = routing.weigh(scores, indices, rule)
@@ -89,6 +102,13 @@ class MoE(nn.Module):
         scratch: Scratch | None = None,
     ) -> ExpertOutputs:
         """Each active expert's output, before weighting. It may lie in `scratch`, until that is used again."""
+        if torch.compiler.is_compiling():
+            return _outside_of_graphs(self, x, indices)
+        return self._run_experts(x, indices, scratch)
+
+    def _run_experts(
+        self, x: Float[Tensor, "batch pos d_model"], indices: Int[Tensor, "batch pos slot"], scratch: Scratch | None = None
+    ) -> ExpertOutputs:
         groups = ExpertGroups(indices, self.num_experts)
         outputs = ExpertOutputs(self._expert_rows(x, groups, scratch), groups.place)
         if not self.hook_expert_out.active:
@@ -112,8 +132,7 @@ class MoE(nn.Module):
 
     def keep_experts(self, kept: Sequence[int]) -> None:
         """Forget all routed experts but these, for good; the i-th kept one is expert i from now on."""
-        with torch.no_grad():
-            self.router.W = nn.Parameter(self.router.W[kept].clone(), self.router.W.requires_grad)
+        self.router.keep(kept)
         self.experts.keep(kept)
         self.num_experts = len(kept)
 
@@ -142,6 +161,10 @@ class MoE(nn.Module):
                 f"the hook on {self.hook_expert_indices.name} returned experts from {int(indices.min())} to "
                 f"{int(indices.max())}; this layer has experts 0 to {self.num_experts - 1}"
             )
+
+
+_outside_of_graphs = torch.compiler.disable(MoE._run_experts)
+"""How many rows an expert has depends on the data, and torch traces its own grouped product in bfloat16 alone."""
 
 
 def add_shared(routed: Float[Tensor, "*any d_model"], shared: Tensor | None) -> Float[Tensor, "*any d_model"]:

@@ -37,23 +37,26 @@ class Rotation(NamedTuple):
 
 def rotation(positions: Int[Tensor, "batch pos"], cfg: HookedMoEConfig) -> Rotation:
     """Angles `position * frequency`, computed in float32 whatever the dtype of the model."""
-    frequencies = _frequencies(cfg.rotary_width, cfg.rotary_base, cfg.rotary_scaling).to(positions.device)
+    frequencies = _frequencies(cfg.rotary_width, cfg.rotary_base, cfg.rotary_scaling, positions.device)
     angles = positions[..., None, None].float() * frequencies
     scale = 1.0 if cfg.rotary_scaling is None else cfg.rotary_scaling.rotation_scale
     return Rotation((angles.cos() * scale).to(cfg.dtype), (angles.sin() * scale).to(cfg.dtype), cfg.rotary_interleaved)
 
 
-def _frequencies(width: int, base: float, yarn: YarnScaling | None) -> Float[Tensor, " half"]:
+def _frequencies(width: int, base: float, yarn: YarnScaling | None, device: torch.device) -> Float[Tensor, " half"]:
     """Radians per token: `base^(-2j / width)`, slowed down by YaRN where there is one."""
-    frequencies = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    on_cpu = torch.device("cpu")  # where powers are rounded as in every other run
+    frequencies = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32, device=on_cpu) / width)
     if yarn is None:
-        return frequencies
+        return frequencies.to(device)
 
     def pair_that_turns(times: float) -> float:
         """Which pair turns this many times within the original context."""
         return width * math.log(yarn.original_ctx / (times * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), width - 1)
-    slow = ((torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return frequencies / yarn.factor * slow + frequencies * (1 - slow)
+    low, high = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    slow = ((torch.arange(width // 2, dtype=torch.float32, device=on_cpu) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return (frequencies / yarn.factor * slow + frequencies * (1 - slow)).to(device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from einops import einsum
 from jaxtyping import Float
@@ -18,6 +21,9 @@ class Router(nn.Module):
     def __init__(self, cfg: HookedMoEConfig, num_experts: int) -> None:
         super().__init__()
         self.W = nn.Parameter(torch.empty(num_experts, cfg.d_model))
+        self.b_logits = nn.Parameter(torch.zeros(num_experts)) if cfg.router_bias else None
+        # Not for gradients: training moves it by how many tokens each expert gets (arXiv 2412.19437, section 2.1.2).
+        self.b_selection = nn.Parameter(torch.zeros(num_experts), requires_grad=False) if cfg.selection_bias else None
         self.rule = RoutingRule(
             slots=cfg.experts_per_token,
             renormalize=cfg.norm_topk_prob,
@@ -25,7 +31,6 @@ class Router(nn.Module):
             groups=cfg.n_expert_groups,
             groups_kept=cfg.groups_per_token,
             score=cfg.router_score,
-            selection_bias=cfg.selection_bias,
             group_score=cfg.group_score,
         )
 
@@ -33,4 +38,18 @@ class Router(nn.Module):
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert"]:
         """Router logits."""
         weight = at_least_float32(self.W)
-        return einsum(at_least_float32(x), weight, "batch pos d_model, expert d_model -> batch pos expert")
+        logits = einsum(at_least_float32(x), weight, "batch pos d_model, expert d_model -> batch pos expert")
+        return logits if self.b_logits is None else logits + self.b_logits
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Forget all experts but these; the i-th kept one is expert i from now on."""
+        for name, parameter in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(parameter.detach()[kept].clone(), parameter.requires_grad))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:
+        """Moves and converts, but the selection bias to no half precision: its differences are finer than it could tell."""
+        before = None if self.b_selection is None else self.b_selection.detach()
+        super()._apply(fn, recurse)
+        if before is not None and self.b_selection is not None and self.b_selection.dtype.itemsize < 4:
+            self.b_selection.data = before.to(self.b_selection.device)
+        return self

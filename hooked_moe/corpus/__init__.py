@@ -1,5 +1,18 @@
-"""The text that an audit reads."""
+"""The text that an audit reads, and the facts that causal tracing asks about."""
 
-from hooked_moe.corpus.corpora import CORPUS_NAMES, Corpus, Document, Window, load_corpus, tokenize_documents
+from hooked_moe.corpus.corpora import CORPUS_NAMES, Corpus, Document, Window, tokenize_documents
+from hooked_moe.corpus.facts import FACT_SETS, FactRecord, load_facts, with_foils
+from hooked_moe.corpus.sources import load_corpus
 
-__all__ = ["CORPUS_NAMES", "Corpus", "Document", "Window", "load_corpus", "tokenize_documents"]
+__all__ = [
+    "CORPUS_NAMES",
+    "FACT_SETS",
+    "Corpus",
+    "Document",
+    "FactRecord",
+    "Window",
+    "load_corpus",
+    "load_facts",
+    "tokenize_documents",
+    "with_foils",
+]

@@ -1,6 +1,6 @@
 """The text that an audit reads: corpora of documents, and their tokens in windows that fit a model's context.
 
-A corpus is named or is a file:
+A corpus is named or is a file (`hooked_moe.corpus.sources` has other sources):
 
     "held-out"     72 public-domain documents in six domains, shipped with the package (`data/README.md`)
     "wikitext-2"   the test split of WikiText-2 (raw), from the Hugging Face hub
@@ -12,20 +12,25 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int
 
+from hooked_moe.checks import check_text, expanded_path, quoted
+from hooked_moe.json_text import JsonError, parse_json
 from hooked_moe.loading.hub import download_file
 
 CORPUS_NAMES = ("held-out", "wikitext-2")
+SUFFIXES = (".jsonl", ".txt")
 RECORD_SEPARATOR = "\x1e"
 _WIKITEXT_REPO = "Salesforce/wikitext"
 _WIKITEXT_FILE = "wikitext-2-raw-v1/test-00000-of-00001.parquet"
@@ -39,6 +44,13 @@ class Document:
     domain: str
     title: str
     text: str
+
+    def __post_init__(self) -> None:
+        for name in ("id", "domain", "title", "text"):
+            try:
+                check_text(getattr(self, name))
+            except ValueError as error:
+                raise type(error)(f"{name!r} of document {quoted(self.id)}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -63,41 +75,31 @@ class Window:
     tokens: np.ndarray
 
 
-def load_corpus(
-    name_or_path: str = "held-out",
+def read_corpus(
+    name_or_path: str,
     *,
     unit: str = "article",
     revision: str | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
 ) -> Corpus:
-    """Read a corpus by name or from a file.
-
-    `unit`, "article", "paragraph" or "row", is what counts as one document of WikiText-2: rows are the file's own lines,
-    headings and surrounding spaces included, as the released code of arXiv 2606.10703 reads them. The other arguments apply to
-    downloads of that corpus from the hub.
-
-    Raises ValueError for an unknown name or malformed contents, FileNotFoundError and IsADirectoryError for a path that
-    is no file, `HubError` (an OSError) where the hub does not give it.
-    """
-    if unit not in ("article", "paragraph", "row"):
-        raise ValueError(f"unit is {unit!r}; expected 'article', 'paragraph' or 'row'.")
+    """Read a corpus by name or from a file; see `hooked_moe.corpus.load_corpus`, which checks `unit`: that of WikiText-2."""
     if name_or_path == "wikitext-2":
         otherwise = "use the shipped corpus 'held-out'"
         path = download_file(_WIKITEXT_REPO, _WIKITEXT_FILE, revision, cache_dir, local_files_only, otherwise)
         rows = _parquet_rows(path)
-        return _corpus("wikitext-2", _wikitext_rows(rows) if unit == "row" else _wikitext_documents(rows, unit))
+        return corpus_of("wikitext-2", _wikitext_rows(rows) if unit == "row" else _wikitext_documents(rows, unit))
     if unit != "article" or revision is not None:
         argument = f"unit={unit!r}" if unit != "article" else f"revision={revision!r}"
         raise ValueError(f"{argument} is for 'wikitext-2'; {name_or_path!r} has only one form. Leave the argument out.")
     if name_or_path == "held-out":
         data = resources.files("hooked_moe.corpus").joinpath("data", "held_out.jsonl").read_bytes()
-        return _corpus("held-out", _jsonl_documents(_decode(data, "the shipped corpus"), "held-out", "the shipped corpus"))
+        return corpus_of("held-out", _jsonl_documents(_decode(data, "the shipped corpus"), "held-out", "the shipped corpus"))
     return _file_corpus(name_or_path)
 
 
 def tokenize_documents(
-    documents: Sequence[Document], encode: Callable[[str], Sequence[int]], n_ctx: int, bos: int | None = None
+    documents: Iterable[Document], encode: Callable[[str], Sequence[int]], n_ctx: int, bos: int | None = None
 ) -> list[Window]:
     """Cut each document's tokens into windows of at most `n_ctx` tokens.
 
@@ -115,8 +117,9 @@ def tokenize_documents(
     if room < 2:
         kind = "two tokens" if bos is None else "a bos and two tokens"
         raise ValueError(f"n_ctx is {n_ctx}; a window has to hold {kind} to predict anything. Give a larger n_ctx.")
-    encoded = [np.asarray(encode(document.text), dtype=np.int64) for document in documents]
-    short = [f"{d.id!r} ({len(ids)})" for d, ids in zip(documents, encoded, strict=True) if len(ids) < 2]
+    documents = list(documents)
+    encoded = [_encoded(document, encode) for document in documents]
+    short = [f"{quoted(d.id)} ({len(ids)})" for d, ids in zip(documents, encoded, strict=True) if len(ids) < 2]
     if short:
         raise ValueError(f"Documents of fewer than two tokens have nothing to predict: {_listed(short)}. Leave them out.")
     return [
@@ -126,12 +129,19 @@ def tokenize_documents(
     ]
 
 
-def _corpus(name: str, documents: Iterable[Document]) -> Corpus:
+def _encoded(document: Document, encode: Callable[[str], Sequence[int]]) -> Int[np.ndarray, " token"]:
+    try:
+        return np.asarray(encode(document.text), dtype=np.int64)
+    except ValueError as error:
+        raise ValueError(f"document {quoted(document.id)} cannot be tokenized: {error}") from error
+
+
+def corpus_of(name: str, documents: Iterable[Document]) -> Corpus:
     """A corpus with its checksum, after the checks that hold for every source."""
     documents = list(documents)
     if not documents:
         raise ValueError(f"Corpus {name!r} is empty: it has no text. Expected at least one document.")
-    repeated = [repr(key) for key, count in Counter(d.id for d in documents).items() if count > 1]
+    repeated = [quoted(key) for key, count in Counter(d.id for d in documents).items() if count > 1]
     if repeated:
         raise ValueError(f"Corpus {name!r} gives the same id to several documents: {_listed(repeated)}. Make ids unique.")
     text = f"\n{RECORD_SEPARATOR}\n".join(document.text for document in documents)
@@ -147,9 +157,9 @@ def _listed(items: list[str], limit: int = 5) -> str:
 
 
 def _file_corpus(name: str) -> Corpus:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise IsADirectoryError(f"{name} is a directory; expected a .jsonl or .txt file. Name one of the files in it.")
+    path = expanded_path(name)
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{name} is a link to {path.readlink()}, which is not there. Name the file itself.")
     if not path.is_file():
         if len(path.parts) > 1 or path.suffix:
             raise FileNotFoundError(f"There is no corpus file {name} (looked for {path.absolute()}). Check the path.")
@@ -157,12 +167,15 @@ def _file_corpus(name: str) -> Corpus:
         hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give one of those, or a path."
         known = ", ".join(map(repr, CORPUS_NAMES))
         raise ValueError(f"There is no corpus {name!r}; expected {known} or a .jsonl or .txt file. {hint}")
-    if path.suffix not in (".jsonl", ".txt"):
+    if path.suffix not in SUFFIXES:
         raise ValueError(f"{name} ends in {path.suffix!r}; expected .jsonl (one JSON object per line) or .txt (plain text).")
-    text = _decode(path.read_bytes(), name)
-    if path.suffix == ".jsonl":
-        return _corpus(name, _jsonl_documents(text, path.stem, name))
-    return _corpus(name, _text_documents(text, path.stem))
+    return corpus_of(name, file_documents(path, path.stem))
+
+
+def file_documents(path: Path, stem: str) -> Iterator[Document]:
+    """The documents of a .jsonl or .txt file; `stem` is what they are called where the file does not say."""
+    text = _decode(path.read_bytes(), str(path))
+    return _jsonl_documents(text, stem, str(path)) if path.suffix == ".jsonl" else _text_documents(text, stem)
 
 
 def _decode(data: bytes, source: str) -> str:
@@ -183,16 +196,30 @@ def _jsonl_documents(text: str, stem: str, source: str) -> Iterator[Document]:
             continue
         where = f"{source}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}. Expected an object.") from error
+            record = parse_json(line)
+        except JsonError as error:
+            raise ValueError(f"{where} is not JSON: {error}. Expected an object.") from error
         if not isinstance(record, dict) or "text" not in record:
-            contents = f"has the fields {list(record)}" if isinstance(record, dict) else f"holds {line.strip()[:40]!r}"
+            contents = f"has the fields {quoted(list(record))}" if isinstance(record, dict) else f"holds {line.strip()[:40]!r}"
             raise ValueError(f"{where} {contents}; expected an object with the document in a field 'text'.")
         if not isinstance(record["text"], str) or not record["text"].strip():
-            raise ValueError(f"{where}: 'text' is {record['text']!r}; expected text that is not empty. Remove the line.")
-        key = str(record.get("id", f"{stem}-{number}"))
-        yield Document(key, str(record.get("domain", stem)), str(record.get("title", key)), record["text"])
+            found = quoted(record["text"])
+            raise ValueError(f"{where}: 'text' is {found}; expected text that is not empty. Remove the line.")
+        key = _label(record, "id", f"{stem}-{number}", where)
+        try:
+            yield Document(key, _label(record, "domain", stem, where), _label(record, "title", key, where), record["text"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _label(record: dict[str, Any], name: str, otherwise: str, where: str) -> str:
+    """A text or a whole number, as text; `otherwise` where the record has none or null."""
+    value = record.get(name)
+    if value is None:
+        return otherwise
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{where}: {name!r} is {quoted(value)}; expected text, a whole number, or nothing at all.")
+    return str(value)
 
 
 def _text_documents(text: str, stem: str) -> Iterator[Document]:
@@ -205,7 +232,14 @@ def _text_documents(text: str, stem: str) -> Iterator[Document]:
 
 
 def _parquet_rows(path: Path) -> list[str]:
-    return [row or "" for row in pq.read_table(path, columns=["text"]).column("text").to_pylist()]
+    table = pq.read_table(path)
+    if "text" not in table.column_names or not _is_text(table.schema.field("text").type):
+        raise ValueError(f"{path} has no column 'text' of text; it has {', '.join(table.column_names)}. Download it again.")
+    return [row or "" for row in table.column("text").to_pylist()]
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_)
 
 
 def _wikitext_rows(rows: list[str]) -> Iterator[Document]:

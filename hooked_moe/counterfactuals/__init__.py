@@ -3,20 +3,24 @@
 from hooked_moe.counterfactuals.expert_removal import Scope, expert_effects
 from hooked_moe.counterfactuals.expert_sets import mask_effects
 from hooked_moe.counterfactuals.first_order import FirstOrderEffects, first_order_effects
+from hooked_moe.counterfactuals.later_readouts import After, At
 from hooked_moe.counterfactuals.means import expert_means
 from hooked_moe.counterfactuals.observations import expert_observations
 from hooked_moe.counterfactuals.progressive_removal import Order, progressive_effects
-from hooked_moe.counterfactuals.readouts import KL, Displacement, LogitDifference, LossAfter
+from hooked_moe.counterfactuals.readouts import KL, Displacement, LogitDifference, Loss, LossAfter
 from hooked_moe.counterfactuals.removals import Mean, Removal, Renormalize, Reroute, Zero
 from hooked_moe.counterfactuals.results import ExpertEffects, VariantEffects
-from hooked_moe.counterfactuals.token_edits import Queries, token_effects
+from hooked_moe.counterfactuals.token_edits import Queries, VariantQueries, token_effects
 
 __all__ = [
     "KL",
+    "After",
+    "At",
     "Displacement",
     "ExpertEffects",
     "FirstOrderEffects",
     "LogitDifference",
+    "Loss",
     "LossAfter",
     "Mean",
     "Order",
@@ -26,6 +30,7 @@ __all__ = [
     "Reroute",
     "Scope",
     "VariantEffects",
+    "VariantQueries",
     "Zero",
     "expert_effects",
     "expert_means",

@@ -9,7 +9,7 @@ predicting token t+1, and a position counts when t+1 exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts
 from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.counterfactuals.engine.question import Question, SequenceQuestion, Variants
 from hooked_moe.counterfactuals.engine.readout import Readout
-from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens, make_request
+from hooked_moe.counterfactuals.engine.requests import Embeddings, Layers, Mask, Positions, Tokens, make_request
 from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.counterfactuals.observations import most_experts, observe
 from hooked_moe.counterfactuals.removals import (
@@ -41,13 +41,14 @@ Scope = Literal["position", "sequence", "from_position"]
 def expert_effects(
     model: Transformer,
     tokens: Tokens,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     scope: Scope = "position",
     removal: Removal | str = "zero",
     positions: Positions | None = None,
     attention_mask: Mask | None = None,
     *,
-    readouts: Sequence[Readout] = (),
+    readouts: Iterable[Readout] = (),
+    embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
 ) -> Steps[ExpertEffects]:
     """Remove every active expert at every token, one at a time, and measure the loss there.
@@ -58,7 +59,8 @@ def expert_effects(
     an object: `Mean(expert_means(model, reference))` puts the expert's mean output in its place. Shared experts stay.
     `layers` None means all that have experts; `positions` restricts what is measured, as indices valid in every row or as a
     bool mask [batch, pos]. Padding may be anywhere in `attention_mask` and enters nothing. `readouts`, such as `KL()`, are
-    further columns.
+    further columns. `embeddings` [batch, pos, d_model] are what the run begins with, in place of the tokens' own: noised ones,
+    say.
 
     Exact: equals a full forward with the same `ExpertMask` (float32: within 1e-5 nats). The cost of all removals of a sequence
     is about that of `slots * (layers - 1) / 2` forwards over it and `slots * layers` unembeddings; with scope="sequence", of a
@@ -68,9 +70,9 @@ def expert_effects(
     """
     if scope not in ("position", "sequence", "from_position"):
         raise ValueError(f"scope must be 'position', 'sequence' or 'from_position', not {scope!r}")
-    if scope == "sequence" and readouts:
+    request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget, embeddings=embeddings)
+    if scope == "sequence" and request.readouts:
         raise ValueError("readouts are of single tokens; with scope='sequence' only the loss and the KL divergence are measured")
-    request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget)
     removal = as_removal(removal)
     removal.check_layers(request.layers)
     slots, most = model.cfg.experts_per_token, most_experts(model)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from jaxtyping import Shaped
 from torch import Tensor
 
+from hooked_moe.checks import by_number
 from hooked_moe.counterfactuals.engine.answer import answer
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, as_expert_block
 from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.counterfactuals.engine.question import Question, Variants
 from hooked_moe.counterfactuals.engine.readout import Readout
-from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens, check_n_variants, make_request
+from hooked_moe.counterfactuals.engine.requests import Embeddings, Mask, Positions, Tokens, checked_n_variants, make_request
 from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.counterfactuals.removals import Removal, as_removal, at_window_starts_only
 from hooked_moe.counterfactuals.results import VariantEffects, as_variant_effects
@@ -29,7 +30,8 @@ def mask_effects(
     positions: Positions | None = None,
     attention_mask: Mask | None = None,
     *,
-    readouts: Sequence[Readout] = (),
+    readouts: Iterable[Readout] = (),
+    embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
 ) -> Steps[VariantEffects]:
     """Remove sets of experts (coalitions), or scale them, at one token at a time, and measure the loss there.
@@ -38,17 +40,16 @@ def mask_effects(
     every layer: True (1.0) keeps an expert's contribution at that token. All else as in `expert_effects` at `scope="position"`;
     "reroute" takes bool masks. Raises `ValueError` for masks that do not fit.
     """
-    request = make_request(model, tokens, list(masks), positions, attention_mask, readouts, memory_budget)
+    masks = by_number(masks, "layer")
+    request = make_request(model, tokens, list(masks), positions, attention_mask, readouts, memory_budget, embeddings=embeddings)
     removal = as_removal(removal)
     removal.check_layers(request.layers)
-    masks = {int(layer): mask for layer, mask in masks.items()}
     shape = (len(request.packed.rows), request.packed.original_length)
     full = {layer: _full_mask(model, layer, masks[layer], shape, removal) for layer in request.layers}
     counts = sorted({len(mask) for mask in full.values()})
     if len(counts) > 1:
         raise ValueError(f"every layer must have as many masks as the others; got {counts}")
-    check_n_variants(counts[0])
-    return as_variant_effects((yield from answer(Masked(counts[0], removal, full), request)))
+    return as_variant_effects((yield from answer(Masked(checked_n_variants(counts[0]), removal, full), request)))
 
 
 @dataclass(frozen=True, eq=False)

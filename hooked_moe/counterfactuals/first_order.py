@@ -14,7 +14,7 @@ blocks together would take too much memory, blocks are run again on the way back
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,9 +28,10 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
 from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.engine.padding import Packed, Results
-from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Mask, Tokens, make_request
+from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Embeddings, Layers, Mask, Tokens, make_request
 from hooked_moe.counterfactuals.results import ExpertEffects, TensorResult
-from hooked_moe.kernels.prefix_attention import for_every_head, own_share
+from hooked_moe.kernels.cpu.prefix_attention import for_every_head
+from hooked_moe.kernels.prefix_attention import own_share
 from hooked_moe.kernels.target_loss import target_loss
 from hooked_moe.tables import Column
 from hooked_moe.transformer import Transformer
@@ -66,20 +67,22 @@ class FirstOrderEffects(TensorResult):
 def first_order_effects(
     model: Transformer,
     tokens: Tokens,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     attention_mask: Mask | None = None,
     *,
+    embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
 ) -> FirstOrderEffects:
     """The first-order estimate of every removal of one expert at one token, its output zeroed.
 
     The cost is about that of three or four forward passes. `layers` None means all that have experts; padding may be
-    anywhere in `attention_mask`; `memory_budget` ("4GB", or bytes) bounds the memory beside weights and results.
+    anywhere in `attention_mask`; `embeddings` [batch, pos, d_model] are what the run begins with, in place of the tokens' own;
+    `memory_budget` ("4GB", or bytes) bounds the memory beside weights and results.
     Raises `ValueError` for layers out of range or dense, for a budget too small for one row, while hooks are attached, and for
     a model whose weights are streamed, since a backward pass takes its layers in the other order.
     """
     model.require_weights("a gradient")
-    request = make_request(model, tokens, layers, None, attention_mask, (), memory_budget)
+    request = make_request(model, tokens, layers, None, attention_mask, (), memory_budget, embeddings=embeddings)
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
     rows, keep = _rows_per_group(model, request.packed, request.budget)
     for packed in request.packed.split(rows):
@@ -114,7 +117,7 @@ def _backward(
             return clean_block(model.blocks[layer], layer, before.requires_grad_(differentiable), rotate, attend)
 
     with torch.no_grad():
-        before = [model.embed(packed.tokens)]
+        before = [packed.embed(model)]
     kept: list[CleanBlock] = []
     for layer in range(model.cfg.n_layers):
         clean = run(layer, before[-1], differentiable=keep and layer > lowest)
@@ -154,7 +157,7 @@ def attend_by_own_stream(attn: Attention, qkv: QueriesKeysValues) -> Float[Tenso
     z = attn.attend(QueriesKeysValues(q, k.detach(), v.detach()), None)
     scale = attn.cfg.attention_scale
     with torch.no_grad():
-        share = own_share(q, k, v, scale).unsqueeze(-1).to(z.dtype)
+        share = own_share(q, k, v, scale, attn.sink, attn.window).unsqueeze(-1).to(z.dtype)
     own_k, own_v = for_every_head(q, k), for_every_head(q, v)
     score = (q.detach() * own_k).sum(-1, keepdim=True) * scale
     moved = (score - score.detach()) * (own_v - z).detach()

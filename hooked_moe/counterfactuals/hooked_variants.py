@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_moe.checks import WrongTypeError, described, in_list, is_hook
 from hooked_moe.components.losses import loss_of
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes
 from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, require_unhooked
@@ -17,7 +18,7 @@ from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.hooks.hooked_module import Hook
 from hooked_moe.transformer import LogitsAndLoss, ReturnType, Transformer
 
-HookEdit = Hook | Sequence[Hook]
+HookEdit = Hook | Iterable[Hook]
 """One intervention: a hook (name or predicate, function), or several that act together."""
 
 
@@ -25,7 +26,7 @@ HookEdit = Hook | Sequence[Hook]
 def run_variants(
     model: Transformer,
     tokens: Int[Tensor, "batch pos"] | str | list[str],
-    edits: Sequence[HookEdit],
+    edits: Iterable[HookEdit],
     return_type: ReturnType = "logits",
     *,
     loss_per_token: bool = False,
@@ -36,6 +37,7 @@ def run_variants(
     require_unhooked(model)
     if return_type not in ("logits", "loss", "both"):
         raise ValueError(f"return_type must be 'logits', 'loss' or 'both', not {return_type!r}")
+    edits = in_list(edits, "edits", "[(name, function)]")
     if not edits:
         raise ValueError("no edits: give one or more, each a (name, function) pair or a list of them")
     tokens, mask = model.as_tokens(tokens, attention_mask)
@@ -69,20 +71,16 @@ class Variant:
 
 
 def _resolve(model: Transformer, number: int, edit: HookEdit) -> Variant:
-    pairs: Any = [edit] if _is_hook(edit) else edit
-    if not isinstance(pairs, list | tuple) or not all(map(_is_hook, pairs)):
-        raise ValueError(
-            f"edit {number} must be a (name, function) pair or a list of them, not {edit!r}; "
+    pairs: Any = [edit] if is_hook(edit) else list(edit) if isinstance(edit, Iterable) else None
+    if pairs is None or isinstance(edit, str | Mapping) or not all(map(is_hook, pairs)):
+        raise WrongTypeError(
+            f"edit {number} must be a (name, function) pair or a list of them, not {described(edit)}; "
             "edits are a list, as in [(name, function)]"
         )
     hooks = [(point, fn) for which, fn in pairs for point in model.hook_points(which)]
     if not hooks:
         raise ValueError(f"edit {number} has no hooks")
     return Variant(number, hooks, min(_layer_of(model, point) for point, _ in hooks))
-
-
-def _is_hook(pair: Any) -> bool:
-    return isinstance(pair, list | tuple) and len(pair) == 2 and callable(pair[1])
 
 
 def _layer_of(model: Transformer, point: HookPoint) -> int:
@@ -133,7 +131,7 @@ class _OnOwnRows:
                 own: Any = slice(place * self.batch, (place + 1) * self.batch)
             else:  # an expert's rows are tokens of all variants
                 own = tokens[:, 0] // self.batch == place
-                hook.ctx["tokens"] = tokens[own] - torch.tensor([place * self.batch, 0], device=tokens.device)
+                hook.ctx["tokens"] = tokens[own] - torch.tensor([place * self.batch, 0], dtype=torch.long, device=tokens.device)
             part = activation[own].clone()
             edited = fn(part, hook=hook)
             activation[own] = part if edited is None else hook.checked(edited, part)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_moe.checks import WrongTypeError, described
 from hooked_moe.components.precision import at_least_float32, without_autocast
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, clean_blocks
 from hooked_moe.counterfactuals.engine.padding import pack
@@ -30,10 +31,12 @@ def expert_means(model: Transformer, reference: Reference | Iterable[Reference])
     """
     require_unhooked(model)
     batches = [reference] if isinstance(reference, Tensor | str) else reference
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise WrongTypeError(f"reference must be token ids, a text, or several of these, not {described(reference)}")
     cfg = model.cfg
     wide = torch.promote_types(cfg.dtype, torch.float32)
     sums = {layer: torch.zeros(cfg.experts_in(layer), cfg.d_model, dtype=wide, device=cfg.device) for layer in cfg.moe_layers}
-    counts = {layer: torch.zeros(cfg.experts_in(layer), device=cfg.device) for layer in cfg.moe_layers}
+    counts = {layer: torch.zeros(cfg.experts_in(layer), dtype=torch.long, device=cfg.device) for layer in cfg.moe_layers}
 
     def add(clean: CleanBlock, real: Bool[Tensor, "batch pos"]) -> None:
         if isinstance(clean, CleanExperts):
@@ -46,8 +49,8 @@ def expert_means(model: Transformer, reference: Reference | Iterable[Reference])
     with torch.inference_mode():
         for batch in batches:
             packed = pack(*model.as_tokens(batch))
-            run_to_end(clean_blocks(model, packed.tokens, partial(add, real=packed.original_positions >= 0)))
+            run_to_end(clean_blocks(model, packed.embed(model), partial(add, real=packed.original_positions >= 0)))
             measured = True
     if not measured:
         raise ValueError("no reference to take means over: it has no batches")
-    return {layer: sums[layer] / counts[layer].where(counts[layer] > 0, float("nan"))[:, None] for layer in sums}
+    return {layer: sums[layer] / counts[layer].to(wide)[:, None] for layer in sums}  # 0 / 0 is nan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +15,10 @@ from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, as_expert_block
 from hooked_moe.counterfactuals.engine.padding import Packed, empty_table
 from hooked_moe.counterfactuals.engine.question import Question, Variants
-from hooked_moe.counterfactuals.engine.requests import Mask, Tokens, make_request
+from hooked_moe.counterfactuals.engine.requests import Layers, Mask, Tokens, make_request
 from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.counterfactuals.results import ExpertEffects, as_expert_effects
+from hooked_moe.kernels import routing
 from hooked_moe.transformer import Transformer
 
 
@@ -26,7 +26,7 @@ from hooked_moe.transformer import Transformer
 def expert_observations(
     model: Transformer,
     tokens: Tokens,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     attention_mask: Mask | None = None,
 ) -> Steps[ExpertEffects]:
     """The table of `expert_effects` from the clean run alone, at the cost of one forward: its effects are nan."""
@@ -63,11 +63,11 @@ def observe(clean: CleanExperts, most_experts: int) -> dict[str, Tensor]:
         _of_contributions(weight, at_least_float32(rows[own_rows]))
         for weight, own_rows in zip(weights.flatten(0, 1).split(tokens), place.flatten(0, 1).split(tokens), strict=True)
     ]
-    probabilities = clean.moe.router(clean.mlp_input).softmax(dim=-1)
+    scores = routing.score(clean.moe.router(clean.mlp_input), clean.moe.router.rule)
     return {
         "expert_index": indices,
         "routing_weight": weights,
-        "router_probability": F.pad(probabilities, (0, most_experts - clean.moe.num_experts)),
+        "router_probability": F.pad(scores, (0, most_experts - clean.moe.num_experts)),
     } | {name: torch.cat([part[name] for part in parts]).view(indices.shape) for name in parts[0]}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_moe.checks import whole_number
 from hooked_moe.counterfactuals.engine.answer import answer
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, as_expert_block
 from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.counterfactuals.engine.question import Question, Variants
 from hooked_moe.counterfactuals.engine.readout import Readout
-from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens, make_request
+from hooked_moe.counterfactuals.engine.requests import Embeddings, Layers, Mask, Positions, Tokens, make_request
 from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.counterfactuals.observations import most_experts, observe
 from hooked_moe.counterfactuals.removals import Removal, as_removal, at_window_starts_only
@@ -29,14 +30,15 @@ Order = Literal["descending", "ascending", "random"]
 def progressive_effects(
     model: Transformer,
     tokens: Tokens,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     order: Order = "descending",
     removal: Removal | str = "zero",
     positions: Positions | None = None,
     attention_mask: Mask | None = None,
     seed: int = 0,
     *,
-    readouts: Sequence[Readout] = (),
+    readouts: Iterable[Readout] = (),
+    embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
 ) -> Steps[ExpertEffects]:
     """Remove more and more of the active experts at one token: `delta_loss[..., m]` is the effect of removing m + 1 of them.
@@ -46,10 +48,10 @@ def progressive_effects(
     """
     if order not in ("descending", "ascending", "random"):
         raise ValueError(f"order must be 'descending', 'ascending' or 'random', not {order!r}")
-    request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget)
+    request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget, embeddings=embeddings)
     removal = as_removal(removal)
     removal.check_layers(request.layers)
-    question = RemovedInOrder(model.cfg.experts_per_token, removal, order, seed, most_experts(model))
+    question = RemovedInOrder(model.cfg.experts_per_token, removal, order, whole_number(seed, "seed"), most_experts(model))
     return as_expert_effects((yield from answer(question, request)))
 
 
@@ -81,7 +83,7 @@ def _random_ranks(packed: Packed, layer: int, slots: int, seed: int) -> Int[Tens
     """A permutation of the slots at every measured position, the same whatever else is measured along with it."""
     rows = []
     for row, positions in zip(packed.rows.tolist(), packed.original_query_positions(), strict=True):
-        generator = torch.Generator().manual_seed(((seed * 1_000_003 + layer) * 1_000_003 + row) % (1 << 63))
-        ranks = torch.rand(packed.original_length, slots, generator=generator).argsort(-1).to(positions.device)
-        rows.append(ranks[positions.clamp(min=0)])
+        generator = torch.Generator("cpu").manual_seed(((seed * 1_000_003 + layer) * 1_000_003 + row) % (1 << 63))
+        ranks = torch.rand(packed.original_length, slots, generator=generator, dtype=torch.float32, device="cpu").argsort(-1)
+        rows.append(ranks.to(positions.device)[positions.clamp(min=0)])
     return torch.stack(rows)

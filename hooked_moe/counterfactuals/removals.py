@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from hooked_moe.checks import by_number
 from hooked_moe.components.moe import add_shared, combine_onto
 from hooked_moe.counterfactuals.engine.clean_run import CleanExperts
 from hooked_moe.counterfactuals.engine.question import Variants
@@ -99,6 +100,9 @@ class Mean(Removal):
     means: ExpertMeans
 
     name = "mean"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "means", by_number(self.means, "layer"))
 
     def check_layers(self, layers: Iterable[int]) -> None:
         missing = [layer for layer in layers if layer not in self.means]

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.checks import whole_number
 from hooked_moe.counterfactuals.engine.padding import Results
 from hooked_moe.tables import Axis, Column, GridResult
 
@@ -108,7 +109,8 @@ class ExpertEffects(EffectsResult):
     max_activation: Float[Tensor, "layer batch pos slot"]
     """Largest |coordinate| of E_i(x)."""
     router_probability: Float[Tensor, "layer batch pos expert"]
-    """The router's softmax over all experts, selected or not; 0 for experts that a layer does not have."""
+    """The router's score of every expert, selected or not: its softmax, or its sigmoids, without a selection bias; 0 for experts
+    that a layer does not have."""
     baseline_loss: Float[Tensor, "batch pos"]
     """-log p(next token) of the clean run, in nats; nan where there is no next token."""
     readouts: dict[str, Float[Tensor, "layer batch pos slot *rest"]] = field(default_factory=dict)
@@ -138,6 +140,8 @@ class ExpertEffects(EffectsResult):
 
     def at(self, layer: int, batch: int, pos: int, expert: int) -> dict[str, int | float]:
         """Every value of one expert at one token. Raises `ValueError` if it was not measured there."""
+        given = {"layer": layer, "batch": batch, "pos": pos, "expert": expert}
+        layer, batch, pos, expert = (whole_number(value, name) for name, value in given.items())
         if layer not in self.layers:
             raise ValueError(f"layer {layer} was not measured; measured layers are {self.layers}")
         batches, length = self.baseline_loss.shape

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hooked_moe.checks import WrongTypeError, described
 from hooked_moe.kernels.cpu.alignment import begins_aligned
 
 
@@ -56,6 +57,8 @@ class HookPoint(nn.Module):
         """
         if dir not in ("fwd", "bwd"):
             raise ValueError(f"dir must be 'fwd' or 'bwd', not {dir!r}")
+        if not callable(fn):
+            raise WrongTypeError(f"a hook must be a function fn(activation, hook), not {described(fn)}")
         registered = _Registered(fn, is_permanent, reads_only)
         (self.fwd_hooks if dir == "fwd" else self.bwd_hooks).append(registered)
         return registered

@@ -5,6 +5,7 @@ The model's `hook_dict`, the documentation and the tests are all held to it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ _ROUTED = Where("layers with experts", lambda cfg, layer: cfg.experts_in(layer) 
 _DENSE = Where("dense layers", lambda cfg, layer: cfg.experts_in(layer) == 0)
 _SHARED = Where("layers with shared experts", lambda cfg, layer: cfg.experts_in(layer) > 0 and cfg.d_shared is not None)
 _GATED = Where("layers with gated shared experts", lambda cfg, layer: cfg.experts_in(layer) > 0 and cfg.shared_gate)
+_SIGMOID = Where("layers with a sigmoid router", lambda cfg, layer: cfg.experts_in(layer) > 0 and cfg.router_score == "sigmoid")
+_BIASED = Where("layers with a selection bias", lambda cfg, layer: cfg.experts_in(layer) > 0 and cfg.selection_bias)
+_SINKS = Where("attention with sinks", lambda cfg, layer: cfg.attention_sink)
 _LATENT = Where("latent attention", lambda cfg, layer: cfg.kv_lora_rank is not None)
 
 
@@ -79,10 +83,12 @@ HOOK_TABLE: tuple[HookSpec, ...] = (
              "values, before clipping", "changes what the position passes on"),
     HookSpec(_ATTN + "hook_rot_q", "batch pos head d_head", "queries as used", _LOOKS),
     HookSpec(_ATTN + "hook_rot_k", "batch pos kv_head d_head", "keys as used", _FOUND),
+    HookSpec(_ATTN + "hook_attn_sink", "batch pos head",
+             "logit of each head that takes a share of its attention", "the pattern follows", _SINKS),
     HookSpec(_ATTN + "hook_attn_scores", "batch head query key",
              "scaled query-key products; -inf where masked", "the pattern follows"),
     HookSpec(_ATTN + "hook_pattern", "batch head query key",
-             "attention probabilities", "values are mixed by the edited pattern"),
+             "attention probabilities; with sinks, they sum to less than one", "values are mixed by the edited pattern"),
     HookSpec(_ATTN + "hook_z", "batch pos head d_value", "each head's mix of values", "changes the head's output"),
     HookSpec(_ATTN + "hook_result", "batch pos head d_model",
              "each head's output in the residual stream", "the attention output is the sum of the edited ones"),
@@ -91,7 +97,11 @@ HOOK_TABLE: tuple[HookSpec, ...] = (
     *_norm_rows(_B + "ln2.", "experts' input", _RESCALES, "changes what router and experts read"),
     HookSpec(_MLP + "hook_router_logits", "batch pos expert",
              "router logits, fp32", "re-routes: probabilities, selection and weights follow", _ROUTED),
-    HookSpec(_MLP + "hook_expert_indices", "batch pos slot", "selected experts, highest probability first",
+    HookSpec(_MLP + "hook_router_scores", "batch pos expert",
+             "sigmoid of the logits", "re-routes: selection and weights follow", _SIGMOID),
+    HookSpec(_MLP + "hook_selection_bias", "batch pos expert",
+             "added to the scores for the selection alone", "re-routes: weights are taken at the experts then selected", _BIASED),
+    HookSpec(_MLP + "hook_expert_indices", "batch pos slot", "selected experts, highest probability or score first",
              "re-routes: weights are taken again at the edited experts", _ROUTED),
     HookSpec(_MLP + "hook_expert_weights", "batch pos slot",
              "routing weights as applied", "scales each expert's contribution", _ROUTED),
@@ -117,6 +127,15 @@ HOOK_TABLE: tuple[HookSpec, ...] = (
 def declared_names(cfg: HookedMoEConfig) -> list[str]:
     """The name of every hook point of a model of this configuration, from `HOOK_TABLE`."""
     return [name for spec in HOOK_TABLE for name in spec.names(cfg)]
+
+
+_AXES = {spec.name: tuple(spec.shape.split()) for spec in HOOK_TABLE}
+
+
+def axes_of(name: str) -> tuple[str, ...]:
+    """The axes of a hook point's activation, or of its gradient, which a cache calls "..._grad"; none for an unknown name."""
+    row = re.sub(r"\bexperts\.\d+", "experts.{e}", re.sub(r"\bblocks\.\d+", "blocks.{i}", name))
+    return _AXES.get(row.removesuffix("_grad"), ())
 
 
 def hook_table_markdown() -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hooked_moe.checks import unknown_name
+from hooked_moe.checks import as_hooks, in_list
 from hooked_moe.hooks.activation_cache import ActivationCache
+from hooked_moe.hooks.caching import Kept, with_positions
 from hooked_moe.hooks.hook_point import HookPoint
+from hooked_moe.hooks.names import Name, Names, is_one_name
 
-NameOrPredicate = str | Callable[[str], bool]
+NameOrPredicate = Name | Iterable[Name] | Callable[[str], bool]
 Hook = tuple[NameOrPredicate, Callable[..., Any]]
-NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+NamesFilter = NameOrPredicate | None
 
 
 class HookedModule(nn.Module):
@@ -30,11 +32,15 @@ class HookedModule(nn.Module):
             if isinstance(module, HookPoint):
                 module.name = name
                 self.hook_dict[name] = module
+        n_layers = sum(name.endswith(".hook_resid_pre") for name in self.hook_dict)
+        self._names = Names(self.hook_dict, n_layers, advice="See model.hook_dict for all names.")
 
     def hook_points(self, which: NamesFilter) -> list[HookPoint]:
         """The hook points of one name, several names, or all that a predicate accepts; None means all.
 
-        Raises `UnknownNameError` for a name that does not exist and `ValueError` for a predicate that accepts none.
+        Names may be short: "router_logits" is that of every layer, ("router_logits", 3) that of layer 3, ("scale", 3, "ln2") the
+        one of two in a part of the block. Raises `UnknownNameError` for a name that does not exist or is ambiguous, and
+        `ValueError` for a predicate that accepts none.
         """
         if which is None:
             return list(self.hook_dict.values())
@@ -43,11 +49,8 @@ class HookedModule(nn.Module):
             if not accepted:
                 raise ValueError("the predicate accepts no hook point; see model.hook_dict for the names")
             return accepted
-        names = [which] if isinstance(which, str) else which
-        for name in names:
-            if name not in self.hook_dict:
-                raise unknown_name("hook point", name, self.hook_dict, "See model.hook_dict for all names.")
-        return [self.hook_dict[name] for name in names]
+        names: list[Any] = [which] if is_one_name(which) else in_list(which, "names of hook points", "['hook_embed']")
+        return [self.hook_dict[full] for name in names for full in self._names.meant(name)]
 
     def add_hook(self, name: NameOrPredicate, fn: Callable[..., Any], dir: str = "fwd", is_permanent: bool = False) -> None:
         """Attach `fn(activation, hook)` until `reset_hooks`; a permanent hook outlasts that too."""
@@ -60,12 +63,12 @@ class HookedModule(nn.Module):
             point.reset(including_permanent)
 
     @contextmanager
-    def hooks(self, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = ()) -> Iterator[HookedModule]:
+    def hooks(self, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = ()) -> Iterator[HookedModule]:
         """Attach hooks for the length of a `with` block; others stay as they are. A wrong name attaches none of them."""
         hooks_by_point = [
             (point, fn, direction)
             for direction, hooks in (("fwd", fwd_hooks), ("bwd", bwd_hooks))
-            for which, fn in hooks
+            for which, fn in as_hooks(hooks, f"{direction}_hooks")
             for point in self.hook_points(which)
         ]
         with self._attached(hooks_by_point):
@@ -80,24 +83,36 @@ class HookedModule(nn.Module):
             for point, registered in attached:
                 point.remove(registered)
 
-    def run_with_hooks(self, *args: Any, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = (), **kwargs: Any) -> Any:
+    def run_with_hooks(self, *args: Any, fwd_hooks: Iterable[Hook] = (), bwd_hooks: Iterable[Hook] = (), **kwargs: Any) -> Any:
         """A forward pass with hooks. Backward hooks outlive it in the graph: they fire when the result is differentiated."""
         with self.hooks(fwd_hooks, bwd_hooks):
             return self(*args, **kwargs)
 
     def run_with_cache(
-        self, *args: Any, names_filter: NamesFilter = None, device: torch.device | str | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        names_filter: NamesFilter = None,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        pos_slice: Any = None,
+        **kwargs: Any,
     ) -> tuple[Any, ActivationCache]:
         """A forward pass and its activations, detached, at the hook points that `names_filter` selects (None: all).
 
-        Other hooks on the model apply first: the cache holds what they made of the activation. `device` is where to keep them.
+        Other hooks on the model apply first: the cache holds what they made of the activation. `device` is where to keep them,
+        and `pos_slice` which positions: -1, a range (start, stop), or a list; the axis stays. `remove_batch_dim` takes away the
+        batch axis of one row. With `incl_bwd`, the output has to be one number (`return_type="loss"`), and its gradient with
+        respect to every kept activation is there too, as `cache["resid_post_grad", 3]`.
         """
-        activations: dict[str, Tensor] = {}
-
-        def keep(activation: Tensor, hook: HookPoint) -> None:
-            activations[hook.name] = activation.detach().to(device) if device is not None else activation.detach()
-
-        with self._attached([(point, keep, "fwd") for point in self.hook_points(names_filter)], reads_only=True):
+        points = self.hook_points(names_filter)
+        if pos_slice is not None:
+            points = with_positions(points, leave_others=names_filter is None)
+        kept = Kept(device, pos_slice)
+        watch = [(point, kept.watch, "fwd") for point in points] if incl_bwd else []
+        with self._attached(watch), self._attached([(point, kept.keep, "fwd") for point in points], reads_only=True):
             output = self(*args, **kwargs)
-        n_layers = sum(name.endswith(".hook_resid_pre") for name in self.hook_dict)
-        return output, ActivationCache(activations, n_layers)
+        if incl_bwd:
+            kept.differentiate(output)
+        cache = ActivationCache(kept.activations, self)
+        return output, cache.remove_batch_dim() if remove_batch_dim else cache

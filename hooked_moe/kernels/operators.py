@@ -70,7 +70,8 @@ def _gradient_of(definition: Callable[..., Any]) -> Callable[..., Any]:
             output = definition(*inputs)
         outputs = output if isinstance(output, tuple) else (output,)
         pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if x.requires_grad and g is not None]
-        computed = torch.autograd.grad([x for x, _ in pairs], [inputs[index] for index in needed], [g for _, g in pairs])
+        wanted = [inputs[index] for index in needed]
+        computed = torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
         by_input = dict(zip(needed, computed, strict=True))
         return tuple(by_input.get(index) for index in range(len(inputs)))
 

@@ -1,25 +1,24 @@
 """Attention of counterfactual tokens: each sees the clean run strictly before its position, and itself.
 
 A variant changes one token, or a window of tokens; all earlier keys and values are the clean run's. So the variants of a position
-share one prefix, and no scores of all positions against all are ever held in memory.
+share one prefix, and no scores of all positions against all are ever held in memory. In a layer with a sliding window, the prefix
+is the part of it that a token sees: a change reaches later positions only, so nothing else differs.
 
-It is defined once, in `window_attention_reference`. On a CPU, `_by_parts` takes the shared prefix through torch's fused kernel;
-on a CUDA device, the operator runs a kernel of this package.
+It is defined once, in `window_attention_reference`. On a CPU, `cpu/prefix_attention.py` takes the shared prefix through
+torch's fused kernel; on a CUDA device, the operator runs a kernel of this package.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.kernels.cpu.prefix_attention import before_own, by_parts, for_every_head, over_prefix, runs_fused
 from hooked_moe.kernels.cuda import launches, nvrtc
 from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.operators import operator
-
-_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def window_attention(
@@ -38,15 +37,15 @@ def window_attention(
     """Attention in windows of `width` tokens (token = query x offset): each token sees the clean run strictly before its window,
     the window's tokens up to itself, and nothing else. With `width` 1 it sees what is before its own position, and itself.
 
-    `starts` None means that windows start at all positions in order. `sink`, a logit of each head that takes a share of the
-    attention, and `sliding_window`, the number of positions that a token sees, are not implemented yet: `ValueError`.
+    `starts` None means that windows start at all positions in order. `sink` is a logit of each head that takes a share of the
+    attention; `sliding_window` the number of positions up to its own that a token sees at most.
     """
-    if sink is not None or sliding_window is not None:
-        raise ValueError("sinks and sliding windows are not implemented yet in attention of variants: pass None for both")
+    form = window_attention_reference
     if use_kernels(q):
-        return _prefix_attention(q, own_k, own_v, keys, values, starts, width, scale)
-    form = _by_parts if _runs_fused(q, values) else window_attention_reference
-    return form(q, own_k, own_v, keys, values, starts, width, scale)
+        form = _prefix_attention
+    elif runs_fused(q, values):
+        form = by_parts
+    return form(q, own_k, own_v, keys, values, starts, width, scale, sink, sliding_window)
 
 
 def window_attention_reference(
@@ -58,9 +57,11 @@ def window_attention_reference(
     starts: Int[Tensor, "batch query"] | None,
     width: int,
     scale: float,
+    sink: Float[Tensor, " head"] | None = None,
+    sliding_window: int | None = None,
 ) -> Float[Tensor, "variant batch token head d_value"]:
-    """The definition: one softmax over all keys that a token sees, in float32 or wider."""
-    before, within = _weights(q, own_k, keys, starts, width, scale)
+    """The definition: one softmax over all keys that a token sees, and its sink, in float32 or wider."""
+    before, within = _weights(q, own_k, keys, starts, width, scale, sink, sliding_window)
     values, own_v = (for_every_head(q, x).to(before.dtype) for x in (values, own_v))
     own_v = own_v.unflatten(2, (-1, width))
     mixed = einsum(before, values, "variant batch query offset head pos, batch pos head e -> variant batch query offset head e")
@@ -71,7 +72,14 @@ def window_attention_reference(
 
 
 def _weights(
-    q: Tensor, own_k: Tensor, keys: Tensor, starts: Tensor | None, width: int, scale: float
+    q: Tensor,
+    own_k: Tensor,
+    keys: Tensor,
+    starts: Tensor | None,
+    width: int,
+    scale: float,
+    sink: Tensor | None,
+    sliding_window: int | None,
 ) -> tuple[Float[Tensor, "variant batch query offset head pos"], Float[Tensor, "variant batch query offset head own"]]:
     """How much attention each token pays to the clean run, and to the tokens of its window."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -82,10 +90,17 @@ def _weights(
         own_q, own_k, "variant batch query offset head e, variant batch query own head e -> variant batch query offset head own"
     )
     pos, offset = (torch.arange(size, device=q.device) for size in (keys.shape[1], width))
-    at = pos[None, : q.shape[2] // width] if starts is None else starts
-    prefix = prefix.masked_fill((pos >= at[..., None])[None, :, :, None, None], float("-inf"))
-    own = own.masked_fill((offset > offset[:, None])[:, None], float("-inf"))
-    before, within = (torch.cat((prefix, own), dim=-1) * scale).softmax(-1).split((len(pos), width), dim=-1)
+    at = (pos[None, : q.shape[2] // width] if starts is None else starts)[..., None, None]
+    reach = keys.shape[1] + width if sliding_window is None else sliding_window
+    unseen = (pos >= at) | (pos <= at + offset[:, None] - reach)
+    unseen_own = (offset > offset[:, None]) | (offset <= offset[:, None] - reach)
+    scores = torch.cat(
+        (prefix.masked_fill(unseen[:, :, :, None], -torch.inf), own.masked_fill(unseen_own[:, None], -torch.inf)), -1
+    )
+    scores = scores * scale
+    if sink is not None:
+        scores = torch.cat((scores, sink.to(wide)[:, None].expand(*scores.shape[:-1], 1)), dim=-1)
+    before, within = scores.softmax(-1)[..., : len(pos) + width].split((len(pos), width), dim=-1)
     return before, within
 
 
@@ -94,112 +109,32 @@ def own_share(
     keys: Float[Tensor, "batch pos kv_head d_head"],
     values: Float[Tensor, "batch pos kv_head d_value"],
     scale: float,
+    sink: Float[Tensor, " head"] | None = None,
+    sliding_window: int | None = None,
 ) -> Float[Tensor, "batch pos head"]:
     """The attention that each position pays to itself, in causal attention over all positions up to it."""
-    if not _runs_fused(q, values):
-        return _weights(q[None], keys[None], keys, None, 1, scale)[1][0, :, :, 0, :, 0]
-    _, log_sum = _over_prefix(q[None], keys, values, None, scale)
+    if not runs_fused(q, values):
+        return _weights(q[None], keys[None], keys, None, 1, scale, sink, sliding_window)[1][0, :, :, 0, :, 0]
+    _, log_sum = over_prefix(q[None], keys, values, None, scale, before_own(sliding_window))
     own_score = (q.to(log_sum.dtype) * for_every_head(q, keys).to(log_sum.dtype)).sum(-1)
-    return (own_score * scale - log_sum[0]).sigmoid()
-
-
-def for_every_head(q: Tensor, x: Tensor) -> Tensor:
-    """Keys or values of key/value heads, repeated for the query heads that share them."""
-    group = q.shape[-2] // x.shape[-2]
-    return x if group == 1 else x.repeat_interleave(group, dim=-2)
-
-
-# --- the fast form on a CPU --------------------------------------------------------------------------------------------------
-
-
-def _runs_fused(q: Tensor, values: Tensor) -> bool:
-    """Whether torch's fused kernel for CPUs takes these."""
-    return q.device.type == "cpu" and q.dtype in _FUSED_DTYPES and values.shape[-1] <= q.shape[-1]
-
-
-def _by_parts(
-    q: Tensor, own_k: Tensor, own_v: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None, width: int, scale: float
-) -> Tensor:
-    """The mix over the prefix, and over the tokens of the window, merged by the log-sum-exp of their scores."""
-    own = (for_every_head(q, own_k), for_every_head(q, own_v))
-    if width == 1:
-        return _token_by_parts(q, *own, *_over_prefix(q, keys, values, starts, scale), scale)
-    # All tokens of a window share its prefix, so that each offset is but another set of variants.
-    split = "variant batch (query offset) head e -> (variant offset) batch query head e"
-    join = "(variant offset) batch query head ... -> variant batch query head offset ..."
-    over_prefix = _over_prefix(rearrange(q, split, offset=width), keys, values, starts, scale)
-    mixed, log_sum = (rearrange(x, join, offset=width) for x in over_prefix)
-    by_window = "variant batch (query offset) head e -> variant batch query head offset e"
-    wide = torch.promote_types(q.dtype, torch.float32)
-    own_q, own_k, own_v = (rearrange(x.to(wide), by_window, offset=width) for x in (q, *own))
-    scores = own_q @ own_k.mT * scale
-    later = torch.ones(width, width, dtype=torch.bool, device=q.device).triu(1)
-    scores = scores.masked_fill(later, float("-inf"))
-    weights = torch.cat((log_sum.unsqueeze(-1).to(wide), scores), dim=-1).softmax(-1)
-    z = weights[..., :1] * mixed.to(wide) + weights[..., 1:] @ own_v
-    return rearrange(z, "variant batch query head offset e -> variant batch (query offset) head e").to(q.dtype)
-
-
-def _token_by_parts(q: Tensor, own_k: Tensor, own_v: Tensor, mixed: Tensor, log_sum: Tensor, scale: float) -> Tensor:
-    """The softmax over prefix and own key splits exactly: with L the log-sum-exp of the prefix scores and s the own score, the
-    prefix has weight sigmoid(L - s) (the merge of FlashAttention blocks, Dao et al. 2022)."""
-    wide = torch.promote_types(q.dtype, torch.float32)  # a weight rounded to half precision would be the largest error of all
-    own_score = einsum(
-        q.to(wide), own_k.to(wide), "variant batch query head e, variant batch query head e -> variant batch query head"
-    )
-    prefix_weight = (log_sum - own_score * scale).sigmoid()
-    return torch.lerp(own_v.to(wide), mixed.to(wide), prefix_weight.unsqueeze(-1)).to(q.dtype)
-
-
-def _over_prefix(
-    q: Float[Tensor, "variant batch query head d_head"],
-    keys: Float[Tensor, "batch pos kv_head d_head"],
-    values: Float[Tensor, "batch pos kv_head d_value"],
-    starts: Int[Tensor, "batch query"] | None,
-    scale: float,
-) -> tuple[Float[Tensor, "variant batch query head d_value"], Float[Tensor, "variant batch query head"]]:
-    """The mix over the strict prefix, and the log-sum-exp of its scores (minus infinity where there is none).
-
-    Flash attention, a sequence at a time, its keys and values shared by all variants without a copy. Heads that share a key/value
-    head are but more queries of it.
-    """
-    kv_heads, d_value = values.shape[2:]
-    group = q.shape[3] // kv_heads
-    q = rearrange(q, "variant batch query (kv_head group) e -> (variant group) batch query kv_head e", kv_head=kv_heads)
-    values = F.pad(values, (0, q.shape[-1] - d_value))  # the kernel wants values as wide as keys
-    mixed = torch.zeros_like(q)
-    log_sum = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
-    for b in range(q.shape[1]):
-        rows = rearrange(q[:, b], "variant query head e -> variant head query e")
-        k, v = (rearrange(x[b], "pos head e -> 1 head pos e").expand(len(rows), -1, -1, -1) for x in (keys, values))
-        if starts is None:  # shifted by one against the keys, a causal kernel sees the strict prefix; position 0 has none
-            if rows.shape[2] < 2:
-                continue
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                rows[:, :, 1:], k[:, :, :-1], v[:, :, :-1], is_causal=True, scale=scale
-            )
-            mixed[:, b, 1:] = out.transpose(1, 2)
-            log_sum[:, b, 1:] = lse.transpose(1, 2)
-        else:
-            has_prefix = starts[b] > 0
-            before = torch.arange(k.shape[2], device=q.device) < starts[b][has_prefix][:, None]
-            bias = torch.zeros(before.shape, dtype=q.dtype, device=q.device).masked_fill(~before, float("-inf"))
-            if not len(bias):
-                continue
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                rows[:, :, has_prefix], k, v, attn_mask=bias[None, None], scale=scale
-            )
-            mixed[:, b, has_prefix] = out.transpose(1, 2)
-            log_sum[:, b, has_prefix] = lse.transpose(1, 2)
-    by_head = "(variant group) batch query kv_head ... -> variant batch query (kv_head group) ..."
-    return rearrange(mixed[..., :d_value], by_head, group=group), rearrange(log_sum, by_head, group=group)
+    rest = log_sum[0] if sink is None else torch.logaddexp(log_sum[0], sink.to(log_sum.dtype))
+    return (own_score * scale - rest).sigmoid()
 
 
 # --- the operator ------------------------------------------------------------------------------------------------------------
 
 
 def _launch(
-    q: Tensor, own_k: Tensor, own_v: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, width: int, scale: float
+    q: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor | None,
+    width: int,
+    scale: float,
+    sink: Tensor | None,
+    sliding_window: int | None,
 ) -> Tensor:
     q, own_k, own_v, keys, values = (x.contiguous() for x in (q, own_k, own_v, keys, values))
     variants, batch, tokens, heads, _ = q.shape
@@ -208,20 +143,20 @@ def _launch(
     sizes = {"variants": variants, "batch": batch, "queries": tokens // width, "width": width, "kv_heads": kv_heads}
     sizes["group"] = heads // kv_heads
     launch = launches.prefix_attention(**sizes, head_width=q.shape[-1], value_width=d_value, dtype=q.dtype)
-    positions = None if positions is None else positions.contiguous()
-    nvrtc.run(launch, out, q, own_k, own_v, keys, values, positions, *sizes.values(), length, float(scale))
+    positions, sink = (None if x is None else x.contiguous() for x in (positions, sink))
+    sink, reach = None if sink is None else sink.float(), sliding_window or 0
+    nvrtc.run(launch, out, q, own_k, own_v, keys, values, positions, sink, *sizes.values(), length, reach, float(scale))
     return out
 
 
-def _shapes(
-    q: Tensor, own_k: Tensor, own_v: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, width: int, scale: float
-) -> Tensor:
+def _shapes(q: Tensor, own_k: Tensor, own_v: Tensor, keys: Tensor, values: Tensor, *rest: object) -> Tensor:
     return q.new_empty(*q.shape[:-1], values.shape[-1])
 
 
 _prefix_attention = operator(
     "prefix_attention",
-    "(Tensor q, Tensor own_k, Tensor own_v, Tensor keys, Tensor values, Tensor? positions, int width, float scale) -> Tensor",
+    "(Tensor q, Tensor own_k, Tensor own_v, Tensor keys, Tensor values, Tensor? positions, int width, float scale, Tensor? sink, "
+    "int? sliding_window) -> Tensor",
     definition=window_attention_reference,
     launch=_launch,
     shapes=_shapes,

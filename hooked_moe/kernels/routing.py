@@ -6,13 +6,12 @@ Routing is defined once, in three steps between which hooks can stand: `score`, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_moe.checks import require_defaults
 from hooked_moe.kernels.cuda import launches, nvrtc
 from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.operators import operator
@@ -20,7 +19,7 @@ from hooked_moe.kernels.operators import operator
 
 @dataclass(frozen=True)
 class RoutingRule:
-    """How a family routes, as its config says. `ValueError` for values that are not implemented yet."""
+    """How a family routes, as its config says."""
 
     slots: int
     """Experts per token."""
@@ -34,59 +33,75 @@ class RoutingRule:
     """... and a token goes only to experts of this many groups, the ones with the best score."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """What makes an expert's score of its logit."""
-    selection_bias: bool = False
-    """Whether experts are selected by their score plus a learned bias, which the weights leave out."""
     group_score: Literal["max", "top2"] = "max"
     """Whether a group's score is that of its best expert or the sum of its two best."""
 
-    def __post_init__(self) -> None:
-        require_defaults(self, "score", "selection_bias", "group_score")
+
+Keep = Bool[Tensor, "*token expert"]
+Bias = Float[Tensor, " expert"] | Float[Tensor, "*token expert"]
+"""Of the scores, for the selection only (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
 
 
 def route(
-    logits: Float[Tensor, "token expert"], rule: RoutingRule, keep: Bool[Tensor, "token expert"] | None = None
+    logits: Float[Tensor, "token expert"],
+    rule: RoutingRule,
+    keep: Bool[Tensor, "token expert"] | None = None,
+    bias: Float[Tensor, " expert"] | None = None,
 ) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
     """Routing weights and the experts that they belong to, highest score first, by the operator `route`.
 
     Its kernel differs from `route_reference` at exact ties only: of experts, or groups, with equal scores it takes the first.
     """
-    return _route(logits, keep, rule.slots, rule.renormalize, rule.scale, rule.groups, rule.groups_kept)
+    return _route(logits, keep, bias, *_as_numbers(rule))
 
 
 def route_reference(
-    logits: Float[Tensor, "token expert"], rule: RoutingRule, keep: Bool[Tensor, "token expert"] | None = None
+    logits: Float[Tensor, "token expert"],
+    rule: RoutingRule,
+    keep: Bool[Tensor, "token expert"] | None = None,
+    bias: Float[Tensor, " expert"] | None = None,
 ) -> tuple[Float[Tensor, "token slot"], Int[Tensor, "token slot"]]:
     """The definition of routing: score every expert, select the best, weigh them."""
     scores = score(logits, rule, keep)
-    indices = select(scores, rule)
+    indices = select(scores, rule, keep, bias)
     return weigh(scores, indices, rule), indices
 
 
-def score(
-    logits: Float[Tensor, "*token expert"], rule: RoutingRule, keep: Bool[Tensor, "*token expert"] | None = None
-) -> Float[Tensor, "*token expert"]:
-    """Every expert's score. Where `keep` is False it is zero, so that the next expert takes the slot."""
-    assert rule.score == "softmax"
-    probabilities = logits.softmax(dim=-1)
-    return probabilities if keep is None else probabilities * keep
+def score(logits: Float[Tensor, "*token expert"], rule: RoutingRule, keep: Keep | None = None) -> Float[Tensor, "*token expert"]:
+    """Every expert's score; zero where `keep` is False."""
+    scores = logits.softmax(dim=-1) if rule.score == "softmax" else logits.sigmoid()
+    return scores if keep is None else scores * keep
 
 
-def select(scores: Float[Tensor, "*token expert"], rule: RoutingRule) -> Int[Tensor, "*token slot"]:
-    """The experts with the highest scores, highest first: `torch.topk`, as in transformers."""
-    if rule.groups > 1:
-        scores = _within_best_groups(scores, rule)
-    return scores.topk(rule.slots, dim=-1).indices
+def select(
+    scores: Float[Tensor, "*token expert"], rule: RoutingRule, keep: Keep | None = None, bias: Bias | None = None
+) -> Int[Tensor, "*token slot"]:
+    """The experts with the highest scores plus bias, highest score first: `torch.topk`, as in transformers.
 
-
-def _within_best_groups(scores: Float[Tensor, "*token expert"], rule: RoutingRule) -> Float[Tensor, "*token expert"]:
-    """Scores below zero outside the token's groups (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
-
-    So an expert that `keep` removed from these groups, with a score of zero, does not give its slot to one of another group.
+    Where `keep` is False an expert comes after all others of the token's groups, which the next one then takes the slot of; but
+    before those of other groups, which it gives no slot.
     """
-    by_group = scores.unflatten(-1, (rule.groups, -1))
-    best = by_group.amax(dim=-1).topk(rule.groups_kept, dim=-1).indices
-    outside = torch.ones(by_group.shape[:-1], dtype=torch.bool, device=scores.device).scatter(-1, best, False)
-    return by_group.masked_fill(outside.unsqueeze(-1), -1.0).flatten(-2)
+    choice = scores if bias is None else scores + bias
+    if keep is not None:
+        choice = choice.masked_fill(~keep, torch.finfo(choice.dtype).min)
+    if rule.groups > 1:
+        choice = _within_best_groups(choice, rule)
+    indices = choice.topk(rule.slots, dim=-1).indices
+    return indices if bias is None else _by_score(indices, scores)
+
+
+def _by_score(indices: Int[Tensor, "*token slot"], scores: Float[Tensor, "*token expert"]) -> Int[Tensor, "*token slot"]:
+    """The same experts, highest score first."""
+    return indices.gather(-1, scores.gather(-1, indices).argsort(dim=-1, descending=True, stable=True))
+
+
+def _within_best_groups(choice: Float[Tensor, "*token expert"], rule: RoutingRule) -> Float[Tensor, "*token expert"]:
+    """Minus infinity outside the token's groups (DeepSeek-V2, arXiv 2405.04434, section 2.2.2, and V3)."""
+    by_group = choice.unflatten(-1, (rule.groups, -1))
+    of_group = by_group.amax(dim=-1) if rule.group_score == "max" else by_group.topk(2, dim=-1).values.sum(dim=-1)
+    best = of_group.topk(rule.groups_kept, dim=-1).indices
+    outside = torch.ones(by_group.shape[:-1], dtype=torch.bool, device=choice.device).scatter(-1, best, False)
+    return by_group.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(-2)
 
 
 def weigh(
@@ -96,7 +111,9 @@ def weigh(
     weights = scores.gather(-1, indices)
     if rule.renormalize:
         total = weights.sum(dim=-1, keepdim=True)
-        weights = weights / total.clamp(min=torch.finfo(total.dtype).tiny)  # zero if a mask leaves no expert
+        # The latter as in DeepSeek-V3, whose scores may all be small. Both give zero if a mask leaves no expert.
+        positive = total.clamp(min=torch.finfo(total.dtype).tiny) if rule.score == "softmax" else total + 1e-20
+        weights = weights / positive
     return weights * rule.scale
 
 
@@ -129,29 +146,43 @@ def group_by_expert_reference(
 # --- operators ---------------------------------------------------------------------------------------------------------------
 
 
+def _as_numbers(rule: RoutingRule) -> tuple[int, bool, float, int, int, bool, bool]:
+    """A rule as arguments of an operator, which takes no objects."""
+    chosen = rule.score == "sigmoid", rule.group_score == "top2"
+    return rule.slots, rule.renormalize, rule.scale, rule.groups, rule.groups_kept, *chosen
+
+
 def _define_route(
-    logits: Tensor, keep: Tensor | None, slots: int, renormalize: bool, scale: float, groups: int, groups_kept: int
+    logits: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    slots: int,
+    renormalize: bool,
+    scale: float,
+    groups: int,
+    groups_kept: int,
+    sigmoid: bool,
+    top2: bool,
 ) -> tuple[Tensor, Tensor]:
-    return route_reference(logits, RoutingRule(slots, renormalize, scale, groups, groups_kept), keep)
+    chosen: Any = "sigmoid" if sigmoid else "softmax", "top2" if top2 else "max"
+    return route_reference(logits, RoutingRule(slots, renormalize, scale, groups, groups_kept, *chosen), keep, bias)
 
 
 def _launch_route(
-    logits: Tensor, keep: Tensor | None, slots: int, renormalize: bool, scale: float, groups: int, groups_kept: int
+    logits: Tensor, keep: Tensor | None, bias: Tensor | None, slots: int, renormalize: bool, scale: float, groups: int, *rest: int
 ) -> tuple[Tensor, Tensor]:
     logits = logits.contiguous()
     tokens, experts = logits.shape
-    weights, indices = _route_shapes(logits, keep, slots, renormalize, scale, groups, groups_kept)
+    weights, indices = _route_shapes(logits, keep, bias, slots)
     aligned = launches.rows_are_aligned(logits)
     launch = launches.route(tokens=tokens, experts=experts, slots=slots, groups=groups, weights=weights.dtype, aligned=aligned)
-    keep = None if keep is None else keep.contiguous()
-    sizes = tokens, experts, slots, groups, groups_kept
-    nvrtc.run(launch, indices, weights, logits, keep, *sizes, int(renormalize), float(scale))
+    keep, bias = (None if x is None else x.contiguous() for x in (keep, bias))
+    sizes = tokens, experts, slots, groups, *map(int, rest)
+    nvrtc.run(launch, indices, weights, logits, keep, bias, *sizes, int(renormalize), float(scale))
     return weights, indices
 
 
-def _route_shapes(
-    logits: Tensor, keep: Tensor | None, slots: int, renormalize: bool, scale: float, groups: int, groups_kept: int
-) -> tuple[Tensor, Tensor]:
+def _route_shapes(logits: Tensor, keep: Tensor | None, bias: Tensor | None, slots: int, *rule: object) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], slots)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
@@ -177,7 +208,8 @@ def _group_by_expert_shapes(indices: Tensor, num_experts: int) -> tuple[Tensor, 
 
 _route = operator(
     "route",
-    "(Tensor logits, Tensor? keep, int slots, bool renormalize, float scale, int groups, int groups_kept) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor? keep, Tensor? bias, int slots, bool renormalize, float scale, int groups, int groups_kept, "
+    "bool sigmoid, bool top2) -> (Tensor, Tensor)",
     definition=_define_route,
     launch=_launch_route,
     shapes=_route_shapes,

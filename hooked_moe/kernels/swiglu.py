@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.config import ClampedSwiGLU
 from hooked_moe.kernels.cuda import launches, nvrtc
 from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.operators import operator
@@ -24,16 +25,24 @@ def _gather_rows_reference(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
     return x.index_select(0, order // place.shape[-1])
 
 
-def swiglu(gate_and_up: Float[Tensor, "n gate_and_up"]) -> Float[Tensor, "n d_expert"]:
-    """`silu(gate) * up`, of rows whose first half is the gate."""
+def swiglu(gate_and_up: Float[Tensor, "n gate_and_up"], clamp: ClampedSwiGLU | None = None) -> Float[Tensor, "n d_expert"]:
+    """`silu(gate) * up`, of rows whose first half is the gate; or what `clamp` says."""
+    if clamp is None:
+        return _swiglu(gate_and_up) if use_kernels(gate_and_up) else _swiglu_reference(gate_and_up)
     if use_kernels(gate_and_up):
-        return _swiglu(gate_and_up)
-    return _swiglu_reference(gate_and_up)
+        return _clamped_swiglu(gate_and_up, clamp.limit, clamp.alpha)
+    return _clamped_swiglu_reference(gate_and_up, clamp.limit, clamp.alpha)
 
 
 def _swiglu_reference(gate_and_up: Tensor) -> Tensor:
     gate, up = gate_and_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def _clamped_swiglu_reference(gate_and_up: Tensor, limit: float, alpha: float) -> Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * (alpha * gate).sigmoid())
 
 
 # --- operators ---------------------------------------------------------------------------------------------------------------
@@ -53,16 +62,17 @@ def _gather_rows_shapes(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
     return x.new_empty(order.shape[0], x.shape[1])
 
 
-def _launch_swiglu(gate_and_up: Tensor) -> Tensor:
+def _launch_swiglu(gate_and_up: Tensor, *limit_and_alpha: float) -> Tensor:
     both = gate_and_up.contiguous()
     rows, width = len(both), both.shape[1] // 2
     out = both.new_empty(rows, width)
     aligned = launches.rows_are_aligned(both, out)
-    nvrtc.run(launches.swiglu(rows=rows, width=width, dtype=both.dtype, aligned=aligned), out, both, rows, width, 2 * width)
+    launch = launches.swiglu(rows=rows, width=width, dtype=both.dtype, aligned=aligned, clamped=bool(limit_and_alpha))
+    nvrtc.run(launch, out, both, rows, width, 2 * width, *map(float, limit_and_alpha))
     return out
 
 
-def _swiglu_shapes(gate_and_up: Tensor) -> Tensor:
+def _swiglu_shapes(gate_and_up: Tensor, *limit_and_alpha: float) -> Tensor:
     return gate_and_up.new_empty(gate_and_up.shape[0], gate_and_up.shape[1] // 2)
 
 
@@ -72,6 +82,13 @@ _gather_rows = operator(
     definition=_gather_rows_reference,
     launch=_launch_gather_rows,
     shapes=_gather_rows_shapes,
+)
+_clamped_swiglu = operator(
+    "clamped_swiglu",
+    "(Tensor gate_and_up, float limit, float alpha) -> Tensor",
+    definition=_clamped_swiglu_reference,
+    launch=_launch_swiglu,
+    shapes=_swiglu_shapes,
 )
 _swiglu = operator(
     "swiglu",

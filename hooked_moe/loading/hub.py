@@ -23,10 +23,13 @@ from huggingface_hub import constants, errors
 from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
+from hooked_moe.checks import expanded_path
+from hooked_moe.loading.beside import refuse_adapter
 from hooked_moe.loading.hub_errors import ANSWERS, HubError, explained, is_outage, one_line, reason, root
 
-ALLOWED_FILES = ["*.safetensors", "*.json"]
-"""No pickles and no code: nothing that is downloaded can run."""
+NEEDED_FILES = ["*.safetensors", "*.json"]
+ALLOWED_FILES = [*NEEDED_FILES, "*.jinja"]
+"""No pickles and no code: nothing that is downloaded can run. Chat templates are text here, to be saved along."""
 IGNORED_FILES = ["*/*", "consolidated*"]
 """Other copies of the weights that repositories keep beside them."""
 
@@ -37,8 +40,9 @@ def download(
     cache_dir: str | PathLike[str] | None,
     local_files_only: bool,
     check_config: Callable[[Path], object],
+    weights: bool = True,
 ) -> tuple[Path, str]:
-    """The local directory of a model on the hub, and its commit.
+    """The local directory of a model on the hub, with its weights or without them, and its commit.
 
     `check_config` is called with config.json before any weights are fetched, and may raise. With `local_files_only` (or
     HF_HUB_OFFLINE set) only the cache is looked at. Raises `HubError`.
@@ -49,15 +53,17 @@ def download(
         revision=revision,
         cache_dir=None if cache_dir is None else fspath(cache_dir),
         offline=local_files_only or constants.HF_HUB_OFFLINE,
-        allowed=ALLOWED_FILES,
+        allowed=ALLOWED_FILES if weights else ["*.json", "*.jinja"],
         ignored=IGNORED_FILES,
         otherwise="give a local directory",
     ).resolved()
+    refuse_adapter(set(model.listed), model)
     config = model.file("config.json")
     check_config(config)
     commit = config.parent.name  # the cache keeps each commit in a folder of that name, also where only the cache was asked
     directory = replace(model, commit=commit).snapshot()
-    model.name_commit(directory)
+    if weights:
+        model.name_commit(directory)
     return directory, commit
 
 
@@ -183,7 +189,8 @@ class Repository:
             directory = self._snapshot(self.revision, offline=True)
         except errors.LocalEntryNotFoundError:
             return None
-        return directory.name if all(any(directory.glob(pattern)) for pattern in self.allowed) else None
+        needed = NEEDED_FILES if self.kind == "model" else self.allowed
+        return directory.name if all(any(directory.glob(pattern)) for pattern in needed) else None
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -212,7 +219,7 @@ class Repository:
     def _not_cached(self, error: errors.LocalEntryNotFoundError) -> str:
         missing = _missing_files(error)
         what = f"only partly in the local cache ({missing})" if missing else "not in the local cache"
-        cache = Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser()
+        cache = expanded_path(self.cache_dir or constants.HF_HUB_CACHE)
         snapshots = cache / repo_folder_name(repo_id=self.hub_id, repo_type=self.kind) / "snapshots"
         others = [self._state(folder.name) for folder in sorted(snapshots.glob("*")) if folder.name != self.asked]
         return (

@@ -7,6 +7,8 @@ from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants, errors
 
+from hooked_moe.checks import printable
+
 TRANSPORT_ERROR: type[Exception] = errors.HfHubHTTPError.__bases__[0]
 """The base error of the HTTP library that this version of huggingface_hub is built on."""
 ANSWERS: tuple[type[Exception], ...] = (
@@ -81,13 +83,12 @@ def reason(error: Exception) -> str:
 
 def one_line(error: Exception) -> str:
     """The text of an error without its line breaks, cut where it becomes a page."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return printable(" ".join(str(error).split()))
 
 
 def _added(error: errors.HfHubHTTPError) -> str:
     """What the hub says besides the status."""
-    added = " ".join(error.response.headers.get("X-Error-Message", "").split()).rstrip(".")
+    added = printable(" ".join(error.response.headers.get("X-Error-Message", "").split())).rstrip(".")
     return f": {added}" if added else ""
 
 

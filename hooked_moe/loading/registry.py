@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from hooked_moe.checks import unknown_name
+from hooked_moe.checks import expanded_path, unknown_name
+from hooked_moe.loading.beside import names_in, refuse_adapter
+from hooked_moe.loading.checkpoint import present
 
-SHIPPED = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe")
+SHIPPED = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe", "tiny-olmoe-facts")
 """Models that come with the package, under `hooked_moe/pretrained/<name>/`."""
 
 
@@ -45,6 +47,21 @@ PRETRAINED: tuple[PretrainedName, ...] = (
     PretrainedName("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1", aliases=("mixtral",)),
     PretrainedName("mixtral-8x7b-instruct", "mistralai/Mixtral-8x7B-Instruct-v0.1", aliases=("mixtral-instruct",)),
     PretrainedName("mixtral-8x22b", "mistralai/Mixtral-8x22B-v0.1"),
+    PretrainedName("moonlight-16b-a3b", "moonshotai/Moonlight-16B-A3B", aliases=("moonlight",)),
+    PretrainedName("moonlight-16b-a3b-instruct", "moonshotai/Moonlight-16B-A3B-Instruct", aliases=("moonlight-instruct",)),
+    PretrainedName("kimi-k2", "moonshotai/Kimi-K2-Base", aliases=("kimi-k2-base",)),
+    PretrainedName("kimi-k2-instruct", "moonshotai/Kimi-K2-Instruct"),
+    PretrainedName("deepseek-v3", "deepseek-ai/DeepSeek-V3", aliases=("deepseek-v3-chat",)),
+    PretrainedName("deepseek-v3-base", "deepseek-ai/DeepSeek-V3-Base"),
+    PretrainedName("deepseek-r1", "deepseek-ai/DeepSeek-R1"),
+    PretrainedName("glm-4.5-air", "zai-org/GLM-4.5-Air"),
+    PretrainedName("glm-4.5-air-base", "zai-org/GLM-4.5-Air-Base"),
+    PretrainedName("glm-4.5", "zai-org/GLM-4.5"),
+    PretrainedName("glm-4.6", "zai-org/GLM-4.6"),
+    PretrainedName("glm-4.7", "zai-org/GLM-4.7"),
+    PretrainedName("glm-4.7-flash", "zai-org/GLM-4.7-Flash"),
+    PretrainedName("gpt-oss-20b", "openai/gpt-oss-20b", aliases=("gpt-oss",)),
+    PretrainedName("gpt-oss-120b", "openai/gpt-oss-120b"),
 )
 
 _HUB_IDS = {name: entry.hub_id for entry in PRETRAINED for name in (entry.name, *entry.aliases)}
@@ -79,7 +96,11 @@ def locate(name: str | PathLike[str]) -> Location:
             return Location(model_name=hub_id, hub_id=hub_id)
         if text in SHIPPED:
             return Location(model_name=text, directory=_shipped(text))
-    path = Path(text).expanduser()
+    path = expanded_path(text)
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{path} is a link to {os.readlink(path)}, which is not there: make the link again, or give a path"
+        )
     if path.exists():
         return Location(model_name=path.resolve().name, directory=_checked(path))
     if isinstance(name, str) and _HUB_ID.fullmatch(text):
@@ -92,7 +113,8 @@ def locate(name: str | PathLike[str]) -> Location:
 def _checked(path: Path) -> Path:
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; give the directory that holds config.json and the safetensors files")
-    if not (path / "config.json").is_file():
+    refuse_adapter(names_in(path), path)
+    if not present(path / "config.json"):
         raise FileNotFoundError(f"{path} has no config.json, so it is not a model directory in HuggingFace layout")
     return path
 

@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+
+def spill_directory(directory: Path | None) -> Path:
+    """Where residual streams wait: the directory given, or the one for temporary files. Raises `OSError` where there is none."""
+    if directory is not None:
+        return directory
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no directory for temporary files, where residual streams wait ({error.strerror}): free some space "
+            "there, or name another in TMPDIR"
+        ) from error
+
+
+@contextmanager
+def named_errors(directory: Path | None) -> Iterator[None]:
+    """Errors of the operating system say where residual streams wait, and how they can wait elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(
+            error.errno,
+            f"residual streams that wait between layers cannot be kept in {spill_directory(directory)}: "
+            f"{os.strerror(error.errno)}; free some space there, or name another directory in TMPDIR",
+        ) from error
 
 
 class SharedFile:
@@ -19,7 +51,8 @@ class SharedFile:
     def enter(self, nbytes: int) -> int:
         """Reserve `nbytes` of the file, and return where they begin. The first user opens it, or raises `OSError`."""
         if not self._users:
-            self.file = tempfile.TemporaryFile(prefix="hooked_moe_", suffix=".spill", dir=self._directory)  # noqa: SIM115
+            with named_errors(self._directory):
+                self.file = tempfile.TemporaryFile(prefix="hooked_moe_", suffix=".spill", dir=self._directory)  # noqa: SIM115
             self._end = 0
         self._users += 1
         self._end += nbytes
@@ -29,7 +62,22 @@ class SharedFile:
         """End the use. The last user closes the file, which removes it."""
         self._users -= 1
         if not self._users:
-            self.file.close()
+            with named_errors(self._directory):
+                self.file.close()
+
+    def write(self, content: memoryview, start: int) -> None:
+        """Write bytes into the file, where they begin at `start`."""
+        with named_errors(self._directory):
+            self.file.seek(start)
+            self.file.write(content)
+            self.file.flush()  # a full disk is this tensor's error, not a later one's
+
+    def read(self, out: memoryview, start: int) -> None:
+        """Fill `out` with the bytes that begin at `start`."""
+        with named_errors(self._directory):
+            self.file.seek(start)
+            if self.file.readinto(out) != len(out):
+                raise OSError(errno.EIO, "a file of waiting residual streams is shorter than what was written to it")
 
 
 class Waiting:
@@ -50,15 +98,12 @@ class Waiting:
     def put(self, x: Tensor, place: int = 0) -> None:
         """Write the tensor out. Raises `OSError` where the disk is full."""
         assert place + x.nbytes <= self._nbytes, "the tensor is larger than the range that was claimed for it"
-        self._shared.file.seek(self._start + place)
-        self._shared.file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        self._shared.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, self._start + place)
 
     def get(self, out: Tensor, place: int = 0) -> None:
         """Read back as much as fills `out`."""
-        self._shared.file.seek(self._start + place)
-        bytes_ = torch.empty(out.numel() * out.element_size(), dtype=torch.uint8)
-        if self._shared.file.readinto(bytes_.numpy().data) != len(bytes_):
-            raise OSError("a file of waiting residual streams is shorter than what was written to it")
+        bytes_ = torch.empty(out.numel() * out.element_size(), dtype=torch.uint8, device="cpu")
+        self._shared.read(bytes_.numpy().data, self._start + place)
         out.copy_(bytes_.view(out.dtype).view(out.shape))
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from hooked_moe.checks import whole_number
 from hooked_moe.components.block import Block
 from hooked_moe.loading.checkpoint import Checkpoint, all_finite
 from hooked_moe.loading.spill import Spill
@@ -43,6 +44,7 @@ class StreamedBlocks(nn.ModuleList):
         self._checked: set[int] = set()
 
     def __getitem__(self, layer: int) -> Block:  # type: ignore[override]
+        layer = whole_number(layer, "a layer")
         layer = layer + len(self) if layer < 0 else layer
         if layer != self._loaded:
             self._load(layer)
@@ -69,6 +71,7 @@ class StreamedBlocks(nn.ModuleList):
         self._ahead = (following, self._reader.submit(self._read, following))
 
     @torch.no_grad()
+    @torch.inference_mode(False)
     def _read(self, layer: int) -> dict[str, Tensor]:
         """The parameters of a block, by their names in it."""
         block = cast(Block, self._modules[str(layer)])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from hooked_moe.checks import as_int_or_none, pairs_of_numbers
 from hooked_moe.counterfactuals import Order
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions, TokenizedCorpus
+from hooked_moe.tables import REMOVAL_ORDERS
 
 Part = Literal["position", "sequence", "progressive"]
 
@@ -38,7 +40,7 @@ class PartSpec:
             "positions": "all" if self.positions is None else len(self.positions),
         }
         if self.positions is not None:
-            record["positions_sha256"] = hashlib.sha256(json.dumps(sorted(self.positions)).encode()).hexdigest()
+            record["positions_sha256"] = positions_sha256(self.positions)
         if self.part == "position" and not self.first_order:
             record["first_order"] = False
         if self.orders:
@@ -46,11 +48,41 @@ class PartSpec:
         return record
 
 
-def checked_positions(positions: Collection[tuple[int, int]] | None, tokenized: TokenizedCorpus) -> DocumentPositions | None:
+def positions_sha256(positions: DocumentPositions) -> str:
+    return hashlib.sha256(json.dumps(sorted(positions)).encode()).hexdigest()
+
+
+def record_fault(part: str, record: Any) -> str | None:
+    """What is wrong with a manifest's record of a part, which was read from a file; None if it is one of `PartSpec.as_json`."""
+    if part not in get_args(Part):
+        return f"is none of {', '.join(map(repr, get_args(Part)))}"
+    if not isinstance(record, dict):
+        return "is no object"
+    sampled = record.get("positions") != "all"
+    fields: dict[str, Callable[[Any], bool]] = {
+        "layers": lambda value: isinstance(value, list) and all(as_int_or_none(layer) is not None for layer in value),
+        "positions": lambda value: not sampled or as_int_or_none(value) is not None,
+        "positions_sha256": lambda value: isinstance(value, str) == sampled,
+        "first_order": lambda value: value in (None, False),
+        "orders": lambda value: (value is None) == (part != "progressive") and set(value or ()) <= set(REMOVAL_ORDERS),
+        "seed": lambda value: (as_int_or_none(value) is not None) == (part == "progressive"),
+    }
+    for name, is_right in fields.items():
+        try:
+            right = is_right(record.get(name))
+        except TypeError:  # an order that cannot be in a set
+            right = False
+        if not right:
+            return f"has {name} {record.get(name)!r:.80}"
+    unknown = record.keys() - fields.keys()
+    return f"has {min(unknown)!r}, which is nothing known" if unknown else None
+
+
+def checked_positions(positions: Iterable[tuple[int, int]] | None, tokenized: TokenizedCorpus) -> DocumentPositions | None:
     """The positions to measure; None for all. Raises `ValueError` if there are none, and for one without a next token."""
     if positions is None:
         return None
-    chosen = frozenset((int(document), int(position)) for document, position in positions)
+    chosen = frozenset(pairs_of_numbers(positions, "positions", "(document, position)"))
     if not chosen:
         raise ValueError("no positions to measure: positions is empty; leave it out to measure all")
     valid = tokenized.valid_positions()

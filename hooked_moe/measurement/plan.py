@@ -17,7 +17,7 @@ def measurement_plan(
     """A description as JSON values: two measurements with the same one give the same tables."""
     corpus = tokenized.corpus
     plan = {
-        "format": 2,
+        "format": 3,
         "model": model_fingerprint(model),
         "corpus": {
             "name": corpus.name,

@@ -6,8 +6,7 @@ measurement that was killed resumes, and experts that two rankings choose alike 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,18 +14,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int
 
+from hooked_moe.checks import by_number, whole_numbers
+from hooked_moe.components.precision import without_autocast
 from hooked_moe.measurement.run_directory import digest
+from hooked_moe.measurement.shard_files import ShardFiles
+from hooked_moe.measurement.shards import missing_units
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.surgery import without_experts
-from hooked_moe.tables import write_parquet_atomic
 from hooked_moe.transformer import Transformer
 
 TOKENS_PER_BATCH = 1024
 """Bounds the logits: as many tokens at a time times the vocabulary."""
+_TABLE = "losses"
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,17 @@ class PrunedLosses:
         self,
         model: Transformer,
         tokenized: TokenizedCorpus,
-        documents: Sequence[int],
+        documents: Iterable[int],
         tokens_per_document: int,
         directory: Path,
         plan: dict[str, Any],
+        log: Callable[[str], object] = lambda line: None,
     ) -> None:
-        """The first `tokens_per_document` tokens of each document are read. `plan` says what model and corpus these are."""
-        self.model, self.documents, self.directory = model, list(documents), directory
+        """The first `tokens_per_document` tokens of each document are read. `plan` says what model and corpus these are; `log` is
+        told of damaged files.
+        """
+        self._log = log
+        self.model, self.documents, self.directory = model, whole_numbers(documents, "documents"), directory
         self._asked = {"plan": digest(plan), "documents": self.documents, "tokens": tokens_per_document}
         self._windows: list[tuple[int, np.ndarray]] = []  # (number of the document, tokens), by length
         for number, document in enumerate(self.documents):
@@ -58,25 +64,22 @@ class PrunedLosses:
                     self._windows.append((number, kept))
         self._windows.sort(key=lambda window: len(window[1]))
         self._first = tokenized.first
-        directory.mkdir(parents=True, exist_ok=True)
 
-    def of(self, experts: Mapping[int, Sequence[int]]) -> DocumentLosses:
+    def of(self, experts: Mapping[int, Iterable[int]]) -> DocumentLosses:
         """Without these experts, {layer: experts}; an empty mapping means the intact model. Measured, unless it has been."""
-        identity = self._asked | {"experts": {str(layer): sorted(removed) for layer, removed in sorted(experts.items())}}
-        path = self.directory / f"{digest(identity)[:16]}.parquet"
-        if not path.is_file():
-            with without_experts(self.model, experts):
+        named = {layer: whole_numbers(removed, "experts") for layer, removed in by_number(experts, "layer").items()}
+        identity = self._asked | {"experts": {str(layer): sorted(removed) for layer, removed in sorted(named.items())}}
+        unit = digest(identity)[:16]
+        files = ShardFiles(self.directory, identity, [_TABLE], self._log)
+        for _ in missing_units(files, [unit]):
+            with without_experts(self.model, named):
                 losses = self._measured()
             columns = {"document": self.documents, "n_positions": losses.n_positions, "loss": losses.total}
-            table = pa.table(columns).replace_schema_metadata({"identity": json.dumps(identity)})
-            write_parquet_atomic(table, path)
-        table = pq.read_table(path, use_threads=False)
-        if json.loads(table.schema.metadata[b"identity"]) != identity:
-            raise ValueError(
-                f"{path} holds another pruning than its name says; remove it, and the same command measures it again"
-            )
+            files.write(unit, {_TABLE: pa.table(columns)})
+        table = files.read(unit, _TABLE)
         return DocumentLosses(table["n_positions"].to_numpy(), table["loss"].to_numpy())
 
+    @without_autocast()
     def _measured(self) -> DocumentLosses:
         n, total = np.zeros(len(self.documents), np.int64), np.zeros(len(self.documents))
         for length, group in groupby(self._windows, key=lambda window: len(window[1])):

@@ -13,38 +13,46 @@ results of one plan only; `manifest.json` says how much has been measured, and w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import filelock
 import numpy as np
-import pyarrow.parquet as pq
-import torch
 
+from hooked_moe.checks import WrongTypeError, whole_number, whole_numbers
 from hooked_moe.counterfactuals import Order, Scope
+from hooked_moe.counterfactuals.engine.memory import parse_bytes
 from hooked_moe.expert_mask import RemovalName, check_removal
 from hooked_moe.measurement.document_tables import TABLES
 from hooked_moe.measurement.expert_weights import expert_weights
-from hooked_moe.measurement.part_spec import Part, PartSpec, checked_positions
+from hooked_moe.measurement.gate import verify_once
+from hooked_moe.measurement.manifest import Manifest
+from hooked_moe.measurement.part_spec import Part, PartSpec, checked_positions, positions_sha256, record_fault
 from hooked_moe.measurement.plan import measurement_plan
-from hooked_moe.measurement.run_directory import claim, digest, read_json
-from hooked_moe.measurement.shards import measure_part, remove_shards
+from hooked_moe.measurement.run_directory import claim, digest
+from hooked_moe.measurement.shard_files import remove_shards
+from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions, TokenizedCorpus
-from hooked_moe.measurement.verification import EXACTNESS, MINIMUM_TOKENS, Check, noise_floor, verify
-from hooked_moe.tables import REMOVAL_ORDERS, write_json_atomic, write_parquet_atomic
+from hooked_moe.tables import REMOVAL_ORDERS, FileRecords, parquet_batches, write_parquet_atomic
 from hooked_moe.transformer import Transformer
 
 _SCOPES: dict[Part, Scope] = {"position": "position", "sequence": "sequence", "progressive": "position"}
 _EFFECT_TABLES: dict[Part, str] = {"position": "effects", "sequence": "effects_sequence", "progressive": "progressive"}
 """The table of each part that has a row for every removal."""
+_TABLES_OF_THE_RUN: dict[Part, tuple[str, ...]] = {
+    "position": ("documents.parquet", "expert_weights.parquet"),
+    "sequence": ("documents.parquet",),
+    "progressive": ("documents.parquet",),
+}
+"""What is written beside the tables of each part, from the corpus and the weights alone."""
 
 
 def open_measurement(
     model: Transformer,
     tokenized: TokenizedCorpus,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     removal: RemovalName = "zero",
     *,
     results: Path = Path("results"),
@@ -61,7 +69,9 @@ def open_measurement(
     another process writes there, `OSError` where the directory cannot be made.
     """
     check_removal(removal)
-    layers = tuple(model.cfg.moe_layers if layers is None else sorted(set(layers)))
+    if not isinstance(tokenized, TokenizedCorpus):
+        raise WrongTypeError(f"expected a TokenizedCorpus(model, corpus, n_ctx), not {type(tokenized).__name__}")
+    layers = tuple(model.cfg.moe_layers if layers is None else sorted(set(whole_numbers(layers, "layers", model.cfg.n_layers))))
     without = [layer for layer in layers if layer not in model.cfg.moe_layers]
     if without or not layers:
         raise ValueError(f"layers {without or '()'} have no experts to remove; layers {model.cfg.moe_layers} have")
@@ -92,11 +102,14 @@ class Run:
         self.layers = layers
         self.removal: RemovalName = removal
         self.plan = plan
-        self.manifest: dict[str, Any] = plan | {"parts": {}}
         self._lock = lock
         self._log = log
-        if (directory / "manifest.json").exists():
-            self.manifest = read_json(directory / "manifest.json")
+        try:
+            self._manifest = Manifest(directory, plan, record_fault)
+            self._damaged = self._manifest.damaged_files({part: _tables_of(part) for part in TABLES}, log)
+        except BaseException:
+            lock.release()
+            raise
 
     def __enter__(self) -> Run:
         return self
@@ -108,13 +121,29 @@ class Run:
         """Let others write."""
         self._lock.release()
 
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What manifest.json says, or will say: the plan, what has been measured, verification, checksums."""
+        return self._manifest.values
+
+    def known_files(self) -> FileRecords:
+        """Checksums of measured tables that need not be read again: they were compared with the files, or have just been made."""
+        return {name: record for name, record in self.manifest["files"].items() if name not in self._damaged}
+
+    def has(self, part: Part) -> bool:
+        """Whether a part has been measured, of whatever positions, and its tables are as they were written."""
+        if part not in self._manifest.parts or not self._damaged.isdisjoint(_tables_of(part)):
+            return False
+        self._restore_tables_of_the_run(part)
+        return True
+
     def require(
         self,
         part: Part,
-        positions: Collection[tuple[int, int]] | None = None,
+        positions: Iterable[tuple[int, int]] | None = None,
         *,
-        layers: Sequence[int] | None = None,
-        orders: Sequence[Order] = REMOVAL_ORDERS,
+        layers: Iterable[int] | None = None,
+        orders: Iterable[Order] = REMOVAL_ORDERS,
         seed: int = 0,
         progress: bool = True,
         memory_budget: int | str | None = None,
@@ -132,6 +161,8 @@ class Run:
         streamed; a model in memory measures a part without them again, and only such a model can add to a part with them: a
         streamed one raises `ValueError`. `memory_budget` bounds the memory beside the model's weights.
         """
+        if memory_budget is not None:
+            parse_bytes(memory_budget)
         spec = self._requested(part, positions, layers, orders, seed)
         if self._is_measured(spec):
             self._remove_shards(part)
@@ -142,11 +173,9 @@ class Run:
                 f"part {part!r} of {self.directory} has first-order effects, and to measure more of them takes all weights in "
                 "memory: open the model without stream=True, or give another name to the run"
             )
-        self._verify(_SCOPES[part])
+        verify_once(self.manifest, self.model, self.tokenized, self.removal, _SCOPES[part], self._log)
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
-        write_parquet_atomic(self.tokenized.table(), self.directory / "documents.parquet")
-        if part == "position":
-            write_parquet_atomic(expert_weights(self.model, self.layers), self.directory / "expert_weights.parquet")
+        self._write_tables_of_the_run(part)
         measure_part(
             self.model,
             self.tokenized,
@@ -156,17 +185,20 @@ class Run:
             identity,
             progress=progress,
             memory_budget=memory_budget,
+            log=self._log,
         )
-        self.manifest["parts"] |= {part: spec.as_json()}
-        write_json_atomic(self.manifest, self.directory / "manifest.json")
+        self._manifest.parts[part] = spec.as_json()
+        written = [*_tables_of(part), *_TABLES_OF_THE_RUN[part]]
+        self._manifest.write(written)
+        self._damaged.difference_update(written)
         self._remove_shards(part)
 
     def _requested(
         self,
         part: Part,
-        positions: Collection[tuple[int, int]] | None,
-        layers: Sequence[int] | None,
-        orders: Sequence[Order],
+        positions: Iterable[tuple[int, int]] | None,
+        layers: Iterable[int] | None,
+        orders: Iterable[Order],
         seed: int,
     ) -> PartSpec:
         """The arguments of `require`, checked."""
@@ -176,23 +208,24 @@ class Run:
         if part != "progressive":
             first_order = part == "position" and not self.model.streams
             return PartSpec(part, self.layers, self.removal, chosen, first_order=first_order)
-        unknown = sorted(set(orders) - set(REMOVAL_ORDERS))
-        if unknown or not orders:
-            raise ValueError(f"orders must be some of {REMOVAL_ORDERS}, not {tuple(orders)}")
-        measured_layers = self.layers if layers is None else tuple(sorted(set(layers)))
+        asked = tuple(orders)
+        if not asked or not set(asked) <= set(REMOVAL_ORDERS):
+            raise ValueError(f"orders must be some of {REMOVAL_ORDERS}, not {asked}")
+        n_layers = self.model.cfg.n_layers
+        measured_layers = self.layers if layers is None else tuple(sorted(set(whole_numbers(layers, "layers", n_layers))))
         outside = [layer for layer in measured_layers if layer not in self.layers]
         if outside or not measured_layers:
             raise ValueError(f"layers {outside} are not of this run, which measures {list(self.layers)}")
-        return PartSpec(part, measured_layers, self.removal, chosen, _in_order(orders), seed, first_order=False)
+        seed = whole_number(seed, "seed")
+        return PartSpec(part, measured_layers, self.removal, chosen, _in_order(asked), seed, first_order=False)
 
     def _is_measured(self, spec: PartSpec) -> bool:
         """Whether the part has all that is asked of it."""
-        recorded = self.manifest["parts"].get(spec.part)
-        return recorded is not None and self._union_with_measured(spec).as_json() == recorded
+        return self.has(spec.part) and self._union_with_measured(spec).as_json() == self._manifest.parts[spec.part]
 
     def _union_with_measured(self, spec: PartSpec) -> PartSpec:
         """What is asked of the part together with what it has already. Raises `ValueError` for another seed than the part's."""
-        recorded = self.manifest["parts"].get(spec.part)
+        recorded = self._manifest.parts.get(spec.part)
         if recorded is None:
             return spec
         if recorded.get("seed", spec.seed) != spec.seed:
@@ -202,8 +235,8 @@ class Run:
         positions = spec.positions
         if recorded["positions"] == "all":
             positions = None
-        elif positions is not None:
-            positions |= measured_positions(self.directory / f"{_EFFECT_TABLES[spec.part]}.parquet")
+        elif positions is not None and positions_sha256(positions) != recorded["positions_sha256"]:
+            positions = self._with_measured_positions(spec.part, positions)
         return dataclasses.replace(
             spec,
             positions=positions,
@@ -212,33 +245,28 @@ class Run:
             first_order=spec.first_order or recorded.get("first_order", spec.part == "position"),
         )
 
-    def _verify(self, scope: Scope) -> None:
-        """Gate a measurement in this scope, once. Raises `ValueError` if a check fails."""
-        known = [check["name"] for check in self.manifest.get("verification", [])]
-        if EXACTNESS[scope] in known:
-            return
-        windows = sorted((window.tokens for windows in self.tokenized.documents for window in windows), key=len, reverse=True)
-        if len(windows[0]) < MINIMUM_TOKENS:
-            raise ValueError(
-                f"the longest document of {self.tokenized.corpus.name!r} has {len(windows[0])} tokens, and verifying the model "
-                f"takes {MINIMUM_TOKENS}: give a corpus with longer documents"
-            )
-        checks = verify(self.model, torch.from_numpy(windows[0][None]), self.removal, (scope,))
-        checks = [check for check in checks if check.name not in known or not check.passed]
-        for check in checks:
-            self._log(_as_line(check))
-        failed = [check.name for check in checks if not check.passed]
-        if failed:
-            raise ValueError(
-                f"verification failed ({', '.join(failed)}); nothing was measured, because the effects could not be trusted"
-            )
-        self.manifest["verification"] = self.manifest.get("verification", []) + [dataclasses.asdict(check) for check in checks]
-        if "noise_floor" not in self.manifest:
-            length = min(len(windows[0]), 128)
-            batch = np.stack([window[:length] for window in windows if len(window) >= length][:4])
-            floor = noise_floor(self.model, torch.from_numpy(batch))
-            self._log(f"  noise floor: {floor:.3g} nats\n")
-            self.manifest["noise_floor"] = {"max_abs_nats": floor, "windows": len(batch), "tokens_per_window": length}
+    def _with_measured_positions(self, part: Part, positions: DocumentPositions) -> DocumentPositions | None:
+        """The positions, and those that the part has; None for all. Those of a lost table are not known any more."""
+        effects = self.directory / f"{_EFFECT_TABLES[part]}.parquet"
+        if not effects.is_file():
+            self._log(f"note: with {effects.name} is lost which positions it had: only those that are asked for now are measured")
+            return positions
+        return checked_positions(positions | measured_positions(effects), self.tokenized)
+
+    def _write_tables_of_the_run(self, part: Part) -> None:
+        """The tables beside those of the part, which take no measurement."""
+        for name in _TABLES_OF_THE_RUN[part]:
+            is_weights = name == "expert_weights.parquet"
+            table = expert_weights(self.model, self.layers) if is_weights else self.tokenized.table()
+            write_parquet_atomic(table, self.directory / name)
+
+    def _restore_tables_of_the_run(self, part: Part) -> None:
+        """Write them again, where one is lost."""
+        lost = self._damaged.intersection(_TABLES_OF_THE_RUN[part])
+        if lost:
+            self._write_tables_of_the_run(part)
+            self._manifest.write(_TABLES_OF_THE_RUN[part])
+            self._damaged -= lost
 
     def _remove_shards(self, part: Part) -> None:
         shards = self.directory / "shards"
@@ -252,18 +280,18 @@ def measured_positions(effects: Path) -> DocumentPositions:
     """The (document, position) pairs whose removals an effect table has."""
     positions: set[tuple[int, int]] = set()
     columns = ["document", "position", "delta_loss"]
-    for batch in pq.ParquetFile(effects).iter_batches(batch_size=1 << 18, columns=columns, use_threads=False):
+    for batch in parquet_batches(effects, columns, 1 << 18):
         measured = ~np.isnan(batch["delta_loss"].to_numpy(zero_copy_only=False))
         pairs = (batch[name].to_numpy()[measured] for name in ("document", "position"))
         positions.update(map(tuple, np.unique(np.stack(list(pairs), axis=1), axis=0).tolist()))
     return frozenset(positions)
 
 
+def _tables_of(part: Part) -> list[str]:
+    """The files of a part."""
+    return [f"{name}.parquet" for name in TABLES[part]]
+
+
 def _in_order(orders: Collection[Order]) -> tuple[Order, ...]:
     """Some orders of removal, each once, in the sequence of `REMOVAL_ORDERS`."""
     return tuple(order for order in REMOVAL_ORDERS if order in orders)
-
-
-def _as_line(check: Check) -> str:
-    verdict = "pass" if check.passed else "FAIL"
-    return f"  {verdict}  {check.name}: {check.value:.3g} (threshold {check.threshold:.3g}) - {check.detail}"

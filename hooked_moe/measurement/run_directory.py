@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from hooked_moe.tables import remove_temporaries, write_json_atomic
+from hooked_moe.tables import read_json, remove_temporaries, write_json_atomic
 
 
 def digest(value: dict[str, Any]) -> str:
@@ -32,13 +34,9 @@ def claim(directory: Path, plan: dict[str, Any]) -> filelock.BaseFileLock:
     except OSError as error:
         reason = f"cannot make the directory {directory}: {error.strerror}; give a directory for results that can be written to"
         raise OSError(error.errno, reason) from error
-    lock = filelock.FileLock(directory / "writer.lock")
+    lock = writer_lock(directory)
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise BlockingIOError(f"{directory} is being written by another process: wait for it, or give the run a name") from None
-    try:
-        for part in (directory, *directory.glob("shards/*"), directory / "figures"):
+        for part in (directory, *directory.glob("shards/*"), directory / "prunings", directory / "figures"):
             remove_temporaries(part)
         _check_plan(directory / "plan.json", plan)
     except BaseException:
@@ -47,25 +45,34 @@ def claim(directory: Path, plan: dict[str, Any]) -> filelock.BaseFileLock:
     return lock
 
 
+def writer_lock(directory: Path) -> filelock.BaseFileLock:
+    """The right to write in a run's directory, until `release`. Raises `BlockingIOError` while another process has it."""
+    lock = filelock.FileLock(directory / "writer.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise BlockingIOError(f"{directory} is being written by another process: wait for it, or give the run a name") from None
+    return lock
+
+
+@contextmanager
+def write_access(directory: Path) -> Iterator[None]:
+    """`writer_lock`, for the length of a block."""
+    lock = writer_lock(directory)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _check_plan(path: Path, plan: dict[str, Any]) -> None:
     """Write the plan, or compare it with the one that was written before."""
     if not path.exists():
         write_json_atomic(plan, path)
-    existing = read_json(path)
+    existing = read_json(path, "remove the directory to begin again")
     if existing != plan:
         changed = sorted(key for key in {*existing, *plan} if existing.get(key) != plan.get(key))
         raise ValueError(
             f"{path.parent} was begun with another {' and '.join(changed)}: give another name to the run, or remove the "
             "directory to begin again"
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `ValueError` for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); remove the directory to begin again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; remove the directory to begin again")
-    return value

@@ -1,19 +1,18 @@
 """One part of a measurement, document by document into files.
 
-Each document is measured on its own, into a parquet shard of each table, which is written atomically. A run that was killed
-resumes with the first document that lacks a shard, and ends with the same bytes. Every shard names the measurement that it
-belongs to, and shards of another measurement are refused.
+Each document is measured on its own, into a shard of each table (`shard_files`). A run that was killed resumes with the first
+document that has none, and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar, cast
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
@@ -21,15 +20,20 @@ from tqdm import tqdm
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
 from hooked_moe.counterfactuals.engine.steps import Steps, run_without_grad, side_by_side
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
+from hooked_moe.loading.spill import spill_directory
 from hooked_moe.loading.streaming import spill_of
 from hooked_moe.measurement.document_tables import TABLES, measure_document
 from hooked_moe.measurement.part_spec import PartSpec
+from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
-from hooked_moe.tables import atomic_path, write_parquet_atomic
+from hooked_moe.tables import atomic_path
 from hooked_moe.transformer import Transformer
 
 MAX_WORKERS = 4
 """The most documents measured side by side: where no budget is given, each has `requests.WAITING_BYTES` of its own."""
+
+ATTEMPTS = 2
+"""How often a document is measured in one run whose shards are damaged."""
 
 Result = TypeVar("Result")
 
@@ -44,64 +48,59 @@ def measure_part(
     *,
     progress: bool = True,
     memory_budget: int | str | None = None,
+    log: Callable[[str], object] = lambda line: None,
 ) -> None:
     """Measure every document into `shards`, and join these to `target`/<table>.parquet for each table of the part.
 
-    Existing shards are kept. `identity` goes into the metadata of every file; a shard with another identity raises
-    `ValueError`. `memory_budget` bounds the memory beside the model's weights of all documents together; where it is small,
-    fewer documents are measured side by side.
+    Shards of this identity that are whole are kept; others are set aside and measured again, which `log` is told. `identity`
+    goes into the metadata of every file. `memory_budget` bounds the memory beside the model's weights of all documents together;
+    where it is small, fewer documents are measured side by side. Raises `OSError` where shards are damaged as they are written.
     """
     workers, budget = workers_for(model, len(corpus.documents)), None
     if memory_budget is not None:
         total = parse_bytes(memory_budget)
         workers = max(1, min(workers, total // _least_budget(model, corpus, spec)))
         budget = total // workers
-    shards.mkdir(parents=True, exist_ok=True)
-    names = list(TABLES[spec.part])
+    files = ShardFiles(shards, identity, TABLES[spec.part], log)
     lengths = corpus.lengths()
-    paths = [{name: shards / f"{index:06d}.{name}.parquet" for name in names} for index in range(len(lengths))]
-    pending = [index for index, own in enumerate(paths) if not all(_is_written(path, identity) for path in own.values())]
+    units = [f"{index:06d}" for index in range(len(lengths))]
 
     def measure_documents(indices: list[int]) -> list[int]:
         tasks = [measure_document(model, corpus.documents[index], corpus.first, spec, budget) for index in indices]
         for index, tables in zip(indices, _together(tasks), strict=True):
-            for name, table in tables.items():
-                write_parquet_atomic(table.replace_schema_metadata(identity), paths[index][name])
+            files.write(units[index], tables)
         return indices
 
     per_token = len(spec.layers) * model.cfg.experts_per_token * max(1, len(spec.orders))
     description = f"measuring, {spec.part}"
-    with tqdm(total=sum(lengths), unit="tok", desc=description, disable=not progress, smoothing=0.1) as bar:
-        bar.update(sum(lengths) - sum(lengths[index] for index in pending))
-        for indices in in_parallel(measure_documents, _groups(model, lengths, spec, pending), workers):
-            bar.update(sum(lengths[index] for index in indices))
-            rate = bar.format_dict["rate"]
-            if rate and spec.positions is None:
-                bar.set_postfix_str(f"{rate * per_token:,.0f} removals/s", refresh=False)
-    for name in names:
-        _merge([own[name] for own in paths], target / f"{name}.parquet")
+    for pending in missing_units(files, units):
+        with tqdm(total=sum(lengths), unit="tok", desc=description, disable=not progress, smoothing=0.1) as bar:
+            bar.update(sum(lengths) - sum(lengths[index] for index in pending))
+            for indices in in_parallel(measure_documents, _groups(model, lengths, spec, pending), workers):
+                bar.update(sum(lengths[index] for index in indices))
+                rate = bar.format_dict["rate"]
+                if rate and spec.positions is None:
+                    bar.set_postfix_str(f"{rate * per_token:,.0f} removals/s", refresh=False)
+    for name, schema in TABLES[spec.part].items():
+        _merge(files, units, name, schema.with_metadata(identity), target / f"{name}.parquet")
 
 
-def remove_shards(shards: Path) -> None:
-    """Delete a directory of shards."""
-    for path in sorted(shards.glob("*.parquet")):
-        path.unlink()
-    if shards.exists():
-        shards.rmdir()
+def missing_units(files: ShardFiles, units: Sequence[str]) -> Iterator[list[int]]:
+    """Which units are to be measured, by number, until all are whole: what was measured is checked before it is used.
 
-
-def _is_written(shard: Path, identity: dict[str, str]) -> bool:
-    """Whether a shard has been written. Raises `ValueError` if it belongs to another measurement."""
-    if not shard.exists():
-        return False
-    metadata = pq.read_schema(shard).metadata or {}
-    written = {name: metadata.get(name.encode(), b"").decode() for name in identity}
-    if written != identity:
-        raise ValueError(
-            f"{shard} is of another measurement ({written}) than this one ({identity}), and the two cannot be mixed: "
-            f"remove {shard.parent} to measure these documents again"
+    Raises `OSError` where shards are damaged that were written a moment ago.
+    """
+    for _ in range(ATTEMPTS):
+        pending = [number for number, unit in enumerate(units) if not files.is_whole(unit)]
+        if not pending:
+            return
+        yield pending
+    pending = [number for number, unit in enumerate(units) if not files.is_whole(unit)]
+    if pending:
+        raise OSError(
+            f"{files.directory}: the shards of {', '.join(units[number] for number in pending[:5])} are damaged although they "
+            f"were written {ATTEMPTS} times: check the disk, or give another directory for results"
         )
-    return True
 
 
 def _groups(model: Transformer, lengths: list[int], spec: PartSpec, pending: list[int]) -> list[list[int]]:
@@ -113,7 +112,7 @@ def _groups(model: Transformer, lengths: list[int], spec: PartSpec, pending: lis
         return [[index] for index in pending]
     each = model.cfg.experts_per_token if spec.part != "sequence" else max(map(model.cfg.experts_in, spec.layers))
     per_token = len(spec.layers) * each * variant_bytes(model.cfg)
-    room = shutil.disk_usage(spill.directory or tempfile.gettempdir()).free // 2
+    room = shutil.disk_usage(spill_directory(spill.directory)).free // 2
     groups: list[list[int]] = []
     used = room
     for index in pending:
@@ -170,9 +169,11 @@ def _least_budget(model: Transformer, corpus: TokenizedCorpus, spec: PartSpec) -
     return max(least, least_budget_of_gradients(model.cfg, length)) if spec.first_order else least
 
 
-def _merge(shards: list[Path], target: Path) -> None:
-    """Join shards in order, one in memory at a time."""
-    schema = pq.read_schema(shards[0])
-    with atomic_path(target) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        for shard in shards:
-            writer.write_table(pq.read_table(shard, use_threads=False))
+def _merge(files: ShardFiles, units: Sequence[str], name: str, schema: pa.Schema, target: Path) -> None:
+    """Join the shards of a table in order, one in memory at a time."""
+    with (
+        atomic_path(target) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for unit in units:
+            writer.write_table(files.read(unit, name).cast(schema))

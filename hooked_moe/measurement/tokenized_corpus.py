@@ -8,7 +8,9 @@ from collections import defaultdict
 import numpy as np
 import pyarrow as pa
 
+from hooked_moe.checks import WrongTypeError, described, whole_number
 from hooked_moe.corpus import Corpus, Window, tokenize_documents
+from hooked_moe.inputs import foreign_tokenizer
 from hooked_moe.tables import DOCUMENTS, table_with_schema
 from hooked_moe.tokenizer import Tokenizer
 from hooked_moe.transformer import Transformer
@@ -33,21 +35,20 @@ class TokenizedCorpus:
         Raises `ValueError` without a tokenizer, with one that the model has no embeddings for, with documents that are empty,
         and for a BOS token that the model does not have.
         """
+        if not isinstance(corpus, Corpus):
+            raise WrongTypeError(f"expected a corpus, as load_corpus() gives, not {described(corpus)}")
         if model.tokenizer is None:
             raise ValueError("this model has no tokenizer, so it cannot read a corpus: put its tokenizer.json beside its weights")
         encode = model.tokenizer.encode
         self.corpus = corpus
-        self.n_ctx = n_ctx
-        self.limit = limit
+        self.n_ctx = n_ctx = whole_number(n_ctx, "n_ctx")
+        self.limit = limit = None if limit is None else whole_number(limit, "limit")
         self.bos = _bos(model.tokenizer, prepend_bos)
         kept = limit if limit is None or self.bos is None else limit - 1
         windows = tokenize_documents(corpus.documents, lambda text: encode(text, prepend_bos=False)[:kept], n_ctx, self.bos)
         highest = max(int(window.tokens.max()) for window in windows)
         if highest >= model.cfg.d_vocab:
-            raise ValueError(
-                f"the tokenizer gives token id {highest}, but {model.cfg.model_name} has ids 0 to {model.cfg.d_vocab - 1}: "
-                "put the model's own tokenizer.json beside its weights"
-            )
+            raise ValueError(foreign_tokenizer(highest, model.cfg))
         by_document: dict[int, list[Window]] = defaultdict(list)
         for window in windows:
             by_document[window.document].append(window)

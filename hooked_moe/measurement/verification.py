@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.components.precision import without_autocast
 from hooked_moe.counterfactuals import LossAfter, Scope, expert_effects
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, as_expert_block
 from hooked_moe.counterfactuals.engine.fan_out import FanOut, fan_out
@@ -49,6 +50,7 @@ class Check:
     detail: str
 
 
+@without_autocast()
 def verify(
     model: Transformer,
     tokens: Int[Tensor, "1 pos"],
@@ -63,7 +65,7 @@ def verify(
     if tokens.shape[0] != 1 or tokens.shape[1] < MINIMUM_TOKENS:
         raise ValueError(f"verification takes one sequence [1, pos] of {MINIMUM_TOKENS} tokens or more, not {list(tokens.shape)}")
     tokens = tokens.to(model.cfg.device)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.inference_mode():
         return [
             _loss_matches_logits(model, tokens),
@@ -74,6 +76,7 @@ def verify(
         ]
 
 
+@without_autocast()
 def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> float:
     """Largest "effect", in nats, of removing nothing: through the counterfactuals of every layer, in a batch, against the
     baseline of each sequence alone.
@@ -86,7 +89,7 @@ def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> float:
         return Zero().without(experts, torch.ones_like(experts.routing.weights, dtype=torch.bool)[None])
 
     def run(packed: Packed, layers: Sequence[int]) -> FanOut:
-        return run_to_end(fan_out(model, packed.tokens, packed.targets, layers, 1, nothing_removed))
+        return run_to_end(fan_out(model, packed, layers, 1, nothing_removed))
 
     with torch.inference_mode():
         packed = pack(tokens.to(model.cfg.device), None)
@@ -102,7 +105,7 @@ def _losses(model: Transformer, tokens: Tensor, mask: ExpertMask | None = None) 
 def _loss_matches_logits(model: Transformer, tokens: Tensor) -> Check:
     """1. The loss in use is the cross-entropy of the logits at the right token: recomputed in float64, by its definition."""
     log_probabilities = model(tokens)[0, :-1].double().log_softmax(-1)
-    by_definition = -log_probabilities[torch.arange(tokens.shape[1] - 1), tokens[0, 1:]]
+    by_definition = -log_probabilities[torch.arange(tokens.shape[1] - 1, device=tokens.device), tokens[0, 1:]]
     engine = expert_effects(model, tokens, layers=model.cfg.moe_layers[-1:]).baseline_loss[0, :-1]
     used = torch.stack([engine, _losses(model, tokens)[0]])
     difference = float((used.double() - by_definition).abs().max())
@@ -115,7 +118,8 @@ def _loss_matches_logits(model: Transformer, tokens: Tensor) -> Check:
 def _no_stale_state(model: Transformer, tokens: Tensor) -> Check:
     """2. A removal leaves nothing behind: the loss before and after it is the same to the bit."""
     before = _losses(model, tokens)
-    everything = ExpertMask({layer: torch.zeros(1, 1, 1, dtype=torch.bool) for layer in model.cfg.moe_layers})
+    nothing = torch.zeros(1, 1, 1, dtype=torch.bool, device=model.cfg.device)
+    everything = ExpertMask(dict.fromkeys(model.cfg.moe_layers, nothing))
     removed = _losses(model, tokens, everything)
     after = _losses(model, tokens)
     moved = float((removed - before).abs().max())
@@ -172,7 +176,7 @@ def _effects_equal_full_forwards(
     for _ in range(samples):
         layer, pos = _random_place(model, tokens, generator)
         layer = layer if layers is None else layers[0]
-        slot = int(torch.randint(model.cfg.experts_per_token, (1,), generator=generator))
+        slot = _random_below(model.cfg.experts_per_token, generator)
         entry = (effects.layers.index(layer), 0, pos, slot)
         full = _losses(model, tokens, _removed(model, effects, entry, removal, scope))[0] - clean
         differences.append(float((full[pos] - effects.delta_loss[entry]).abs()))
@@ -182,7 +186,7 @@ def _effects_equal_full_forwards(
             differences[-1] = _largest([differences[-1], float((expected - later).abs().max())])
     # In half precision single removals differ by the rounding of every activation; their median must still be small.
     half = model.cfg.dtype.itemsize < 4
-    value = float(torch.tensor(differences).median()) if half else _largest(differences)
+    value = float(torch.tensor(differences, dtype=torch.float64, device="cpu").median()) if half else _largest(differences)
     threshold = LOSS_TOLERANCE[model.cfg.dtype]
     detail = f"{'median' if half else 'largest'} |fast - full forward| over {len(differences)} random removals, nats"
     return Check(EXACTNESS[scope], value <= threshold, value, threshold, detail)
@@ -206,10 +210,14 @@ def _removed(
 
 def _largest(values: Sequence[float]) -> float:
     """The largest value; nan if one is nan, which Python's max would pass over."""
-    return float(torch.tensor(values, dtype=torch.float64).max())
+    return float(torch.tensor(values, dtype=torch.float64, device="cpu").max())
 
 
 def _random_place(model: Transformer, tokens: Tensor, generator: torch.Generator) -> tuple[int, int]:
     """A layer with experts, and a position that has a next token."""
-    layer = model.cfg.moe_layers[int(torch.randint(len(model.cfg.moe_layers), (1,), generator=generator))]
-    return layer, int(torch.randint(tokens.shape[1] - 1, (1,), generator=generator))
+    layer = model.cfg.moe_layers[_random_below(len(model.cfg.moe_layers), generator)]
+    return layer, _random_below(tokens.shape[1] - 1, generator)
+
+
+def _random_below(stop: int, generator: torch.Generator) -> int:
+    return int(torch.randint(stop, (1,), generator=generator, device="cpu"))

@@ -47,7 +47,7 @@ class Batch:
             [first <= j < len(w.tokens) - 1 and (w.document, w.start + j - first) in positions for j in range(len(w.tokens))]
             for w in self.members
         ]
-        return torch.tensor(rows)
+        return torch.tensor(rows, dtype=torch.bool, device="cpu")
 
     def own(self, row: int) -> slice:
         """The tokens that a window reports: its own, without the one that the next window begins with."""

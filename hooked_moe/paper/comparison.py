@@ -7,7 +7,6 @@ numbers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 
 from hooked_moe.paper.published import CONTROL_RANKING, PublishedModel, PublishedValue, published_model, published_values
+from hooked_moe.tables import Ledger, read_csv, read_json
 
 Key = tuple[str, int, int, str]
 """(ranking, removed, layer, statistic), as in `PublishedValue`."""
@@ -35,6 +34,10 @@ EXPERIMENTS = {
 }
 
 
+TABLES = ("cells.csv", "control.csv", "redistribution.csv", "progressive.csv")
+"""The derived tables of a run that have numbers with a published counterpart."""
+
+
 @dataclass(frozen=True)
 class RunValues:
     """The numbers of one run that have a published counterpart."""
@@ -45,6 +48,8 @@ class RunValues:
     model_type: str
     n_layers: int
     values: dict[Key, float]
+    left_out: dict[str, str]
+    """Why a table of the run was not read: it was made of other files than there are now, or is damaged."""
 
     @property
     def layers(self) -> list[int]:
@@ -70,12 +75,25 @@ def read_run(directory: Path) -> RunValues:
     path = directory / "manifest.json"
     if not path.is_file():
         raise ValueError(f"{directory} is not the directory of a run: it has no manifest.json")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    config = manifest["model"]["config"]
-    released = manifest.get("protocol", {}).get("name") == "as_released"
-    values = dict((_released_values if released else _defined_values)(directory))
+    manifest = read_json(path)
+    model_type, n_layers = (_value(manifest, "model", "config", key) for key in ("model_type", "n_layers"))
+    if not isinstance(model_type, str) or not isinstance(n_layers, int) or n_layers < 1:
+        raise ValueError(
+            f"{path} does not say in model.config which model_type it is of, and of how many n_layers: it is no run's manifest; "
+            "remove it, and measure the run again"
+        )
+    released = _value(manifest, "protocol", "name") == "as_released"
+    tables = _Tables(directory)
+    values = dict((_released_values if released else _defined_values)(tables))
     protocol = "as_released" if released else "defined"
-    return RunValues(protocol, directory, config["model_type"], config["n_layers"], values)
+    return RunValues(protocol, directory, model_type, n_layers, values, tables.left_out)
+
+
+def _value(node: Any, *keys: str) -> Any:
+    """A value under nested keys of a JSON object; None where it lacks one of them."""
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
 
 
 def compare(run: RunValues) -> list[ComparedValue]:
@@ -102,7 +120,7 @@ def counterpart(layer: int, published: PublishedModel, measured: list[int], n_la
     if not measured:
         return None
     depth = layer / (published.n_layers - 1)
-    return min(measured, key=lambda own: (abs(own / (n_layers - 1) - depth), own))
+    return min(measured, key=lambda own: (abs(own / max(n_layers - 1, 1) - depth), own))  # one layer alone has depth 0
 
 
 def comparison_table(run: RunValues, compared: list[ComparedValue]) -> pa.Table:
@@ -129,37 +147,54 @@ def comparison_table(run: RunValues, compared: list[ComparedValue]) -> pa.Table:
 # --- what runs leave behind --------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a csv file; none where it was not written, because that experiment has not been run."""
-    return pyarrow.csv.read_csv(path).to_pylist() if path.is_file() else []
+class _Tables:
+    """The derived tables of a run, but for those that its ledger knows to be of other files, or damaged."""
+
+    def __init__(self, directory: Path) -> None:
+        self.left_out = {name: fault for name, fault in Ledger(directory).faults().items() if name in TABLES}
+        self._directory = directory
+
+    def rows(self, name: str, *columns: str) -> list[dict[str, Any]]:
+        """The rows of a table; none where it was not written, because that experiment has not been run."""
+        path = self._directory / name
+        if name in self.left_out or not path.is_file():
+            return []
+        table = read_csv(path)
+        missing = [column for column in columns if column not in table.column_names]
+        if missing:
+            raise ValueError(f"{path} lacks column {', '.join(missing)}; run the experiment again with this version")
+        return table.to_pylist()
 
 
-def _defined_values(directory: Path) -> Iterator[tuple[Key, float]]:
+def _defined_values(tables: _Tables) -> Iterator[tuple[Key, float]]:
     """The numbers of a defined run. Its sample is the paper's kind of population: as many positions, each a pair."""
-    for row in _rows(directory / "cells.csv"):
+    for row in tables.rows("cells.csv", "scope", "population", "ranking", "layer", "d_z", "p_t", "p_wilcoxon"):
         if (row["scope"], row["population"]) == ("position", "sample"):
             for statistic, column in (("d", "d_z"), ("p_t", "p_t"), ("p_wilcoxon", "p_wilcoxon")):
                 yield (row["ranking"], 1, row["layer"], statistic), _number(row[column])
-    for row in _rows(directory / "control.csv"):
+    for row in tables.rows("control.csv", "ranking", "population", "layer", "rho_weight_ratio"):
         if (row["ranking"], row["population"]) == (CONTROL_RANKING, "sample"):
             yield (CONTROL_RANKING, 1, row["layer"], "rho"), _number(row["rho_weight_ratio"])
-    yield from _shared_values(directory)
+    yield from _shared_values(tables)
 
 
-def _released_values(directory: Path) -> Iterator[tuple[Key, float]]:
-    for row in _rows(directory / "cells.csv"):
-        for statistic in ("d", "p_t", "p_wilcoxon", "rho"):
+def _released_values(tables: _Tables) -> Iterator[tuple[Key, float]]:
+    statistics = ("d", "p_t", "p_wilcoxon", "rho")
+    for row in tables.rows("cells.csv", "ranking", "layer", *statistics):
+        for statistic in statistics:
             yield (row["ranking"], 1, row["layer"], statistic), _number(row[statistic])
-    yield from _shared_values(directory)
+    yield from _shared_values(tables)
 
 
-def _shared_values(directory: Path) -> Iterator[tuple[Key, float]]:
-    for row in _rows(directory / "redistribution.csv"):
+def _shared_values(tables: _Tables) -> Iterator[tuple[Key, float]]:
+    statistics = ("mean_gap_norm", "rho_weight_gap", "rho_gap_compensation")
+    for row in tables.rows("redistribution.csv", "layer", *statistics):
         if row.get("pairing", "as_released") == "as_released":
-            for statistic in ("mean_gap_norm", "rho_weight_gap", "rho_gap_compensation"):
+            for statistic in statistics:
                 yield ("", 0, row["layer"], statistic), _number(row[statistic])
-    for row in _rows(directory / "progressive.csv"):
-        for statistic in ("mean", "median", "p95"):
+    quantiles = ("mean", "median", "p95")
+    for row in tables.rows("progressive.csv", "layer", "order", "removed", *quantiles):
+        for statistic in quantiles:
             yield (row["order"], row["removed"], row["layer"], statistic), _number(row[statistic])
 
 

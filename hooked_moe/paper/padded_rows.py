@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from hooked_moe.components.precision import at_least_float32
+from hooked_moe.components.precision import at_least_float32, without_autocast
 from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.transformer import Transformer
 
@@ -42,11 +42,11 @@ class PaddedTexts:
     @classmethod
     def of(cls, texts: Sequence[Sequence[int]], pad_id: int, padding: Literal["right", "left"]) -> PaddedTexts:
         width = max(map(len, texts))
-        tokens = torch.full((len(texts), width), pad_id)
-        real = torch.zeros(len(texts), width, dtype=torch.bool)
+        tokens = torch.full((len(texts), width), pad_id, dtype=torch.long, device="cpu")
+        real = torch.zeros(len(texts), width, dtype=torch.bool, device="cpu")
         for row, ids in enumerate(texts):
             span = slice(0, len(ids)) if padding == "right" else slice(width - len(ids), width)
-            tokens[row, span] = torch.as_tensor(ids)
+            tokens[row, span] = torch.tensor(ids, dtype=torch.long, device="cpu")
             real[row, span] = True
         return cls(tokens, real, padding)
 
@@ -124,6 +124,7 @@ class _LayerObserver:
 
 
 @torch.no_grad()
+@without_autocast()
 def observe_rows(model: Transformer, texts: PaddedTexts, layers: Sequence[int], progress: bool = True) -> dict[int, LayerRows]:
     """Run all rows and keep what the experts of `layers` did: about 4 (experts + 8 slots) bytes a row and layer.
 

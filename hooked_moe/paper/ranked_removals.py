@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from hooked_moe.counterfactuals import expert_observations
+from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.paper.protocols import Draw
 from hooked_moe.paper.published import CONTROL_RANKING
 from hooked_moe.paper.sequence_removals import SequenceRemoval, sequence_removals
@@ -55,7 +55,7 @@ def _pick(texts: AuditTexts, ranking: str, layer: int, text: int, position: int)
     return Pick(layer, ranking, text, position, int(experts[high]), int(experts[low]), float(scores[high]), float(scores[low]))
 
 
-def compare_experts(model: Transformer, texts: AuditTexts, picks: Sequence[Pick], shards: Path, progress: bool) -> pa.Table:
+def compare_experts(model: Transformer, texts: AuditTexts, picks: Sequence[Pick], shards: ShardFiles, progress: bool) -> pa.Table:
     """The loss without either expert of every comparison, as in `tables.COMPARISONS`."""
     by_text: dict[int, list[int]] = defaultdict(list)
     for number, pick in enumerate(picks):
@@ -64,7 +64,7 @@ def compare_experts(model: Transformer, texts: AuditTexts, picks: Sequence[Pick]
     def measure(text: int) -> TextValues:
         own = [picks[number] for number in by_text[text]]
         removals = [SequenceRemoval(p.layer, frozenset([e]), p.position) for p in own for e in (p.high_expert, p.low_expert)]
-        losses = sequence_removals(model, torch.tensor(texts.tokens[text]), removals)
+        losses = sequence_removals(model, torch.tensor(texts.tokens[text], dtype=torch.long, device="cpu"), removals)
         delta = losses.removed - losses.baseline
         return np.stack([losses.baseline[::2], delta[::2], delta[1::2]])
 
@@ -77,7 +77,7 @@ def compare_experts(model: Transformer, texts: AuditTexts, picks: Sequence[Pick]
 
 
 def remove_progressively(
-    model: Transformer, layers: Sequence[int], texts: Mapping[int, list[int]], drawn: Draw, shards: Path, progress: bool
+    model: Transformer, layers: Sequence[int], texts: Mapping[int, list[int]], drawn: Draw, shards: ShardFiles, progress: bool
 ) -> pa.Table:
     """The loss without the most heavily weighted experts, one to k-1 of them, as in `tables.RELEASED_PROGRESSIVE`.
 
@@ -87,7 +87,7 @@ def remove_progressively(
     numbers = drawn[:, 0].tolist()
 
     def measure(text: int) -> TextValues:
-        tokens = torch.tensor(texts[text])
+        tokens = torch.tensor(texts[text], dtype=torch.long, device="cpu")
         (position,) = drawn[drawn[:, 0] == text, 1].tolist()
         routed = expert_observations(model, tokens[None], layers)  # no hooks, which texts side by side would share
         removals = []

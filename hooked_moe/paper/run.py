@@ -14,7 +14,7 @@ router, final norm, unembedding and loss are in float32 here, whatever the dtype
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,12 +22,13 @@ from typing import Any
 import filelock
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from hooked_moe.checks import whole_numbers
 from hooked_moe.corpus import Corpus
 from hooked_moe.measurement.fingerprint import model_fingerprint, versions
-from hooked_moe.measurement.run_directory import claim, digest, read_json
-from hooked_moe.measurement.shards import remove_shards
+from hooked_moe.measurement.manifest import Manifest
+from hooked_moe.measurement.run_directory import claim, digest
+from hooked_moe.measurement.shard_files import ShardFiles, remove_shards
 from hooked_moe.paper.metrics import released_redistribution
 from hooked_moe.paper.padded_rows import LayerRows, PaddedTexts, observe_rows
 from hooked_moe.paper.protocols import (
@@ -42,14 +43,15 @@ from hooked_moe.paper.protocols import (
 )
 from hooked_moe.paper.published import PAIRS
 from hooked_moe.paper.ranked_removals import compare_experts, pick_experts, remove_progressively
+from hooked_moe.paper.text_shards import TABLE
 from hooked_moe.paper.texts import AuditTexts, encode_text, selected_texts
 from hooked_moe.tables import (
     COMPARISONS,
     RELEASED_EXPERTS,
     RELEASED_PROGRESSIVE,
     RELEASED_REDISTRIBUTION,
+    read_parquet,
     table_with_schema,
-    write_json_atomic,
     write_parquet_atomic,
 )
 from hooked_moe.transformer import Transformer
@@ -58,34 +60,39 @@ from hooked_moe.transformer import Transformer
 def open_released(
     model: Transformer,
     corpus: Corpus,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     *,
     results: Path = Path("results"),
     name: str | None = None,
     progress: bool = True,
+    log: Callable[[str], object] = lambda line: None,
 ) -> ReleasedRun:
     """The run of the released protocol under `results`/<model>/, new or to be continued; nothing is measured yet.
 
     `layers` None means the published ones of a published model, else all with experts. Raises `ValueError` for a family that the
     paper did not audit, for layers without experts, for a model without tokenizer, and for a directory of another run;
-    `BlockingIOError` while another process writes there.
+    `BlockingIOError` while another process writes there. `log` is called with the lines that tell of damaged files.
     """
     released = released_protocol(model.cfg.model_type)
     model.require_tokenizer()
     model.require_weights("the released protocol")
-    chosen = protocol_layers(model.cfg.model_type, model.cfg.n_layers, model.cfg.moe_layers) if layers is None else tuple(layers)
+    cfg = model.cfg
+    if layers is None:
+        chosen = protocol_layers(cfg.model_type, cfg.n_layers, cfg.moe_layers)
+    else:
+        chosen = tuple(whole_numbers(layers, "layers", cfg.n_layers))
     without = [layer for layer in chosen if layer not in model.cfg.moe_layers]
     if without or not chosen:
         raise ValueError(f"layers {without or '()'} have no experts to remove; layers {model.cfg.moe_layers} have")
     plan = json.loads(json.dumps(_plan(model, corpus, chosen, released)))
     directory = results / Path(model.cfg.model_name).name / (name or f"released-{Path(corpus.name).stem}-{digest(plan)[:8]}")
-    return ReleasedRun(directory, model, corpus, released, chosen, plan, claim(directory, plan), progress)
+    return ReleasedRun(directory, model, corpus, released, chosen, plan, claim(directory, plan), progress, log)
 
 
 def _plan(model: Transformer, corpus: Corpus, layers: Sequence[int], released: Released) -> dict[str, Any]:
     """What identifies a run."""
     return {
-        "format": 2,
+        "format": 3,
         "model": model_fingerprint(model),
         "corpus": {"name": corpus.name, "sha256": corpus.sha256, "documents": len(corpus.documents)},
         "protocol": describe(released) | {"layers": list(layers)},
@@ -106,14 +113,20 @@ class ReleasedRun:
         plan: dict[str, Any],
         lock: filelock.BaseFileLock,
         progress: bool,
+        log: Callable[[str], object],
     ) -> None:
         self.directory = directory
         self.model = model
         self.released = released
         self.layers = layers
-        self.manifest: dict[str, Any] = plan | {"parts": {}}
-        if (directory / "manifest.json").exists():
-            self.manifest = read_json(directory / "manifest.json")
+        self._plan = plan
+        self._log = log
+        try:
+            self._manifest = Manifest(directory, plan, _part_fault)
+            self._damaged = self._manifest.damaged_files({}, log)
+        except BaseException:
+            lock.release()
+            raise
         self._corpus = corpus
         self._texts = AuditTexts(model, corpus, released, layers, progress)
         self._lock = lock
@@ -124,6 +137,11 @@ class ReleasedRun:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.release()
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What manifest.json says, or will say."""
+        return self._manifest.values
 
     # --- experiments ------------------------------------------------------------------------------------------------------
 
@@ -152,7 +170,7 @@ class ReleasedRun:
             raise ValueError(f"the released progressive ablation is OLMoE's; {self.released.model_type} has --protocol defined")
         count = protocol.positions if n is None else n
 
-        def measure(shards: Path) -> pa.Table:
+        def measure(shards: ShardFiles) -> pa.Table:
             texts = selected_texts(protocol.texts, self._corpus)
             tokens: dict[int, list[int]] = {}
 
@@ -174,7 +192,7 @@ class ReleasedRun:
         if protocol is None:
             raise ValueError(f"there is no released redistribution of {self.released.model_type}; use --protocol defined")
 
-        def measure(_: Path) -> pa.Table:
+        def measure(_: ShardFiles) -> pa.Table:
             rule = protocol.texts
             texts = [
                 encode_text(self.model, text, rule.tokens, protocol.special_tokens) for text in selected_texts(rule, self._corpus)
@@ -189,22 +207,31 @@ class ReleasedRun:
     def _comparisons(self, name: str, n: int, draw: Callable[[], Mapping[tuple[str, int], Draw]]) -> pa.Table:
         """A part that removes the highest- and the lowest-ranked active expert at drawn positions."""
 
-        def measure(shards: Path) -> pa.Table:
+        def measure(shards: ShardFiles) -> pa.Table:
             picks = pick_experts(self._texts, draw())
             return compare_experts(self.model, self._texts, picks, shards, self._progress)
 
         return self._part(name, n, COMPARISONS, measure)
 
-    def _part(self, name: str, n: int | None, schema: pa.Schema, measure: Callable[[Path], pa.Table]) -> pa.Table:
+    def _part(self, name: str, n: int | None, schema: pa.Schema, measure: Callable[[ShardFiles], pa.Table]) -> pa.Table:
         """A table from its file, or measured into it."""
         stem = name if n is None else f"{name}-{n}"
-        path, shards = self.directory / f"{stem}.parquet", self.directory / "shards" / stem
-        if not path.exists():
+        path, directory = self.directory / f"{stem}.parquet", self.directory / "shards" / stem
+        if stem not in self._manifest.parts or path.name in self._damaged:
+            shards = ShardFiles(directory, {"plan": digest(self._plan), "part": stem}, [TABLE], self._log)
             write_parquet_atomic(measure(shards).cast(schema), path)
-        self.manifest["parts"] |= {stem: {"positions": n}}
-        write_json_atomic(self.manifest, self.directory / "manifest.json")
-        remove_shards(shards)
-        return pq.read_table(path, use_threads=False)
+            self._manifest.parts[stem] = {"positions": n}
+            self._manifest.write([path.name])
+            self._damaged.discard(path.name)
+        remove_shards(directory)
+        return read_parquet(path)
+
+
+def _part_fault(part: str, record: Any) -> str | None:
+    """What is wrong with a manifest's record of a part; None for nothing."""
+    if not isinstance(record, dict) or not isinstance(record.get("positions"), int | None):
+        return "has no number of positions"
+    return None
 
 
 def _redistribution_table(rows_by_layer: Mapping[int, LayerRows]) -> pa.Table:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.components.precision import without_autocast
 from hooked_moe.counterfactuals.engine.chunks import VARIANT_TOKENS_PER_CHUNK
 from hooked_moe.counterfactuals.engine.losses import loss_at
 from hooked_moe.expert_mask import ExpertMask
@@ -37,12 +38,13 @@ class RemovalLosses(NamedTuple):
 
 
 @torch.no_grad()
+@without_autocast()
 def sequence_removals(model: Transformer, tokens: Int[Tensor, " pos"], removals: Sequence[SequenceRemoval]) -> RemovalLosses:
     """The losses of one text without and with each removal. Equal removals of different positions share a forward.
 
     Raises `ValueError` for a position without a next token.
     """
-    positions = torch.tensor([removal.position for removal in removals])
+    positions = torch.tensor([removal.position for removal in removals], dtype=torch.long, device="cpu")
     if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < len(tokens) - 1:
         raise ValueError(
             f"positions {sorted(set(positions.tolist()))}: this text of {len(tokens)} tokens has 0 to {len(tokens) - 2}"
@@ -88,13 +90,13 @@ def _losses_of_layer(
         length = int(needed[pending[0]])
         rows_per_batch = max(1, VARIANT_TOKENS_PER_CHUNK // length)
         batch, pending = pending[:rows_per_batch], pending[rows_per_batch:]
-        mask = ExpertMask({layer: keep[torch.as_tensor(batch)]})
+        mask = ExpertMask({layer: keep[torch.from_numpy(batch)]})
         read = resid[:, :length].expand(len(batch), -1, -1)
         final = model(read, start_at_layer=layer, stop_at_layer=model.cfg.n_layers, expert_mask=mask)
         served = np.flatnonzero(np.isin(rows, batch))
         batch_row = {row: number for number, row in enumerate(batch.tolist())}
-        of_batch = torch.tensor([batch_row[row] for row in rows[served].tolist()], device=resid.device)
-        position = torch.as_tensor(positions[served], device=resid.device)
+        of_batch = torch.tensor([batch_row[row] for row in rows[served].tolist()], dtype=torch.long, device=resid.device)
+        position = torch.from_numpy(positions[served]).to(resid.device)
         losses[served] = _losses(model, final[of_batch, position], tokens[position + 1])
     return losses
 

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float
 from tqdm import tqdm
 
-from hooked_moe.measurement.shards import in_parallel, workers_for
-from hooked_moe.tables import write_parquet_atomic
+from hooked_moe.measurement.shard_files import ShardFiles
+from hooked_moe.measurement.shards import in_parallel, missing_units, workers_for
 from hooked_moe.transformer import Transformer
 
+TABLE = "values"
+"""The one table of a text's shard."""
 TextValues = Float[np.ndarray, "kind number"]
 """What is measured in one text: some kinds of numbers, as many of each."""
 
 
 def measure_text_by_text(
-    model: Transformer, texts: Sequence[int], measure: Callable[[int], TextValues], shards: Path, progress: bool
+    model: Transformer, texts: Sequence[int], measure: Callable[[int], TextValues], shards: ShardFiles, progress: bool
 ) -> dict[int, TextValues]:
     """What `measure` returns for every text, read from its shard or written to it. Several texts are measured side by side."""
-    shards.mkdir(parents=True, exist_ok=True)
-    paths = {text: shards / f"{text:06d}.parquet" for text in texts}
+    units = [f"{text:06d}" for text in texts]
 
-    def measure_texts(group: list[int]) -> list[int]:
-        for text in group:
-            values = measure(text)
-            write_parquet_atomic(pa.table({str(kind): row for kind, row in enumerate(values)}), paths[text])
-        return group
+    def measure_texts(numbers: list[int]) -> list[int]:
+        for number in numbers:
+            values = measure(texts[number])
+            shards.write(units[number], {TABLE: pa.table({str(kind): row for kind, row in enumerate(values)})})
+        return numbers
 
-    pending = [text for text, path in paths.items() if not path.exists()]
-    with tqdm(total=len(texts), desc=f"{shards.name}, whole texts", unit="text", disable=not progress) as bar:
-        bar.update(len(texts) - len(pending))
-        for done in in_parallel(measure_texts, [[text] for text in pending], workers_for(model, len(texts))):
-            bar.update(len(done))
-    tables = {text: pq.read_table(path, use_threads=False) for text, path in paths.items()}
+    for pending in missing_units(shards, units):
+        with tqdm(total=len(texts), desc=f"{shards.directory.name}, whole texts", unit="text", disable=not progress) as bar:
+            bar.update(len(texts) - len(pending))
+            for done in in_parallel(measure_texts, [[number] for number in pending], workers_for(model, len(texts))):
+                bar.update(len(done))
+    tables = {text: shards.read(unit, TABLE) for text, unit in zip(texts, units, strict=True)}
     return {text: np.stack([column.to_numpy() for column in table.columns]) for text, table in tables.items()}

@@ -6,15 +6,17 @@ commands that measure it.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hooked_moe.report import sections
 from hooked_moe.report.blocks import Block, Page, Paragraph, Section
 from hooked_moe.report.definitions import definitions
+from hooked_moe.report.derived_files import DERIVED_FILES
 from hooked_moe.report.figures.ceiling import static_ceiling
-from hooked_moe.report.figures.drawing import Drawing
+from hooked_moe.report.figures.drawing import FILES, Drawing
 from hooked_moe.report.figures.effect_size import effect_size
 from hooked_moe.report.figures.experts import experts
 from hooked_moe.report.figures.progressive import progressive
@@ -24,7 +26,7 @@ from hooked_moe.report.figures.redistribution import redistribution
 from hooked_moe.report.figures.removal_effect import removal_effect, slot_distribution, slots
 from hooked_moe.report.figures.savings import savings as savings_figure
 from hooked_moe.report.figures.scopes import scopes
-from hooked_moe.report.inputs import Inputs, read_inputs
+from hooked_moe.report.inputs import Inputs, left_out, read_inputs
 from hooked_moe.report.page import render_page
 from hooked_moe.report.protocol import protocol_sections
 from hooked_moe.report.pruning_sections import pruning_section
@@ -32,9 +34,9 @@ from hooked_moe.report.reread import reread_section
 from hooked_moe.report.saving_sections import savings_section
 from hooked_moe.report.savings import MARGIN, read_savings
 from hooked_moe.report.summary import opening
-from hooked_moe.tables import write_text_atomic
+from hooked_moe.tables import FileRecord, Ledger, write_text_atomic
 
-__all__ = ["write_report"]
+__all__ = ["report_fault", "write_report"]
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -50,7 +52,22 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     title = f"Removing one expert at one token: {inputs.model_name}"
     page = Page(title, opening(inputs, first), tuple(_sections(inputs, figures)))
     write_text_atomic(render_page(page), run / "report.html")
+    Ledger(run).record(_REPORT, _INPUTS, ["report.html", *figures.files()], settings=_settings(inputs.reasons))
     return run / "report.html"
+
+
+def report_fault(run: Path, known: Mapping[str, FileRecord | None] | None = None) -> str | None:
+    """Why the report is not the one that `write_report` would write now; None where it is. `known` is as in `tables.Ledger`."""
+    return Ledger(run, known).fault(_REPORT, _INPUTS, _settings(left_out(run, known)))
+
+
+_REPORT = "report"
+_INPUTS = ("manifest.json", *DERIVED_FILES)
+
+
+def _settings(reasons: Mapping[str, str]) -> dict[str, Any]:
+    """What the page says beside its inputs: why tables are not in it."""
+    return {"left_out": {name: reason for name, reason in reasons.items() if name in DERIVED_FILES}}
 
 
 @dataclass
@@ -60,13 +77,19 @@ class _Figures:
     inputs: Inputs
     directory: Path
     numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 100)))
+    names: list[str] = field(default_factory=list)
 
     def drawn(self, name: str, draw: Callable[..., Drawing], *extra: object) -> tuple[Block, ...]:
         """The figure of a derived table, as a block; nothing where the run lacks the table."""
         if name not in self.inputs.tables:
             return ()
         drawing = draw(self.inputs.tables[name], *extra)
+        self.names.append(drawing.name)
         return (sections.figure(next(self.numbers), drawing, drawing.save(self.directory)),)
+
+    def files(self) -> list[str]:
+        """All that was drawn, by its path in the run."""
+        return [f"{self.directory.name}/{name}.{kind}" for name in self.names for kind in FILES]
 
 
 def _sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:

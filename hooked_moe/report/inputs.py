@@ -4,17 +4,16 @@ Every file is optional. A table that is absent was not measured, and its section
 column was written by another version, and is refused by name.
 """
 
-import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hooked_moe.report.derived_files import DERIVED_FILES
-from hooked_moe.tables import read_csv
+from hooked_moe.tables import FileRecord, Ledger, read_csv, read_json, read_parquet
 
 
 @dataclass(frozen=True)
@@ -69,23 +68,33 @@ class Inputs:
 def read_inputs(run: Path) -> Inputs:
     """Read the derived tables that a run has, and its manifest.
 
-    Raises FileNotFoundError where the run has no derived table at all, ValueError where a table lacks columns.
+    A table that was made of other files than there are now, or that is damaged, is left out, with the reason. Raises
+    FileNotFoundError where the run has no derived table at all, ValueError where a table lacks columns.
     """
     tables = {}
+    reasons = left_out(run)
     for name, file in DERIVED_FILES.items():
         path = run / name
-        if not path.is_file():
+        if name in reasons or not path.is_file():
             continue
-        table = pq.read_table(path, use_threads=False) if path.suffix == ".parquet" else _typed(read_csv(path))
+        table = read_parquet(path) if path.suffix == ".parquet" else _typed(read_csv(path))
         missing = [column for column in file.columns if column not in table.column_names]
         if missing:
             raise ValueError(f"{path} lacks column {', '.join(missing)}; analyse the run again with this version")
         tables[name] = table
     if not tables:
+        why = next((f" ({name}: {reasons[name]})" for name in DERIVED_FILES if name in reasons), "")
         raise FileNotFoundError(
-            f"{os.fspath(run)} has none of the derived tables {', '.join(DERIVED_FILES)}; analyse the run first"
+            f"{os.fspath(run)} has none of the derived tables {', '.join(DERIVED_FILES)}{why}; analyse the run first"
         )
-    return Inputs(tables, _read_json(run / "manifest.json"), _read_json(run / "analysis.json").get("not_measured", {}))
+    manifest = run / "manifest.json"
+    return Inputs(tables, read_json(manifest) if manifest.is_file() else {}, reasons)
+
+
+def left_out(run: Path, known: Mapping[str, FileRecord | None] | None = None) -> dict[str, str]:
+    """Why tables are not in the report: not measured, or not what they say they are. `known` is as in `tables.Ledger`."""
+    ledger = Ledger(run, known)
+    return ledger.not_measured | ledger.unrecorded(DERIVED_FILES) | ledger.faults()
 
 
 _COUNTS = {"layer", "slot", "expert", "removed", "n"}
@@ -106,7 +115,3 @@ def _typed(table: pa.Table) -> pa.Table:
         if pa.types.is_string(field.type):
             table = table.set_column(index, field, table.column(index).fill_null(""))
     return table
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Int
 
+from hooked_moe.tables.reading import parquet_batches, parquet_schema
 from hooked_moe.tables.schemas import EFFECTS
 
 TableOrPath: TypeAlias = pa.Table | str | os.PathLike[str]
@@ -131,9 +131,8 @@ def _open(source: TableOrPath, wanted: dict[str, None], rows: int) -> tuple[list
         names = source.column_names
         batches = (source.slice(start, rows) for start in range(0, source.num_rows, rows))
     else:
-        file = pq.ParquetFile(source, pre_buffer=False)  # buffered, all that was read would stay in memory
-        names = file.schema_arrow.names
-        batches = file.iter_batches(rows, columns=[name for name in wanted if name in names], use_threads=False)
+        names = parquet_schema(source).names
+        batches = parquet_batches(source, [name for name in wanted if name in names], rows)
     missing = [name for name in (*_KEYS, "expert", "delta_loss") if name not in names]
     if missing:
         raise ValueError(f"not an effect table: column {', '.join(missing)} missing; it has {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""How the files of a run are written and read.
+"""How the files of a run are written; `reading` is the other half.
 
 Files appear under their final name complete or not at all. Each write goes to a temporary file in the same directory,
 is flushed to the disk, and is renamed over the target (`os.replace` is atomic within one file system). Contents depend
@@ -81,27 +81,13 @@ def remove_temporaries(directory: str | os.PathLike[str]) -> int:
 
 def write_parquet_atomic(table: pa.Table, path: str | os.PathLike[str], *, row_group_size: int = 1 << 17) -> None:
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=row_group_size)
+        pq.write_table(table, temporary, compression="zstd", row_group_size=row_group_size, write_page_checksum=True)
 
 
 def write_csv_atomic(table: pa.Table, path: str | os.PathLike[str]) -> None:
     """Write numbers in their shortest exact decimal form, missing values as empty fields, NaN as `nan`."""
     with atomic_path(path) as temporary:
         pyarrow.csv.write_csv(table, temporary, pyarrow.csv.WriteOptions(quoting_style="needed"))
-
-
-def required_file(run: Path, name: str, origin: str) -> Path:
-    """The path of a run's file. Raises FileNotFoundError, which says where the file comes from, if it is missing."""
-    if not (run / name).is_file():
-        raise FileNotFoundError(f"{run / name} does not exist; {origin}")
-    return run / name
-
-
-def read_csv(path: str | os.PathLike[str], schema: pa.Schema | None = None) -> pa.Table:
-    """The inverse of `write_csv_atomic`, exact for columns in `schema`; the types of others are inferred."""
-    kinds = {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
-    options = pyarrow.csv.ConvertOptions(column_types=kinds, null_values=[""], strings_can_be_null=False)
-    return pyarrow.csv.read_csv(path, pyarrow.csv.ReadOptions(use_threads=False), convert_options=options)
 
 
 def write_json_atomic(value: Any, path: str | os.PathLike[str]) -> None:

@@ -20,6 +20,8 @@ def table_with_schema(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
 
 
+MEASURED_TABLES: Final = ("documents", "effects", "effects_sequence", "expert_weights", "progressive", "routing", "tokens")
+"""The tables of a measurement, each a parquet file of its name; all else in a run is derived from them."""
 REMOVAL_ORDERS: Final = ("descending", "ascending", "random")
 """The values of the column `order` of `PROGRESSIVE`: by routing weight, highest or lowest first, or random."""
 
@@ -153,6 +155,56 @@ RELEASED_PROGRESSIVE = schema_of(
     ("removed", pa.int8(), "experts", "how many are removed: those with the highest routing weights at the position"),
     ("baseline_loss", pa.float64(), "nats", "-log p(next token) of the intact model"),
     ("delta_loss", pa.float64(), "nats", "change of that loss without them at every token of the text"),
+)
+GRAFTS = schema_of(
+    ("sweep", pa.string(), "name", "ends, suffix, prefix, single, part or layer_part: which grafts belong together"),
+    ("layers", pa.string(), "text", "layers that were taken, as in 4-5; all; or none, where only outer parts were"),
+    (
+        "parts",
+        pa.string(),
+        "text",
+        "parts that were taken: one, blocks (all of blocks), outer (all outside), everything, or none",
+    ),
+    ("direction", pa.string(), "name", "a<-b: a with parts of b; b<-a: b with parts of a"),
+    ("value", pa.float64(), "readout", "the readout of the graft, over all documents"),
+    ("value_low", pa.float64(), "readout", "lower end of its 95% interval, bootstrap over documents; NaN for fewer than three"),
+    ("value_high", pa.float64(), "readout", "upper end"),
+    (
+        "share",
+        pa.float64(),
+        "1",
+        "a<-b: (value - a) / (b - a), what of the difference the parts carry. b<-a: (b - value) / (b - a), what is lost without",
+    ),
+    ("share_low", pa.float64(), "1", "lower end of its 95% interval, all three resampled together"),
+    ("share_high", pa.float64(), "1", "upper end"),
+    ("n_documents", pa.int32(), "documents", "documents behind the row"),
+)
+COALITION_SHARES = schema_of(
+    ("player", pa.string(), "name", "a layer, as in layer 3; a part; or outer: all that is outside of blocks"),
+    ("shapley", pa.float64(), "1", "mean over all orders of the share that it adds when it is taken; these sum to 1"),
+    ("shapley_low", pa.float64(), "1", "lower end of its 95% interval, bootstrap over documents"),
+    ("shapley_high", pa.float64(), "1", "upper end"),
+    ("banzhaf", pa.float64(), "1", "mean over all coalitions of the others of the share that it adds"),
+    ("banzhaf_low", pa.float64(), "1", "lower end of its 95% interval"),
+    ("banzhaf_high", pa.float64(), "1", "upper end"),
+    ("first", pa.float64(), "1", "the share that it carries alone"),
+    ("last", pa.float64(), "1", "the share that is lost without it alone"),
+)
+CHECKPOINTS = schema_of(
+    ("checkpoint", pa.string(), "name", "revision or directory"),
+    ("step", pa.int64(), "steps", "of its training"),
+    ("layer", pa.string(), "text", "transformer block, counted from 0, or all"),
+    ("name", pa.string(), "name", "the response, as in hooked_moe.analysis.responses"),
+    ("value", pa.float64(), "response", "of this checkpoint"),
+    ("low", pa.float64(), "response", "lower end of its 95% interval over documents; NaN where it has none"),
+    ("high", pa.float64(), "response", "upper end"),
+)
+ROUTED_PARTS = schema_of(
+    _DOCUMENT,
+    _LAYER,
+    ("n_positions", pa.int32(), "tokens", "tokens of the document that are predicted"),
+    ("intact_loss", pa.float64(), "nats", "sum of -log p(next token) over them, intact model"),
+    ("removed_loss", pa.float64(), "nats", "the same without any routed expert of the layer, at every token"),
 )
 RELEASED_EXPERTS = schema_of(
     _LAYER,

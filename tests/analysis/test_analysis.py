@@ -35,14 +35,14 @@ def run(analysed) -> Path:
 
 
 def derived(run: Path) -> list[str]:
-    return json.loads((run / "analysis.json").read_text())["derived"]
+    return json.loads((run / "analysis.json").read_text())["derivations"]["analysis"]["outputs"]
 
 
 def test_every_table_is_written_and_nothing_is_missing(run):
     said = json.loads((run / "analysis.json").read_text())
     assert said["not_measured"] == {}
-    assert all((run / name).is_file() for name in said["derived"])
-    assert len(said["derived"]) == 16
+    assert all((run / name).is_file() for name in derived(run))
+    assert len(derived(run)) == 16
 
 
 def test_what_a_run_has_not_measured_is_said(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import all as suite
-from benchmarks import checkpoints, forward, peers, removals, roofline, routing, scaling, streaming
+from benchmarks import checkpoints, circuits, forward, peers, removals, roofline, routing, scaling, streaming
 from benchmarks.tables import Table
 from benchmarks.timing import ratio, summary, timed
 from hooked_moe import HookedMoE
@@ -31,7 +31,7 @@ def column(table: Table, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "script", [removals, forward, roofline, scaling, streaming, routing, suite], ids=lambda script: script.__name__
+    "script", [circuits, removals, forward, roofline, scaling, streaming, routing, suite], ids=lambda script: script.__name__
 )
 def test_help_has_examples(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -75,6 +75,25 @@ def test_a_removal_that_is_not_exact_is_found_out() -> None:
     wrong = replace(effects, delta_loss=effects.delta_loss + 1e-3)
     with pytest.raises(ArithmeticError, match="removals differ by"):
         removals.largest_difference(other, wrong, tokens, size=3)
+
+
+def test_patches_agree_with_those_of_every_peer() -> None:
+    patches, attribution = circuits.main(["--small"])
+    names = ["hooked_moe", "hooked_moe, a hook", "hooked_moe, hooks in a batch", "transformers, a forward hook"]
+    assert column(patches, "by")[:4] == names
+    assert len(patches.rows) == 2 * (4 + 2 * ("TransformerLens" in OTHERS) + ("nnsight" in OTHERS))
+    differences = [float(cell) for cell in column(patches, "largest difference, logits") if cell]
+    assert 0 <= max(differences) <= circuits.TOLERANCE
+    assert column(attribution, "what") == ["two forwards and a backward", "atp", "ig, 5 steps", "exact"]
+
+
+def test_a_patch_that_is_not_exact_is_found_out() -> None:
+    given = circuits.task(HookedMoE.from_pretrained("tiny-olmoe").eval(), 6)
+    found = circuits.get_act_patch_expert(given.model, given.corrupt, given.clean, given.metric)
+    sample = circuits.patches_of(given, found, 2)
+    wrong = [patch._replace(effect=patch.effect + 1e-3) for patch in sample]
+    with pytest.raises(ArithmeticError, match="patches differ by"):
+        circuits.largest_difference(given, circuits.by_hooks(given), wrong)
 
 
 def test_forward_compares_dtypes_batches_and_caches() -> None:

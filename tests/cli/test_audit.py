@@ -24,10 +24,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from hooked_moe import HookedMoE, measurement, tables
 from hooked_moe.cli import audit, measured_run
 from hooked_moe.corpus import load_corpus
-from hooked_moe.measurement import verification
+from hooked_moe.measurement import gate, verification
 from hooked_moe.measurement.fingerprint import versions, weights_sha256
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.report.figures.drawing import Drawing
+from tests.support.kills import contents, forked, signalled_at
 from tests.support.number_text import number_reader, number_tokenizer, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,10 +78,6 @@ def run_audit(results: Path, *more: str) -> Path:
     return results / "model" / "run"
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
-
-
 @pytest.fixture
 def uninterrupted(workplace: Path, home: Path) -> dict[str, bytes]:
     """Every file of a run in both scopes that nothing disturbed."""
@@ -106,8 +103,8 @@ def test_another_run_elsewhere_gives_the_same_bytes(uninterrupted: dict[str, byt
 def test_a_finished_run_reports_again_without_measuring(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = run_audit(tmp_path)
     before = contents(directory)
-    for name in ("verify", "measure_part", "noise_floor"):
-        monkeypatch.setattr(measurement.run, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    for room, name in ((gate, "verify"), (measurement.run, "measure_part"), (gate, "noise_floor")):
+        monkeypatch.setattr(room, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     assert contents(run_audit(tmp_path)) == before
     for name in ("report.html", "cells.csv", "experts.parquet"):
         (directory / name).unlink()
@@ -197,52 +194,6 @@ def test_a_console_without_the_signs_of_the_table_shows_others(
 # --- what a run survives ---------------------------------------------------------------------------------------------
 
 
-def forked(work: Callable[[], int], seconds: float | None = None) -> int:
-    """Exit code of `work` in a process of its own, as in `subprocess`; killed after `seconds` if it takes longer."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if not child:
-        code = 70
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` and a shell's `&` may have switched off
-        try:
-            code = work()
-        finally:
-            os._exit(code)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def signalled_at(event: int, number: signal.Signals, results: Path) -> int:
-    """Audit, and get a signal at the given one of the moments around its writes: half-written, unnamed, and just named."""
-    count = 0
-
-    def counted(original: Callable[..., Any], before: bool) -> Callable[..., Any]:
-        def call(*inputs: Any, **options: Any) -> Any:
-            nonlocal count
-            for moment in (True, False):
-                if not moment:
-                    result = original(*inputs, **options)
-                if moment == before:
-                    count += 1
-                    if count == event:
-                        os.kill(os.getpid(), number)
-            return result
-
-        return call
-
-    for owner, name, before in (
-        (os, "fsync", True),
-        (os, "replace", True),
-        (os, "replace", False),
-        (pq.ParquetWriter, "write_table", False),
-    ):
-        setattr(owner, name, counted(getattr(owner, name), before))
-    return audit.main(settings(results, "--scope", "both"))
-
-
 def assert_files_are_whole(directory: Path) -> None:
     for path in directory.rglob("*"):
         if not path.is_file() or path.name.endswith(".tmp"):
@@ -258,29 +209,14 @@ def assert_files_are_whole(directory: Path) -> None:
 
 
 @REPEATED
-def test_a_run_killed_around_any_write_goes_on_to_the_same_bytes(uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
-    directory = tmp_path / "model" / "run"
-    for event in range(5, 50, 3):  # each time a little further, through shards, merges and the manifest
-        assert forked(lambda event=event: signalled_at(event, signal.SIGKILL, tmp_path)) == -signal.SIGKILL
-        assert_files_are_whole(directory)
-        if (directory / "manifest.json").exists():
-            break
-    assert (directory / "manifest.json").exists()
-    for event in (1, 2, 6, 14, 25, 55):  # analysis and report begin anew each time
-        assert forked(lambda event=event: signalled_at(event, signal.SIGKILL, tmp_path)) == -signal.SIGKILL
-        assert_files_are_whole(directory)
-    run_audit(tmp_path, "--scope", "both")
-    assert contents(directory) == uninterrupted
-
-
-@REPEATED
 def test_a_run_killed_at_random_times_goes_on_to_the_same_bytes(uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
-    directory, moments = tmp_path / "model" / "run", random.Random(0)
+    """Times, not moments as in test_kill_and_resume.py: two kills, in case something happens between moments after all."""
+    directory, chance = tmp_path / "model" / "run", random.Random(0)
     started = time.perf_counter()
     run_audit(tmp_path / "timed", "--scope", "both")
     seconds = time.perf_counter() - started
-    for _ in range(4):
-        forked(lambda: audit.main(settings(tmp_path, "--scope", "both")), seconds=moments.uniform(0, seconds))
+    for _ in range(2):
+        forked(lambda: audit.main(settings(tmp_path, "--scope", "both")), seconds=chance.uniform(0, seconds))
         assert_files_are_whole(tmp_path)
     run_audit(tmp_path, "--scope", "both")
     assert contents(directory) == uninterrupted
@@ -291,7 +227,7 @@ def test_a_run_killed_at_random_times_goes_on_to_the_same_bytes(uninterrupted: d
 def test_an_interrupted_run_says_so_and_goes_on(
     uninterrupted: dict[str, bytes], event: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert forked(lambda: signalled_at(event, signal.SIGINT, tmp_path)) == 130
+    assert signalled_at(event, signal.SIGINT, lambda: audit.main(settings(tmp_path, "--scope", "both"))) == 130
     assert capfd.readouterr().err.endswith("\ninterrupted; the same command resumes from here\n")
     assert not list(tmp_path.rglob("*.tmp"))
     assert_files_are_whole(tmp_path)
@@ -349,7 +285,7 @@ def refused(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
         ("--revision main", ["revision='main' is for models on the hub"]),
         ("--corpus held-in", ["no corpus 'held-in'", "Did you mean 'held-out'?"]),
         ("--corpus missing.txt", ["no corpus file missing.txt", "Check the path"]),
-        ("--corpus model", ["model is a directory", "Name one of the files"]),
+        ("--corpus model", ["model is a directory without text", "no .txt or .jsonl file"]),
         ("--corpus regular-file", ["regular-file ends in ''", "expected .jsonl"]),
         ("--layers 2", ["layer 2 is out of range", "layers 0 to 1"]),
         ("--layers=-1", ["layer -1 is out of range"]),
@@ -477,7 +413,7 @@ def test_checks_are_made_with_the_removal_and_the_scopes_of_the_run(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(measurement.run, "verify", lambda model, tokens, *rest: asked.append((tokens.shape[1], *rest)) or [])
+    monkeypatch.setattr(gate, "verify", lambda model, tokens, *rest: asked.append((tokens.shape[1], *rest)) or [])
     run_audit(tmp_path, "--scope", "both", "--removal", "reroute")
     assert asked == [(16, "reroute", ("position",)), (16, "reroute", ("sequence",))]
 

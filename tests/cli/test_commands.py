@@ -22,6 +22,7 @@ SCRIPTS = {
     "progressive_ablation": "progressive",
     "redistribution": "redistribution",
     "prune": "prune",
+    "causal_tracing": "trace",
     "compare_published": "compare",
     "paper": "paper",
     "verify": "verify",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,24 +225,22 @@ def test_a_killed_command_keeps_what_it_measured(workplace, monkeypatch):
 
     monkeypatch.setattr(pruned_losses.PrunedLosses, "_measured", unplugged)
     assert run_prune(*asked) == 130
-    assert len(list(directory.iterdir())) == n_before + 2
+    assert len(list(directory.iterdir())) == n_before + 2 * 2  # a table and its record
     assert run_prune(*asked) == 0
-    assert len(list(directory.iterdir())) == n_before + len(calls) - 1
+    assert len(list(directory.iterdir())) == n_before + 2 * (len(calls) - 1)
 
 
-def test_a_file_of_another_pruning_is_refused(workplace, capsys):
+def test_a_file_of_another_pruning_is_set_aside_and_measured_again(workplace, capsys):
     directory = workplace / "results" / "model" / "run" / "prunings"
-    identities = {path: json.loads(pq.read_schema(path).metadata[b"identity"]) for path in directory.iterdir()}
-    intact = {"documents": [1, 3, 5, 7, 9], "tokens": TOKENS, "experts": {}}
-    (path,) = [path for path, identity in identities.items() if {**identity, **intact} == identity]
-    kept = path.read_bytes()
-    other = pq.read_table(path).replace_schema_metadata({"identity": json.dumps(identities[path] | {"tokens": 7})})
-    tables.write_parquet_atomic(other, path)
-    try:
-        assert run_prune(*SMALL) == 1
-        assert f"{path.name} holds another pruning than its name says" in capsys.readouterr().err
-    finally:
-        path.write_bytes(kept)
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    one, other = sorted(directory.glob("*.json"))[:2]
+    one.write_bytes(other.read_bytes())
+    assert run_prune(*SMALL) == 0
+    assert f"{one.name} is of another measurement" in capsys.readouterr().out
+    assert one.with_name(f"{one.name}.damaged").read_bytes() == other.read_bytes()
+    for path in directory.glob("*.damaged"):
+        path.unlink()
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
 
 # --- what it saves -----------------------------------------------------------------------------------------------------------

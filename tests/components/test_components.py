@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DeepseekV2Config, OlmoeConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, OlmoeConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeRotaryEmbedding, apply_rotary_pos_emb
 
 from hooked_moe import ActivationCache, HookedMoE, HookedMoEConfig
@@ -25,11 +27,12 @@ from hooked_moe.components.gated_mlp import GatedMLP
 from hooked_moe.components.norm import RMSNorm
 from hooked_moe.components.rotary import rotation
 from hooked_moe.components.router import Router
-from hooked_moe.config import YarnScaling
+from hooked_moe.config import ClampedSwiGLU, YarnScaling
 from hooked_moe.hooks.hook_point import keep_unedited_bits
 from hooked_moe.kernels import routing
 from hooked_moe.kernels.cpu import grouped_matmul as kernel
 from hooked_moe.kernels.routing import RoutingRule
+from hooked_moe.kernels.swiglu import swiglu
 from hooked_moe.kernels.weighted_sum import weighted_sum, weighted_sum_reference
 from tests.conftest import EVERY_ARCHITECTURE, random_config, random_model
 
@@ -201,6 +204,8 @@ YARN = {
     "no rotation in between": YarnScaling(factor=4.0, original_ctx=64, beta_fast=2.0, beta_slow=1.9),
     "long ramp": YarnScaling(factor=16.0, original_ctx=2000, beta_fast=100.0, beta_slow=0.1),
     "factor of one": YarnScaling(factor=1.0, original_ctx=64),
+    "gpt-oss": YarnScaling(factor=32.0, original_ctx=4096, truncate=False),
+    "Kimi-K2": YarnScaling(factor=32.0, original_ctx=4096, beta_fast=1.0, mscale=1.0, mscale_all_dim=1.0),
 }
 EACH_YARN = pytest.mark.parametrize("yarn", YARN.values(), ids=YARN)
 
@@ -282,27 +287,100 @@ def test_routing_within_groups_is_that_of_transformers(groups: int, groups_per_t
     torch.testing.assert_close(routing.weigh(scores, chosen, ours.rule).flatten(0, 1), weights)
 
 
+@pytest.mark.parametrize(("groups", "groups_per_token"), [(1, 1), (2, 1), (4, 2), (6, 5)])
+@pytest.mark.parametrize("offset", [0.0, -1.5, 7.0])
+def test_routing_by_sigmoids_and_a_bias_is_that_of_transformers(
+    groups: int, groups_per_token: int, offset: float, tokens: Tensor
+) -> None:
+    config = DeepseekV3Config(
+        hidden_size=32,
+        n_routed_experts=12,
+        num_experts_per_tok=2,
+        n_group=groups,
+        topk_group=groups_per_token,
+        routed_scaling_factor=2.5,
+    )
+    cfg = random_config(
+        "glm",
+        num_experts=12,
+        experts_per_token=2,
+        n_expert_groups=groups,
+        groups_per_token=groups_per_token,
+        routed_scaling_factor=2.5,
+    )
+    torch.manual_seed(0)
+    ours, theirs = Router(cfg, 12), deepseek_v3.DeepseekV3TopkRouter(config)
+    x = torch.randn(*tokens.shape, 32)
+    with torch.no_grad():
+        theirs.weight.copy_(ours.W.normal_())
+        theirs.e_score_correction_bias.copy_(ours.b_selection.normal_(offset, 0.2))
+        _, weights, indices = theirs(x)
+        scores = routing.score(ours(x), ours.rule)
+        chosen = routing.select(scores, ours.rule, None, ours.b_selection)
+    order = weights.argsort(dim=-1, descending=True)  # theirs are in no order
+    assert torch.equal(chosen.flatten(0, 1), indices.gather(-1, order))
+    torch.testing.assert_close(routing.weigh(scores, chosen, ours.rule).flatten(0, 1), weights.gather(-1, order))
+
+
+def test_a_softmax_over_the_chosen_is_that_over_all_rescaled() -> None:
+    """gpt-oss's rule is that of Mixtral, with a bias of the logits."""
+    torch.manual_seed(0)
+    logits, rule = 4 * torch.randn(50, 12), RoutingRule(4, renormalize=True)
+    top = logits.topk(4, dim=-1)
+    weights, indices = routing.route_reference(logits, rule)
+    assert torch.equal(indices, top.indices)
+    torch.testing.assert_close(weights, top.values.softmax(-1))
+
+
+def test_scores_that_are_all_small_are_rescaled_as_in_transformers() -> None:
+    rule = RoutingRule(2, renormalize=True, score="sigmoid")
+    weights, _ = routing.route_reference(torch.tensor([[-50.0, -46.0, -48.0]]), rule)
+    small = torch.tensor([-46.0, -48.0]).sigmoid()
+    torch.testing.assert_close(weights[0], small / (small.sum() + 1e-20))
+    assert weights.sum() < 0.999
+
+
+@pytest.mark.parametrize("rule", [RoutingRule(3, score="sigmoid"), RoutingRule(3, True, 1.0, 4, 2, "sigmoid", "top2")], ids=str)
+def test_a_removed_expert_gives_its_slot_to_the_next_whatever_its_bias(rule: RoutingRule) -> None:
+    torch.manual_seed(0)
+    logits, bias = torch.randn(40, 12), torch.randn(12) - 1
+    bias[5] = 30.0  # always chosen, until it is removed
+    keep = torch.ones(40, 12, dtype=torch.bool)
+    keep[:, 5] = False
+    _, before = routing.route_reference(logits, rule, None, bias)
+    weights, after = routing.route_reference(logits, rule, keep, bias)
+    assert (before == 5).any(-1).all()
+    assert not (after == 5).any()
+    assert (weights > 0).all()
+    if rule.groups == 1:
+        next_best = (logits.sigmoid() + bias).masked_fill(~keep, -torch.inf).topk(3, dim=-1).indices
+        assert torch.equal(after.sort().values, next_best.sort().values)
+
+
+def test_the_selection_bias_stays_in_float32(make_model: Callable[..., HookedMoE]) -> None:
+    model = make_model("glm", dtype=torch.bfloat16)
+    bias = model.blocks[1].mlp.router.b_selection
+    with torch.no_grad():
+        bias.fill_(7.0001)
+    assert bias.dtype == torch.float32
+    assert not bias.requires_grad
+    half = model.half().to(torch.bfloat16)
+    assert torch.equal(half.blocks[1].mlp.router.b_selection, torch.full((6,), 7.0001))
+    assert half.blocks[1].mlp.router.W.dtype == torch.bfloat16
+    assert model.double().blocks[1].mlp.router.b_selection.dtype == torch.float64
+    assert copy.deepcopy(model).float().blocks[1].mlp.router.b_selection.dtype == torch.float32
+
+
+CLAMP = ClampedSwiGLU(limit=7.0, alpha=1.702)
+
+
 @pytest.mark.parametrize(
-    "option",
-    [
-        {"router_score": "sigmoid"},
-        {"selection_bias": True},
-        {"group_score": "top2"},
-        {"attention_sink": True},
-        {"sliding_window": 128},
-    ],
-    ids=lambda option: next(iter(option)),
+    ("gate", "up", "g", "u"),
+    [(1.0, 2.0, 1.0, 2.0), (9.0, 2.0, 7.0, 2.0), (-9.0, 2.0, -9.0, 2.0), (1.0, 9.0, 1.0, 7.0), (1.0, -9.0, 1.0, -7.0)],
 )
-def test_options_that_are_not_implemented_are_refused_with_the_value_that_is(option: dict[str, Any]) -> None:
-    (name,) = option
-    with pytest.raises(ValueError, match=rf"{name}=.* is not implemented yet: only {name}=('softmax'|False|'max'|None) is"):
-        random_config(**option)
-
-
-def test_a_routing_rule_refuses_what_is_not_implemented() -> None:
-    for option in ({"score": "sigmoid"}, {"selection_bias": True}, {"group_score": "top2"}):
-        with pytest.raises(ValueError, match="is not implemented yet"):
-            RoutingRule(2, **option)
+def test_the_gate_is_clamped_above_and_the_up_projection_on_both_sides(gate: float, up: float, g: float, u: float) -> None:
+    expected = (u + 1) * g / (1 + math.exp(-1.702 * g))
+    assert swiglu(torch.tensor([[gate, up]]), CLAMP).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_gated_mlp_is_that_of_transformers() -> None:
@@ -342,8 +420,11 @@ def test_attention_is_the_softmax_it_says_it_is(model: HookedMoE, tokens: Tensor
         q, k, z, pattern = (cache[name, layer, "attn"] for name in ("rot_q", "rot_k", "z", "pattern"))
         v = used_values(model, cache, layer)
         for b, p, h in [(0, 3, 0), (0, 10, 1), (1, 0, 2), (1, 7, 3)]:
-            seen = [j for j in range(p + 1) if mask[b, j]]
-            weights = (k[b, seen, h // group] @ q[b, p, h] * model.cfg.attention_scale).softmax(0)
+            seen = [j for j in range(p + 1) if mask[b, j]][-(model.cfg.window_of(layer) or 11) :]
+            scores = k[b, seen, h // group] @ q[b, p, h] * model.cfg.attention_scale
+            sink = model.blocks[layer].attn.sink
+            beside = scores.new_full((1,), -torch.inf) if sink is None else sink[h, None]
+            weights = torch.cat((scores, beside)).softmax(0)[:-1]
             torch.testing.assert_close(pattern[b, h, p, seen], weights, atol=1e-6, rtol=1e-5)
             torch.testing.assert_close(z[b, p, h], weights @ v[b, seen, h // group], atol=1e-6, rtol=1e-5)
             assert pattern[b, h, p].count_nonzero() == len(seen)
@@ -355,7 +436,7 @@ def used_values(model: HookedMoE, cache: ActivationCache, layer: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("architecture", ["olmoe", "deepseek"])
+@pytest.mark.parametrize("architecture", ["olmoe", "deepseek", "gpt-oss"])
 def test_the_pattern_agrees_with_the_fused_kernel_in_every_dtype(
     architecture: str, dtype: torch.dtype, make_model: Callable[..., HookedMoE], tokens: Tensor
 ) -> None:
@@ -418,7 +499,17 @@ def test_the_loss_is_cross_entropy_of_the_next_token(model: HookedMoE, tokens: T
         ("olmoe", {"experts_per_token": 7}, r"experts_per_token \(7\) cannot exceed num_experts \(6\)"),
         ("olmoe", {"clip_qkv": 0.0}, "clip_qkv must be positive or None, not 0.0"),
         ("olmoe", {"qk_norm": "half"}, "qk_norm must be 'full', 'head' or None, not 'half'"),
-        ("olmoe", {"d_rotary": 4}, "d_rotary go with latent attention, which kv_lora_rank makes"),
+        ("olmoe", {"d_rotary": 10}, r"d_rotary \(10\) cannot exceed d_head \(8\)"),
+        ("glm", {"router_score": "tanh"}, "router_score must be .softmax. or .sigmoid., not .tanh."),
+        ("glm", {"group_score": "sum"}, "group_score must be .max. or .top2., not .sum."),
+        ("glm", {"n_expert_groups": 6, "groups_per_token": 5}, "needs two experts in every group"),
+        (
+            "glm",
+            {"sliding_window": None},
+            r"sliding_window is the window of windowed layers: got windowed_layers=\(1,\), sliding_window=None",
+        ),
+        ("glm", {"windowed_layers": (2, 1)}, "windowed_layers must be ascending layers from 0 to 2"),
+        ("glm", {"sliding_window": 0}, "sliding_window must be a positive whole number, not 0"),
         ("olmoe", {"q_lora_rank": 4, "d_value": 8}, "q_lora_rank, d_value go with latent attention"),
         ("deepseek", {"d_rotary": 5}, "d_rotary must be even.*not 5"),
         ("deepseek", {"d_rotary": 14}, r"d_rotary \(14\) must be less than d_head \(14\)"),
@@ -448,10 +539,10 @@ def test_a_config_that_describes_no_model_is_refused(architecture: str, changes:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"factor": 0.5}, {"original_ctx": 0}, {"beta_fast": 1.0}, {"beta_slow": 0.0}, {"beta_slow": 40.0}], ids=str
+    "changes", [{"factor": 0.5}, {"original_ctx": 0}, {"beta_fast": 0.9}, {"beta_slow": 0.0}, {"beta_slow": 40.0}], ids=str
 )
 def test_a_yarn_scaling_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="factor and original_ctx must be at least 1, and beta_fast > beta_slow > 0"):
+    with pytest.raises(ValueError, match="factor and original_ctx must be at least 1, and beta_fast >= beta_slow > 0"):
         YarnScaling(**({"factor": 2.0, "original_ctx": 64} | changes))
 
 
@@ -464,12 +555,13 @@ def test_a_config_names_a_field_it_does_not_have(model: HookedMoE) -> None:
 def test_a_new_model_is_initialised_as_transformers_does(architecture: str) -> None:
     torch.manual_seed(0)
     fresh = HookedMoE(random_config(architecture, initializer_range=0.05, d_model=200))
+    assert all(block.attn.sink is None or block.attn.sink.std() < 0.2 for block in fresh.blocks)  # too few to say more of them
     for name, parameter in fresh.named_parameters():
         if name.endswith(".w"):
             assert (parameter == 1).all(), name
         elif ".b_" in name:
             assert (parameter == 0).all(), name
-        else:
+        elif not name.endswith(".sink"):
             assert parameter.std().item() == pytest.approx(0.05, rel=0.1), name
             assert abs(parameter.mean().item()) < 0.01, name
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hooked_moe.corpus import Corpus, Document, corpora, load_corpus, tokenize_documents
@@ -135,13 +137,13 @@ def test_an_unknown_name_lists_the_names_and_suggests_the_nearest() -> None:
 def test_a_missing_file_and_a_directory_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no corpus file .*missing\.jsonl"):
         load_corpus(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(IsADirectoryError, match="is a directory"):
+    with pytest.raises(FileNotFoundError, match=r"is a directory without text: it has no .txt or .jsonl file"):
         load_corpus(str(tmp_path))
 
 
 def test_arguments_that_would_do_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="unit='paragraph' is for 'wikitext-2'"):
-        load_corpus("held-out", unit="paragraph")
+    with pytest.raises(ValueError, match="unit='row' is for 'wikitext-2'"):
+        load_corpus("held-out", unit="row")
     with pytest.raises(ValueError, match="revision='main' is for 'wikitext-2'"):
         load_corpus("held-out", revision="main")
     with pytest.raises(ValueError, match="unit is 'page'"):
@@ -260,3 +262,77 @@ def test_a_document_without_a_target_is_named() -> None:
 def test_a_context_without_room_for_a_prediction_is_refused(n_ctx: int, bos: int | None) -> None:
     with pytest.raises(ValueError, match=f"n_ctx is {n_ctx}"):
         tokenize_documents([document("ab")], code_points, n_ctx, bos)
+
+
+# Text that is none
+
+
+def jsonl(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("field", ["text", "id", "domain", "title"])
+def test_half_a_surrogate_pair_is_named_by_file_line_and_field(field: str, tmp_path: Path) -> None:
+    bad = json.dumps({"text": "the sea", "id": "b"} | {field: "the \ud83d sea"})
+    file = jsonl(tmp_path / "texts.jsonl", '{"text": "the land", "id": "a"}', "", bad)
+    message = rf"texts.jsonl, line 3: '{field}' of document .*half of a surrogate pair, '\\ud83d', is at character 4"
+    with pytest.raises(ValueError, match=message):
+        load_corpus(file)
+
+
+def test_whole_pairs_are_characters_like_others(tmp_path: Path) -> None:
+    corpus = load_corpus(jsonl(tmp_path / "texts.jsonl", '{"text": "a \\ud83d\\udc33 whale"}'))
+    assert corpus.documents[0].text == "a 🐳 whale"
+
+
+@pytest.mark.parametrize("value", ["null", "3", "3.5", "true", '["the sea"]', '{"a": 1}', '""', '" \\n"'])
+def test_a_text_that_is_none_is_named_by_file_and_line(value: str, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "texts.jsonl", '{"text": "the land"}', f'{{"text": {value}}}')
+    with pytest.raises(ValueError, match=r"texts.jsonl, line 2: 'text' is .*; expected text that is not empty. Remove the line"):
+        load_corpus(file)
+
+
+def test_labels_that_are_null_are_filled_in_and_numbers_are_text(tmp_path: Path) -> None:
+    first, second = load_corpus(
+        jsonl(tmp_path / "texts.jsonl", '{"text": "a", "id": null, "domain": null, "title": null}', '{"text": "b", "id": 7}')
+    ).documents
+    assert (first.id, first.domain, first.title) == ("texts-1", "texts", "texts-1")
+    assert (second.id, second.title) == ("7", "7")
+
+
+@pytest.mark.parametrize("field", ["id", "domain", "title"])
+@pytest.mark.parametrize("value", ["true", "1.5", '["a"]', '{"a": 1}'])
+def test_labels_that_are_neither_text_nor_numbers_are_refused(field: str, value: str, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "texts.jsonl", f'{{"text": "the land", "{field}": {value}}}')
+    with pytest.raises(ValueError, match=rf"texts.jsonl, line 1: '{field}' is .*; expected text, a whole number, or nothing"):
+        load_corpus(file)
+
+
+@pytest.mark.parametrize("line", ['{"text": ' + "9" * 5000 + "}", "[" * 100_000], ids=["digits", "brackets"])
+def test_json_that_python_does_not_read_is_named_by_file_and_line(line: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"texts.jsonl, line 2 (cannot be read as|is not) JSON") as caught:
+        load_corpus(jsonl(tmp_path / "texts.jsonl", '{"text": "the land"}', line))
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_document_of_ones_own_is_checked_and_named() -> None:
+    with pytest.raises(ValueError, match=r"'text' of document 'mine': this is no Unicode text"):
+        Document("mine", "a", "b", "\udc00")
+    with pytest.raises(ValueError, match=r"'title' of document 'mine': expected a text, not None"):
+        Document("mine", "a", None, "text")  # type: ignore[arg-type]
+
+    def encode(text: str) -> list[int]:
+        raise ValueError("no such word")
+
+    with pytest.raises(ValueError, match="document 'mine' cannot be tokenized: no such word"):
+        tokenize_documents((Document("mine", "a", "b", text) for text in ["the sea"]), encode, 16)
+    documents = (Document(str(number), "a", "b", "the sea") for number in range(2))
+    assert len(tokenize_documents(documents, lambda text: [1, 2, 3], 16)) == 2  # from a generator, walked twice
+
+
+def test_a_parquet_file_without_text_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"texts": ["a"]}), tmp_path / "wiki.parquet")
+    with pytest.raises(ValueError, match=r"wiki.parquet has no column 'text' of text; it has texts. Download it again"):
+        corpora._parquet_rows(tmp_path / "wiki.parquet")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hooked_moe import ExpertMask, HookedMoE
-from hooked_moe.components.attention import QueriesKeysValues
+from hooked_moe.components.attention import Attention, QueriesKeysValues
 from hooked_moe.components.block import Block
 from hooked_moe.components.rotary import Rotation, rotation
 from hooked_moe.counterfactuals import expert_effects
@@ -68,13 +68,17 @@ def test_they_are_slopes_in_any_architecture(architecture: dict[str, Any], lengt
     assert_slopes(model, tokens, None, [(1, data.draw(st.integers(0, length - 2)))])
 
 
-def attention_by_definition(own: QueriesKeysValues, clean: QueriesKeysValues, pos: int, scale: float) -> Tensor:
+def attention_by_definition(attn: Attention, own: QueriesKeysValues, clean: QueriesKeysValues, pos: int) -> Tensor:
     """Of the token at `pos`: over the clean run's keys and values before it, which are constants, and its own."""
-    k = torch.cat((clean.k[:, :pos].detach(), own.k), dim=1)
-    v = torch.cat((clean.v[:, :pos].detach(), own.v), dim=1)
+    first = max(0, pos + 1 - (attn.window or pos + 1))
+    k = torch.cat((clean.k[:, first:pos].detach(), own.k), dim=1)
+    v = torch.cat((clean.v[:, first:pos].detach(), own.v), dim=1)
     group = own.q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    pattern = (torch.einsum("bqhe,bkhe->bhqk", own.q, k) * scale).softmax(-1)
+    scores = torch.einsum("bqhe,bkhe->bhqk", own.q, k) * attn.cfg.attention_scale
+    if attn.sink is not None:
+        scores = torch.cat((scores, attn.sink[:, None, None].expand(*scores.shape[:-1], 1)), dim=-1)
+    pattern = scores.softmax(-1)[..., : k.shape[1]]
     return torch.einsum("bhqk,bkhe->bqhe", pattern, v)
 
 
@@ -100,7 +104,7 @@ def gradient_by_definition(model: HookedMoE, tokens: Tensor, layer: int, pos: in
 
 def through(block: Block, resid: Tensor, here: Rotation, clean: QueriesKeysValues, pos: int) -> Tensor:
     own = block.attn.project(block.ln1(resid), here)
-    mid = resid + block.attn.output(attention_by_definition(own, clean, pos, block.attn.cfg.attention_scale))
+    mid = resid + block.attn.output(attention_by_definition(block.attn, own, clean, pos))
     return mid + block.mlp(block.ln2(mid))
 
 
@@ -124,7 +128,9 @@ def test_small_removals_are_as_estimated_and_slots_are_those_of_the_effects(arch
     model = random_model(architecture)
     with torch.no_grad():
         for layer in model.cfg.moe_layers:
-            model.blocks[layer].mlp.experts.W_out.mul_(1e-2)  # what is removed is small, so that the loss is nearly linear in it
+            for name, parameter in model.blocks[layer].mlp.experts.named_parameters():
+                if name.endswith("_out"):
+                    parameter.mul_(1e-2)  # what is removed is small, so that the loss is nearly linear in it
     effects, found = expert_effects(model, some_tokens()), first_order_effects(model, some_tokens())
     assert torch.equal(found.expert_index, effects.expert_index)
     exact, estimate = effects.delta_loss[:, :, :-1], found.first_order[:, :, :-1]

@@ -23,6 +23,7 @@ from hooked_moe.counterfactuals.means import expert_means
 from hooked_moe.counterfactuals.readouts import KL
 from hooked_moe.counterfactuals.results import ExpertEffects
 from hooked_moe.kernels import prefix_attention
+from hooked_moe.kernels.cpu import prefix_attention as on_cpu
 from tests.conftest import ARCHITECTURES, EVERY_ARCHITECTURE, random_model, without_type_checks
 from tests.support.hf_models import OPTIONS, random_tokens, save, tiny
 from tests.support.number_text import number_reader
@@ -50,6 +51,11 @@ PADDING = {
         "deepseek_v2-all-at-once",
         "qwen3_moe-all-at-once",
         "mixtral-all-at-once",
+        "deepseek_v3-groups",
+        "glm4_moe-all-at-once",
+        "glm4_moe_lite-plain",
+        "gpt_oss-plain",
+        "gpt_oss-all-at-once",
     ],
 )
 def test_removals_equal_transformers_with_the_routing_weight_zeroed(case: str, tmp_path: Path) -> None:
@@ -90,6 +96,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
             "q_lora_rank": [None, 5],
             "rotary_scaling": [None, ARCHITECTURES["deepseek"]["rotary_scaling"]],
         },
+        "gpt-oss": {"n_key_value_heads": [1, 2, 4], "attention_sink": [True, False], "d_rotary": [None, 4]},
     }
     architecture = draw(st.sampled_from(list(attention)))
     options = {name: draw(st.sampled_from(values)) for name, values in attention[architecture].items()}
@@ -98,7 +105,13 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
     n_layers = draw(st.integers(1, 4))
     dense_layers = tuple(sorted(draw(st.sets(st.integers(0, n_layers - 1), max_size=n_layers - 1))))
     d_shared = draw(st.sampled_from([None, 5]))
+    windowed_layers = tuple(sorted(draw(st.sets(st.integers(0, n_layers - 1)))))
     return options | {
+        "windowed_layers": windowed_layers,
+        "sliding_window": draw(st.integers(1, 5)) if windowed_layers else None,
+        "router_score": draw(st.sampled_from(["softmax", "sigmoid"])),
+        "selection_bias": draw(st.booleans()),
+        "group_score": draw(st.sampled_from(["max", "top2"])) if groups == 1 or group_size > 1 else "max",
         "architecture": architecture,
         "n_layers": n_layers,
         "dense_layers": dense_layers,
@@ -147,7 +160,7 @@ def test_attention_of_variants_is_the_softmax_over_what_came_before_and_their_ow
     own_v = torch.randn(*own_k.shape[:-1], d_value, generator=generator)
     keys, values = (torch.randn(2, 5, 2, size, generator=generator) for size in (8, d_value))
     if not fused:
-        monkeypatch.setattr(prefix_attention, "_FUSED_DTYPES", ())
+        monkeypatch.setattr(on_cpu, "_FUSED_DTYPES", ())
     mixed = prefix_attention.window_attention(q, own_k, own_v, keys, values, starts, width, scale=0.3)
     assert mixed.shape == (*q.shape[:-1], d_value)
     for variant, batch, token, head in torch.cartesian_prod(*map(torch.arange, q.shape[:-1])).tolist():
@@ -214,7 +227,9 @@ def test_observations_are_those_of_the_clean_run(model: HookedMoE) -> None:
             torch.testing.assert_close(effects.output_norm[index], outputs.norm(dim=-1))
             torch.testing.assert_close(effects.gap_norm[index], weights * outputs.norm(dim=-1))
             assert torch.equal(effects.max_activation[index], outputs.abs().amax(dim=-1))
-            torch.testing.assert_close(effects.router_probability[index], cache["router_logits", layer].softmax(-1))
+            logits = cache["router_logits", layer]
+            scores = logits.softmax(-1) if model.cfg.router_score == "softmax" else logits.sigmoid()
+            torch.testing.assert_close(effects.router_probability[index], scores)
             for slot in range(model.cfg.experts_per_token):
                 removed = contributions[:, :, slot]
                 rest = cache["routed_out", layer] - removed
@@ -354,17 +369,17 @@ def test_a_lookup_refuses_padding_and_what_was_not_asked_for(expert: int, model:
         ({"positions": []}, "no positions"),
         ({"positions": torch.ones(2, 3, dtype=torch.bool)}, "a bool mask must be"),
         ({"positions": [True] * 11}, "a bool mask must be"),
-        ({"positions": torch.tensor([[3], [5]])}, "positions must be a list of positions"),
-        ({"positions": [0.5]}, "positions must be a list of positions"),
+        ({"positions": torch.tensor([[3], [5]])}, "positions must be a list of whole numbers"),
+        ({"positions": [0.5]}, r"positions must be whole numbers, not 0\.5; .* or give a bool mask"),
         ({"positions": slice(2)}, "not a slice"),
-        ({"layers": 1}, r"layers must be a list of layers, as in \[1\]"),
-        ({"layers": np.int64(1)}, r"layers must be a list of layers, as in \[1\]"),
-        ({"layers": [1, 1.5]}, r"layers must be whole numbers, as in \[0, 1, 2\], not 1\.5"),
-        ({"layers": [1.0]}, r"layers must be whole numbers, .* not 1\.0"),
-        ({"layers": [True]}, "layers must be whole numbers, .* not True"),
-        ({"layers": "12"}, "layers must be whole numbers, .* not '1'"),
+        ({"layers": 1}, r"layers must be a list of whole numbers, as in \[1\]"),
+        ({"layers": np.int64(1)}, r"layers must be a list of whole numbers, as in \[1\]"),
+        ({"layers": [1, 1.5]}, r"layers must be whole numbers, not 1\.5"),
+        ({"layers": [1.0]}, r"layers must be whole numbers, not 1\.0"),
+        ({"layers": [True]}, "layers must be whole numbers, not True"),
+        ({"layers": "12"}, "layers must be a list of whole numbers, .* not '12'"),
         ({"layers": 1.5}, r"layers must be a list of whole numbers, .* not 1\.5"),
-        ({"positions": "12"}, "positions must be a list of positions, .* not '12'"),
+        ({"positions": "12"}, "positions must be a list of whole numbers, .* not '12'"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask has shape"),
         ({"attention_mask": torch.tensor([[0] * 11, [1] * 11])}, "batch row 0 has no real tokens"),
     ],
@@ -480,18 +495,34 @@ def effects_by_masked_forwards(
     scope: str = "position",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Each in a full forward of its own, a row of one batch: what it does to the loss at its position."""
+    """Each in a full forward of its own, a row of one batch: what it does to the loss at its position.
+
+    Of a sequence, an expert is removed where it serves: where it does not, its group may still have been chosen for its sake.
+    """
+    served = {}
+    if scope != "position":
+        with torch.no_grad():
+            _, cache = model.run_with_cache(
+                tokens, attention_mask=mask, names_filter=lambda name: name.endswith("expert_indices")
+            )
+        served = {layer: cache["expert_indices", layer] for layer in model.cfg.moe_layers}
     rows, positions = ([getattr(r, axis) for r in removals] for axis in ("batch", "pos"))
     expert_mask = ExpertMask.ablate(
         (
-            (r.layer, row, r.pos if scope == "position" else None, expert)
+            (r.layer, row, pos, expert)
             for row, r in enumerate(removals)
             for expert in r.experts
+            for pos in ([r.pos] if scope == "position" else served_at(served[r.layer][r.batch], expert))
         ),
         removal,
     )
     ablated = losses_of(model, tokens[rows], expert_mask, None if mask is None else mask[rows])
     return ablated[range(len(rows)), positions] - losses_of(model, tokens, mask=mask)[rows, positions]
+
+
+def served_at(indices: Tensor, expert: int) -> list[int]:
+    """The positions of a row that go to an expert."""
+    return (indices == expert).any(-1).nonzero().flatten().tolist()
 
 
 def every_removal(effects: ExpertEffects) -> tuple[tuple[Tensor, ...], list[Removed]]:

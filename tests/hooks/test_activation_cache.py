@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from hooked_moe import ActivationCache, HookedMoE
+from hooked_moe import ActivationCache, HookedMoE, HookPoint
+from hooked_moe.checks import UnknownNameError
 from tests.conftest import EVERY_ARCHITECTURE
 
 
@@ -125,8 +129,66 @@ def test_a_cache_moves_between_devices(model: HookedMoE, tokens: Tensor) -> None
     _, cache = model.run_with_cache(tokens, names_filter="hook_embed", device="meta")
     assert cache["hook_embed"].device.type == "meta"
     _, cache = model.run_with_cache(tokens, names_filter="hook_embed")
-    assert cache.to("meta")["hook_embed"].device.type == "meta"
-    assert torch.equal(cache.to("cpu")["hook_embed"], cache["hook_embed"])
+    assert cache.to("cpu") is cache
+    old = weakref.ref(cache["hook_embed"])
+    cache.to("meta")  # in place, as TransformerLens has it
+    assert old() is None  # and nothing keeps what was there in memory
+    assert cache["hook_embed"].device.type == "meta"
+
+
+def test_a_name_that_stands_in_one_place_needs_no_layer(model: HookedMoE, tokens: Tensor, cache: ActivationCache) -> None:
+    assert cache["embed"] is cache["hook_embed"]
+    with pytest.raises(KeyError, match=r"'router_logits' is in 3 places; give a layer too, as in cache\['router_logits', 3\]"):
+        cache["router_logits"]
+    _, one = model.run_with_cache(tokens, names_filter=("router_logits", -1))
+    assert list(one) == ["blocks.2.mlp.hook_router_logits"]
+    assert torch.equal(one["router_logits"], cache["router_logits", 2])
+
+
+@pytest.mark.parametrize(
+    ("names_filter", "names"),
+    [
+        ("router_logits", [f"blocks.{layer}.mlp.hook_router_logits" for layer in range(3)]),
+        (["embed", ("attn", 1)], ["hook_embed", "blocks.1.attn.hook_pattern"]),
+        (("key", "value"), [f"blocks.{layer}.attn.hook_{x}" for layer in range(3) for x in "kv"]),
+        (("scale", None, "ln2"), [f"blocks.{layer}.ln2.hook_scale" for layer in range(3)]),
+        ([("scale", 0, "ln1"), ("scale", None, "ln_final")], ["blocks.0.ln1.hook_scale", "ln_final.hook_scale"]),
+    ],
+)
+def test_a_filter_takes_short_names(names_filter: Any, names: list[str], model: HookedMoE, tokens: Tensor) -> None:
+    assert list(model.run_with_cache(tokens, names_filter=names_filter)[1]) == names
+
+
+def test_hooks_take_short_names(model: HookedMoE, tokens: Tensor) -> None:
+    seen: list[str] = []
+
+    def see(activation: Tensor, hook: HookPoint) -> None:
+        seen.append(hook.name)
+
+    model.run_with_hooks(tokens, fwd_hooks=[("resid_mid", see), (("mlp_out", -1), see)])
+    assert seen == [f"blocks.{layer}.hook_resid_mid" for layer in range(3)] + ["blocks.2.hook_mlp_out"]
+    model.add_hook(("resid_pre", 1), see)
+    model(tokens)
+    model.reset_hooks()
+    assert seen[4:] == ["blocks.1.hook_resid_pre"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("router_logit", r"unknown hook point 'router_logit'; did you mean 'router_logits'.*See model.hook_dict"),
+        (("router_logit", 1), r"unknown hook point 'blocks.1.hook_router_logit'; did you mean 'blocks.1.mlp.hook_router_logits'"),
+        (("router_logits", 3), r"unknown hook point 'blocks.3.hook_router_logits'"),
+        ("scale", r"'scale' could be any of .*blocks.0.ln1.hook_scale.*name the part too, as in \('scale', None, 'ln1'\)"),
+        (["resid_pre", ("scale", 1)], r"\('scale', 1\) could be any of .*as in \('scale', 1, 'ln1'\)"),
+        (("scale", 1, "ln3"), r"unknown hook point 'blocks.1.ln3.hook_scale'; did you mean 'blocks.1.ln"),
+    ],
+)
+def test_a_wrong_short_name_is_answered(wrong: Any, message: str, model: HookedMoE, tokens: Tensor) -> None:
+    with pytest.raises(UnknownNameError, match=message):
+        model.run_with_cache(tokens, names_filter=wrong)
+    with pytest.raises(UnknownNameError, match=message):
+        model.hook_points(wrong)
 
 
 @EVERY_ARCHITECTURE

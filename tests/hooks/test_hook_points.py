@@ -364,11 +364,16 @@ def test_edited_scores_make_the_pattern_and_edited_patterns_mix_the_values(model
     with torch.no_grad(), model.hooks(fwd_hooks=[(attn + "hook_attn_scores", look_only_at_yourself)]):
         _, cache = model.run_with_cache(tokens)
     pattern, z = cache[attn + "hook_pattern"], cache[attn + "hook_z"]
-    torch.testing.assert_close(pattern, torch.eye(tokens.shape[1]).expand_as(pattern))
+    share = torch.ones(*pattern.shape[:-1])
+    if model.cfg.attention_sink:
+        own_scores = cache[attn + "hook_attn_scores"].diagonal(dim1=-2, dim2=-1)
+        share = (own_scores - model.blocks[1].attn.sink[:, None]).sigmoid()
+    torch.testing.assert_close(pattern, torch.eye(tokens.shape[1]) * share[..., None])
     values = cache[attn + "hook_v"]
     if model.cfg.clip_qkv is not None:
         values = values.clamp(-model.cfg.clip_qkv, model.cfg.clip_qkv)
-    torch.testing.assert_close(z, values.repeat_interleave(model.cfg.n_heads // model.cfg.n_key_value_heads, dim=2))
+    values = values.repeat_interleave(model.cfg.n_heads // model.cfg.n_key_value_heads, dim=2)
+    torch.testing.assert_close(z, values * share.transpose(1, 2)[..., None])
 
 
 @pytest.mark.parametrize("architecture", ["deepseek"])
@@ -542,12 +547,45 @@ def test_an_edit_that_routes_to_no_expert_is_refused(index: int, model: HookedMo
 
 # Gradients
 
+WITHOUT_GRADIENT = ("hook_expert_indices", "hook_selection_bias")
+"""What only chooses."""
+
+
+@pytest.mark.parametrize("architecture", ["glm"])
+def test_no_gradient_flows_through_the_selection_bias(model: HookedMoE, tokens: Tensor) -> None:
+    with pytest.raises(RuntimeError, match=r"a backward hook on .*hook_selection_bias cannot fire: no gradient flows here"):
+        model.run_with_hooks(tokens, bwd_hooks=[("blocks.1.mlp.hook_selection_bias", lambda gradient, hook: None)])
+
+
+@pytest.mark.parametrize("architecture", ["glm"])
+def test_scores_weigh_and_select_and_the_bias_only_selects(model: HookedMoE, tokens: Tensor) -> None:
+    moe = "blocks.1.mlp."
+    with torch.no_grad():
+        _, clean = model.run_with_cache(tokens)
+
+        def most_wanted(bias: Tensor, hook: HookPoint) -> Tensor:
+            return bias.index_fill(-1, torch.tensor(3), 1.0e3)
+
+        with model.hooks([(moe + "hook_selection_bias", most_wanted)]):
+            _, biased = model.run_with_cache(tokens)
+        with model.hooks([(moe + "hook_router_scores", lambda scores, hook: 1e-3 * scores)]):
+            _, scaled = model.run_with_cache(tokens)
+    assert (biased[moe + "hook_expert_indices"] == 3).any(-1).all()
+    scores = clean[moe + "hook_router_scores"].gather(-1, biased[moe + "hook_expert_indices"])
+    torch.testing.assert_close(biased[moe + "hook_expert_weights"], scores / scores.sum(-1, keepdim=True))
+    bias = model.blocks[1].mlp.router.b_selection
+    assert torch.equal(clean[moe + "hook_selection_bias"], bias.expand_as(clean[moe + "hook_selection_bias"]))
+    chosen = scaled[moe + "hook_expert_indices"]
+    groups = bias.view(3, 2).sum(-1).topk(2).indices
+    within = bias.masked_fill(~torch.isin(torch.arange(6) // 2, groups), -torch.inf)
+    assert (chosen.sort().values == within.topk(3).indices.sort().values).all(), "next to nothing is left of the scores"
+
 
 @EACH_FLOAT_ROW
 @MANY_FORWARDS
 def test_backward_hooks_give_the_gradient_that_autograd_gives(spec: HookSpec, model: HookedMoE, tokens: Tensor) -> None:
     """Autograd's answer: the derivative by a variable that stands in for the activation."""
-    for name in list(spec.names(model.cfg))[:4]:
+    for name in [name for name in spec.names(model.cfg) if not name.endswith(WITHOUT_GRADIENT)][:4]:
         gradients: list[Tensor] = []
         leaves: list[Tensor] = []
 
@@ -572,10 +610,10 @@ def test_a_backward_hook_changes_no_bit_of_the_output_and_no_gradient(model: Hoo
         model.zero_grad()
         logits = model.run_with_hooks(tokens, bwd_hooks=bwd_hooks)
         next_token_loss(logits, tokens).mean().backward()
-        return logits, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        return logits, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
     logits, expected = gradients([])
-    names = [name for name in model.hook_dict if "indices" not in name]
+    names = [name for name in model.hook_dict if not name.endswith(WITHOUT_GRADIENT)]
     hooked_logits, hooked = gradients([(name, lambda gradient, hook: None) for name in names])
     assert torch.equal(hooked_logits, logits)
     for name, gradient in expected.items():

@@ -57,6 +57,7 @@ BUILT = {
     "prefix_attention float32": attention(torch.float32, 128, 128),
     "target_logprob OLMoE": logprob(torch.bfloat16, 2),
     "target_logprob float32": logprob(torch.float32, 1),
+    "clamped_swiglu": launches.swiglu(rows=32768, width=2880, dtype=torch.bfloat16, aligned=True, clamped=True),
     "swiglu": launches.swiglu(rows=32768, width=1024, dtype=torch.bfloat16, aligned=True),
 }
 """Each kernel at the shapes of a real model, and where it needs most registers."""

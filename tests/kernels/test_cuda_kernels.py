@@ -121,14 +121,20 @@ def test_a_row_is_read_16_bytes_at_a_time_and_tokens_share_a_block_where_rows_ar
 
 
 def routed(
-    run: Any, logits: Tensor, rule: RoutingRule, keep: Tensor | None = None, dtype: torch.dtype = torch.float32
+    run: Any,
+    logits: Tensor,
+    rule: RoutingRule,
+    keep: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = logits.shape
     indices, weights = host.empty(tokens, rule.slots, dtype=torch.int64), host.empty(tokens, rule.slots, dtype=dtype)
     aligned = launches.rows_are_aligned(logits)
     sizes = {"tokens": tokens, "experts": experts, "slots": rule.slots, "groups": rule.groups}
     launch = launches.route(**sizes, weights=dtype, aligned=aligned)
-    run(launch, indices, weights, logits, keep, *sizes.values(), rule.groups_kept, int(rule.renormalize), float(rule.scale))
+    kinds = int(rule.score == "sigmoid"), int(rule.group_score == "top2"), int(rule.renormalize)
+    run(launch, indices, weights, logits, keep, bias, *sizes.values(), rule.groups_kept, *kinds, float(rule.scale))
     return indices, weights
 
 
@@ -146,17 +152,35 @@ def routed(
         (6, 301, RoutingRule(10, renormalize=True), torch.float32),
         (2, 1024, RoutingRule(130), torch.float32),
         (0, 64, RoutingRule(8), torch.float32),
+        (33, 64, RoutingRule(6, renormalize=True, scale=2.446, score="sigmoid"), torch.float32),
+        (9, 256, RoutingRule(8, True, 2.5, groups=8, groups_kept=4, score="sigmoid", group_score="top2"), torch.bfloat16),
+        (40, 6, RoutingRule(3, groups=3, groups_kept=2, score="sigmoid", group_score="top2"), torch.float32),
+        (7, 60, RoutingRule(4, groups=5, groups_kept=2, group_score="top2"), torch.float32),
     ],
     ids=str,
 )
 def test_route_is_what_its_definition_says(run: Any, tokens: int, experts: int, rule: RoutingRule, dtype: torch.dtype) -> None:
     logits, some = 3 * torch.randn(tokens, experts), torch.rand(tokens, experts) < 0.8
-    for keep in (None, some):
-        indices, weights = routed(run, logits, rule, keep, dtype)
-        expected_weights, expected = routing.route_reference(logits, rule, keep)
+    bias = torch.randn(experts) - 1.0  # choices of both signs
+    for keep, added in ((None, None), (some, None), (None, bias), (some, bias)):
+        indices, weights = routed(run, logits, rule, keep, dtype, added)
+        expected_weights, expected = routing.route_reference(logits, rule, keep, added)
         kept = expected_weights > 0  # removed experts are all tied, at zero: which of them fill the last slots does not matter
         assert torch.equal(indices[kept], expected[kept])
         assert_rounded_once(weights, expected_weights.double())
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_a_bias_chooses_and_does_not_weigh(run: Any, sigmoid: bool) -> None:
+    logits, bias = torch.randn(20, 12), torch.zeros(12)
+    bias[7] = -50.0
+    bias[2] = 50.0
+    rule = RoutingRule(3, score="sigmoid" if sigmoid else "softmax")
+    indices, weights = routed(run, logits, rule, bias=bias)
+    assert (indices == 2).any(-1).all()
+    assert (indices != 7).all()
+    assert (weights.diff(dim=-1) <= 0).all()
+    torch.testing.assert_close(weights, routing.score(logits, rule).gather(-1, indices))
 
 
 @pytest.mark.parametrize("rule", [RoutingRule(5), RoutingRule(3, groups=5, groups_kept=2)], ids=["experts", "groups"])
@@ -301,6 +325,20 @@ def test_swiglu_is_rounded_once(run: Any, dtype: torch.dtype, rows: int, width: 
     run(launch, out, both, rows, width, 2 * width)
     gate, up = both.double().chunk(2, dim=-1)
     assert_rounded_once(out, F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_clamped_swiglu_is_rounded_once(run: Any, dtype: torch.dtype) -> None:
+    both = (3 * torch.randn(5, 32)).to(dtype)
+    both[0, [0, 1, 16, 17]] = torch.tensor([-300.0, 300.0, -300.0, 300.0]).to(dtype)
+    both[1, [0, 17]] = float("nan")
+    out = host.empty(5, 16, dtype=dtype)
+    run(launches.swiglu(rows=5, width=16, dtype=dtype, aligned=True, clamped=True), out, both, 5, 16, 32, 2.0, 1.702)
+    gate, up = both.double().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=2.0), up.clamp(-2.0, 2.0)
+    exact = (up + 1) * gate * (1.702 * gate).sigmoid()
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert_rounded_once(out.nan_to_num(), exact.nan_to_num())
 
 
 def test_types_that_kernels_do_not_take_are_refused() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hooked_moe import HookedMoE
+from hooked_moe.config import ClampedSwiGLU
 from hooked_moe.kernels.cpu import expert_mlp as kernel
 
 HALF = torch.bfloat16
@@ -76,6 +77,18 @@ def test_stage_by_stage_gives_the_same_bits(dtype: torch.dtype, threads: int, co
     assert torch.equal(whole, staged)
 
 
+def test_biases_belong_to_the_expert_and_the_gate_may_be_clamped() -> None:
+    x, token, W_in, W_out, ends = drawn([3, 0, 5], 16, 8, torch.float64)
+    b_in, b_out = torch.randn(3, 16, dtype=torch.float64), torch.randn(3, 16, dtype=torch.float64)
+    rows = kernel.expert_mlp(
+        x, token, W_in, W_out, kernel.blocks_of(ends, x.dtype), None, b_in, b_out, ClampedSwiGLU(limit=0.5, alpha=2.0)
+    )
+    for r, expert in enumerate([0, 0, 0, 2, 2, 2, 2, 2]):
+        gate, up = (W_in[expert] @ x[token[r]] + b_in[expert]).chunk(2)
+        g, u = gate.clamp(max=0.5), up.clamp(-0.5, 0.5)
+        torch.testing.assert_close(rows[r], W_out[expert] @ ((u + 1) * g * (2 * g).sigmoid()) + b_out[expert])
+
+
 def test_scratch_is_used_again_and_grows() -> None:
     scratch = kernel.Scratch()
     first = scratch.matrix(3, 4, like=torch.empty(0))
@@ -118,8 +131,10 @@ def test_half_precision_meets_few_numbers_of_rows() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("worth", [0.0, math.inf], ids=["by block", "grouped"])
 @pytest.mark.parametrize("width", [(64, 48), (31, 13)], ids=["aligned rows", "odd widths"])
+@pytest.mark.parametrize("architecture", ["olmoe", "gpt-oss"])
 @torch.no_grad()
 def test_looking_into_the_experts_changes_no_bit(
+    architecture: str,
     dtype: torch.dtype,
     worth: float,
     width: tuple[int, int],
@@ -128,7 +143,7 @@ def test_looking_into_the_experts_changes_no_bit(
 ) -> None:
     monkeypatch.setattr(kernel, "MIN_FLOPS_PER_EXPERT", worth)
     options: dict[str, Any] = {"d_model": width[0], "d_expert": width[1], "n_ctx": 300, "dtype": dtype}
-    model = make_model(**options)
+    model = make_model(architecture, **options)
     tokens = torch.randint(model.cfg.d_vocab, (2, 300))
     logits = model(tokens)
     names = [name for name in model.hook_dict if "expert" in name]

@@ -104,7 +104,7 @@ def test_an_old_device_and_a_dtype_without_kernels_are_named(gpu: None, monkeypa
 
 def test_sizes_without_a_kernel_are_named_once_and_the_definition_runs() -> None:
     run = launched_or_by_definition(routing._launch_route, routing._define_route)
-    arguments = torch.randn(2, 2000), None, 3, False, 1.0, 1, 1
+    arguments = torch.randn(2, 2000), None, None, 3, False, 1.0, 1, 1, False, False
     with pytest.warns(dispatch.KernelWarning, match="route takes .* experts, not 2000"):
         weights, indices = run(*arguments)
     assert torch.equal(weights, arguments[0].softmax(-1).gather(1, indices))

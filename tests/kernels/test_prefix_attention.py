@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hooked_moe.kernels import prefix_attention as kernel
+from hooked_moe.kernels.cpu import prefix_attention as on_cpu
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -28,17 +29,56 @@ def inputs(queries: int, width: int, dtype: torch.dtype, d_value: int = 8) -> tu
 STARTS = {"everywhere": None, "somewhere": torch.tensor([[0, 3, 9], [5, 0, 1]]), "without a prefix": torch.zeros(2, 3).long()}
 
 
+SINK = draw(4, seed=6)
+LIMITS = {"whole": (None, None), "sink": (SINK, None), "one position": (None, 1), "three": (None, 3), "six and a sink": (SINK, 6)}
+"""A sink, and how many positions a token sees."""
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [1, 4])
-@pytest.mark.parametrize("d_value", [5, 8])
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 @pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)
-def test_by_parts_is_the_definition(starts: Tensor | None, d_value: int, width: int, dtype: torch.dtype) -> None:
-    arguments = inputs(9 if starts is None else 3, width, dtype, d_value)
-    assert kernel._runs_fused(arguments[0], arguments[-1])
-    expected = kernel.window_attention_reference(*arguments, starts, width, 0.4)
+def test_by_parts_is_the_definition(
+    starts: Tensor | None,
+    limits: tuple[Tensor | None, int | None],
+    width: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(on_cpu, "_QUERIES_PER_PART", 4)
     tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(kernel._by_parts(*arguments, starts, width, 0.4), expected, atol=tolerance, rtol=tolerance)
-    assert torch.equal(kernel.window_attention(*arguments, starts, width, 0.4), kernel._by_parts(*arguments, starts, width, 0.4))
+    for d_value in (5, 8):
+        arguments = inputs(9 if starts is None else 3, width, dtype, d_value)
+        assert on_cpu.runs_fused(arguments[0], arguments[-1])
+        expected = kernel.window_attention_reference(*arguments, starts, width, 0.4, *limits)
+        found = on_cpu.by_parts(*arguments, starts, width, 0.4, *limits)
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+        named = dict(zip(("sink", "sliding_window"), limits, strict=True))
+        assert torch.equal(kernel.window_attention(*arguments, starts, width, 0.4, **named), found)
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("width", [1, 4])
+def test_the_definition_is_causal_attention_over_the_changed_sequence(
+    limits: tuple[Tensor | None, int | None], width: int
+) -> None:
+    """Written out: each window put in its place, and one row of a softmax over what its token sees."""
+    sink, reach = limits
+    starts = STARTS["somewhere"]
+    q, own_k, own_v, keys, values = inputs(3, width, torch.float64)
+    found = kernel.window_attention_reference(q, own_k, own_v, keys, values, starts, width, 0.4, *limits)
+    for variant, b, token in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        query, offset = divmod(token, width)
+        start, window = int(starts[b, query]), slice(query * width, token + 1)
+        k, v = (torch.cat((clean[b, :start], own[variant, b, window])) for clean, own in ((keys, own_k), (values, own_v)))
+        assert len(k) == start + offset + 1
+        k, v = (x[-reach:] if reach else x for x in (k, v))
+        for head in range(4):
+            scores = k[:, head // 2] @ q[variant, b, token, head] * 0.4
+            if sink is not None:
+                scores = torch.cat((scores, sink[head, None].double()))
+            expected = scores.softmax(0)[: len(v)] @ v[:, head // 2]
+            torch.testing.assert_close(found[variant, b, token, head], expected)
 
 
 @pytest.mark.parametrize(("dtype", "d_value"), [(torch.float64, 8), (torch.float32, 11)], ids=["float64", "wide values"])
@@ -49,17 +89,17 @@ def test_where_there_is_no_fused_kernel_the_definition_runs(dtype: torch.dtype, 
     )
 
 
-def test_the_share_of_the_own_position_is_that_of_causal_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("sink", "reach"), LIMITS.values(), ids=LIMITS)
+def test_the_share_of_the_own_position_is_that_of_causal_attention(
+    sink: Tensor | None, reach: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, (keys, values) = draw(2, 9, 4, 8, seed=5), inputs(9, 1, torch.float32)[-2:]
     scores = torch.einsum("bqhe,bkhe->bhqk", q, keys.repeat_interleave(2, dim=2)) * 0.4
-    pattern = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf).softmax(-1)
+    seen = torch.ones(9, 9).tril().triu(1 - (reach or 9)).bool()
+    scores = scores.masked_fill(~seen, -torch.inf)
+    beside = torch.full((2, 4, 9, 1), -torch.inf) if sink is None else sink[:, None, None].expand(2, 4, 9, 1)
+    pattern = torch.cat((scores, beside), dim=-1).softmax(-1)
     expected = pattern.diagonal(dim1=-2, dim2=-1).transpose(1, 2)
-    torch.testing.assert_close(kernel.own_share(q, keys, values, 0.4), expected)
-    monkeypatch.setattr(kernel, "_FUSED_DTYPES", ())
-    torch.testing.assert_close(kernel.own_share(q, keys, values, 0.4), expected)
-
-
-@pytest.mark.parametrize("option", [{"sink": torch.zeros(4)}, {"sliding_window": 128}], ids=["sink", "window"])
-def test_sinks_and_sliding_windows_are_refused(option: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="sinks and sliding windows are not implemented yet"):
-        kernel.window_attention(*inputs(9, 1, torch.float32), None, 1, 0.4, **option)
+    torch.testing.assert_close(kernel.own_share(q, keys, values, 0.4, sink, reach), expected)
+    monkeypatch.setattr(on_cpu, "_FUSED_DTYPES", ())
+    torch.testing.assert_close(kernel.own_share(q, keys, values, 0.4, sink, reach), expected)

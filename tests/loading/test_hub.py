@@ -69,7 +69,7 @@ def answer(status: int) -> httpx2.Response:
 # The hub
 
 
-def test_the_revision_is_pinned_and_only_safetensors_and_json_are_fetched(hub: FakeHub, tmp_path: Path) -> None:
+def test_the_revision_is_pinned_and_only_safetensors_json_and_templates_are_fetched(hub: FakeHub, tmp_path: Path) -> None:
     model = HookedMoE.from_pretrained("someone/olmoe-like", revision="main", cache_dir=tmp_path)
     (_, resolve), (_, file), (_, snapshot) = hub.calls
     assert hub.asked == ["resolve", "file", "snapshot"]
@@ -77,7 +77,7 @@ def test_the_revision_is_pinned_and_only_safetensors_and_json_are_fetched(hub: F
     assert resolve["timeout"] is not None
     assert (file["file"], file["revision"], file["cache_dir"]) == ("config.json", COMMIT, str(tmp_path))
     assert (snapshot["revision"], snapshot["cache_dir"]) == (COMMIT, str(tmp_path))
-    assert snapshot["allow_patterns"] == ["*.safetensors", "*.json"]
+    assert snapshot["allow_patterns"] == ["*.safetensors", "*.json", "*.jinja"]
     assert model.cfg.revision == COMMIT
     assert model.cfg.model_name == "someone/olmoe-like"
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import hooked_moe.measurement.shard_files as shard_files
 import hooked_moe.measurement.shards as shards
 from hooked_moe import HookedMoE
 from hooked_moe.corpus import Corpus, Document
@@ -264,7 +265,7 @@ FULL_DISK = OSError(28, "No space left on device")
 @pytest.mark.parametrize(
     ("owner", "name", "calls", "fault"),
     [
-        (shards, "write_parquet_atomic", 4, FULL_DISK),
+        (shard_files, "write_parquet_atomic", 4, FULL_DISK),
         (Waiting, "put", 5, FULL_DISK),
         (Waiting, "put", 6, KeyboardInterrupt()),
         (Waiting, "get", 5, KeyboardInterrupt()),

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from hooked_moe import HookedMoE, measurement
-from hooked_moe.measurement import Run, measured_positions, open_measurement
+from hooked_moe.checks import pairs_of_numbers
+from hooked_moe.measurement import Run, gate, measured_positions, open_measurement
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from tests.support.number_text import number_corpus, number_reader
@@ -139,8 +142,8 @@ def test_a_failure_to_open_leaves_the_run_unlocked(opened: Callable[..., Run], t
 
 
 def test_scopes_are_verified_before_they_are_measured_and_only_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, original = [], measurement.run.verify
-    monkeypatch.setattr(measurement.run, "verify", lambda *inputs: asked.append(inputs[-1]) or original(*inputs))
+    asked, original = [], gate.verify
+    monkeypatch.setattr(gate, "verify", lambda *inputs: asked.append(inputs[-1]) or original(*inputs))
     run.require("progressive", SOME, progress=False)
     run.require("position", SOME, progress=False)
     run.require("sequence", SOME, progress=False)
@@ -216,3 +219,50 @@ def test_layers_without_experts_are_refused(make_model: Callable[..., HookedMoE]
     for layers in ([0, 1], []):
         with pytest.raises(ValueError, match=r"have no experts to remove; layers \[0, 2\] have"):
             open_measurement(model, tokenized, layers, results=tmp_path)
+
+
+# Numbers and containers
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_positions_layers_and_orders_are_read_once_and_as_numbers() -> None:
+    pairs = [(0, 1), (1, 2)]
+    forms: list[Callable[[], Any]] = [
+        lambda: torch.tensor(pairs),
+        lambda: np.array(pairs, dtype=np.int32),
+        lambda: map(list, pairs),
+        lambda: ((torch.tensor(document), np.int64(position)) for document, position in pairs),
+        lambda: dict.fromkeys(pairs).keys(),
+    ]
+    for form in forms:
+        assert pairs_of_numbers(form(), "positions", "(document, position)") == pairs
+    for wrong in ([(0, 1.5)], [(0, True)], [0, 1], [(0, 1, 2)], torch.tensor([0, 1]), torch.ones(2, 2), None, {0: 1}, iter(())):
+        with pytest.raises(ValueError, match=r"^positions (must be|is an iterator that yields nothing)"):
+            pairs_of_numbers(wrong, "positions", "(document, position)")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_run_takes_orders_from_an_iterator_and_numbers_from_arrays(
+    make_model: Callable[..., HookedMoE], tmp_path: Path
+) -> None:
+    """Orders were looked at twice: from a generator, none were left to measure."""
+    model, corpus = number_reader(make_model, n_layers=2), number_corpus(tmp_path, LENGTHS)
+    tokenized = TokenizedCorpus(model, corpus, n_ctx=np.int64(8), limit=torch.tensor(10))
+    with open_measurement(model, tokenized, layers=torch.tensor([1]), results=tmp_path) as run:
+        sample = np.array(SOME)
+        orders = (order for order in ("descending", "random"))
+        run.require("progressive", sample, layers=np.array([1]), orders=orders, seed=np.int64(3), progress=False)
+        recorded = run.manifest["parts"]["progressive"]
+        assert (recorded["orders"], recorded["seed"], recorded["layers"]) == (["descending", "random"], 3, [1])
+        with pytest.raises(ValueError, match="orders must be some of"):
+            run.require("progressive", sample, orders=iter(()), progress=False)
+    for wrong in (torch.tensor([1.0]), [True], 1):
+        with pytest.raises(ValueError, match="layers must be"):
+            open_measurement(model, tokenized, layers=wrong, results=tmp_path)
+    for wrong in (8.0, True):
+        with pytest.raises(ValueError, match="n_ctx must be a whole number"):
+            TokenizedCorpus(model, corpus, n_ctx=wrong)
+    with pytest.raises(ValueError, match="expected a corpus, as load_corpus"):
+        TokenizedCorpus(model, "held-out", n_ctx=8)
+    with pytest.raises(ValueError, match=r"expected a TokenizedCorpus\(model, corpus, n_ctx\), not Corpus"):
+        open_measurement(model, corpus, results=tmp_path)

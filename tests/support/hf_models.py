@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import sys
@@ -83,6 +84,12 @@ QWEN2_MOE: dict[str, Options] = {
     "renormalised": {"norm_topk_prob": True},
     "dense-layers-by-list": {"mlp_only_layers": [1]},
     "dense-layers-by-step": {"decoder_sparse_step": 2},
+    "windows-by-number": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "windows-by-list": {
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
     "tied": TIED,
     "eps": EPS,
     "rope-base": rope(50.0),
@@ -90,6 +97,8 @@ QWEN2_MOE: dict[str, Options] = {
     "all-at-once": {
         "num_key_value_heads": 2,
         "head_dim": 8,
+        "use_sliding_window": True,
+        "sliding_window": 3,
         "norm_topk_prob": True,
         "mlp_only_layers": [0],
         "rms_norm_eps": 0.03,
@@ -136,6 +145,7 @@ QWEN3_MOE: dict[str, Options] = {
     "narrow-heads": {"head_dim": 8},
     "not-renormalised": {"norm_topk_prob": False},
     "biased": {"attention_bias": True},
+    "window": {"use_sliding_window": True, "sliding_window": 6},
     "dense-layers-by-list": {"mlp_only_layers": [1]},
     "dense-layers-by-step": {"decoder_sparse_step": 2},
     "tied": TIED,
@@ -164,7 +174,62 @@ MIXTRAL: dict[str, Options] = {
     "eps": EPS,
     "rope-base": rope(50.0),
     "yarn": {"head_dim": 16} | rope(100.0, **YARN),  # transformers wants the width stated here
-    "all-at-once": {"num_key_value_heads": 4, "head_dim": 8, "rms_norm_eps": 0.03, "num_experts_per_tok": 5}
+    "all-at-once": {"num_key_value_heads": 4, "head_dim": 8, "rms_norm_eps": 0.03, "num_experts_per_tok": 5, "sliding_window": 3}
+    | TIED
+    | rope(300.0, **YARN),
+}
+
+
+LATENT_HEADS = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "kv_lora_rank": 24, "v_head_dim": 12}
+SIGMOID: dict[str, Options] = {
+    "plain": {},
+    "not-renormalised": {"norm_topk_prob": False},
+    "groups": {"n_group": 5, "topk_group": 2, "routed_scaling_factor": 1.5},
+    "eps": EPS,
+}
+"""What the families that took over DeepSeek-V3's router have in common."""
+MANY: Options = {
+    "rms_norm_eps": 0.03,
+    "num_experts_per_tok": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 3,
+    "routed_scaling_factor": 0.7,
+} | TIED
+DEEPSEEK_V3 = SIGMOID | {
+    "latent-queries": {"q_lora_rank": 20, "first_k_dense_replace": 0},
+    "halves-rotated": {"rope_interleave": False},
+    "yarn": rope(100.0, **YARN, mscale=1.0, mscale_all_dim=1.0),
+    "yarn-with-a-step": rope(100.0, **YARN | {"beta_fast": 4.0, "beta_slow": 4.0}, mscale=1.0, mscale_all_dim=1.0),
+    "all-at-once": MANY | {"q_lora_rank": 20, "v_head_dim": 10} | rope(300.0, **YARN, mscale=0.5, mscale_all_dim=2.0),
+}
+GLM4_MOE = SIGMOID | {
+    "key-and-query-norms": {"use_qk_norm": True},
+    "whole-heads-rotated": {"partial_rotary_factor": 1.0, "attention_bias": False},
+    "all-at-once": MANY
+    | {"use_qk_norm": True, "num_key_value_heads": 1, "head_dim": 24, "first_k_dense_replace": 2, "partial_rotary_factor": 0.75}
+    | rope(300.0),
+}
+GLM4_MOE_LITE = SIGMOID | {
+    "straight-queries": {"q_lora_rank": None, "mlp_layer_types": ["sparse", "dense", "sparse"]},
+    "all-at-once": MANY | {"mlp_layer_types": ["dense", "dense", "sparse"], "rope_interleave": False} | rope(300.0),
+}
+GPT_OSS: dict[str, Options] = {
+    "plain": {},
+    "unbiased": {"attention_bias": False},
+    "windows-by-list": {"sliding_window": 2, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    "tight-clamp": {"swiglu_limit": 0.5, "swiglu_alpha": 1.0},
+    "rope-without-yarn": rope(100.0) | {"layer_types": ["full_attention"] * 3},
+    "eps": EPS,
+    "all-at-once": {
+        "num_key_value_heads": 1,
+        "head_dim": 24,
+        "sliding_window": 3,
+        "swiglu_limit": 1.0,
+        "swiglu_alpha": 1.2,
+        "rms_norm_eps": 0.03,
+        "num_experts_per_tok": 5,
+    }
     | TIED
     | rope(300.0, **YARN),
 }
@@ -178,9 +243,13 @@ class Family:
     model: type[PreTrainedModel]
     sizes: Options
     options: dict[str, Options]
+    count: str = "num_experts"
+    """The key of the number of experts."""
 
     def tiny_config(self, **options: Any) -> PreTrainedConfig:
-        config = self.config(**(COMMON | self.sizes | options))
+        values = COMMON | self.sizes | options
+        values[self.count] = values.pop("num_experts")
+        config = self.config(**copy.deepcopy(values))  # which writes into what it is given
         config._attn_implementation = "eager"
         config._experts_implementation = "eager"
         return config
@@ -188,7 +257,8 @@ class Family:
     def tiny(self, **options: Any) -> PreTrainedModel:
         """A reference model in float32: eager attention and eager experts, randomised weights.
 
-        Norms and biases are random too: those that transformers starts with, ones and zeros, would hide errors.
+        Norms and biases are random too: those that transformers starts with, ones and zeros, would hide errors. The bias of the
+        selection is large beside the scores and negative, so that what is not chosen must be lower than any choice.
         """
         model = self.model(self.tiny_config(**options)).eval()
         generator = torch.Generator().manual_seed(0)
@@ -198,7 +268,10 @@ class Family:
                 if "norm" in name:
                     parameter.copy_(1 + 0.3 * noise)
                 else:
-                    parameter.copy_(0.1 * noise)
+                    parameter.copy_((1.0 if "sinks" in name else 0.1) * noise)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator) - 1.5)
         return model
 
 
@@ -256,6 +329,40 @@ FAMILIES: dict[str, Family] = {
         transformers.MixtralForCausalLM,
         {"num_key_value_heads": 2, "intermediate_size": 24} | rope(1e6),
         MIXTRAL,
+    ),
+    "deepseek_v3": Family(
+        transformers.DeepseekV3Config,
+        transformers.DeepseekV3ForCausalLM,
+        LATENT_HEADS
+        | {"num_key_value_heads": 4, "q_lora_rank": None, "n_shared_experts": 2, "moe_intermediate_size": 24}
+        | {"first_k_dense_replace": 1, "intermediate_size": 40, "n_group": 1, "topk_group": 1}
+        | rope(5e4),
+        DEEPSEEK_V3,
+        count="n_routed_experts",
+    ),
+    "glm4_moe": Family(
+        transformers.Glm4MoeConfig,
+        transformers.Glm4MoeForCausalLM,
+        {"num_key_value_heads": 2, "attention_bias": True, "moe_intermediate_size": 24, "intermediate_size": 40} | rope(1e6),
+        GLM4_MOE,
+        count="n_routed_experts",
+    ),
+    "glm4_moe_lite": Family(
+        transformers.Glm4MoeLiteConfig,
+        transformers.Glm4MoeLiteForCausalLM,
+        LATENT_HEADS
+        | {"num_key_value_heads": 4, "q_lora_rank": 20, "moe_intermediate_size": 24, "intermediate_size": 40}
+        | rope(1e6),
+        GLM4_MOE_LITE,
+        count="n_routed_experts",
+    ),
+    "gpt_oss": Family(
+        transformers.GptOssConfig,
+        transformers.GptOssForCausalLM,
+        {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 24, "sliding_window": 6}
+        | rope(100.0, **YARN, truncate=False),
+        GPT_OSS,
+        count="num_local_experts",
     ),
 }
 """By `model_type`. Plain tiny models have the options of the published model of the family, but for YaRN."""
@@ -333,11 +440,15 @@ def routing_of(pair: Pair, tokens: Tensor) -> Iterator[dict[int, Tensor]]:
     def keep(layer: int) -> Callable[..., None]:
         return lambda module, args, out: routed.update({layer: out[2].view(*tokens.shape, -1)})
 
-    routers = {layer: pair.hf.model.layers[layer].mlp.gate for layer in pair.ours.cfg.moe_layers}
+    routers = {layer: _router(pair.hf.model.layers[layer].mlp) for layer in pair.ours.cfg.moe_layers}
     handles = [router.register_forward_hook(keep(layer)) for layer, router in routers.items()]
     yield routed
     for handle in handles:
         handle.remove()
+
+
+def _router(moe: torch.nn.Module) -> torch.nn.Module:
+    return moe.router if hasattr(moe, "router") else moe.gate
 
 
 def hf_activations(pair: Pair, tokens: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
@@ -384,7 +495,7 @@ class _Recorder:
         (self.attention if self.cfg.kv_lora_rank is None else self.latent_attention)(b + "attn.", layer.self_attn)
         self.at(layer.post_attention_layernorm, lambda x, out: {b + "hook_resid_mid": x})
         self.norm(b + "ln2.", layer.post_attention_layernorm)
-        self.at(layer.mlp, lambda x, out: {b + "hook_mlp_out": out})
+        self.at(layer.mlp, lambda x, out: {b + "hook_mlp_out": out[0] if isinstance(out, tuple) else out})
         (self.moe if is_moe else self.gated_mlp)(b + "mlp.", layer.mlp)
 
     def norm(self, name: str, module: torch.nn.Module) -> None:
@@ -415,7 +526,7 @@ class _Recorder:
         queries = module.q_proj if module.q_lora_rank is None else module.q_b_proj
         self.at(queries, lambda x, out: {name + "hook_q": _heads(out, cfg.d_head)})
         self.at(module.kv_a_proj_with_mqa, keep_position)
-        self.at(module.kv_a_layernorm, lambda x, out: {name + "hook_kv_latent": out})
+        self.at(module.kv_a_layernorm, lambda x, out: {name + "hook_kv_latent": self.rows(out)})
         self.at(module.kv_b_proj, keys_and_values)
         self.attention_output(name, module)
 
@@ -425,6 +536,8 @@ class _Recorder:
             return {name + "hook_z": z, name + "hook_result": torch.einsum("bphv,dhv->bphd", z, weight)}
 
         self.at(module.o_proj, read)
+        if self.cfg.attention_sink:
+            self.found[name + "hook_attn_sink"] = module.sinks.detach().expand(*self.shape, -1)
 
     def recording(self, eager: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
         """transformers' attention, which also keeps what it is given."""
@@ -435,11 +548,23 @@ class _Recorder:
             output, pattern = eager(module, query, key, value, attention_mask, scaling, **options)
             scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT * scaling
             name = f"blocks.{module.layer_idx}.attn.hook_"
+            query, key = self.as_pairs(query), self.as_pairs(key)
             self.found |= {name + "rot_q": query.transpose(1, 2), name + "rot_k": key.transpose(1, 2), name + "pattern": pattern}
             self.found[name + "attn_scores"] = scores.masked_fill(attention_mask < 0, -math.inf)
             return output, pattern
 
         return attend
+
+    def as_pairs(self, x: Tensor) -> Tensor:
+        """Rotated heads with the two coordinates of a pair beside each other, where they are so before the rotation; some modules
+        of transformers put them a half apart while they rotate."""
+        if (
+            not hasattr(sys.modules[type(self.hf).__module__], "apply_rotary_pos_emb_interleave")
+            or not self.cfg.rotary_interleaved
+        ):
+            return x
+        content, rotated = x.split([self.cfg.d_head - self.cfg.rotary_width, self.cfg.rotary_width], dim=-1)
+        return torch.cat((content, rotated.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)), dim=-1)
 
     def gated_mlp(self, name: str, module: torch.nn.Module) -> None:
         self.at(module.gate_proj, lambda x, out: {name + "hook_pre": self.rows(out)})
@@ -447,7 +572,14 @@ class _Recorder:
         self.at(module.down_proj, lambda x, out: {name + "hook_post": self.rows(x)})
 
     def moe(self, name: str, module: torch.nn.Module) -> None:
-        self.at(module.gate, lambda x, out: {name + "hook_router_logits": self.rows(out[0])})
+        def router(x: Tensor, out: tuple[Tensor, ...]) -> dict[str, Tensor]:
+            found = {name + "hook_router_logits": self.rows(out[0])}
+            if self.cfg.router_score == "sigmoid":
+                found[name + "hook_router_scores"] = self.rows(out[0]).sigmoid()
+                found[name + "hook_selection_bias"] = module.gate.e_score_correction_bias.expand(*self.shape, -1)
+            return found
+
+        self.at(_router(module), router)
         self.experts(name, module.experts)
         if self.cfg.d_shared is None:
             return
@@ -469,9 +601,15 @@ class _Recorder:
             out = torch.empty(*indices.shape, cfg.d_model)
             for expert in range(cfg.num_experts):
                 token, slot = torch.where(indices == expert)
-                pre[0, token, slot], pre[1, token, slot] = F.linear(x[token], module.gate_up_proj[expert]).chunk(2, dim=-1)
-                post[token, slot] = module.act_fn(pre[0, token, slot]) * pre[1, token, slot]
-                out[token, slot] = F.linear(post[token, slot], module.down_proj[expert])
+                if cfg.expert_bias:
+                    both = x[token] @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
+                    pre[0, token, slot], pre[1, token, slot] = both[:, ::2], both[:, 1::2]
+                    post[token, slot] = module._apply_gate(both)
+                    out[token, slot] = post[token, slot] @ module.down_proj[expert] + module.down_proj_bias[expert]
+                else:
+                    pre[0, token, slot], pre[1, token, slot] = F.linear(x[token], module.gate_up_proj[expert]).chunk(2, dim=-1)
+                    post[token, slot] = module.act_fn(pre[0, token, slot]) * pre[1, token, slot]
+                    out[token, slot] = F.linear(post[token, slot], module.down_proj[expert])
                 self.found[f"{name}experts.{expert}.hook_out"] = out[token, slot]
             parts = {"pre": pre[0], "pre_linear": pre[1], "post": post, "out": out, "weights": weights, "indices": indices}
             self.found |= {f"{name}hook_expert_{part}": value.unflatten(0, self.shape) for part, value in parts.items()}

@@ -141,7 +141,9 @@ class Handler(BaseHTTPRequestHandler):
         rule = self.hub.taken(" ".join([self.command, path, *self.headers.get_all("Range", [])]))
         if rule is not None and rule.act(self):
             return
-        if (found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path)) is not None:
+        if (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path)) is not None:
+            self.list_refs(found[1])
+        elif (found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path)) is not None:
             kind, name, what, revision = found.groups()
             self.describe(name if kind == "models" else f"datasets/{name}", what, revision or "main")
         elif (found := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)) is not None:
@@ -161,6 +163,15 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, headers={"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
             return None
         return commit, stored.commits[commit]
+
+    def list_refs(self, repository: str) -> None:
+        """Every name is a branch."""
+        stored = self.hub.stored.get(repository)
+        if stored is None:
+            self.answer(401, headers={"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
+            return
+        branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit} for name, commit in stored.names.items()]
+        self.answer(200, json.dumps({"branches": branches, "tags": [], "converts": []}).encode())
 
     def describe(self, repository: str, what: str | None, revision: str) -> None:
         found = self.find(repository, revision)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -149,3 +150,48 @@ def test_hooks_and_groups_stand_in_the_way() -> None:
         model.remove_experts({0: [0]})
     with pytest.raises(ValueError, match="in 2 groups of equal size"):
         random_model(n_expert_groups=2).remove_experts({0: [0]})
+
+
+EXPERTS_GIVEN: dict[str, Callable[[], Any]] = {
+    "tensor": lambda: torch.tensor([3.0, 0.5, 2.0, 0.1, 4.0, 5.0]).topk(2, largest=False).indices,
+    "0-d tensors": lambda: list(torch.tensor([3, 1])),
+    "array": lambda: np.array([1, 3], dtype=np.int32),
+    "mask": lambda: torch.tensor([False, True, False, True, False, False]),
+    "generator": lambda: (expert for expert in (1, 3)),
+    "filter": lambda: filter(lambda expert: expert in (1, 3), range(6)),
+    "keys": lambda: {1: "", 3: ""}.keys(),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("layer", [2, np.int64(2), torch.tensor(2)], ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("given", EXPERTS_GIVEN)
+def test_experts_and_layers_are_numbers_whatever_holds_them(given: str, layer: Any, tokens: Tensor) -> None:
+    """A tensor that holds 3 is not 3 to a set or a dictionary: nothing would be removed."""
+    expected, model = random_model(), random_model()
+    expected.remove_experts({2: [1, 3]})
+    with torch.no_grad(), without_experts(model, {layer: EXPERTS_GIVEN[given]()}) as pruned:
+        assert torch.equal(pruned(tokens), expected(tokens))
+    assert model.remove_experts({layer: EXPERTS_GIVEN[given]()}) == {2: [0, 2, 4, 5]}
+    assert torch.equal(model(tokens), expected(tokens))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ({2: torch.tensor([1.0, 3.0])}, "the experts of layer 2 must be whole numbers, not 1.0"),
+        ({2: [True, False]}, "the experts of layer 2 must be whole numbers, not True"),
+        ({2: 3}, r"the experts of layer 2 must be a list of whole numbers, as in \[3\], not the number 3"),
+        ({2: torch.ones(5, dtype=torch.bool)}, "must have 6 entries"),
+        ({2.0: [1]}, "a layer must be a whole number, not 2.0"),
+        ({2: [1], torch.tensor(2): [3]}, "layer 2 is there twice"),
+        ([(2, [1])], r"expected a mapping, \{layer: ...\}, not"),
+        ({2: "13"}, "must be a list of whole numbers, .* not '13'"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else repr(value),
+)
+def test_what_names_no_experts_is_refused(experts: Any, message: str, model: HookedMoE) -> None:
+    for remove in (model.remove_experts, lambda experts: without_experts(model, experts).__enter__()):
+        with pytest.raises(ValueError, match=message):
+            remove(experts)

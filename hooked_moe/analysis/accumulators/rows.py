@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from hooked_moe.tables import parquet_batches, parquet_schema
 
 ROWS = 1 << 20
 
@@ -16,8 +17,7 @@ def row_batches(source: pa.Table | str | os.PathLike[str], columns: Sequence[str
     if isinstance(source, pa.Table):
         names, batches = source.column_names, iter(source.to_batches(max_chunksize=ROWS))
     else:
-        file = pq.ParquetFile(source, pre_buffer=False)  # buffered, all that was read would stay in memory
-        names, batches = file.schema_arrow.names, file.iter_batches(ROWS, columns=list(columns), use_threads=False)
+        names, batches = parquet_schema(source).names, parquet_batches(source, columns, ROWS)
     missing = [name for name in columns if name not in names]
     if missing:
         raise ValueError(f"{'the table' if isinstance(source, pa.Table) else source} has no column {', '.join(missing)}")

@@ -13,7 +13,6 @@ from hooked_moe.counterfactuals.engine.question import Question, SequenceQuestio
 from hooked_moe.counterfactuals.engine.requests import Request
 from hooked_moe.counterfactuals.engine.sequences import measure_sequences
 from hooked_moe.counterfactuals.engine.steps import Steps, side_by_side
-from hooked_moe.counterfactuals.engine.windows import Windows
 
 
 def answer(question: Question | SequenceQuestion, request: Request) -> Steps[Results]:
@@ -56,23 +55,22 @@ def _fan_out_into(
     observe: Callable[[CleanBlock], None],
 ) -> Steps[None]:
     """Fan out, and put losses and readouts into the results."""
-    windows = Windows(packed.query_positions, request.width)
-    variants = question.n_variants * len(layers) * packed.queries * request.width
+    variants = question.n_variants * len(layers) * packed.queries * packed.width
     streams = variants + packed.tokens.shape[1]  # those of the clean run too
     with request.waiting_room(streams * len(packed.tokens) * variant_bytes(request.model.cfg)) as waiting:
         out = yield from fan_out(
             request.model,
-            packed.tokens,
-            packed.targets,
+            packed,
             layers,
             question.n_variants,
-            partial(question.branch, packed=packed, width=request.width),
-            windows,
+            partial(question.branch, packed=packed, width=packed.width),
+            {layer: partial(question.branch_again, packed=packed, width=packed.width) for layer in question.layers_again},
             request.readouts,
             waiting,
             observe,
-            request.chunk_size(question.n_variants),
+            request.chunk_size(question.n_variants * packed.width),
         )
+    question.see_end(out.final, packed)
     results.put_baseline(out.baseline, packed)
     if question.n_variants:
         baseline = out.baseline if packed.query_positions is None else out.baseline.gather(1, packed.query_positions)

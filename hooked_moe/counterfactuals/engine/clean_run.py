@@ -15,6 +15,7 @@ from hooked_moe.components.block import Block
 from hooked_moe.components.moe import ExpertOutputs, MoE, Routing, combine_onto
 from hooked_moe.components.rotary import Rotation, rotation
 from hooked_moe.counterfactuals.engine.steps import Steps
+from hooked_moe.kernels.cpu.scratch import Scratch
 from hooked_moe.transformer import Transformer
 
 Clean = TypeVar("Clean", bound="CleanBlock")
@@ -78,7 +79,7 @@ Attend = Callable[[Attention, QueriesKeysValues], Float[Tensor, "batch pos head 
 
 
 def attend_to_earlier(attn: Attention, qkv: QueriesKeysValues) -> Float[Tensor, "batch pos head d_value"]:
-    """Every position sees all up to its own."""
+    """Every position sees all up to its own, in the layer's window."""
     return attn.attend(qkv, None)
 
 
@@ -91,22 +92,32 @@ def clean_block(
 ) -> CleanBlock:
     """One block of an ordinary forward over rows padded on the right only, and all that variants need of it."""
     qkv = block.attn.project(block.ln1(resid), rotate)
-    resid_mid = resid + block.attn.output(attend(block.attn, qkv))
+    return block_after_attention(layer, block, qkv, resid + block.attn.output(attend(block.attn, qkv)))
+
+
+def block_after_attention(
+    layer: int,
+    block: Block,
+    qkv: QueriesKeysValues,
+    resid_mid: Float[Tensor, "batch pos d_model"],
+    scratch: Scratch | None = None,
+) -> CleanBlock:
+    """The rest of the block. Experts' outputs may lie in `scratch`, until that is used again."""
     mlp_input = block.ln2(resid_mid)
     if not isinstance(block.mlp, MoE):
         return CleanBlock(layer, block, qkv, resid_mid, mlp_input, resid_mid + block.mlp(mlp_input))
     routing = block.mlp.route(mlp_input)
-    outputs = block.mlp.run_experts(mlp_input, routing.indices)
+    outputs = block.mlp.run_experts(mlp_input, routing.indices, scratch)
     shared = block.mlp.run_shared(mlp_input)
     resid_post = combine_onto(resid_mid, outputs, routing.weights[None], shared)[0]
     return CleanExperts(layer, block, qkv, resid_mid, mlp_input, resid_post, block.mlp, routing, outputs, shared)
 
 
 def clean_blocks(
-    model: Transformer, tokens: Int[Tensor, "batch pos"], visit: Callable[[CleanBlock], Any]
+    model: Transformer, resid: Float[Tensor, "batch pos d_model"], visit: Callable[[CleanBlock], Any]
 ) -> Steps[Float[Tensor, "batch pos d_model"]]:
-    """The clean run alone: shows every block to `visit`, and returns the last residual stream."""
-    rotate, resid = rotation_of(model, tokens.shape[1]), model.embed(tokens)
+    """The clean run alone, from its embeddings: shows every block to `visit`, and returns the last residual stream."""
+    rotate = rotation_of(model, resid.shape[1])
     for layer in range(model.cfg.n_layers):
         clean = clean_block(model.blocks[layer], layer, resid, rotate)
         resid = clean.resid_post

@@ -15,12 +15,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.components.block import Block
-from hooked_moe.components.moe import MoE, combine_onto
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
-from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, clean_block, gather_positions, rotation_of
+from hooked_moe.counterfactuals.engine.clean_run import (
+    CleanBlock,
+    block_after_attention,
+    clean_block,
+    gather_positions,
+    rotation_of,
+)
 from hooked_moe.counterfactuals.engine.losses import loss_at, prediction_change
+from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.counterfactuals.engine.readout import Final, Readout
 from hooked_moe.counterfactuals.engine.steps import Steps
 from hooked_moe.counterfactuals.engine.windows import Windows
@@ -37,6 +42,9 @@ Variants = Float[Tensor, "variant batch token d_model"]
 """Residual streams after a block, at every token of the windows."""
 Branch = Callable[[CleanBlock], Variants]
 """Makes the variants of one layer from the clean run at the tokens of the windows."""
+EditAgain = Callable[[CleanBlock, int], Float[Tensor, "row token d_model"]]
+"""Changes variants in a later layer too. A row is one variant of one batch row; from what they computed in the block, and the
+number of the first variant, come the residual streams after it."""
 
 
 class FanOut(NamedTuple):
@@ -49,19 +57,17 @@ class FanOut(NamedTuple):
     baseline: Float[Tensor, "batch pos"]
     """The clean run's."""
     readouts: dict[str, Float[Tensor, "layer variant batch query *rest"]]
-
-
-EVERY_POSITION = Windows(None)
+    final: Float[Tensor, "batch pos d_model"]
+    """The clean run's last residual stream."""
 
 
 def fan_out(
     model: Transformer,
-    tokens: Int[Tensor, "batch pos"],
-    targets: Int[Tensor, "batch pos"],
+    packed: Packed,
     layers: Sequence[int],
     n_variants: int,
     branch: Branch,
-    windows: Windows = EVERY_POSITION,
+    edits_again: Mapping[int, EditAgain] | None = None,
     readouts: Mapping[str, Readout] | None = None,
     waiting: Waiting | None = None,
     visit: Callable[[CleanBlock], Any] | None = None,
@@ -69,20 +75,19 @@ def fan_out(
 ) -> Steps[FanOut]:
     """Run `n_variants` changes per layer of `layers` (in order) and query, each read at its own position.
 
-    `targets` is the token that each position should predict, -1 where there is none. Tokens must be padded on the right only:
-    what follows a position does not matter to it. Between layers the variants stay in memory, or in the file `waiting`; `visit`
-    is shown every block of the clean run, at all positions. `chunk_size` is how many tokens of variants go through a block
-    together.
+    `edits_again`, by layer, change them in later layers too. Between layers the variants stay in memory, or in the file
+    `waiting`; `visit` is shown every block of the clean run, at all positions. `chunk_size` is how many tokens of variants go
+    through a block together.
     """
-    batch, length = tokens.shape
-    cfg = model.cfg
+    batch, length = packed.tokens.shape
+    cfg, windows, again = model.cfg, Windows(packed.query_positions, packed.width), edits_again or {}
     positions = windows.token_positions(batch, length, cfg.device)
     rotate = rotation_of(model, length)
     count = n_variants * len(layers)
     width = length if positions is None else positions.shape[1]
     shape = (count, batch, width, cfg.d_model)
     variants: Tensor | None = None
-    entered, resid = 0, model.embed(tokens)
+    entered, resid = 0, packed.embed(model)
     for layer in range(cfg.n_layers):
         if waiting is not None and layer:
             waiting.get(resid := torch.empty(batch, length, cfg.d_model, dtype=cfg.dtype, device=cfg.device))
@@ -94,7 +99,7 @@ def fan_out(
             variants = torch.empty(shape, dtype=cfg.dtype, device=cfg.device)
             if waiting is not None and entered:
                 waiting.get(variants[:entered], place=resid.nbytes)
-        advance(variants[:entered], clean, rotate, windows, positions, chunk_size)
+        advance(variants[:entered], clean, rotate, windows, positions, chunk_size, again.get(layer))
         if layer in layers and n_variants:
             variants[entered : entered + n_variants] = branch(clean.at_positions(positions))
             entered += n_variants
@@ -109,17 +114,17 @@ def fan_out(
         yield
     assert variants is not None
     EXPERT_OUTPUTS.release()
-    final = Final(model, variants, gather_positions(resid, positions), windows.targets(targets), windows.width)
+    final = Final(model, variants, gather_positions(resid, positions), windows.targets(packed.targets), packed)
     split = (len(layers), n_variants)
     streams = final.at_window_starts(variants), final.at_window_starts(final.clean)
-    change = prediction_change(model, *streams, final.targets[:, :: windows.width])
+    change = prediction_change(model, *streams, final.targets[:, :: packed.width])
     losses, kl = (values.unflatten(0, split) for values in change)
     readings = {name: readout(final).unflatten(0, split) for name, readout in (readouts or {}).items()}
     if use_kernels(model.unembed.W_U):  # the two ways to a loss differ in their last bits: the clean run takes its variants'
-        baseline = prediction_change(model, resid[None], resid, targets).losses[0]
+        baseline = prediction_change(model, resid[None], resid, packed.targets).losses[0]
     else:
-        baseline = loss_at(model, resid[None], targets)[0]
-    return FanOut(losses, kl, baseline, readings)
+        baseline = loss_at(model, resid[None], packed.targets)[0]
+    return FanOut(losses, kl, baseline, readings, resid)
 
 
 def advance(
@@ -129,6 +134,7 @@ def advance(
     windows: Windows,
     positions: Int[Tensor, "batch token"] | None,
     chunk_size: int | None = None,
+    edit_again: EditAgain | None = None,
 ) -> None:
     """Take every variant through a block, in place, over the clean run's keys and values."""
     if not len(variants):
@@ -136,23 +142,15 @@ def advance(
     block = clean.block
     _, batch, tokens, _ = variants.shape
     chunk_size = chunk_size_on(variants.device) if chunk_size is None else chunk_size
-    for chunk in variants.split(max(1, chunk_size // (batch * tokens))):
+    at_once = max(1, chunk_size // (batch * tokens))
+    for number, chunk in enumerate(variants.split(at_once)):
         count = len(chunk)
         own_rotation = rotate if positions is None else rotate.at(positions, count)
         x = chunk.flatten(0, 1)
         own = block.attn.project(block.ln1(x), own_rotation)
         q, k, v = (part.unflatten(0, (count, batch)) for part in own)
-        scale = block.attn.cfg.attention_scale
-        z = window_attention(q, k, v, clean.qkv.k, clean.qkv.v, windows.starts, windows.width, scale)
-        x = x + block.attn.output(z.flatten(0, 1))
-        chunk.copy_(_after_mlp(block, x).unflatten(0, (count, batch)))
-
-
-def _after_mlp(block: Block, resid: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
-    """Added up and rounded as in the clean run."""
-    x = block.ln2(resid)
-    if not isinstance(block.mlp, MoE):
-        return resid + block.mlp(x)
-    routing = block.mlp.route(x)
-    outputs = block.mlp.run_experts(x, routing.indices, EXPERT_OUTPUTS)
-    return combine_onto(resid, outputs, routing.weights[None], block.mlp.run_shared(x))[0]
+        scale, limits = block.attn.cfg.attention_scale, {"sink": block.attn.sink, "sliding_window": block.attn.window}
+        z = window_attention(q, k, v, clean.qkv.k, clean.qkv.v, windows.starts, windows.width, scale, **limits)
+        after = block_after_attention(clean.layer, block, own, x + block.attn.output(z.flatten(0, 1)), EXPERT_OUTPUTS)
+        edited = after.resid_post if edit_again is None else edit_again(after, number * at_once)
+        chunk.copy_(edited.unflatten(0, (count, batch)))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hooked_moe.checks import as_int_or_none
+from hooked_moe.checks import as_int_or_none, quoted
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.padding import Packed
@@ -23,11 +23,12 @@ def parse_bytes(amount: int | str) -> int:
     """A number of bytes, or text such as "4GB" (10^9) or "512MiB" (2^20). Raises `ValueError` for anything else."""
     if isinstance(amount, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", amount)
-        if match and match[2].upper() in _UNITS:
+        if match and match[2].upper() in _UNITS and len(match[1]) < 30:
             amount = int(float(match[1]) * _UNITS[match[2].upper()])
     nbytes = as_int_or_none(amount)
-    if nbytes is None or nbytes < 1:
-        raise ValueError(f"a memory budget is a number of bytes, or text such as '4GB' or '512MiB', not {amount!r}")
+    if nbytes is None or not 1 <= nbytes < 2**63:
+        shown = "a number of more than 63 bits" if nbytes is not None and nbytes >= 2**63 else quoted(amount)
+        raise ValueError(f"a memory budget is a number of bytes, or text such as '4GB' or '512MiB', not {shown}")
     return nbytes
 
 

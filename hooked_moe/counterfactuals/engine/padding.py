@@ -7,7 +7,7 @@ users see.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from hooked_moe.checks import WrongTypeError, whole_numbers
+from hooked_moe.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -34,39 +37,62 @@ class Packed:
     """The packed positions to measure; None means all."""
     asked: Bool[Tensor, "batch query"] | None = None
     """Which of `query_positions` were asked for; the others fill the row up."""
+    embeddings: Float[Tensor, "batch packed d_model"] | None = None
+    """What the run begins with; None means the embeddings of the tokens."""
+    width: int = 1
+    """How many tokens are run for each query: the one there and those after it."""
 
     @property
     def queries(self) -> int:
         """Positions measured per row."""
         return self.tokens.shape[1] if self.query_positions is None else self.query_positions.shape[1]
 
+    def embed(self, model: Transformer) -> Float[Tensor, "batch packed d_model"]:
+        """The residual stream that the run begins with."""
+        return model.embed(self.tokens) if self.embeddings is None else self.embeddings
+
     def split(self, rows: int) -> Iterator[Packed]:
         """Parts of at most `rows` batch rows."""
         for start in range(0, len(self.tokens), rows):
-            part = slice(start, start + rows)
-            yield replace(
-                self,
-                tokens=self.tokens[part],
-                targets=self.targets[part],
-                original_positions=self.original_positions[part],
-                rows=self.rows[part],
-                query_positions=None if self.query_positions is None else self.query_positions[part],
-                asked=None if self.asked is None else self.asked[part],
-            )
+            yield self._of_rows(slice(start, start + rows))
+
+    def _of_rows(self, part: slice | Int[Tensor, " part"]) -> Packed:
+        by_row = ("tokens", "targets", "original_positions", "rows", "query_positions", "asked", "embeddings")
+        whole = {name: getattr(self, name) for name in by_row}
+        picked: dict[str, Any] = {name: None if value is None else value[part] for name, value in whole.items()}
+        return replace(self, **picked)
 
     def split_queries(self, queries: int) -> Iterator[Packed]:
         """Parts of at most `queries` measured positions per row."""
         if queries >= self.queries:
             yield self
             return
-        batch, length = self.tokens.shape
-        positions = self.query_positions
-        if positions is None:
-            positions = torch.arange(length, device=self.tokens.device).expand(batch, length)
+        positions = self.packed_query_positions()
         asked = torch.ones_like(positions, dtype=torch.bool) if self.asked is None else self.asked
         for start in range(0, self.queries, queries):
             part = slice(start, start + queries)
             yield replace(self, query_positions=positions[:, part], asked=asked[:, part])
+
+    def split_by_width(self, widths: Int[Tensor, "batch query"]) -> Iterator[Packed]:
+        """Parts whose queries all run the same number of tokens, the fewest first."""
+        asked = self.asked_positions() >= 0
+        different = widths[asked].unique().tolist()
+        if len(different) < 2:
+            yield replace(self, width=int(different[0]))
+            return
+        positions = self.packed_query_positions()
+        for width in different:
+            own = asked & (widths == width)
+            first = own.logical_not().int().argsort(dim=-1, stable=True)[:, : int(own.sum(-1).max())]
+            part = replace(self, width=int(width), query_positions=positions.gather(1, first), asked=own.gather(1, first))
+            yield part._of_rows(own.any(-1).nonzero()[:, 0])
+
+    def packed_query_positions(self) -> Int[Tensor, "batch query"]:
+        """The packed position of each query."""
+        if self.query_positions is not None:
+            return self.query_positions
+        batch, length = self.tokens.shape
+        return torch.arange(length, device=self.tokens.device).expand(batch, length)
 
     def original_query_positions(self) -> Int[Tensor, "batch query"]:
         """The original position of each query; -1 where it only fills the row up."""
@@ -145,9 +171,10 @@ def empty_table(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 def pack(
     tokens: Int[Tensor, "batch pos"],
     attention_mask: Bool[Tensor, "batch pos"] | None,
-    positions: Sequence[int] | Bool[Tensor, "batch pos"] | None = None,
+    positions: Iterable[int] | Bool[Tensor, "batch pos"] | None = None,
+    embeddings: Float[Tensor, "batch pos d_model"] | None = None,
 ) -> Packed:
-    """Pack the real tokens of every row. `positions` are the original positions to measure.
+    """Pack the real tokens of every row. `positions` are the original positions to measure; the run begins with `embeddings`.
 
     Raises `ValueError` for positions that do not fit, and for a row without real tokens.
     """
@@ -164,6 +191,8 @@ def pack(
     targets[:, :-1] = packed[:, 1:].masked_fill(~follows, -1)
     rows = torch.arange(len(tokens), device=tokens.device)
     result = Packed(packed, targets, source.masked_fill(~filled, -1), tokens.shape[1], rows)
+    if embeddings is not None:
+        result = replace(result, embeddings=embeddings[rows[:, None], source].masked_fill(~filled[..., None], 0.0))
     if positions is None:
         return result
     asked = _as_mask(positions, tokens) & real
@@ -176,22 +205,18 @@ def pack(
 
 
 def _as_mask(positions: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
-    expected = "a list of positions, valid in every row, or a bool mask [batch, pos]"
-    if isinstance(positions, slice):
-        raise ValueError(f"positions must be {expected}, not a slice")
-    try:
-        asked = torch.as_tensor(list(positions) if isinstance(positions, Set | Iterator) else positions, device=tokens.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"positions must be {expected}, not {positions!r}") from error
-    if asked.dtype == torch.bool:
+    if str(getattr(positions, "dtype", None)) in ("bool", "torch.bool"):
+        asked = torch.as_tensor(positions, device=tokens.device)
         if asked.shape != tokens.shape:
             raise ValueError(f"positions has shape {list(asked.shape)}; a bool mask must be {list(tokens.shape)}")
         return asked
-    if asked.dim() > 1 or (asked.is_floating_point() and asked.numel()):
-        raise ValueError(f"positions must be {expected}, not {asked.dtype} {list(asked.shape)}")
+    try:
+        numbers = whole_numbers(positions, "positions")
+    except WrongTypeError as error:
+        raise WrongTypeError(f"{error}; they are valid in every row, or give a bool mask [batch, pos]") from error
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for position in asked.flatten().tolist():
+    for position in numbers:
         if not 0 <= position < tokens.shape[1]:
             raise ValueError(f"position {position} is out of range: the rows have positions 0 to {tokens.shape[1] - 1}")
-        mask[:, int(position)] = True
+        mask[:, position] = True
     return mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,6 +20,8 @@ class Question(ABC):
 
     n_variants: int
     """How many variants there are of each layer and query."""
+    layers_again: Collection[int] = ()
+    """Later layers in which the variants are changed again."""
 
     @abstractmethod
     def branch(self, clean: CleanBlock, packed: Packed, width: int) -> Variants:
@@ -27,9 +30,17 @@ class Question(ABC):
         `clean` is the clean run at the tokens of the windows, each of which starts at a query of `packed` and is `width` long.
         """
 
+    def branch_again(self, own: CleanBlock, first: int, packed: Packed, width: int) -> Float[Tensor, "row token d_model"]:
+        """The variants after a block of `layers_again`, changed: a row is one variant of one batch row, the first one's number is
+        `first`, and `own` is what they computed in the block themselves, at the tokens of the windows."""
+        raise NotImplementedError
+
     def observe(self, clean: CleanBlock) -> dict[str, Tensor]:
         """What is read off the clean run of a layer besides: columns [batch, pos, ...], at all positions."""
         return {}
+
+    def see_end(self, resid: Float[Tensor, "batch packed d_model"], packed: Packed) -> None:  # noqa: B027 (few need it)
+        """Is shown the clean run's last residual stream."""
 
 
 class SequenceQuestion(ABC):

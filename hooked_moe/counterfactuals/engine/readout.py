@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.transformer import Transformer
 
 
@@ -20,7 +22,13 @@ class Final:
     variants: Float[Tensor, "variant batch token d_model"]
     clean: Float[Tensor, "batch token d_model"]
     targets: Int[Tensor, "batch token"]
-    width: int
+    packed: Packed
+    """Which tokens these are: windows of `packed.width` tokens, each of which starts at a query."""
+
+    @property
+    def width(self) -> int:
+        """Tokens of a window."""
+        return self.packed.width
 
     def at_window_starts(self, x: Shaped[Tensor, "*lead batch token d_model"]) -> Shaped[Tensor, "*lead batch query d_model"]:
         """The token where each window starts: the one that was changed."""
@@ -42,24 +50,43 @@ class Readout(Protocol):
 
 @runtime_checkable
 class ChecksModel(Protocol):
-    """A readout that not every model has."""
+    """A readout that not every model, or not every batch, has."""
 
-    def check(self, model: Transformer) -> None:
-        """Raise `ValueError` if this model does not have it: before anything is measured."""
+    def check(self, model: Transformer, packed: Packed) -> None:
+        """Raise `ValueError` if this model, or these rows, do not have it: before anything is measured."""
         ...
 
 
-def by_name(readouts: Any, model: Transformer) -> dict[str, Readout]:
+@runtime_checkable
+class ReadsLater(Protocol):
+    """A readout that needs more tokens at some queries than at others."""
+
+    def widths(self, packed: Packed) -> Int[Tensor, "batch query"]:
+        """How many tokens it needs, from each query on."""
+        ...
+
+
+def window_widths(readouts: Iterable[Readout], packed: Packed) -> Int[Tensor, "batch query"]:
+    """How many tokens have to be run from each query on, for all readouts."""
+    positions = packed.packed_query_positions()
+    widths = torch.ones_like(positions)
+    for readout in readouts:
+        own = readout.widths(packed) if isinstance(readout, ReadsLater) else torch.full_like(positions, readout.width)
+        widths = torch.maximum(widths, own)
+    return widths
+
+
+def by_name(readouts: Any, model: Transformer, packed: Packed) -> dict[str, Readout]:
     """Readouts by their names. Raises `ValueError` for what is none, for names that occur twice, and for what the model lacks."""
     if not isinstance(readouts, Iterable) or isinstance(readouts, str):
         raise ValueError(f"readouts must be a list of readouts, as in [KL()], not {readouts!r}")
     named: dict[str, Readout] = {}
-    for readout in readouts:
+    for readout in list(readouts):
         if isinstance(readout, type) or not isinstance(readout, Readout):
             raise ValueError(f"readouts must be a list of readouts, as in [KL()]; {readout!r} is none")
         if readout.name in named:
             raise ValueError(f"readouts need different names; {readout.name!r} occurs twice")
         if isinstance(readout, ChecksModel):
-            readout.check(model)
+            readout.check(model, packed)
         named[readout.name] = readout
     return named

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_moe.checks import as_int_or_none
+from hooked_moe.checks import as_int_or_none, described, whole_numbers
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.memory import Demand, demand_of, demand_within, divide, parse_bytes
 from hooked_moe.counterfactuals.engine.padding import Packed, pack
-from hooked_moe.counterfactuals.engine.readout import Readout, by_name
+from hooked_moe.counterfactuals.engine.readout import Readout, by_name, window_widths
 from hooked_moe.loading.spill import Waiting
 from hooked_moe.loading.streaming import spill_of
 from hooked_moe.transformer import Transformer
@@ -24,7 +24,9 @@ WAITING_BYTES = 1 << 30
 
 Tokens = Int[Tensor, "batch pos"] | str | list[str]
 Mask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]
-Positions = Sequence[int] | Bool[Tensor, "batch pos"]
+Layers = Iterable[int]
+Positions = Iterable[int] | Bool[Tensor, "batch pos"]
+Embeddings = Float[Tensor, "batch pos d_model"]
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,23 @@ class Request:
     budget: int | None
     """Bytes beside the model's weights and the results; None: what it takes, and `WAITING_BYTES` for variants."""
 
-    @property
-    def width(self) -> int:
-        """How many tokens have to be run, from the changed one on."""
-        return max((readout.width for readout in self.readouts.values()), default=1)
-
     def parts(self, n_variants: int) -> Iterator[tuple[Packed, list[int]]]:
-        """Parts of the work that fit into memory: some batch rows, layers and queries each."""
-        demand = self._demand(n_variants)[0]
-        budget = demand.fixed + demand.row + WAITING_BYTES if self.budget is None else self.budget
-        return divide(self.packed, self.layers, demand, n_variants * self.width, budget)
+        """Parts of the work that fit into memory: some batch rows, layers and queries each, with windows of one width."""
+        for packed in self.packed.split_by_width(window_widths(self.readouts.values(), self.packed)):
+            tokens_per_query = n_variants * packed.width
+            demand = self._demand(tokens_per_query)[0]
+            budget = demand.fixed + demand.row + WAITING_BYTES if self.budget is None else self.budget
+            yield from divide(packed, self.layers, demand, tokens_per_query, budget)
 
-    def chunk_size(self, n_variants: int) -> int:
+    def chunk_size(self, tokens_per_query: int) -> int:
         """How many tokens of variants go through a block together."""
-        return self._demand(n_variants)[1]
+        return self._demand(tokens_per_query)[1]
 
-    def _demand(self, n_variants: int) -> tuple[Demand, int]:
+    def _demand(self, tokens_per_query: int) -> tuple[Demand, int]:
         cfg, length = self.model.cfg, self.packed.tokens.shape[1]
         if self.budget is None:
             return demand_of(cfg, length), chunk_size_on(cfg.device)
-        return demand_within(cfg, length, n_variants * self.width, self.budget)
+        return demand_within(cfg, length, tokens_per_query, self.budget)
 
     @contextmanager
     def waiting_room(self, nbytes: int) -> Iterator[Waiting | None]:
@@ -77,19 +76,33 @@ class Request:
 def make_request(
     model: Transformer,
     tokens: Tokens,
-    layers: Sequence[int] | None,
+    layers: Layers | None,
     positions: Positions | None,
     attention_mask: Mask | None,
-    readouts: Sequence[Readout],
+    readouts: Iterable[Readout],
     memory_budget: int | str | None,
     dense: bool = False,
+    embeddings: Embeddings | None = None,
 ) -> Request:
     """Check what is asked for. `dense` allows layers without experts. Raises `ValueError` for what cannot be measured."""
     tokens, attention_mask = model.as_tokens(tokens, attention_mask)
     require_unhooked(model)
-    named = by_name(readouts, model)
+    packed = pack(tokens, attention_mask, positions, _checked_embeddings(model, embeddings, tokens))
+    named = by_name(readouts, model, packed)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    return Request(model, _checked_layers(model, layers, dense), pack(tokens, attention_mask, positions), named, budget)
+    return Request(model, checked_layers(model, layers, dense), packed, named, budget)
+
+
+def _checked_embeddings(
+    model: Transformer, embeddings: Any, tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_model"] | None:
+    if embeddings is None:
+        return None
+    expected = [*tokens.shape, model.cfg.d_model]
+    if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point() or list(embeddings.shape) != expected:
+        got = f"{embeddings.dtype} {list(embeddings.shape)}" if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise ValueError(f"embeddings must be a float tensor [batch, pos, d_model] = {expected}, as the tokens are, not {got}")
+    return embeddings.detach().to(model.cfg.device, model.cfg.dtype)
 
 
 def require_unhooked(model: Transformer) -> None:
@@ -102,20 +115,12 @@ def require_unhooked(model: Transformer) -> None:
         )
 
 
-def _checked_layers(model: Transformer, layers: Sequence[int] | None, dense: bool) -> list[int]:
+def checked_layers(model: Transformer, layers: Layers | None, dense: bool = False) -> list[int]:
+    """The layers, in order; None means all with experts, or, with `dense`, all. Raises `ValueError` for others."""
     cfg = model.cfg
     if layers is None:
         return list(range(cfg.n_layers)) if dense else cfg.moe_layers
-    if as_int_or_none(layers) is not None:
-        raise ValueError(f"layers must be a list of layers, as in [{layers}], not the number {layers}")
-    try:
-        numbers = [(layer, as_int_or_none(layer)) for layer in layers]
-    except TypeError as error:
-        raise ValueError(f"layers must be a list of whole numbers, as in {cfg.moe_layers}, not {layers!r}") from error
-    wrong = [layer for layer, number in numbers if number is None]
-    if wrong:
-        raise ValueError(f"layers must be whole numbers, as in {cfg.moe_layers}, not {wrong[0]!r}")
-    chosen = sorted({number for _, number in numbers if number is not None})
+    chosen = sorted(set(whole_numbers(layers, "layers", cfg.n_layers)))
     for layer in chosen:
         if not 0 <= layer < cfg.n_layers:
             raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {cfg.n_layers - 1}")
@@ -126,7 +131,9 @@ def _checked_layers(model: Transformer, layers: Sequence[int] | None, dense: boo
     return chosen
 
 
-def check_n_variants(n_variants: Any) -> None:
-    """Raise `ValueError` unless it is a number of variants to measure."""
-    if (as_int_or_none(n_variants) or 0) < 1:
-        raise ValueError(f"the number of variants must be a whole number from 1, not {n_variants!r}")
+def checked_n_variants(n_variants: Any) -> int:
+    """The number of variants to measure. Raises `ValueError` unless it is a whole number from 1."""
+    number = as_int_or_none(n_variants)
+    if number is None or number < 1:
+        raise ValueError(f"the number of variants must be a whole number from 1, not {described(n_variants)}")
+    return number

@@ -42,7 +42,7 @@ def measure_sequences(
     measured: list[_Removed] = []
     end, wide = _End(model, packed), torch.promote_types(model.cfg.dtype, torch.float32)
     if not model.streams:
-        end.learn(run_to_end(clean_blocks(model, packed.tokens, lambda clean: None)))
+        end.learn(run_to_end(clean_blocks(model, packed.embed(model), lambda clean: None)))
     with request.waiting_room(most * length * model.cfg.d_model * model.cfg.dtype.itemsize) as waiting:
 
         def visit(clean: CleanBlock) -> None:
@@ -63,7 +63,7 @@ def measure_sequences(
                 elif advance_one_layer(removals):
                     under_way.append(removals)
 
-        yield from clean_blocks(model, packed.tokens, visit)
+        yield from clean_blocks(model, packed.embed(model), visit)
     results.put_baseline(end.baseline, packed)
     deltas = [removed.by_slot(removed.losses) - end.baseline.unsqueeze(-1) for removed in measured]
     divergences = [removed.by_slot(removed.kl) for removed in measured]

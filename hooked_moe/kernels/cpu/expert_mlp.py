@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.config import ClampedSwiGLU
 from hooked_moe.kernels.cpu.alignment import begins_aligned
 from hooked_moe.kernels.cpu.scratch import Scratch
 from hooked_moe.kernels.dispatch import use_reference
@@ -60,14 +61,21 @@ def expert_mlp(
     W_out: Float[Tensor, "expert d_model d_expert"],
     blocks: Blocks,
     scratch: Scratch | None = None,
+    b_in: Float[Tensor, "expert gate_and_up"] | None = None,
+    b_out: Float[Tensor, "expert d_model"] | None = None,
+    clamp: ClampedSwiGLU | None = None,
 ) -> Float[Tensor, "n d_model"]:
-    """`out[r] = W_out[e] @ swiglu(W_in[e] @ x[token[r]])` for the rows r of every expert e; in `scratch`, where it is given."""
+    """`out[r] = W_out[e] @ swiglu(W_in[e] @ x[token[r]] + b_in[e]) + b_out[e]` for the rows r of every expert e; in `scratch`,
+    where it is given."""
     out = (scratch or Scratch()).matrix(len(token) + ROW_MULTIPLE, W_out.shape[1], like=x)
     token = F.pad(token, (0, ROW_MULTIPLE))
     to_hidden, to_out = W_in.mT.unbind(0), W_out.mT.unbind(0)
     for expert, rows in blocks:
-        post = swiglu(x.index_select(0, token[rows]) @ to_hidden[expert])
+        pre = x.index_select(0, token[rows]) @ to_hidden[expert]
+        post = swiglu(pre if b_in is None else pre + b_in[expert], clamp)
         _multiply(post, to_out[expert], out[rows])
+        if b_out is not None:
+            out[rows] += b_out[expert]
     return out[: len(out) - ROW_MULTIPLE]
 
 
@@ -81,11 +89,13 @@ def product_by_block(
     return out[: len(x)]
 
 
-def swiglu_by_block(gate_and_up: Float[Tensor, "n gate_and_up"], blocks: Blocks) -> Float[Tensor, "n d_expert"]:
+def swiglu_by_block(
+    gate_and_up: Float[Tensor, "n gate_and_up"], blocks: Blocks, clamp: ClampedSwiGLU | None = None
+) -> Float[Tensor, "n d_expert"]:
     """`swiglu` of every row. Torch's silu has a last bit that depends on how many rows there are."""
     out = gate_and_up.new_empty(len(gate_and_up) + ROW_MULTIPLE, gate_and_up.shape[1] // 2)
     for _, rows in blocks:
-        out[rows] = swiglu(_rows_of(gate_and_up, rows))
+        out[rows] = swiglu(_rows_of(gate_and_up, rows), clamp)
     return out[: len(gate_and_up)]
 
 

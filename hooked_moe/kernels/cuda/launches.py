@@ -97,7 +97,7 @@ def route(*, tokens: int, experts: int, slots: int, groups: int, weights: torch.
     vector = ACCESS_BYTES // 4 if aligned else 1
     lanes = min(32, _power_of_two(_ceil_div(experts, 8)))
     per_lane = _ceil_div(experts, lanes * vector) * vector
-    shared_bytes = 12 * slots + 4 * groups  # of a token
+    shared_bytes = 12 * slots + 16 * groups  # of a token
     together = THREADS // lanes
     while together * shared_bytes > SHARED_BYTES and together * lanes > 32:
         together //= 2
@@ -140,11 +140,12 @@ def gather_rows(*, tokens: int, width: int, dtype: torch.dtype, aligned: bool) -
     return Launch("gather_rows", "gather_rows.cu", (("SCALAR", scalar(dtype)), ("VECTOR", vector)), grid, block)
 
 
-def swiglu(*, rows: int, width: int, dtype: torch.dtype, aligned: bool) -> Launch:
+def swiglu(*, rows: int, width: int, dtype: torch.dtype, aligned: bool, clamped: bool = False) -> Launch:
     """`width` is that of out, half of what is read. `aligned`: `rows_are_aligned` of both and out."""
     vector = ACCESS_BYTES // dtype.itemsize if aligned else 1
     grid, block = _over_rows(rows, width, vector)
-    return Launch("swiglu", "swiglu.cu", (("SCALAR", scalar(dtype)), ("VECTOR", vector)), grid, block)
+    name = "clamped_swiglu" if clamped else "swiglu"
+    return Launch(name, "swiglu.cu", (("SCALAR", scalar(dtype)), ("VECTOR", vector)), grid, block)
 
 
 _HELD = 128  # floats of a thread, half of its registers

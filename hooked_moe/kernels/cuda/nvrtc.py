@@ -90,7 +90,11 @@ def _loaded(source: str, name: str, defines: Defines, shared_bytes: int, device:
 
 def machine_code(source: str, defines: Defines, arch: str) -> bytes:
     """The compiled source: from the cache, or from NVRTC and then into the cache."""
-    kept = cache_directory() / f"{Path(source).stem}-{arch}-{_key(source, defines, arch)}.cubin"
+    directory = cache_directory()
+    if directory is None:
+        _warn_of_no_cache("there is no home directory")
+        return compiled(source, defines, arch)
+    kept = directory / f"{Path(source).stem}-{arch}-{_key(source, defines, arch)}.cubin"
     code = _read(kept)
     if code is None:
         code = compiled(source, defines, arch)
@@ -140,9 +144,13 @@ def driver_version() -> tuple[int, int]:
     return version // 1000, version % 1000 // 10
 
 
-def cache_directory() -> Path:
-    """`$XDG_CACHE_HOME/hooked_moe/kernels`, which is in ~/.cache unless set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hooked_moe" / "kernels"
+def cache_directory() -> Path | None:
+    """`$XDG_CACHE_HOME/hooked_moe/kernels`, which is in ~/.cache unless set; None for a user without a home directory."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(home) / "hooked_moe" / "kernels"
 
 
 def _key(source: str, defines: Defines, arch: str) -> str:
@@ -171,9 +179,13 @@ def _write(path: Path, code: bytes) -> None:
             file.write(hashlib.sha256(code).digest() + code)
         os.replace(name, path)
     except OSError as error:
-        warnings.warn(
-            f"compiled kernels cannot be kept in {path.parent} ({error}), so that every process compiles them again; "
-            "XDG_CACHE_HOME names another directory",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _warn_of_no_cache(f"{path.parent}: {error}")
+
+
+def _warn_of_no_cache(reason: str) -> None:
+    warnings.warn(
+        f"compiled kernels cannot be kept ({reason}), so that every process compiles them again; XDG_CACHE_HOME names another "
+        "directory",
+        RuntimeWarning,
+        stacklevel=3,
+    )

@@ -3,7 +3,9 @@
 //   out[v, b, q * width + o, h] = softmax of scale * scores over keys[b, : positions[b, q]], own_k[v, b, q * width ..= + o]
 //                                 times their values
 //
-// for windows of `width` tokens, of which the one at offset o sees its window up to itself; width 1 is the single token.
+// for windows of `width` tokens, of which the one at offset o sees its window up to itself; width 1 is the single token. With a
+// `reach`, a token sees only its last `reach` positions, its own among them. A sink of each query head takes a share of the softmax
+// and has no value.
 //
 // The queries that share a key/value head, of all variants and of all heads of its group, are the rows of one matrix, in the order
 // of their positions. A block takes ROWS of them through the keys before the last of their positions, KEYS at a time: one reading
@@ -26,7 +28,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 struct Row {
     long long window;  // index of its window's first token in [variant, batch, token]
     int offset, member;
-    int prefix;  // clean keys that it sees
+    int first, prefix;  // the clean keys that it sees: from the first, before the last
 };
 static_assert(SHARED_BYTES == ((ROWS + KEYS) * HEAD_PITCH + KEYS * VALUE_PITCH) * sizeof(SCALAR) + ROWS * sizeof(Row),
               "what launches.py reserves");
@@ -56,6 +58,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) prefix_attention(
     const SCALAR* __restrict__ keys,          // [batch, n_keys, kv_heads, HEAD_WIDTH]
     const SCALAR* __restrict__ values,        // [batch, n_keys, kv_heads, VALUE_WIDTH]
     const long long* __restrict__ positions,  // [batch, queries]; null: query i is at position i
+    const float* __restrict__ sink,           // [kv_heads * group]; null: none
     long long variants,
     long long batch,
     long long queries,
@@ -63,6 +66,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) prefix_attention(
     long long kv_heads,
     long long group,
     long long n_keys,
+    long long reach,  // 0: everything
     float scale) {
     DYNAMIC_SHARED(SCALAR, query_tile);
     SCALAR* const key_tile = query_tile + ROWS * HEAD_PITCH;
@@ -73,21 +77,31 @@ extern "C" __global__ void __launch_bounds__(128, 2) prefix_attention(
     const long long rows_per_query = variants * width * group, all_rows = queries * rows_per_query;
     const long long first_row = static_cast<long long>(gridDim.x - 1 - blockIdx.x) * ROWS;  // the longest prefixes first
     const int rows = static_cast<int>(all_rows - first_row < ROWS ? all_rows - first_row : ROWS);
+    const auto position_of = [&](long long query) { return positions ? positions[b * queries + query] : query; };
     const auto prefix_of = [&](long long query) {
-        const long long at = positions ? positions[b * queries + query] : query;
+        const long long at = position_of(query);
         return static_cast<int>(at < n_keys ? at : n_keys);
+    };
+    const auto first_of = [&](long long query, long long offset) {
+        const long long first = position_of(query) + offset + 1 - reach;
+        return static_cast<int>(reach == 0 || first < 0 ? 0 : first < n_keys ? first : n_keys);
     };
     for (int i = threadIdx.x; i < ROWS; i += blockDim.x) {
         const long long row = first_row + (i < rows ? i : rows - 1);  // those without a row of their own keep the last company
         const long long query = row / rows_per_query, variant = row / (width * group) % variants;
         const long long window = ((variant * batch + b) * queries + query) * width;
-        table[i] = {window, static_cast<int>(row / group % width), static_cast<int>(row % group), prefix_of(query)};
+        const int offset = static_cast<int>(row / group % width);
+        table[i] = {window, offset, static_cast<int>(row % group), first_of(query, offset), prefix_of(query)};
     }
     int shortest = static_cast<int>(n_keys), longest = 0;
+    int lowest = static_cast<int>(n_keys), highest = 0;  // first keys
     for (long long query = first_row / rows_per_query; query <= (first_row + rows - 1) / rows_per_query; ++query) {
         const int prefix = prefix_of(query);
         shortest = prefix < shortest ? prefix : shortest;
         longest = prefix > longest ? prefix : longest;
+        const int first = first_of(query, 0), last_first = first_of(query, width - 1);
+        lowest = first < lowest ? first : lowest;
+        highest = last_first > highest ? last_first : highest;
     }
     __syncthreads();
     const auto head_of = [&](int i) {  // index into [variant, batch, token, head]
@@ -114,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) prefix_attention(
     };
     const auto query_of = [&](int i) { return q + head_of(i) * HEAD_WIDTH; };
     load_tile<ROWS, HEAD_COLUMNS>(query_tile, query_of, 0, HEAD_WIDTH, whole_vectors(q, HEAD_WIDTH));
-    start_keys(0);
+    start_keys(lowest);
 
     const int lane = lane_index(), g = lane / 4, t = lane % 4, warp_row = threadIdx.x / 32 * WARP_ROWS;
     const float log2_scale = scale * LOG2_E;  // the hardware has powers of two
@@ -128,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) prefix_attention(
             sum[m][h] = 0.0f;
         }
     }
-    for (int start = 0; start < longest; start += KEYS) {
+    for (int start = lowest; start < longest; start += KEYS) {
         async_copies_done<0>();
         __syncthreads();  // keys are there, and no warp still reads the last values
         start_values(start);
@@ -138,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) prefix_attention(
         __syncthreads();  // values are there, and no warp still reads the keys
         if (start + KEYS < longest) start_keys(start + KEYS);
 
-        const bool all_see_all = start + KEYS <= shortest;
+        const bool all_see_all = start + KEYS <= shortest && highest <= start;
         const Row* const lane_rows = table + warp_row + g;
         LeftOperand<SCALAR, ROW_TILES, KEY_TILES> weights;
 #pragma unroll
@@ -146,11 +160,13 @@ extern "C" __global__ void __launch_bounds__(128, 2) prefix_attention(
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int visible = all_see_all ? KEYS : lane_rows[m * 16 + h * 8].prefix - start;
+                const int hidden = all_see_all ? 0 : lane_rows[m * 16 + h * 8].first - start;
                 float highest = -infinity();
 #pragma unroll
                 for (int i = 0; i < KEY_TILES * 2; ++i) {
                     float& score = scores[m][i / 2][2 * h + i % 2];
-                    score = i / 2 * 8 + 2 * t + i % 2 < visible ? score * log2_scale : -infinity();
+                    const int key = i / 2 * 8 + 2 * t + i % 2;
+                    score = key < visible && key >= hidden ? score * log2_scale : -infinity();
                     highest = fmaxf(highest, score);
                 }
                 const float new_top = fmaxf(top[m][h], row_max(highest));
@@ -183,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) prefix_attention(
             const Row row = table[i];
             float total = row_sum(sum[m][h]);
             for (int offset = 0; offset < width; ++offset) {
-                const bool seen = offset <= row.offset;
+                const bool seen = offset <= row.offset && (reach == 0 || offset > row.offset - reach);
                 const long long own = (row.window + offset) * kv_heads + kv_head;
                 const float score = dot(query_tile + i * HEAD_PITCH, own_k + own * HEAD_WIDTH, own_key_vectors) * log2_scale;
                 if (!seen) continue;
@@ -202,6 +218,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) prefix_attention(
                     }
                 }
             }
+            if (sink) total += power_of_two(sink[kv_head * group + row.member] * LOG2_E - top[m][h]);
             if (i >= rows) continue;
             SCALAR* const target = out + head_of(i) * VALUE_WIDTH;
 #pragma unroll

@@ -33,6 +33,7 @@ from hooked_moe.figures import VERMILLION as VERMILLION
 from hooked_moe.tables import atomic_path, write_csv_atomic
 
 WIDE, NARROW = 7.4, 3.9  # inches
+FILES = ("svg", "png", "csv")
 DOTS_PER_INCH = 200  # of the PNG
 
 LEGEND_BELOW: Any = {"loc": "outside lower center", "handlelength": 2.4, "columnspacing": 1.6}
@@ -69,7 +70,7 @@ class Drawing:
         return files
 
     def save(self, directory: Path) -> bytes:
-        """Write `name`.svg, .png and .csv into `directory`; returns the svg."""
+        """Write `name` with each of the endings `FILES` into `directory`; returns the svg."""
         files = self.render("svg", "png")
         for kind, content in files.items():
             with atomic_path(directory / f"{self.name}.{kind}") as temporary:

@@ -1,0 +1,11 @@
+"""Which expert carries a fact: causal tracing with every expert of every layer.
+
+The same as `hooked-moe trace`; `--help` lists its options.
+"""
+
+import sys
+
+from hooked_moe.cli.trace import main
+
+if __name__ == "__main__":
+    sys.exit(main())

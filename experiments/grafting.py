@@ -1,0 +1,16 @@
+"""Which layers and which parts carry the difference between two trainings of one architecture.
+
+The same as `hooked-moe study grafts`; `--help` lists its options.
+"""
+
+import sys
+
+from hooked_moe.cli.study import main as study
+
+
+def main() -> int:
+    return study(["grafts", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Which facts become cases: those that the model knows and that the corruption takes from it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_moe.circuits.tracing.batches import CorruptedRun, batches, noise_scale
+from hooked_moe.circuits.tracing.observed import observe
+from hooked_moe.circuits.tracing.prompts import Prompt, answer_token, as_prompts
+from hooked_moe.circuits.tracing.protocol import Protocol
+from hooked_moe.corpus import FactRecord, with_foils
+from hooked_moe.transformer import Transformer
+
+ROWS = 64
+"""Prompts that are run together to see which of them count."""
+
+
+@dataclass(frozen=True)
+class Cases:
+    """The corrupted runs of all cases, and what became of the records that are none."""
+
+    runs: list[CorruptedRun]
+    sigma: float
+    """Standard deviation of the noise in the embeddings' units; 0 without noise."""
+    excluded: Counter[str]
+
+    @property
+    def n_cases(self) -> int:
+        return len({run.case for run in self.runs})
+
+
+def find_cases(model: Transformer, records: Iterable[FactRecord], protocol: Protocol) -> Cases:
+    """Raises `ValueError` where fewer cases are usable than the protocol's least number, and says what excluded the others."""
+    excluded: Counter[str] = Counter()
+    records = list(records)
+    random.Random(protocol.seed).shuffle(records)
+    prompts = as_prompts(model.require_tokenizer(), records, protocol, excluded)
+    sigma = 0.0
+    if protocol.corruption == "noise":
+        sigma = noise_scale(model, prompts, protocol) if prompts else 0.0
+        runs = _noised(model, prompts, protocol, sigma, excluded)
+    else:
+        runs = _replaced(model, prompts, protocol, excluded)
+    cases = Cases(runs, sigma, excluded)
+    least = min(protocol.min_cases, protocol.n_cases)
+    if cases.n_cases < least:
+        why = "; ".join(f"{count} where {reason}" for reason, count in excluded.most_common()) or "none was excluded"
+        raise ValueError(
+            f"only {cases.n_cases} of {len(records)} facts are usable cases, and at least {least} are needed to choose an "
+            f"expert on one half and test it on the other. Excluded: {why}. Give more facts, or a lower min_margin, min_drop or "
+            "min_cases"
+        )
+    return cases
+
+
+def _noised(
+    model: Transformer, prompts: list[Prompt], protocol: Protocol, sigma: float, excluded: Counter[str]
+) -> list[CorruptedRun]:
+    """Cases in the records' order, up to as many as are asked for."""
+    prompts = _with_a_foil_to_draw(prompts, excluded)
+    known = with_foils([prompt.record for prompt in prompts])
+    kept: list[CorruptedRun] = []
+    n_cases = 0
+    for start in range(0, len(prompts), ROWS):
+        if n_cases == protocol.n_cases:
+            break
+        candidates: list[CorruptedRun] = []
+        for prompt, record in zip(prompts[start : start + ROWS], known[start : start + ROWS], strict=True):
+            foil = answer_token(model.require_tokenizer(), str(record.foil), protocol)
+            if foil is None or foil == prompt.true_id:
+                excluded["the foil is not one token, or the same token as the true answer"] += 1
+                continue
+            candidates.append(CorruptedRun(len(candidates), replace(prompt, record=record), foil, str(record.foil)))
+        clean = _margins(model, candidates, protocol, None)
+        drawn = [replace(run, draw=draw) for run in candidates for draw in range(protocol.draws)]
+        corrupted = _margins(model, drawn, protocol, sigma).view(len(candidates), protocol.draws).mean(1)
+        for run, margin, after in zip(candidates, clean.tolist(), corrupted.tolist(), strict=True):
+            reason = _reason_against(margin, margin - after, protocol)
+            if reason:
+                excluded[reason] += 1
+            elif n_cases < protocol.n_cases:
+                kept += [replace(run, case=n_cases, draw=draw) for draw in range(protocol.draws)]
+                n_cases += 1
+    return kept
+
+
+def _with_a_foil_to_draw(prompts: list[Prompt], excluded: Counter[str]) -> list[Prompt]:
+    """The prompts that have a foil, or whose relation has another answer that is a token."""
+    answers: dict[str, set[str]] = defaultdict(set)
+    for prompt in prompts:
+        answers[prompt.record.relation].add(prompt.record.true)
+    kept = [p for p in prompts if p.record.foil is not None or len(answers[p.record.relation]) > 1]
+    if len(kept) < len(prompts):
+        excluded["the relation has no other answer that is a token"] += len(prompts) - len(kept)
+    return kept
+
+
+def _reason_against(margin: float, drop: float, protocol: Protocol) -> str | None:
+    if protocol.min_margin is not None and margin < protocol.min_margin:
+        return f"the clean run prefers the true answer by less than {protocol.min_margin:g} logits"
+    if protocol.min_drop is not None and drop < protocol.min_drop:
+        return f"the corruption takes less than {protocol.min_drop:g} logits of that"
+    if protocol.min_relative_drop is not None and drop < protocol.min_relative_drop * margin:
+        return f"the corruption takes less than {protocol.min_relative_drop:.0%} of that"
+    return None
+
+
+def _margins(model: Transformer, runs: Sequence[CorruptedRun], protocol: Protocol, sigma: float | None) -> Float[Tensor, " run"]:
+    """Logit of the true answer minus the foil's: of the corrupted runs or, without a sigma, of their clean prompts."""
+    parts = [torch.empty(0)]
+    for batch in batches(model, runs, protocol, sigma or 0.0, ROWS):
+        start = batch.embeddings if sigma is not None and batch.embeddings is not None else model.embed(batch.clean)
+        logits = observe(model, start, batch.real, batch.final).logits(model)
+        picked = logits.gather(1, torch.stack([batch.true, batch.foil], dim=1))
+        parts.append((picked[:, 0] - picked[:, 1]).cpu())
+    return torch.cat(parts)
+
+
+def _replaced(model: Transformer, prompts: list[Prompt], protocol: Protocol, excluded: Counter[str]) -> list[CorruptedRun]:
+    """Cases whose subject can be replaced by one with another answer, the model preferring each subject's own."""
+    same_shape: dict[object, list[int]] = defaultdict(list)
+    for number, prompt in enumerate(prompts):
+        same_shape[prompt.shape].append(number)
+    ids = sorted({prompt.true_id for prompt in prompts})
+    column = {token: place for place, token in enumerate(ids)}
+    logits = _answer_logits(model, prompts, protocol, ids)
+    least = protocol.min_margin
+    kept: list[CorruptedRun] = []
+    n_cases = 0
+    for number, prompt in enumerate(prompts):
+        if n_cases == protocol.n_cases:
+            break
+        own = column[prompt.true_id]
+        others = [
+            other
+            for other in same_shape[prompt.shape]
+            if prompts[other].true_id != prompt.true_id
+            and prompt.record.foil in (None, prompts[other].record.true)
+            and (least is None or float(logits[other, column[prompts[other].true_id]] - logits[other, own]) >= least)
+            and (least is None or float(logits[number, own] - logits[number, column[prompts[other].true_id]]) >= least)
+        ]
+        if not others:
+            excluded["no other subject of the relation has as many tokens and another answer that the model knows"] += 1
+            continue
+        chosen = random.Random(prompt.record.case_id).sample(others, min(len(others), protocol.max_donors))
+        for donor in chosen:
+            foil = prompts[donor]
+            kept.append(CorruptedRun(n_cases, prompt, foil.true_id, foil.record.true, donor=foil))
+        n_cases += 1
+    return kept
+
+
+def _answer_logits(
+    model: Transformer, prompts: Sequence[Prompt], protocol: Protocol, ids: list[int]
+) -> Float[Tensor, "prompt answer"]:
+    runs = [CorruptedRun(number, prompt, prompt.true_id, prompt.record.true) for number, prompt in enumerate(prompts)]
+    parts = [torch.empty(0, len(ids))]
+    columns = torch.tensor(ids, dtype=torch.int64, device=model.cfg.device)
+    for batch in batches(model, runs, replace(protocol, corruption="replace"), 0.0, ROWS):
+        parts.append(observe(model, model.embed(batch.clean), batch.real, batch.final).logits(model)[:, columns].cpu())
+    return torch.cat(parts)

@@ -1,0 +1,138 @@
+"""What a tracing result says, as a table: every number with its interval, over the cases that nothing was chosen on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+
+from hooked_moe.circuits.tracing.result import TracingResult
+from hooked_moe.circuits.tracing.selection import Candidate, candidates, estimate, relation_folds, stability
+from hooked_moe.tables.schemas import schema_of, table_with_schema
+
+TOP = 5
+"""Candidates that are reported."""
+SEEDS, THRESHOLDS = range(5), (0.3, 0.4, 0.5, 0.6, 0.7)
+"""Splits and recurrences under which the choice is repeated."""
+FOLDS = 5
+
+FINDINGS = schema_of(
+    ("quantity", pa.string(), "1", "what the row is about"),
+    ("layer", pa.int32(), "index", "layer; empty for what is of all layers"),
+    ("expert", pa.int32(), "index", "expert; empty for what is of none"),
+    ("unit", pa.string(), "1", "unit of the numbers"),
+    ("n", pa.int32(), "cases", "validation cases that have a value"),
+    ("mean", pa.float64(), "as unit says", "mean over these"),
+    ("low", pa.float64(), "as unit says", "lower end of the 95% percentile-bootstrap interval over cases"),
+    ("high", pa.float64(), "as unit says", "upper end"),
+    ("p", pa.float64(), "1", "two-sided p of a sign-flip test that there is no effect"),
+)
+
+OF_AN_EXPERT = {
+    "rescue": ("rescue", "logits"),
+    "rescue by routing": ("rescue_routing", "logits"),
+    "rescue by content": ("rescue_content", "logits"),
+    "direct effect": ("direct", "logits"),
+    "first-order estimate": ("first_order", "logits"),
+    "removal from the clean run": ("necessity", "logits"),
+}
+"""Quantity: the column of `experts`, and its unit."""
+
+
+def findings(result: TracingResult) -> pa.Table:
+    """Layers, ceilings, and the candidates with their controls."""
+    rows = list(_rows(result))
+    return table_with_schema(FINDINGS, {name: [row.get(name) for row in rows] for name in FINDINGS.names})
+
+
+def _rows(result: TracingResult) -> Iterator[dict[str, Any]]:
+    yield _row(result, "clean margin", result.cases["d_clean"].to_numpy(), "logits")
+    yield _row(result, "drop by corruption", result.cases["drop"].to_numpy(), "logits")
+    yield _row(result, "all MLP outputs together", result.site("all_moe")[:, 0], "logits")
+    for layer in range(result.identity["n_layers"]):
+        for name, site in (("MLP output", "moe_out"), ("attention output", "attn_out"), ("routed experts", "routed_out")):
+            yield _row(result, name, result.site(site)[:, layer], "logits", layer)
+        yield _row(result, "experts of either run", result.site("union")[:, layer], "logits", layer)
+        shared = result.site("shared_out")[:, layer]
+        if shared.any():
+            yield _row(result, "shared experts", shared, "logits", layer)
+    for candidate in result.ranking[:TOP]:
+        yield from _of_expert(result, candidate)
+
+
+def _of_expert(result: TracingResult, candidate: Candidate) -> Iterator[dict[str, Any]]:
+    layer, expert = candidate.layer, candidate.expert
+    for name, (column, unit) in OF_AN_EXPERT.items():
+        if column in result.experts.column_names:
+            yield _row(result, name, result.expert(layer, expert, column), unit, layer, expert)
+    yield _row(result, "specificity", result.specificity(layer, expert), "logits", layer, expert)
+    yield _row(
+        result, "specificity against the nearest weight", result.grid.weight_matched(layer, expert), "logits", layer, expert
+    )
+    rank = result.grid.rank(layer, expert)
+    yield _row(result, "rank among active experts", rank, "rank", layer, expert)
+    first = np.where(np.isfinite(rank), (rank == 1).astype(float), np.nan)
+    yield _row(result, "first among active experts", first, "share", layer, expert)
+    yield _row(result, "active", result.grid.active[:, layer, expert].astype(float), "share", layer, expert)
+
+
+def _row(
+    result: TracingResult,
+    quantity: str,
+    values: Float[np.ndarray, " case"],
+    unit: str,
+    layer: int | None = None,
+    expert: int | None = None,
+) -> dict[str, Any]:
+    own = np.asarray(values)[~result.discovery]
+    own = own[np.isfinite(own)]
+    row: dict[str, Any] = {"quantity": quantity, "layer": layer, "expert": expert, "unit": unit, "n": len(own)}
+    if len(own) < 2:
+        return row
+    found = estimate(own, result.protocol.seed)
+    p = found.p if unit in ("logits", "nats") else None
+    return row | {"mean": found.mean, "low": found.low, "high": found.high, "p": p}
+
+
+def choice_stability(result: TracingResult) -> dict[str, Any]:
+    """How often the same expert is chosen under other splits and recurrences, and with each fold of relations left out."""
+    chosen = result.selection
+    if chosen is None:
+        return {"settings": 0, "same": 0, "relation_folds": 0, "relation_folds_same": 0}
+    blocks, search = result.site("moe_out"), result.protocol.search
+    settings = stability(result.grid, blocks, search, SEEDS, THRESHOLDS)
+    same = [found for _, _, found in settings if found is not None and _is(found, chosen)]
+    folds = relation_folds(result.cases["relation"].to_pylist(), FOLDS, result.protocol.seed)
+    several = np.unique(folds).tolist() if folds.any() else []  # of a single relation nothing can be left out
+    left_out = [candidates(result.grid, blocks, folds != fold, search, result.protocol.recurrence) for fold in several]
+    return {
+        "settings": len(settings),
+        "same": len(same),
+        "relation_folds": len(left_out),
+        "relation_folds_same": sum(bool(found) and _is(found[0], chosen) for found in left_out),
+    }
+
+
+def _is(one: Candidate, other: Candidate) -> bool:
+    return (one.layer, one.expert) == (other.layer, other.expert)
+
+
+def conclusion(result: TracingResult) -> str:
+    """One sentence: whether a single expert carries the facts, by the intervals on the validation cases."""
+    chosen = result.selection
+    layer = result.layer
+    block = result.validated(result.site("moe_out")[:, layer])
+    opening = f"The MLP output of layer {layer} restores {block} logits of the margin"
+    if chosen is None:
+        return f"{opening}; no expert is active in enough cases to be a candidate."
+    rescue = result.validated(result.expert(chosen.layer, chosen.expert))
+    specific = result.validated(result.specificity(chosen.layer, chosen.expert))
+    name = f"expert {chosen.expert} of layer {chosen.layer}"
+    if specific.low > 0:
+        return f"{opening}; {name} alone restores {rescue}, and more than the experts beside it: {specific}."
+    if specific.high < 0:
+        return f"{opening}; the best candidate, {name}, restores {rescue}, less than the experts beside it: {specific}."
+    return f"{opening}; no single expert stands out: {name} restores {rescue}, which the experts beside it match: {specific}."

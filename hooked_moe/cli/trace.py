@@ -1,0 +1,143 @@
+"""Which expert carries a fact: causal tracing with every expert of every layer, on facts that the model knows.
+
+    hooked-moe trace                                             # the shipped model that was taught facts: about a minute
+    hooked-moe trace --model tiny-olmoe --facts associations     # a model that was taught none: a coalition, no single expert
+    hooked-moe trace --corruption noise
+    hooked-moe trace --model olmoe-0125 --facts counterfact.json
+    hooked-moe trace --model qwen3-30b-a3b --facts counterfact --stream
+    hooked-moe trace --model mixtral-8x7b --facts counterfact.json --protocol as_published --stream
+
+An expert is chosen on half of the cases; every number shown is of the other half, with a 95% interval over cases. Results go to
+RESULTS/MODEL/trace-...: tables of every patch (parquet), findings.csv, and report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from hooked_moe.circuits.tracing import TracingResult, trace_facts
+from hooked_moe.circuits.tracing.findings import choice_stability, conclusion, findings
+from hooked_moe.circuits.tracing.protocol import DEFINED, PROTOCOLS, Protocol
+from hooked_moe.circuits.tracing.published import compare_published, published_cases, published_models
+from hooked_moe.cli.console import parser_of, run_command
+from hooked_moe.cli.options import DTYPES, check_run_name, choose_device
+from hooked_moe.corpus import FACT_SETS, load_facts
+from hooked_moe.loading.registry import locate
+from hooked_moe.model import HookedMoE
+from hooked_moe.report.tracing import write_tracing_report
+from hooked_moe.tables import write_csv_atomic
+
+CHOICES = {name: Protocol.__annotations__[name] for name in ("corruption", "sigma_from", "token_rule", "search", "others")}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = parser_of("trace", __doc__)
+    parser.add_argument("--model", default="tiny-olmoe-facts", help="short name, hub id or directory (default: %(default)s)")
+    known = ", ".join(FACT_SETS)
+    parser.add_argument("--facts", default="embedded", help=f"{known}, or a counterfact.json (default: %(default)s)")
+    parser.add_argument("--protocol", choices=sorted(PROTOCOLS), default="defined")
+    parser.add_argument("--corruption", choices=["noise", "replace"], help=f"default: {DEFINED.corruption}; as_published: noise")
+    parser.add_argument(
+        "--sigma", type=float, help=f"of the noise, in standard deviations of the embeddings (default: {DEFINED.sigma})"
+    )
+    parser.add_argument("--draws", type=int, help=f"of the noise, for each case (default: {DEFINED.draws})")
+    parser.add_argument("--cases", type=int, help=f"at most (default: {DEFINED.n_cases})")
+    parser.add_argument("--min-cases", type=int, help=f"fewer usable ones are refused (default: {DEFINED.min_cases})")
+    parser.add_argument("--search", choices=["joint", "layer_first"], help="over layers and experts together, or the layer first")
+    parser.add_argument("--token-rule", choices=["space", "bare_first", "first_token"], help="which token an answer is")
+    parser.add_argument(
+        "--bos", action=argparse.BooleanOptionalAction, help="begin prompts with BOS (default: as the tokenizer does)"
+    )
+    parser.add_argument("--published-cases", action="store_true", help="only the CounterFact records of the paper's own cases")
+    parser.add_argument("--seed", type=int, help="of the records' order and of the split into halves (default: 0)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--stream", action="store_true", help="keep one block of the model in memory at a time")
+    parser.add_argument("--revision", help="commit or branch of the model on the hub")
+    parser.add_argument("--memory", metavar="BYTES", help="bound the memory beside the model's weights, as in 4GB")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where results go (default: %(default)s)")
+    parser.add_argument("--run", help="name of the run (default: from its settings)")
+    return run_command(trace, parser.parse_args(arguments), resumes=False)
+
+
+def trace(args: argparse.Namespace) -> Path:
+    """Trace, write the tables and the report, and show the findings; returns the run's directory."""
+    check_run_name(args.run)
+    records = load_facts(args.facts)
+    if args.published_cases:
+        wanted = set(published_cases(_published_name(args.model)))
+        records = [record for record in records if record.case_id in wanted]
+    model = HookedMoE.from_pretrained(
+        args.model, dtype=DTYPES[args.dtype], device=choose_device(args.device), revision=args.revision, stream=args.stream
+    )
+    result = trace_facts(
+        model,
+        [record for record in records if record.split != "held out"],
+        protocol=args.protocol,
+        memory_budget=args.memory,
+        progress=True,
+        on_cases=lambda n: print(f"{model.cfg.model_name}: {n} usable cases of {len(records)} facts"),
+        **_changes(args),
+    )
+    directory = args.results / model.cfg.model_name / (args.run or _run_name(args, result))
+    result.save(directory)
+    table = findings(result)
+    write_csv_atomic(table, directory / "findings.csv")
+    comparison = None
+    if _published_name(args.model) in published_models():
+        comparison = compare_published(result, _published_name(args.model))
+        write_csv_atomic(comparison, directory / "published.csv")
+    report = write_tracing_report(directory, result.identity, table, conclusion(result), choice_stability(result), comparison)
+    _print(result, table)
+    print(f"\n{conclusion(result)}\n\nreport: {report}")
+    return directory
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the protocol that options change."""
+    options = {
+        "corruption": args.corruption,
+        "sigma": args.sigma,
+        "draws": args.draws,
+        "n_cases": args.cases,
+        "min_cases": args.min_cases,
+        "search": args.search,
+        "token_rule": args.token_rule,
+        "prepend_bos": args.bos,
+        "seed": args.seed,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _published_name(model: str) -> str:
+    """The last part of a model's hub id, by which numbers were published."""
+    located = locate(model)
+    return (located.hub_id or model).rpartition("/")[2]
+
+
+def _run_name(args: argparse.Namespace, result: TracingResult) -> str:
+    """The same settings give the same name."""
+    settings = json.dumps({**result.identity, "facts": args.facts}, sort_keys=True)
+    facts = "".join(letter if letter.isalnum() else "-" for letter in Path(args.facts).stem)
+    return f"trace-{facts}-{result.protocol.corruption}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+
+def _print(result: TracingResult, table: pa.Table) -> None:
+    rows = table.to_pylist()
+    print(f"\n{'':34} layer expert    n      mean  95% interval")
+    for row in rows:
+        if row["mean"] is None or (row["expert"] is None and row["quantity"] not in SHOWN):
+            continue
+        layer, expert = ("" if row[name] is None else row[name] for name in ("layer", "expert"))
+        interval = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+        print(f"{row['quantity']:<40}{layer:>3}{expert:>7}{row['n']:>5}  {row['mean']:+8.3f}  {interval}  {row['unit']}")
+
+
+SHOWN = {"clean margin", "drop by corruption", "all MLP outputs together", "MLP output", "routed experts"}
+"""Of what is of no single expert, what the terminal shows; findings.csv has all of it."""

@@ -1,0 +1,60 @@
+"""Verification before a measurement: once for each scope, recorded in the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from hooked_moe.counterfactuals import Scope
+from hooked_moe.expert_mask import RemovalName
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.measurement.verification import EXACTNESS, MINIMUM_TOKENS, Check, noise_floor, verify
+from hooked_moe.transformer import Transformer
+
+
+def verify_once(
+    manifest: dict[str, Any],
+    model: Transformer,
+    tokenized: TokenizedCorpus,
+    removal: RemovalName,
+    scope: Scope,
+    log: Callable[[str], object],
+) -> None:
+    """Make the checks that gate a measurement in this scope, unless the manifest has them; what they find is added to it.
+
+    Raises `ValueError` if a check fails, and for a corpus without a document that is long enough.
+    """
+    known = [check["name"] for check in manifest.get("verification", [])]
+    if EXACTNESS[scope] in known:
+        return
+    windows = sorted((window.tokens for windows in tokenized.documents for window in windows), key=len, reverse=True)
+    if len(windows[0]) < MINIMUM_TOKENS:
+        raise ValueError(
+            f"the longest document of {tokenized.corpus.name!r} has {len(windows[0])} tokens, and verifying the model "
+            f"takes {MINIMUM_TOKENS}: give a corpus with longer documents"
+        )
+    checks = verify(model, torch.from_numpy(windows[0][None]), removal, (scope,))
+    checks = [check for check in checks if check.name not in known or not check.passed]
+    for check in checks:
+        log(_as_line(check))
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        raise ValueError(
+            f"verification failed ({', '.join(failed)}); nothing was measured, because the effects could not be trusted"
+        )
+    manifest["verification"] = manifest.get("verification", []) + [dataclasses.asdict(check) for check in checks]
+    if "noise_floor" not in manifest:
+        length = min(len(windows[0]), 128)
+        batch = np.stack([window[:length] for window in windows if len(window) >= length][:4])
+        floor = noise_floor(model, torch.from_numpy(batch))
+        log(f"  noise floor: {floor:.3g} nats\n")
+        manifest["noise_floor"] = {"max_abs_nats": floor, "windows": len(batch), "tokens_per_window": length}
+
+
+def _as_line(check: Check) -> str:
+    verdict = "pass" if check.passed else "FAIL"
+    return f"  {verdict}  {check.name}: {check.value:.3g} (threshold {check.threshold:.3g}) - {check.detail}"

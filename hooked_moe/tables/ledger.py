@@ -1,0 +1,155 @@
+"""analysis.json: of what every derived file of a run was made, by checksums, so that none is taken for what it is not.
+
+A derivation has a name ("analysis", "report", "pruning"), inputs, settings, and outputs. It is recorded once its outputs are
+written: whoever is killed before leaves a record of earlier files, or none, and the derivation is made again. It holds as long as
+inputs, settings, the package's version and outputs are those recorded; `fault` says in words why it does not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from hooked_moe.tables.checksums import FileRecord, FileRecords, file_fault, file_record
+from hooked_moe.tables.files import write_csv_atomic, write_json_atomic
+from hooked_moe.tables.reading import read_json
+from hooked_moe.version import __version__
+
+LEDGER = "analysis.json"
+NOT_MADE = "it has not been made"
+
+
+class Ledger:
+    """The derivations of a run."""
+
+    def __init__(self, run: Path, known: Mapping[str, FileRecord | None] | None = None) -> None:
+        """`known` are records of files that need not be read again, for they have just been compared with their checksums.
+
+        A ledger that cannot be read counts as none: all that it could say is made again.
+        """
+        self.run = run
+        self.not_measured: dict[str, str] = {}
+        """What the analysis could not derive, and why."""
+        self._known: FileRecords = dict(known or {})
+        self._derivations: dict[str, dict[str, Any]] = {}
+        self._absent = NOT_MADE
+        if not (run / LEDGER).is_file():
+            return
+        try:
+            written = read_json(run / LEDGER)
+        except ValueError:
+            self._absent = f"{LEDGER} is damaged"
+            return
+        self.not_measured = _text_by_name(written.get("not_measured"))
+        entries = written.get("derivations")
+        if isinstance(entries, dict):
+            self._derivations = {name: entry for name, entry in entries.items() if _is_entry(entry)}
+
+    def __contains__(self, derivation: str) -> bool:
+        return derivation in self._derivations
+
+    def outputs(self, derivation: str) -> list[str]:
+        """The files that a derivation has written; none if it was not made."""
+        return sorted(self._derivations.get(derivation, {"outputs": {}})["outputs"])
+
+    def fault(self, derivation: str, inputs: Iterable[str], settings: Mapping[str, Any]) -> str | None:
+        """Why the outputs are not what the derivation would write now; None where they are."""
+        if derivation not in self._derivations:
+            return self._absent
+        entry = self._derivations[derivation]
+        if sorted(entry["inputs"]) != sorted(inputs):
+            return "it was made of other files"
+        if entry["settings"] != _as_json(settings):
+            return "it was made with other settings"
+        return self._fault(entry) or next((fault for fault in self._damage(entry).values()), None)
+
+    def faults(self) -> dict[str, str]:
+        """Every derived file that is not what it says it is, by name, with the reason and the command that makes it again."""
+        found: dict[str, str] = {}
+        for entry in self._derivations.values():
+            stale = self._fault(entry)
+            damaged = self._damage(entry) if stale is None else dict.fromkeys(entry["outputs"], stale)
+            again = f"; `{entry['command']}` makes it again" if entry.get("command") else ""
+            found |= {name: f"{fault}{again}" for name, fault in damaged.items()}
+        return found
+
+    def unrecorded(self, names: Iterable[str]) -> dict[str, str]:
+        """Files of an analysed run of which the ledger does not say what they were made of, by name, with these words."""
+        if "analysis" not in self:
+            return {}
+        recorded = {name for entry in self._derivations.values() for name in entry["outputs"]}
+        there = {name for name in names if (self.run / name).is_file()}
+        return dict.fromkeys(sorted(there - recorded), f"{LEDGER} does not say of what it was made")
+
+    def record(
+        self,
+        derivation: str,
+        inputs: Iterable[str],
+        outputs: Iterable[str],
+        *,
+        settings: Mapping[str, Any] | None = None,
+        command: str = "",
+        not_measured: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write down a derivation whose outputs have been written, and delete files that it wrote before and does not write now.
+
+        `command` is the line that makes it again. `not_measured` replaces what the analysis says of that.
+        """
+        written = set(outputs)
+        for name in set(self.outputs(derivation)) - written:
+            (self.run / name).unlink(missing_ok=True)
+        for entry in self._derivations.values():  # a file is of the derivation that wrote it last
+            entry["outputs"] = {name: record for name, record in entry["outputs"].items() if name not in written}
+        self._derivations[derivation] = {
+            "version": __version__,
+            "inputs": {name: file_record(self.run / name) for name in inputs},
+            "settings": _as_json(settings or {}),
+            "outputs": {name: file_record(self.run / name) for name in written},
+            "command": command,
+        }
+        self._derivations = {name: entry for name, entry in self._derivations.items() if entry["outputs"]}
+        if not_measured is not None:
+            self.not_measured = dict(not_measured)
+        write_json_atomic({"derivations": self._derivations, "not_measured": self.not_measured}, self.run / LEDGER)
+
+    def _fault(self, entry: dict[str, Any]) -> str | None:
+        """What has changed since of all that the outputs were made from."""
+        if entry["version"] != __version__:
+            return f"made by hooked_moe {entry['version']}, and this is {__version__}"
+        changed = [name for name, record in entry["inputs"].items() if self._record(name) != record]
+        return f"made of another {' and '.join(changed)} than there is now" if changed else None
+
+    def _damage(self, entry: dict[str, Any]) -> dict[str, str]:
+        """The outputs that are not as they were written."""
+        faults = {name: file_fault(self.run / name, record) for name, record in entry["outputs"].items()}
+        return {name: f"{name} {fault}" for name, fault in faults.items() if fault is not None}
+
+    def _record(self, name: str) -> FileRecord | None:
+        if name not in self._known:
+            self._known[name] = file_record(self.run / name)
+        return self._known[name]
+
+
+def write_derived(run: Path, derivation: str, tables: Mapping[str, pa.Table], inputs: Iterable[str], command: str) -> None:
+    """Write csv tables that were made of the inputs, and record that; `command` makes them again."""
+    for name, table in tables.items():
+        write_csv_atomic(table, run / name)
+    Ledger(run).record(derivation, inputs, tables, command=command)
+
+
+def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As it is read back: tuples become lists."""
+    return dict(json.loads(json.dumps(value)))
+
+
+def _text_by_name(value: Any) -> dict[str, str]:
+    return {name: str(text) for name, text in value.items()} if isinstance(value, dict) else {}
+
+
+def _is_entry(entry: Any) -> bool:
+    kinds = {"version": str, "inputs": dict, "settings": dict, "outputs": dict}
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())

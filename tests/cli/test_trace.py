@@ -1,0 +1,58 @@
+"""`hooked-moe trace` end to end: tables, findings and a page, and the same again from the same command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.csv
+import pytest
+
+from hooked_moe.circuits.tracing import TracingResult
+from hooked_moe.cli.main import main
+
+SMALL = ["--cases", "24", "--min-cases", "12", "--corruption", "noise"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    results = tmp_path_factory.mktemp("results")
+    assert main(["trace", *SMALL, "--results", str(results)]) == 0
+    (run,) = (results / "tiny-olmoe-facts").iterdir()
+    return run
+
+
+def test_it_writes_every_patch_the_findings_and_a_page(directory: Path) -> None:
+    result = TracingResult.load(directory)
+    assert result.cases.num_rows == 24
+    assert directory.name.startswith("trace-embedded-noise-")
+    found = pyarrow.csv.read_csv(directory / "findings.csv").to_pylist()
+    chosen = result.selection
+    assert chosen is not None
+    assert {"layer": chosen.layer, "expert": chosen.expert} in [{k: row[k] for k in ("layer", "expert")} for row in found]
+    page = (directory / "report.html").read_text(encoding="utf-8")
+    assert f"expert {chosen.expert} of layer {chosen.layer}" in page
+    assert "Facts that were left out" in page
+    assert "<script" not in page
+    assert (directory / "figures" / "tracing.csv").is_file()
+
+
+def test_the_same_command_writes_the_same_bytes(directory: Path, tmp_path: Path) -> None:
+    assert main(["trace", *SMALL, "--results", str(tmp_path)]) == 0
+    again = tmp_path / "tiny-olmoe-facts" / directory.name
+    names = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    assert [name for name in names if (directory / name).read_bytes() != (again / name).read_bytes()] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--facts", "embeded"], "unknown set of facts 'embeded'; did you mean 'embedded'"),
+        (["--cases", "3"], "n_cases must be a whole number from 4"),
+        (["--published-cases"], "no case ids were published for"),
+        (["--model", "tiny-olmoe-fact"], "did you mean 'tiny-olmoe-facts'"),
+    ],
+)
+def test_bad_input_is_answered(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", *options, "--results", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
