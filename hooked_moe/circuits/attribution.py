@@ -22,6 +22,7 @@ from hooked_moe.circuits.expert_patches import aligned, as_patches, asked_positi
 from hooked_moe.circuits.metrics import Metric, check_metric, differentiable_value, require_slope
 from hooked_moe.circuits.pairs import Clean, Part, PromptPair, check_part, expert_deltas, prompt_pair
 from hooked_moe.circuits.results import ExpertPatches
+from hooked_moe.circuits.route_fix import rerouting_terms
 from hooked_moe.components.precision import at_least_float32, without_autocast
 from hooked_moe.counterfactuals import At
 from hooked_moe.counterfactuals.engine.padding import pack
@@ -29,7 +30,7 @@ from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens, 
 from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.transformer import Transformer
 
-Method = Literal["atp", "ig", "direct"]
+Method = Literal["atp", "ig", "routefix", "direct"]
 
 
 @torch.inference_mode(False)
@@ -51,8 +52,9 @@ def attribution_patch_experts(
     """Estimate what `get_act_patch_expert` measures, with the same arguments and results.
 
     `method` "atp" takes the gradient of the corrupted run; "ig" its mean over `steps` runs whose routed outputs of the layer are
-    on the way from the corrupted to the clean run's, where asked for; "direct" is direct logit attribution of the patch, what it
-    adds to the logits by itself, the final norm's scale held fixed (for a readout only). `metric` is a function of the logits or
+    on the way from the corrupted to the clean run's, where asked for; "routefix" is "atp" with the routing of later layers at the
+    patched token computed exactly, from the patch's direct path; "direct" is direct logit attribution of the patch, what it adds
+    to the logits by itself, the final norm's scale held fixed (for a readout only). `metric` is a function of the logits or
     `At(position, LogitDifference(...))`. Raises `ValueError` as `get_act_patch_expert` does, for other readouts, and for a model
     whose weights are streamed.
     """
@@ -72,13 +74,17 @@ def attribution_patch_experts(
     by_layer = aligned({layer: expert_deltas(pair, layer, part).where(asked) for layer in chosen})
     if method == "direct":
         gradients = dict.fromkeys(chosen, direct_gradients(pair, metric))
-    elif method == "atp":
+    elif method in ("atp", "routefix"):
         gradients = residual_gradients(pair, metric)
     else:
         moved = {layer: deltas.delta.sum(2) for layer, deltas in by_layer.items()}
         gradients = {layer: _mean_gradient(pair, metric, layer, change, steps) for layer, change in moved.items()}
     with torch.no_grad():
-        values = torch.stack([_along(deltas.delta, gradients[layer]) for layer, deltas in by_layer.items()])
+        first_order = {layer: _along(deltas.delta, gradients[layer]) for layer, deltas in by_layer.items()}
+        if method == "routefix":
+            terms = rerouting_terms(pair, by_layer, gradients)
+            first_order = {layer: values + terms[layer] for layer, values in first_order.items()}
+        values = torch.stack(list(first_order.values()))
         active = {layer: deltas.active() for layer, deltas in by_layer.items()}
         patches = as_patches(pair, active, values, metric, part, method)
     return with_slot_per_expert(patches) if dense else patches

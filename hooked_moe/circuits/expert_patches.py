@@ -58,9 +58,9 @@ def get_act_patch_expert(
     """Put each expert's part of the clean run into the corrupted run, one expert of one token at a time, and measure the metric.
 
     What is patched is the expert's contribution w E (weight times output; 0 where a run does not route the token to it), with
-    part="content" what it writes at the clean run's weight, with "routing" its weight. Nothing is routed again at that token; all
-    that follows is. `clean_cache` may also be the clean tokens or text, of the same lengths. `layers` None means all with
-    experts; `positions` are indices valid in every row, or a bool mask [batch, pos]. `dense` has a slot for every expert.
+    part="content" what it writes at the clean run's weight, with "routing" its weight. The token is not routed again in that
+    layer, and is in later ones. `clean_cache` may also be the clean tokens or text, of the same lengths. `layers` None means all
+    with experts; `positions` are indices valid in every row, or a bool mask [batch, pos]. `dense` has a slot for every expert.
 
     `metric` is a readout, such as `At(-1, LogitDifference(answer, foil))`, which is exact and takes the changed tokens alone
     through the later layers; or a function of the logits [batch, pos, d_vocab] that returns one number for each row, for which
@@ -80,7 +80,7 @@ def get_act_patch_expert(
         values = run_without_grad(answer(question, request)).tables[f"readouts/{metric.name}"]
         if values.dim() != 4:
             raise ValueError(f"the metric must be one number; {metric!r} has {list(values.shape[4:])}")
-        pair, active = question.corrupt_pair(), question.found
+        pair, active = question.corrupt_pair(), {layer: question.found[layer] for layer in chosen}
     else:
         pair = prompt_pair(model, pair.clean, pair.tokens, pair.attention_mask)
         by_layer = aligned({layer: expert_deltas(pair, layer, part).where(asked) for layer in chosen})

@@ -78,7 +78,8 @@ def test_integrated_gradients_add_up_to_the_patch_of_the_whole_block(architectur
     for steps in (1, 4, 16):
         found = attribution_patch_experts(model, clean, corrupt, METRIC, "ig", steps, [layer], [6])
         errors.append((found.values[0, :, 6].nansum(-1) - block).abs().max())
-    assert errors[2] < errors[1] < errors[0]
+    assert errors[1] < errors[0]
+    assert errors[2] < errors[1] / 8  # of midpoints, a sixteenth
     torch.testing.assert_close(errors[2], torch.zeros((), dtype=torch.float64), atol=1e-3, rtol=0)
     atp = attribution_patch_experts(model, clean, corrupt, METRIC, "atp", 1, [layer], [6])
     assert (atp.values[0, :, 6].nansum(-1) - block).abs().max() > errors[2]

@@ -376,3 +376,19 @@ def test_a_cache_may_hold_only_what_is_needed() -> None:
     _, cache = model.run_with_cache(clean, names_filter=expert_activations)
     found, expected = (get_act_patch_expert(model, corrupt, run, METRIC, part="content") for run in (cache, clean))
     assert torch.equal(found.values.nan_to_num(9.0), expected.values.nan_to_num(9.0))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_patches_of_a_streamed_model_within_a_budget_are_the_same() -> None:
+    in_memory, streamed = (
+        get_act_patch_expert(
+            HookedMoE.from_pretrained("tiny-olmoe", stream=stream),
+            "the history of",
+            "the children of",
+            At(-1, LogitDifference(" Israel", " the")),
+            memory_budget=budget,
+        )
+        for stream, budget in ((False, None), (True, "200MB"))
+    )
+    torch.testing.assert_close(streamed.values, in_memory.values, atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert torch.equal(streamed.expert_index, in_memory.expert_index)
