@@ -46,9 +46,9 @@ def generated_text(model: HookedMoE, n_tokens: int, seed: int) -> np.ndarray:
 
 
 def real_text(tokens: np.ndarray, n_tokens: int, seed: int) -> np.ndarray:
-    """As long a text out of the training text, from a random place."""
-    start = int(np.random.default_rng(seed).integers(len(tokens) - n_tokens))
-    return np.asarray(tokens[start : start + n_tokens])
+    """As long a text out of the training text, in pieces of `ROW_LENGTH` from random places: one place would be of one domain."""
+    starts = np.random.default_rng(seed).integers(len(tokens) - ROW_LENGTH, size=-(-n_tokens // ROW_LENGTH))
+    return np.concatenate([tokens[start : start + ROW_LENGTH] for start in starts])[:n_tokens]
 
 
 def held_out_loss(model: HookedMoE) -> float:

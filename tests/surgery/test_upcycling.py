@@ -24,12 +24,13 @@ def dense() -> HookedMoE:
     "changes",
     [
         {"num_experts": 6, "experts_per_token": 6, "norm_topk_prob": False},
+        {"num_experts": 6, "experts_per_token": 2, "norm_topk_prob": False},
         {"num_experts": 6, "experts_per_token": 2},
         {"num_experts": 6, "experts_per_token": 2, "d_expert": 8, "d_shared": 4},
         {"num_experts": 6, "experts_per_token": 2, "dense_layers": (0,), "d_mlp": 12},
         {"num_experts": 6, "experts_per_token": 2, "routed_scaling_factor": 1.5},
     ],
-    ids=["all experts", "renormalised", "shared", "first layer dense", "scaled"],
+    ids=["all experts", "not renormalised", "renormalised", "shared", "first layer dense", "scaled"],
 )
 @torch.no_grad()
 def test_copies_without_noise_compute_what_the_dense_model_does(
