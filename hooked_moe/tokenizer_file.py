@@ -19,7 +19,7 @@ from hooked_moe.checks import printable, quoted
 from hooked_moe.json_text import JsonError, objects_in, parse_json
 
 MOST_GROWTH = 64
-"""How many times longer a tokenizer may make a text, or the text of tokens; those of published models: 3 times at most."""
+"""How many times longer a tokenizer may make a text, or the text of tokens: room for several replacements of a few characters."""
 MOST_ADDED = 256
 """The most tokens that a template may put around a text, and characters in an added token."""
 
