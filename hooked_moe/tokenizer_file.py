@@ -68,7 +68,7 @@ def _problem(values: Any) -> str:
         content = piece.get("content")
         if isinstance(content, str) and len(content) > MOST_ADDED:
             return f"an added token has {len(content):,} characters ({MOST_ADDED} at most): {quoted(content)}"
-    if not all(_has_its_size(piece) for piece in objects_in(values)):
+    if not all(_has_its_size(piece) for piece in objects_in(values.get("normalizer"))):
         return "its precompiled_charsmap is not one, or is shorter than it says"
     return ""
 
