@@ -16,7 +16,7 @@ import torch
 from hooked_moe.checks import as_int_or_none, described, require_between, whole_numbers
 
 MOST = {"n_layers": 4_096, "num_experts": 16_384}
-"""More than any model has. Every layer and every expert takes objects of its own, before there is a weight."""
+"""Every layer and every expert takes objects of its own, before there is a weight: bounds far beyond the families here."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 from hooked_moe.checks import quoted
 
 MOST_VALUES = 2_500_000
-"""More than the tokenizer of any model has; Python's objects for as many empty lists take 200 MB."""
+"""A tokenizer of 250,000 tokens and 500,000 merges has 1.8 million; as many empty lists as this take 200 MB."""
 
 
 class JsonError(ValueError):

@@ -19,7 +19,7 @@ from hooked_moe.checks import printable, quoted
 from hooked_moe.json_text import JsonError, objects_in, parse_json
 
 MOST_GROWTH = 64
-"""How many times longer a tokenizer may make a text, or the text of tokens; those of published models: 3 times at most."""
+"""How many times longer a tokenizer may make a text, or the text of tokens: room for several replacements of a few characters."""
 MOST_ADDED = 256
 """The most tokens that a template may put around a text, and characters in an added token."""
 
@@ -68,7 +68,7 @@ def _problem(values: Any) -> str:
         content = piece.get("content")
         if isinstance(content, str) and len(content) > MOST_ADDED:
             return f"an added token has {len(content):,} characters ({MOST_ADDED} at most): {quoted(content)}"
-    if not all(_has_its_size(piece) for piece in objects_in(values)):
+    if not all(_has_its_size(piece) for piece in objects_in(values.get("normalizer"))):
         return "its precompiled_charsmap is not one, or is shorter than it says"
     return ""
 

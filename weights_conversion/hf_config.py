@@ -29,7 +29,10 @@ class HFConfig:
 
     def integer(self, key: str, *aliases: str, default: Any = _REQUIRED) -> Any:
         """A whole number. Names after the first are other names of the same key."""
-        return self._value((key, *aliases), default, "a whole number below 2^63", _is_integer)
+        value = self._value((key, *aliases), default, "a whole number", lambda v: type(v) is int)
+        if isinstance(value, int) and not _is_integer(value):
+            raise self.error(f"{key} must be a whole number below 2^63, not {quoted(value)}")
+        return value
 
     def layers(self) -> int:
         """How many layers there are: no more than can be counted before the checkpoint is seen."""

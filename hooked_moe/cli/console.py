@@ -30,7 +30,7 @@ _MOST = 2**31 - 1
 class Parser(argparse.ArgumentParser):
     """Options as argparse reads them, on any console."""
 
-    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         tolerate_any_console()
         args = sys.argv[1:] if args is None else list(args)
         for argument in args:

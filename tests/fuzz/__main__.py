@@ -25,6 +25,7 @@ os.environ.setdefault("RUST_BACKTRACE", "0")
 
 import torch
 
+from hooked_moe.checks import printable
 from tests.fuzz.checkpoints import Checkpoints
 from tests.fuzz.corpora import Corpora
 from tests.fuzz.judge import BAD, GOOD, ROOT, judged
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append((name, args.seed, counts))
         print(f"{name}: {dict(counts)}, {time.perf_counter() - started:.0f} s", flush=True)
     if rows and (args.report or args.inputs >= 1000):
-        (args.report or REPORT).write_text(as_markdown(rows), encoding="utf-8")
+        (args.report or REPORT).write_text(as_markdown(rows, failures), encoding="utf-8")
     return int(bool(failures))
 
 
@@ -81,8 +82,8 @@ def replay(target: Target, seed: int, number: int) -> None:
     target.run(directory)
 
 
-def as_markdown(rows: list[tuple[str, int, collections.Counter[str]]]) -> str:
-    """The counts as a table, with the commit they are of."""
+def as_markdown(rows: list[tuple[str, int, collections.Counter[str]]], failures: list[Result]) -> str:
+    """The counts as a table, with the commit they are of, and the inputs that failed, to be run again."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=ROOT
     ).stdout.strip()
@@ -98,6 +99,9 @@ def as_markdown(rows: list[tuple[str, int, collections.Counter[str]]]) -> str:
     for name, seed, counts in rows:
         numbers = [counts.total(), *(counts[outcome] for outcome in (*GOOD, *BAD))]
         lines.append(f"| {name} | {seed} | {' | '.join(f'{number:,}' for number in numbers)} |")
+    if failures:
+        lines.append("\nThese failed; `--targets KIND --seed S --only K` runs one again:\n")
+        lines += [f"- {f.target}, {f.seed}, {f.number}: {f.outcome}: `{printable(f.detail)}`" for f in failures[:200]]
     return "\n".join(lines) + "\n"
 
 

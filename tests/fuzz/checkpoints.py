@@ -90,7 +90,8 @@ def small_checkpoints() -> list[dict[str, bytes]]:
             most = 12_000 if family == "qwen2_moe" else 10**9
             with mock.patch.object(saving, "MAX_SHARD_BYTES", most):
                 model.save_pretrained(directory)
-            seeds.append({file.name: file.read_bytes() for file in sorted(Path(directory).iterdir())})
+            files = {file.name: file.read_bytes() for file in sorted(Path(directory).iterdir())}
+            seeds.append(files | {"generation_config.json": b'{"eos_token_id": [0, 5], "do_sample": true}'})
     return seeds
 
 
@@ -127,6 +128,8 @@ class Checkpoints:
                     model.tokenizer.decode([0, 7, 299])
                     if ids and len(ids) <= model.cfg.n_ctx * 8:
                         logits.append(model(TEXT))
+                if model.end_tokens and not model.streams:
+                    model.generate(torch.tensor([[1, 5]]), 1, do_sample=False, verbose=False)
         if not all(bool(x.isfinite().all()) for x in logits) and not any(
             "NaN or infinite" in str(note.message) for note in noted
         ):

@@ -15,7 +15,7 @@ class Target(Protocol):
     """Whether errors repeat what the user gave, and only the console makes them safe to show."""
 
     seconds: float
-    """Of processor time, after which an input hangs; of the clock, six times as many, for the machine may be shared."""
+    """Of processor time, after which an input hangs; of the clock, sixty times as many, for the machine may be shared."""
 
     def prepare(self) -> None:
         """Make the valid inputs that are mutated. Called once, in the parent of the workers."""
