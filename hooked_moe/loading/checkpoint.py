@@ -63,7 +63,7 @@ class Checkpoint:
         else:
             raise CheckpointError(_no_weights(directory))
         recomputed = [name for name in self.tensors if RECOMPUTED.fullmatch(name)]
-        self._note("tensors that follow from the config, and are computed from it", recomputed)
+        self._note("they follow from the config, and are computed from it", recomputed)
         for name in recomputed:
             del self.tensors[name]
         unsupported = [f"{name}: {tensor.dtype}" for name, tensor in self.tensors.items() if tensor.dtype not in DTYPES]
@@ -100,11 +100,12 @@ class Checkpoint:
                 f"{abbreviated(wrong)}"
             )
         superseded = [f"{name} in {shard}: the index takes it from {weight_map[name]}" for name, shard in others]
-        self._note("copies of tensors that the index takes from elsewhere", superseded)
+        self._note("the index takes them from elsewhere", superseded)
 
-    def _note(self, what: str, items: list[str]) -> None:
+    def _note(self, why: str, items: list[str]) -> None:
         if items:
-            self.notes.append(f"{self.directory} holds {len(items)} {what}; they were not read:{abbreviated(items)}")
+            left = f"{len(items)} of its tensors were not read, for {why}"
+            self.notes.append(f"{self.directory}: {left}:{abbreviated(items)}")
 
     def holds(self, slots: Iterable[Slot]) -> bool:
         """Whether all of these tensors are there."""

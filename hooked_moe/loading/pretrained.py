@@ -46,8 +46,8 @@ def from_pretrained(
     commit that was loaded. What was downloaded once is found by the same name with `local_files_only` or HF_HUB_OFFLINE=1;
     without them the hub is asked what the branch is now, and it is an error if it does not answer. With `stream`, the weights of
     one block at a time are in memory, read when the block is run, the next ones ahead: for models larger than memory, to be run
-    and measured, not trained or edited. Only safetensors, json and template files are downloaded or read; nothing downloaded is ever
-    executed.
+    and measured, not trained or edited. Only safetensors, json and template files are downloaded or read; nothing downloaded is
+    ever executed.
 
     Raises `UnknownNameError`, `FileNotFoundError` or `NotADirectoryError` for names and paths that lead to no model, `HubError`
     where the hub does not give it, and `CheckpointError` for an architecture or option that is not supported and for weights
