@@ -10,7 +10,8 @@ import pytest
 import torch
 
 CASES = sorted((Path(__file__).parents[2] / "shared" / "cases").glob("*.py")) or [None]
-SLOW = ("25_compile_float32",)  # as `test_compile.py` does in fewer seconds
+SLOW = ("25_compile_float32", "35_means_under_default_dtype")
+"""What `test_compile.py` and `test_torch_defaults.py` check on smaller models."""
 
 
 @pytest.mark.skipif(CASES == [None], reason="the programs are not part of the repository")

@@ -99,6 +99,10 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no gradients": torch.no_grad,
 }
 """A GPU, as notebooks make it the default, is played by the meta device: what lands there by mistake has no values."""
+EVERY_STATE = pytest.mark.parametrize(
+    "state",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("float16", "float64", "no gradients") else ()) for name in STATES],
+)
 
 TOKENS = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones(2, 12, dtype=torch.bool)
@@ -224,7 +228,7 @@ def expected(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", [*ENTRIES, *PLAIN])
-@pytest.mark.parametrize("state", STATES)
+@EVERY_STATE
 def test_results_do_not_depend_on_the_defaults_of_torch(
     state: str, name: str, directory: Path, expected: Callable[[str], Any], tmp_path: Path
 ) -> None:
@@ -238,7 +242,7 @@ def test_results_do_not_depend_on_the_defaults_of_torch(
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("state", STATES)
+@EVERY_STATE
 def test_a_model_loads_and_trains_whatever_the_defaults_of_torch_were(state: str, stream: bool, directory: Path) -> None:
     reference = loaded(directory, stream)
     with STATES[state]():

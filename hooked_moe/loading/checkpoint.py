@@ -47,7 +47,7 @@ class Checkpoint:
         else:
             raise CheckpointError(_no_weights(directory))
         recomputed = [name for name in stored if RECOMPUTED.fullmatch(name)]
-        self._note("tensors that follow from the config, and are computed from it", recomputed)
+        self._note("they follow from the config, and are computed from it", recomputed)
         self.tensors = widened({name: tensor for name, tensor in stored.items() if name not in recomputed})
         plain = {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, StoredTensor)}
         unsupported = [f"{name}: {tensor.dtype}" for name, tensor in plain.items() if tensor.dtype not in DTYPES]
@@ -85,12 +85,13 @@ class Checkpoint:
                 f"{abbreviated(wrong)}"
             )
         superseded = [f"{name} in {shard}: the index takes it from {weight_map[name]}" for name, shard in others]
-        self._note("copies of tensors that the index takes from elsewhere", superseded)
+        self._note("the index takes them from elsewhere", superseded)
         return stored
 
-    def _note(self, what: str, items: list[str]) -> None:
+    def _note(self, why: str, items: list[str]) -> None:
         if items:
-            self.notes.append(f"{self.directory} holds {len(items)} {what}; they were not read:{abbreviated(items)}")
+            left = f"{len(items)} of its tensors were not read, for {why}"
+            self.notes.append(f"{self.directory}: {left}:{abbreviated(items)}")
 
     def read_into(self, places: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Fill the places with the tensors of these names, converted to the dtype and moved to the device of each.

@@ -1,4 +1,4 @@
-"""Fetching from the HuggingFace hub: models (safetensors and json only, config first) and single files of data sets.
+"""Fetching from the HuggingFace hub: models (safetensors, json and templates only, config first) and single files of data sets.
 
 What is fetched is of one commit: a branch or tag is resolved once, and everything is asked for by the commit. When all is there,
 the cache is told which commit the branch or tag was, so that the same name leads to it offline.
