@@ -9,7 +9,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -26,14 +26,14 @@ _MOST = 2**31 - 1
 class Parser(argparse.ArgumentParser):
     """Options as argparse reads them, on any console."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         tolerate_any_console()
-        args = sys.argv[1:] if args is None else args
-        for argument in args:
+        given = sys.argv[1:] if args is None else list(args)
+        for argument in given:
             name, _, value = argument.partition("=")
             if name.startswith("--") and value == "--":  # argparse drops the value and then fails for want of it
                 self.error(f"argument {name}: '--' is no value")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(given, namespace)
 
 
 def parser_of(command: str, description: str | None) -> argparse.ArgumentParser:
