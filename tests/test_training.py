@@ -90,6 +90,18 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypat
     for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(expected, found), name
     assert not list(tmp_path.rglob("*.tmp"))
+    logged = [(tmp_path / run / "log.csv").read_text().splitlines() for run in ("whole", "killed")]
+    assert [row.split(",")[0] for row in logged[1]] == [row.split(",")[0] for row in logged[0]]
+
+
+def test_a_log_goes_on_after_the_steps_of_the_saved_state(tmp_path: Path) -> None:
+    """A killed run has logged steps that its saved state lacks, the last of them in part."""
+    path = tmp_path / "log.csv"
+    path.write_text(train_tiny.LOG_HEADER + "20,2.0,1,0,1,9\n40,1.9,1,0,1,9\n60,1.8,1,0,1,9\n8")
+    train_tiny.begin_log(path, 40)
+    assert path.read_text() == train_tiny.LOG_HEADER + "20,2.0,1,0,1,9\n40,1.9,1,0,1,9\n"
+    train_tiny.begin_log(path, 0)
+    assert path.read_text() == train_tiny.LOG_HEADER
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

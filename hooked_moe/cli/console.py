@@ -32,12 +32,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         tolerate_any_console()
-        args = sys.argv[1:] if args is None else list(args)
-        for argument in args:
+        given = sys.argv[1:] if args is None else list(args)
+        for argument in given:
             name, _, value = argument.partition("=")
             if name.startswith("--") and value == "--":  # argparse drops the value and then fails for want of it
                 self.error(f"argument {name}: '--' is no value")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message, MOST_OF_AN_ERROR))
