@@ -25,7 +25,7 @@ from hooked_moe.circuits.tracing import TracingResult, trace_facts
 from hooked_moe.circuits.tracing.findings import choice_stability, conclusion, findings
 from hooked_moe.circuits.tracing.protocol import DEFINED, PROTOCOLS, Protocol
 from hooked_moe.circuits.tracing.published import compare_published, published_cases, published_models
-from hooked_moe.cli.console import parser_of, run_command
+from hooked_moe.cli.console import parser_of, run_command, whole_number
 from hooked_moe.cli.options import DTYPES, check_run_name, choose_device
 from hooked_moe.corpus import FACT_SETS, load_facts
 from hooked_moe.loading.registry import locate
@@ -46,16 +46,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--sigma", type=float, help=f"of the noise, in standard deviations of the embeddings (default: {DEFINED.sigma})"
     )
-    parser.add_argument("--draws", type=int, help=f"of the noise, for each case (default: {DEFINED.draws})")
-    parser.add_argument("--cases", type=int, help=f"at most (default: {DEFINED.n_cases})")
-    parser.add_argument("--min-cases", type=int, help=f"fewer usable ones are refused (default: {DEFINED.min_cases})")
+    parser.add_argument("--draws", type=whole_number, help=f"of the noise, for each case (default: {DEFINED.draws})")
+    parser.add_argument("--cases", type=whole_number, help=f"at most (default: {DEFINED.n_cases})")
+    parser.add_argument("--min-cases", type=whole_number, help=f"fewer usable ones are refused (default: {DEFINED.min_cases})")
     parser.add_argument("--search", choices=["joint", "layer_first"], help="over layers and experts together, or the layer first")
     parser.add_argument("--token-rule", choices=["space", "bare_first", "first_token"], help="which token an answer is")
     parser.add_argument(
         "--bos", action=argparse.BooleanOptionalAction, help="begin prompts with BOS (default: as the tokenizer does)"
     )
     parser.add_argument("--published-cases", action="store_true", help="only the CounterFact records of the paper's own cases")
-    parser.add_argument("--seed", type=int, help="of the records' order and of the split into halves (default: 0)")
+    parser.add_argument("--seed", type=whole_number, help="of the records' order and of the split into halves (default: 0)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--stream", action="store_true", help="keep one block of the model in memory at a time")
