@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_moe.checks import whole_numbers
 from hooked_moe.counterfactuals import expert_effects, expert_observations, first_order_effects
 from hooked_moe.routing.pieces import Piece, Texts, pieces_of, run_in_batches
 from hooked_moe.tables import Result, required_file, schema_of, table_with_schema
@@ -218,7 +219,7 @@ def _of_run(run: Path, by: By, layers: Sequence[int] | None) -> Iterator[Scored]
     if column not in pq.read_schema(path).names:
         raise ValueError(f"{path} has no column {column}: it was measured without it; measure again, or rank by something else")
     for grid in effect_chunks(path, ("expert", "delta_loss", column)):
-        chosen = list(grid.layers) if layers is None else list(layers)
+        chosen = list(grid.layers) if layers is None else whole_numbers(layers, "layers")
         axes = [grid.layer_axis(layer) for layer in chosen]
         yield Scored(chosen, grid.document, grid.position, grid.expert[:, axes], getattr(grid, column)[:, axes])
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_moe.checks import whole_numbers
 from hooked_moe.counterfactuals.results import BATCH, LAYER, POS, SLOT, TensorResult
 from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.tables import Axis, Column
@@ -100,7 +101,7 @@ def _check_fit(
     model: Transformer, tokens: Tensor, real: Tensor | None, routes: Routes, layers: Sequence[int] | None
 ) -> list[int]:
     """The layers to replay."""
-    chosen = routes.layers if layers is None else list(layers)
+    chosen = routes.layers if layers is None else whole_numbers(layers, "layers")
     missing = [layer for layer in chosen if layer not in routes.layers or layer not in model.cfg.moe_layers]
     if missing or not chosen:
         raise ValueError(

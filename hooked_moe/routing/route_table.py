@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_moe.checks import whole_numbers
 from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.kernels import routing
 from hooked_moe.routing.pieces import Piece, Texts, pieces_of, run_in_batches
@@ -122,10 +123,11 @@ class RoutingTable(Result):
 
     def chosen_layers(self, layers: Sequence[int] | None) -> list[int]:
         """Layers asked for, or all. Raises `ValueError` for those that the table lacks."""
-        missing = [layer for layer in layers or [] if layer not in self.experts]
-        if missing or (layers is not None and not layers):
+        chosen = self.layers if layers is None else whole_numbers(layers, "layers")
+        missing = [layer for layer in chosen if layer not in self.experts]
+        if missing or not chosen:
             raise ValueError(f"layers {missing} are not in this table, which has {self.layers}")
-        return self.layers if layers is None else list(layers)
+        return chosen
 
     def grids(self, *columns: str, positions: int | None = None) -> Iterator[dict[str, np.ndarray]]:
         """The rows in chunks of P tokens, as arrays: document, position and token [P], each of `columns` [P layer slot].
@@ -197,7 +199,7 @@ def routing_table(
 
     Raises `ValueError` for layers that do not exist or are dense, and for texts and tokens that cannot be run.
     """
-    layers = model.cfg.moe_layers if layers is None else list(dict.fromkeys(layers))
+    layers = model.cfg.moe_layers if layers is None else list(dict.fromkeys(whole_numbers(layers, "layers")))
     wrong = [layer for layer in layers if layer not in model.cfg.moe_layers]
     if wrong or not layers:
         raise ValueError(f"layers {wrong} have no experts; layers {model.cfg.moe_layers} have")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_moe.checks import as_int_or_none
+from hooked_moe.checks import as_int_or_none, by_number, whole_numbers
 from hooked_moe.components.key_value_cache import KeyValueCache
 from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.kernels.routing import RoutingRule
@@ -55,9 +55,8 @@ def steer_routes(
     """
     if math.isnan(strength) or strength < 0:
         raise ValueError(f"strength must be 0 or more, not {strength}: prefer and avoid say the direction")
-    edits = {
-        layer: _checked(model, layer, prefer or {}, avoid or {}, strength) for layer in sorted({*(prefer or {}), *(avoid or {})})
-    }
+    preferred, avoided = _by_layer(prefer), _by_layer(avoid)
+    edits = {layer: _checked(model, layer, preferred, avoided, strength) for layer in sorted({*preferred, *avoided})}
     if not edits:
         raise ValueError("nothing to steer: give prefer={layer: experts} or avoid={layer: experts}")
     at = _Columns(positions)
@@ -99,7 +98,7 @@ class _Columns:
         if isinstance(positions, slice):
             numbers = [bound for bound in (positions.start, positions.stop, positions.step) if bound is not None]
         elif positions is not None and not isinstance(positions, Tensor):
-            self.positions = numbers = list(positions)
+            self.positions = numbers = whole_numbers(positions, "positions")
         if any(as_int_or_none(number) is None or number < 0 for number in numbers):
             raise ValueError(f"positions must be whole numbers from 0 (a text that grows has no last one), not {positions}")
         if isinstance(positions, Tensor) and (positions.dtype != torch.bool or positions.dim() != 2):
@@ -132,22 +131,25 @@ class _Columns:
         return columns[None, self.before :]
 
 
+def _by_layer(experts: Experts | None) -> dict[int, list[int]]:
+    of_layer = by_number({} if experts is None else experts, "layer")
+    return {layer: whole_numbers(own, f"the experts of layer {layer}") for layer, own in of_layer.items()}
+
+
 def _checked(
-    model: Transformer, layer: int, prefer: Experts, avoid: Experts, strength: float
+    model: Transformer, layer: int, prefer: dict[int, list[int]], avoid: dict[int, list[int]], strength: float
 ) -> tuple[Bool[Tensor, " expert"], Bool[Tensor, " expert"]]:
     """Which experts of a layer are preferred, and which avoided."""
     if layer not in model.cfg.moe_layers:
         raise ValueError(f"layer {layer} has no experts; layers {model.cfg.moe_layers} have")
     n = model.cfg.experts_in(layer)
     masks = []
-    for experts in (prefer.get(layer, ()), avoid.get(layer, ())):
-        if not isinstance(experts, Iterable):
-            raise ValueError(f"prefer and avoid are {{layer: [experts]}}: layer {layer} has {experts!r} in place of a list")
-        wrong = [expert for expert in experts if as_int_or_none(expert) is None or not 0 <= expert < n]
+    for experts in (prefer.get(layer, []), avoid.get(layer, [])):
+        wrong = [expert for expert in experts if not 0 <= expert < n]
         if wrong:
             raise ValueError(f"expert {wrong[0]} is out of range: layer {layer} has experts 0 to {n - 1}")
         masks.append(torch.zeros(n, dtype=torch.bool, device=model.cfg.device))
-        masks[-1][list(experts)] = True
+        masks[-1][experts] = True
     preferred, avoided = masks
     both = (preferred & avoided).nonzero().flatten().tolist()
     if both:

@@ -38,12 +38,19 @@ def loop_rows(model: HookedMoE, ids: list[int], layers: list[int]) -> list[list[
         for layer in layers:
             logits = [float(x) for x in cache["router_logits", layer][0, position]]
             total = sum(np.exp(np.float64(x)) for x in logits)
-            p = [float(np.exp(np.float64(x)) / total) for x in logits]
+            sigmoid = cfg.router_score == "sigmoid"
+            p = [float(1 / (1 + np.exp(-np.float64(x))) if sigmoid else np.exp(np.float64(x)) / total) for x in logits]
+            bias = [float(b) for b in model.blocks[layer].mlp.router.b_selection] if cfg.selection_bias else [0.0] * len(p)
+            choice = [x + b for x, b in zip(p, bias, strict=True)]
             size = len(p) // cfg.n_expert_groups
-            groups = sorted(range(cfg.n_expert_groups), key=lambda g: -max(p[g * size : (g + 1) * size]))
+            best = {"max": 1, "top2": 2}[cfg.group_score]
+            of_group = [sum(sorted(choice[g * size : (g + 1) * size])[-best:]) for g in range(cfg.n_expert_groups)]
+            groups = sorted(range(cfg.n_expert_groups), key=lambda g: -of_group[g])
             eligible = [e for e in range(len(p)) if e // size in groups[: cfg.groups_per_token]]
-            ranked = sorted(eligible, key=lambda e: -p[e])
-            weights = [p[e] for e in ranked[:k]]
+            ranked = sorted(eligible, key=lambda e: -choice[e])
+            following = ranked[k] if len(ranked) > k and not cfg.selection_bias else None
+            ranked = sorted(ranked[:k], key=lambda e: -p[e])
+            weights = [p[e] for e in ranked]
             if cfg.norm_topk_prob:
                 weights = [w / sum(weights) for w in weights]
             median = sorted(norms[layer])[(len(ids) - 1) // 2]
@@ -53,11 +60,11 @@ def loop_rows(model: HookedMoE, ids: list[int], layers: list[int]) -> list[list[
                         "expert": e,
                         "routing_weight": weights[slot] * cfg.routed_scaling_factor,
                         "probability": p[e],
-                        "entropy": -sum(x * np.log(x) for x in p),
-                        "margin": logits[e] - logits[ranked[k]] if len(ranked) > k else np.nan,
+                        "entropy": -sum(x / sum(p) * np.log(x / sum(p)) for x in p),
+                        "margin": np.nan if following is None else logits[e] - logits[following],
                         "sink": norms[layer][position] > 10 * median,
                     }
-                    for slot, e in enumerate(ranked[:k])
+                    for slot, e in enumerate(ranked)
                 ]
             )
     return rows
@@ -296,7 +303,7 @@ def test_bad_requests_are_answered(model: HookedMoE, make_model: Any, tokens: Te
     with pytest.raises(ValueError, match="attention_mask goes with token ids"):
         routing_table(model, ["1 2 3"], attention_mask=torch.ones(1, 3))
     with pytest.raises(ValueError, match="batch row 1 has no real tokens"):
-        routing_table(model, tokens, attention_mask=torch.stack([torch.ones(11), torch.zeros(11)]))
+        routing_table(model, tokens, attention_mask=torch.stack([torch.ones(11), torch.zeros(11)]).long())
     with pytest.raises(ValueError, match="token id 99 is out of range"):
         routing_table(model, torch.tensor([[99]]))
 
