@@ -36,6 +36,13 @@ from tests.fuzz.target import Target
 
 TARGETS: dict[str, type[Target]] = {"checkpoints": Checkpoints, "corpora": Corpora, "options": Options, "results": Results}
 REPORT = ROOT / "benchmarks" / "FUZZ.md"
+PREAMBLE = """# Fuzzing
+
+Every `make fuzz` of 1,000 inputs or more adds a row for each kind of input, with the commit that it was run at. Inputs are valid
+files, mutated in structure or bytes; each is determined by its kind, seed and number. "right" means loaded, run and as it should
+be; a named error says what was wrong in the package's words. Limits: 10 s of processor time (result directories: 60, for they are
+analysed again), and 200 MB beyond the input's size.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,15 +96,8 @@ def as_markdown(earlier: str, rows: list[tuple[str, int, collections.Counter[str
     described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=ROOT)
     commit = described.stdout.strip() or "unknown"
     outcomes = (*GOOD, *BAD)
-    lines = [
-        "# Fuzzing\n",
-        "Every `make fuzz` of 1,000 inputs or more adds a row for each kind of input, with the commit that it was run at. Inputs are",
-        "valid files, mutated in structure or bytes; each is determined by its kind, seed and number. `right` means loaded, run and as",
-        "it should be; a named error says what was wrong in the package's words. Limits: 10 s of processor time (result directories: 60,",
-        "for they are analysed again), and 200 MB beyond the input's size.\n",
-        f"| kind | commit | seed | inputs | {' | '.join(outcomes)} |",
-        f"|---|---|---|---|{'---|' * len(outcomes)}",
-    ]
+    head = f"| kind | commit | seed | inputs | {' | '.join(outcomes)} |"
+    lines = [PREAMBLE, head, f"|---|---|---|---|{'---|' * len(outcomes)}"]
     lines += [line for line in earlier.splitlines() if line.startswith("| ") and not line.startswith("| kind ")]
     for name, seed, counts in rows:
         numbers = [counts.total(), *(counts[outcome] for outcome in outcomes)]
