@@ -36,6 +36,13 @@ from tests.fuzz.target import Target
 
 TARGETS: dict[str, type[Target]] = {"checkpoints": Checkpoints, "corpora": Corpora, "options": Options, "results": Results}
 REPORT = ROOT / "benchmarks" / "FUZZ.md"
+PREAMBLE = """# Fuzzing
+
+Every `make fuzz` of 1,000 inputs or more adds a row for each kind of input, with the commit that it was run at. Inputs are valid
+files, mutated in structure or bytes; each is determined by its kind, seed and number. "right" means loaded, run and as it should
+be; a named error says what was wrong in the package's words. Limits: 10 s of processor time (result directories: 60, for they are
+analysed again), and 200 MB beyond the input's size.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,8 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
                 break
         rows.append((name, args.seed, counts))
         print(f"{name}: {dict(counts)}, {time.perf_counter() - started:.0f} s", flush=True)
-    if rows and (args.report or args.inputs >= 1000):
-        (args.report or REPORT).write_text(as_markdown(rows, failures), encoding="utf-8")
+    report = args.report or (REPORT if args.inputs >= 1000 else None)
+    if rows and report is not None:
+        earlier = report.read_text(encoding="utf-8") if report.is_file() else ""
+        report.write_text(as_markdown(earlier, rows, failures), encoding="utf-8")
     return int(bool(failures))
 
 
@@ -82,25 +91,19 @@ def replay(target: Target, seed: int, number: int) -> None:
     target.run(directory)
 
 
-def as_markdown(rows: list[tuple[str, int, collections.Counter[str]]], failures: list[Result]) -> str:
-    """The counts as a table, with the commit they are of, and the inputs that failed, to be run again."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=ROOT
-    ).stdout.strip()
-    lines = [
-        "# Fuzzing\n",
-        f"Written by `make fuzz` at commit {commit or 'unknown'}. Inputs are valid files, mutated in structure or bytes; each",
-        'is determined by its kind, seed and number. "right" means loaded, run and as it should be; a named error says what was',
-        "wrong in the package's words. Limits: 10 s of processor time (result directories: 60, for they are analysed again), and",
-        "200 MB beyond the input's size.\n",
-        f"| kind | seed | inputs | {' | '.join((*GOOD, *BAD))} |",
-        f"|---|---|---|{'---|' * len((*GOOD, *BAD))}",
-    ]
+def as_markdown(earlier: str, rows: list[tuple[str, int, collections.Counter[str]]], failures: list[Result]) -> str:
+    """The counts of all runs so far as a table, the latest last, and the inputs of the latest that failed."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=ROOT)
+    commit = described.stdout.strip() or "unknown"
+    outcomes = (*GOOD, *BAD)
+    head = f"| kind | commit | seed | inputs | {' | '.join(outcomes)} |"
+    lines = [PREAMBLE, head, f"|---|---|---|---|{'---|' * len(outcomes)}"]
+    lines += [line for line in earlier.splitlines() if line.startswith("| ") and not line.startswith("| kind ")]
     for name, seed, counts in rows:
-        numbers = [counts.total(), *(counts[outcome] for outcome in (*GOOD, *BAD))]
-        lines.append(f"| {name} | {seed} | {' | '.join(f'{number:,}' for number in numbers)} |")
+        numbers = [counts.total(), *(counts[outcome] for outcome in outcomes)]
+        lines.append(f"| {name} | {commit} | {seed} | {' | '.join(f'{number:,}' for number in numbers)} |")
     if failures:
-        lines.append("\nThese failed; `--targets KIND --seed S --only K` runs one again:\n")
+        lines.append("\nThese failed in the latest; `--targets KIND --seed S --only K` runs one again:\n")
         lines += [f"- {f.target}, {f.seed}, {f.number}: {f.outcome}: `{printable(f.detail)}`" for f in failures[:200]]
     return "\n".join(lines) + "\n"
 

@@ -100,8 +100,10 @@ def test_an_input_is_determined_by_its_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_the_command_writes_its_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--targets", "corpora", "--inputs", "20", "--report", str(tmp_path / "FUZZ.md")]) == 0
-    table = (tmp_path / "FUZZ.md").read_text()
-    assert "| corpora | 0 | 20 |" in table
-    assert "corpora: {" in capsys.readouterr().out
+def test_the_command_adds_its_counts_to_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "FUZZ.md"
+    for seed in ("0", "4"):
+        assert main(["--targets", "corpora", "--inputs", "20", "--seed", seed, "--report", str(report)]) == 0
+    rows = [line.split(" | ") for line in report.read_text().splitlines() if line.startswith("| corpora")]
+    assert [(row[2], row[3]) for row in rows] == [("0", "20"), ("4", "20")]
+    assert capsys.readouterr().out.count("corpora: {") == 2
