@@ -66,7 +66,7 @@ def test_positions_come_in_any_container(model: HookedMoE, tokens: Tensor) -> No
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
     mask[:, [1, 2]] = True
     expected = expert_effects(model, tokens, positions=[1, 2]).delta_loss
-    for given in (*(given() for kind, given in SOME.items() if kind != "mask"), mask, mask.numpy()):
+    for given in (*(given() for kind, given in SOME.items() if kind != "mask"), mask, mask.numpy(), mask.tolist()):
         torch.testing.assert_close(expert_effects(model, tokens, positions=given).delta_loss, expected, equal_nan=True)
     for wrong in (torch.tensor([1.0]), [True, False], 1, slice(3), {1: 2}):
         with pytest.raises(ValueError, match=r"positions must be .*; they are valid in every row, or give a bool mask"):

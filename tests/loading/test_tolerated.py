@@ -128,9 +128,7 @@ def test_the_index_says_which_of_two_copies_is_meant(overlay: str, sharded: Path
     old = index["weight_map"][NAME]
     index["weight_map"][NAME] = overlay
     (sharded / INDEX).write_text(json.dumps(index))
-    with pytest.warns(
-        UserWarning, match=rf"not read, for the index takes them from elsewhere.*\n.*{NAME} in {old}"
-    ):
+    with pytest.warns(UserWarning, match=rf"not read, for the index takes them from elsewhere.*\n.*{NAME} in {old}"):
         model = HookedMoE.from_pretrained(sharded)
     assert bool((model.blocks[1].attn.W_O == 0.25).all())
 

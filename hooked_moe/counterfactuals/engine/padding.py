@@ -205,10 +205,11 @@ def pack(
 
 
 def _as_mask(positions: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
-    if str(getattr(positions, "dtype", None)) in ("bool", "torch.bool"):
+    rows = isinstance(positions, list | tuple) and len(positions) and all(isinstance(row, list | tuple) for row in positions)
+    if rows or str(getattr(positions, "dtype", None)) in ("bool", "torch.bool"):
         asked = torch.as_tensor(positions, device=tokens.device)
-        if asked.shape != tokens.shape:
-            raise ValueError(f"positions has shape {list(asked.shape)}; a bool mask must be {list(tokens.shape)}")
+        if asked.shape != tokens.shape or asked.dtype != torch.bool:
+            raise ValueError(f"positions is {asked.dtype} {list(asked.shape)}; a bool mask must be {list(tokens.shape)}")
         return asked
     try:
         numbers = whole_numbers(positions, "positions")
