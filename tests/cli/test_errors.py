@@ -230,32 +230,43 @@ def test_a_reader_who_has_gone_ends_a_command_without_a_word() -> None:
     assert child.wait() == console.CLOSED_PIPE
 
 
-@pytest.mark.parametrize("interrupts", [1, 2])
-def test_ctrl_c_leaves_one_line_with_threads_too(interrupts: int) -> None:
-    """A command whose threads go on for a moment, as documents do; the second interrupt ends it at once."""
-    program = """
-import sys, time
+INTERRUPTED = """
+import signal, sys, time
 from hooked_moe.cli.console import run_command
 from hooked_moe.measurement.shards import in_parallel
 
 def measure(group):
     print("measuring", flush=True)
-    time.sleep(1.5)
+    time.sleep(float(sys.argv[1]))
     return group
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` and a shell's `&` may have switched off
 sys.exit(run_command(lambda _: list(in_parallel(measure, [[n] for n in range(8)], 2)), None))
 """
-    child = process("-c", program)
+"""A command whose threads go on for a while, as documents do."""
+
+
+def measuring(seconds: float) -> subprocess.Popen[str]:
+    child = process("-c", INTERRUPTED, str(seconds))
     assert child.stdout is not None
     assert child.stdout.readline() == "measuring\n"
-    for _ in range(interrupts):
-        child.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+    return child
+
+
+def test_ctrl_c_leaves_one_line_with_threads_too() -> None:
+    child = measuring(0.5)
+    child.send_signal(signal.SIGINT)
     _, err = child.communicate()
-    if interrupts == 1:
-        assert (child.returncode, err) == (130, "\ninterrupted; the same command resumes from here\n")
-    else:
-        assert (child.returncode, err) == (-signal.SIGINT, "")
+    assert (child.returncode, err) == (130, "\ninterrupted; the same command resumes from here\n")
+
+
+def test_another_ctrl_c_ends_a_command_at_once_and_without_a_word() -> None:
+    child = measuring(600)
+    while child.poll() is None:
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    _, err = child.communicate()
+    assert (child.returncode, err) == (-signal.SIGINT, "")
 
 
 def test_an_interrupt_while_a_command_is_imported_leaves_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
