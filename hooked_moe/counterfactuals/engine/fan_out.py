@@ -142,8 +142,8 @@ def advance(
         x = chunk.flatten(0, 1)
         own = block.attn.project(block.ln1(x), own_rotation)
         q, k, v = (part.unflatten(0, (count, batch)) for part in own)
-        scale, limits = block.attn.cfg.attention_scale, {"sink": block.attn.sink, "sliding_window": block.attn.window}
-        z = window_attention(q, k, v, clean.qkv.k, clean.qkv.v, windows.starts, windows.width, scale, **limits)
+        prefix, scale, attn = (clean.qkv.k, clean.qkv.v), block.attn.cfg.attention_scale, block.attn
+        z = window_attention(q, k, v, *prefix, windows.starts, windows.width, scale, sink=attn.sink, sliding_window=attn.window)
         x = x + block.attn.output(z.flatten(0, 1))
         chunk.copy_(_after_mlp(block, x).unflatten(0, (count, batch)))
 
