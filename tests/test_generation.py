@@ -20,7 +20,7 @@ from tests.support.hf_models import random_tokens, save, tiny_olmoe
 GREEDY: dict[str, Any] = {"do_sample": False, "stop_at_eos": False, "verbose": False}
 
 
-@pytest.fixture(scope="module", params=["olmoe", "deepseek"])
+@pytest.fixture(scope="module", params=["olmoe", "deepseek", "gpt-oss"])
 def own(request: pytest.FixtureRequest) -> HookedMoE:
     return random_model(request.param)
 

@@ -114,8 +114,8 @@ class Experts(nn.Module):
         """The stages below in one go, without hooks between them; on a CPU in `scratch`, where it is given."""
         if self._by_block(groups, x):
             blocks = groups.blocks(x.dtype)
-            weights, more = (self._gate_and_up, self.W_out), (self._gate_and_up_bias, self.b_out, self.clamp)
-            return expert_mlp(x.flatten(0, 1), groups.flat_tokens(), *weights, blocks, scratch, *more)
+            flat, tokens, b_in = x.flatten(0, 1), groups.flat_tokens(), self._gate_and_up_bias
+            return expert_mlp(flat, tokens, self._gate_and_up, self.W_out, blocks, scratch, b_in, self.b_out, self.clamp)
         return self.project_out(self.activate(self.project_in(x, groups), groups), groups)
 
     def project_in(self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:

@@ -51,7 +51,7 @@ PRETRAINED: tuple[PretrainedName, ...] = (
     PretrainedName("moonlight-16b-a3b-instruct", "moonshotai/Moonlight-16B-A3B-Instruct", aliases=("moonlight-instruct",)),
     PretrainedName("kimi-k2", "moonshotai/Kimi-K2-Base", aliases=("kimi-k2-base",)),
     PretrainedName("kimi-k2-instruct", "moonshotai/Kimi-K2-Instruct"),
-    PretrainedName("deepseek-v3", "deepseek-ai/DeepSeek-V3", aliases=("deepseek-v3-chat",)),
+    PretrainedName("deepseek-v3", "deepseek-ai/DeepSeek-V3"),
     PretrainedName("deepseek-v3-base", "deepseek-ai/DeepSeek-V3-Base"),
     PretrainedName("deepseek-r1", "deepseek-ai/DeepSeek-R1"),
     PretrainedName("glm-4.5-air", "zai-org/GLM-4.5-Air"),

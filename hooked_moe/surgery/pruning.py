@@ -18,7 +18,8 @@ def remove_experts(model: Transformer, experts: Mapping[int, Iterable[int]]) -> 
     """Remove routed experts and their router rows, in place; `experts` maps a layer to the experts to remove.
 
     Experts are whole numbers in whatever holds them: a list, a tensor that topk gave, a bool mask of all experts of the layer.
-    The router's softmax then runs over the remaining experts: the same as a router logit of minus infinity for the removed ones.
+    The router then chooses among the remaining experts, and a softmax runs over these: the same as a logit, and a selection bias,
+    of minus infinity for the removed ones.
     Remaining experts are renumbered. Returns, for every layer given, the old numbers of those that remain, in their new order.
 
     Everything is checked before anything is changed. Raises `ValueError` for layers without experts, for experts that do not

@@ -161,7 +161,7 @@ def test_flops_are_those_that_torch_counts(
     model = make_model(**(latent if family == "deepseek" else {}))
     tokens = torch.randint(0, model.cfg.d_vocab, (1, 9))
     monkeypatch.setattr(experts, "grouped_matmul", grouped_matmul_loop)  # torch does not count grouped_mm
-    monkeypatch.setattr(fan_out, "window_attention", lambda q, k, v, *rest: q.new_zeros(*q.shape[:-1], v.shape[-1]))
+    monkeypatch.setattr(fan_out, "window_attention", lambda q, k, v, *rest, **limits: q.new_zeros(*q.shape[:-1], v.shape[-1]))
     with FlopCounterMode(display=False) as counter:
         expert_effects(model, tokens, layers)
     products = {str(op): count for op, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)}

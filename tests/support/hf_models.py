@@ -212,7 +212,7 @@ GLM4_MOE = SIGMOID | {
 }
 GLM4_MOE_LITE = SIGMOID | {
     "straight-queries": {"q_lora_rank": None, "mlp_layer_types": ["sparse", "dense", "sparse"]},
-    "all-at-once": MANY | {"mlp_layer_types": ["dense", "dense", "sparse"], "rope_interleave": False} | rope(300.0),
+    "all-at-once": MANY | {"mlp_layer_types": ["sparse", "dense", "sparse"], "rope_interleave": False} | rope(300.0),
 }
 GPT_OSS: dict[str, Options] = {
     "plain": {},

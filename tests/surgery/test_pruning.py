@@ -34,17 +34,27 @@ SAVEABLE: dict[str, dict[str, Any]] = {
 }
 
 
+BY_SIGMOIDS = {"architecture": "glm", "n_expert_groups": 1, "groups_per_token": 1, "dense_layers": (), "d_mlp": None}
+PRUNED = {
+    "plain": {},
+    "renormalised": {"norm_topk_prob": True},
+    "shared and dense": SHARED,
+    "by sigmoids and a bias": BY_SIGMOIDS,
+    "biased experts": {"architecture": "gpt-oss"},
+}
+
+
 def without(experts: dict[int, list[int]]) -> tuple[Callable[[str], bool], Callable[..., Tensor]]:
-    """A hook that takes the probability of these experts away."""
+    """A hook that takes the probability of these experts away, and what would have them selected without it."""
 
-    def edit(logits: Tensor, hook: Any) -> Tensor:
-        logits[..., experts.get(hook.layer(), [])] = -torch.inf
-        return logits
+    def edit(logits_or_bias: Tensor, hook: Any) -> Tensor:
+        logits_or_bias[..., experts.get(hook.layer(), [])] = -torch.inf
+        return logits_or_bias
 
-    return (lambda name: name.endswith("hook_router_logits")), edit
+    return (lambda name: name.endswith(("hook_router_logits", "hook_selection_bias"))), edit
 
 
-@pytest.mark.parametrize("options", [{}, {"norm_topk_prob": True}, SHARED], ids=["plain", "renormalised", "shared and dense"])
+@pytest.mark.parametrize("options", PRUNED.values(), ids=PRUNED)
 def test_the_pruned_model_is_the_one_whose_router_never_chooses_them(options: dict[str, Any], tokens: Tensor) -> None:
     model, pruned = random_model(**options), random_model(**options)
     removed = {0: [1, 4], 2: [5, 0, 3]}

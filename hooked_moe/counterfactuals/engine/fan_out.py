@@ -149,8 +149,8 @@ def advance(
         x = chunk.flatten(0, 1)
         own = block.attn.project(block.ln1(x), own_rotation)
         q, k, v = (part.unflatten(0, (count, batch)) for part in own)
-        scale, limits = block.attn.cfg.attention_scale, {"sink": block.attn.sink, "sliding_window": block.attn.window}
-        z = window_attention(q, k, v, clean.qkv.k, clean.qkv.v, windows.starts, windows.width, scale, **limits)
+        prefix, scale, attn = (clean.qkv.k, clean.qkv.v), block.attn.cfg.attention_scale, block.attn
+        z = window_attention(q, k, v, *prefix, windows.starts, windows.width, scale, sink=attn.sink, sliding_window=attn.window)
         after = block_after_attention(clean.layer, block, own, x + block.attn.output(z.flatten(0, 1)), EXPERT_OUTPUTS)
         edited = after.resid_post if edit_again is None else edit_again(after, number * at_once)
         chunk.copy_(edited.unflatten(0, (count, batch)))
