@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from hooked_moe import HookedMoE, HookedMoEConfig, Tokenizer
+from hooked_moe.generation import end_tokens
 from hooked_moe.loading import saving
 from tests.fuzz.byte_mutations import mutate_bytes, mutate_file
 from tests.fuzz.json_mutations import dumps, mutate
@@ -128,7 +129,7 @@ class Checkpoints:
                     model.tokenizer.decode([0, 7, 299])
                     if ids and len(ids) <= model.cfg.n_ctx * 8:
                         logits.append(model(TEXT))
-                if model.end_tokens and not model.streams:
+                if end_tokens(model):
                     model.generate(torch.tensor([[1, 5]]), 1, do_sample=False, verbose=False)
         if not all(bool(x.isfinite().all()) for x in logits) and not any(
             "NaN or infinite" in str(note.message) for note in noted
