@@ -13,7 +13,7 @@ from typing import Any
 
 from hooked_moe.checks import quoted
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.loading.chat_files import read_chat_template
+from hooked_moe.loading.chat_files import chat_template_of
 from hooked_moe.loading.checkpoint import present, read_json
 from hooked_moe.tokenizer import Tokenizer, TokenizerFiles
 from weights_conversion import CheckpointError, HFConfig
@@ -56,7 +56,7 @@ def read_tokenizer(directory: Path, cfg: HookedMoEConfig) -> Tokenizer | None:
     end = next((end for end in cfg.end_tokens if 0 <= end < cfg.d_vocab), None)
     files = TokenizerFiles(config, _others(directory), directory)
     tokenizer = Tokenizer.from_file(directory / TOKENIZER, cfg.bos_token_id, end, pad, adds_bos, files)
-    tokenizer.chat_template = read_chat_template(directory)
+    tokenizer.chat_template = chat_template_of(files)
     return tokenizer
 
 

@@ -1,38 +1,29 @@
-"""The chat template beside a checkpoint's tokenizer: chat_template.jinja, or else in tokenizer_config.json."""
+"""The chat template among a tokenizer's files: chat_template.jinja, or else in tokenizer_config.json."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from hooked_moe.chat import ChatTemplate
-from hooked_moe.loading.checkpoint import read_json
+from hooked_moe.json_text import parse_json
+from hooked_moe.tokenizer import TokenizerFiles
 from weights_conversion.errors import CheckpointError
 
-TEMPLATE_FILE = "chat_template.jinja"
 
-
-def read_chat_template(directory: Path) -> ChatTemplate | None:
-    """The chat template of a model directory; None where it has none. Files named as transformers names them, first those that it
-    writes today. Raises `CheckpointError` for what cannot be read."""
-    special: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            special |= read_json(directory / name)
-    stated = special.get("chat_template")
-    files = {"default": directory / TEMPLATE_FILE}
-    files |= {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    written = {name: _read(file) for name, file in files.items() if file.is_file()}
-    if not written and stated is None:
+def chat_template_of(files: TokenizerFiles) -> ChatTemplate | None:
+    """The chat template of a model; None where it has none. Of the files where transformers keeps one, those that it writes today
+    come first. Raises `CheckpointError` for what is no template."""
+    written = {PurePosixPath(name).stem: text for name, text in files.others.items() if name.endswith(".jinja")}
+    if "chat_template" in written:
+        written = {"default": written.pop("chat_template")} | written
+    stated = written or files.config.get("chat_template")
+    if not stated:
         return None
     try:
-        return ChatTemplate.of(written or stated, special, str(directory / "tokenizer_config.json"))
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not readable text: {error}") from error
+        special: dict[str, Any] = parse_json(files.others.get("special_tokens_map.json", "{}"))
+        return ChatTemplate.of(stated, special | dict(files.config), f"{files.directory}: tokenizer_config.json")
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{files.directory}: special_tokens_map.json or the chat template cannot be read: {error}"
+        ) from error

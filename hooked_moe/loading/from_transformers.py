@@ -15,7 +15,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.loading.beside import read_tokenizer
 from hooked_moe.loading.checkpoint import DTYPES
 from hooked_moe.loading.pretrained import CopyPlan, find, plan_copies, read_config
-from hooked_moe.tokenizer import Tokenizer
+from hooked_moe.tokenizer import Tokenizer, TokenizerFiles
 from hooked_moe.transformer import Transformer
 from weights_conversion import CheckpointError, HFConfig, abbreviated, conversion_for
 from weights_conversion.weight_map import Slot
@@ -61,6 +61,8 @@ def from_hf(model_class: type[Model], hf_model: Any, tokenizer: Any = None) -> M
     model = model_class(cfg.replace(device=torch.device("meta")), as_tokenizer(tokenizer, cfg))
     plan = plan_copies(model, conversion, weights)
     _share(model, plan, weights, device)
+    generation: Any = getattr(hf_model, "generation_config", None)
+    model.generation_config = {} if generation is None else generation.to_diff_dict()
     return model.train(hf_model.training)
 
 
@@ -151,12 +153,14 @@ def as_tokenizer(tokenizer: Any, cfg: HookedMoEConfig) -> Tokenizer | None:
     own = tokenizers.Tokenizer.from_str(backend.to_str())
     own.no_padding()
     own.no_truncation()
-    ids = {
-        name: stated if (stated := getattr(cfg, f"{name}_token_id")) is not None else getattr(tokenizer, f"{name}_token_id", None)
-        for name in ("eos", "pad")
-    }
-    made = Tokenizer(own, cfg.bos_token_id, ids["eos"], ids["pad"])
-    template = getattr(tokenizer, "chat_template", None)
-    if template is not None:
-        made.chat_template = ChatTemplate.of(template, getattr(tokenizer, "special_tokens_map", {}), "this tokenizer")
+    end = next(iter(cfg.end_tokens), getattr(tokenizer, "eos_token_id", None))
+    pad = getattr(tokenizer, "pad_token_id", None) if cfg.pad_token_id is None else cfg.pad_token_id
+    template, special = getattr(tokenizer, "chat_template", None), getattr(tokenizer, "special_tokens_map", {})
+    if template is None:
+        return Tokenizer(own, cfg.bos_token_id, end, pad)
+    templates = ChatTemplate.of(template, special, "this tokenizer")
+    stated = template if isinstance(template, str) else [{"name": n, "template": t} for n, t in templates.sources.items()]
+    files = TokenizerFiles({"chat_template": stated} | dict(templates.special_tokens))
+    made = Tokenizer(own, cfg.bos_token_id, end, pad, files=files)
+    made.chat_template = templates
     return made
