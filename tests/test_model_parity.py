@@ -171,12 +171,12 @@ _frequencies = rotary._frequencies
 UNROUNDED = SimpleNamespace(**vars(math) | {"floor": float, "ceil": float})
 
 
-def all_slowed(width: int, base: float, yarn: YarnScaling) -> Tensor:
-    return _frequencies(width, base, None) / yarn.factor
+def all_slowed(width: int, base: float, yarn: YarnScaling, device: torch.device) -> Tensor:
+    return _frequencies(width, base, None, device) / yarn.factor
 
 
-def none_slowed(width: int, base: float, yarn: YarnScaling) -> Tensor:
-    return _frequencies(width, base, None)
+def none_slowed(width: int, base: float, yarn: YarnScaling, device: torch.device) -> Tensor:
+    return _frequencies(width, base, None, device)
 
 
 def per_head(x: Tensor, norm: RMSNorm) -> Tensor:
