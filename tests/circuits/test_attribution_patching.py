@@ -42,6 +42,7 @@ def test_atp_is_the_gradient_of_a_hooked_forward_along_the_patch(padding: str, m
         torch.testing.assert_close(found.values[index, ..., :slots], along, atol=1e-5, rtol=1e-4, equal_nan=True)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_small_changes_are_linear() -> None:
     """Of a contribution scaled down, the estimate is the patch."""
     model, (clean, corrupt) = random_model(dtype=torch.float64), random_pair()
@@ -58,6 +59,7 @@ def test_small_changes_are_linear() -> None:
         torch.testing.assert_close(estimate.values, exact.values, atol=1e-8, rtol=1e-3, equal_nan=True)
 
 
+@pytest.mark.usefixtures("unchecked")
 @EVERY_ARCHITECTURE
 def test_integrated_gradients_add_up_to_the_patch_of_the_whole_block(architecture: str) -> None:
     """At one position and in the last layer, above which no token is routed again: completeness, as the steps grow."""

@@ -86,6 +86,7 @@ def by_two_forwards(model: HookedMoE, pair: PromptPair, receiver: Any, delta: Te
     return run(model, mask, [(prefix + "attn.hook_z", one_head)])
 
 
+@pytest.mark.usefixtures("unchecked")
 @SOME_PADDED
 @EVERY_ARCHITECTURE
 def test_paths_equal_two_forwards(padding: str, model: HookedMoE) -> None:
@@ -145,6 +146,7 @@ def test_all_paths_together_are_the_patch_where_everything_is_linear() -> None:
     torch.testing.assert_close(found.values[0, :, 0].sum(), patches.values[0, 0, 4, slot], atol=1e-9, rtol=1e-3)
 
 
+@pytest.mark.usefixtures("unchecked")
 @EVERY_ARCHITECTURE
 def test_flips_of_routers_are_those_of_routing_again(model: HookedMoE) -> None:
     mask, (clean, corrupt) = MASKS["left"], random_pair()
@@ -173,6 +175,7 @@ def test_flips_of_routers_are_those_of_routing_again(model: HookedMoE) -> None:
 # Circuits
 
 
+@pytest.mark.usefixtures("unchecked")
 @SOME_PADDED
 @EVERY_ARCHITECTURE
 def test_joint_patches_equal_a_forward_with_the_same_components_exchanged(padding: str, model: HookedMoE) -> None:
@@ -286,6 +289,7 @@ def test_rankings_are_measured_as_they_are_taken(tmp_path: Path) -> None:
 # Interactions
 
 
+@pytest.mark.usefixtures("unchecked")
 @SOME_PADDED
 @EVERY_ARCHITECTURE
 def test_pairs_of_removals_equal_masked_forwards(padding: str, model: HookedMoE) -> None:
