@@ -1,4 +1,4 @@
-"""Which expert carries a fact: causal tracing with every expert of every layer.
+"""Which expert carries a fact: causal tracing with every expert of every layer, on facts that the model knows.
 
 The same as `hooked-moe trace`; `--help` lists its options.
 """

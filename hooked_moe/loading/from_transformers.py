@@ -55,8 +55,11 @@ def from_hf(model_class: type[Model], hf_model: Any, tokenizer: Any = None) -> M
     values = hf_config.to_dict()
     conversion = conversion_for(str(values.get("model_type")), source)
     cfg = conversion.from_hf(HFConfig(values, f"{source}'s config"))
-    weights = _Weights(source, dict(hf_model.named_parameters(remove_duplicate=False)))
-    dtype, device = _placement(weights)
+    parameters = dict(hf_model.named_parameters(remove_duplicate=False))
+    dtype, device = _placement(_Weights(source, parameters))
+    saved = hf_model.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in hf_model.named_buffers() if name in saved}
+    weights = _Weights(source, parameters | buffers)  # a selection bias is a buffer there, of its own dtype
     cfg = cfg.replace(model_name=str(getattr(hf_config, "name_or_path", "") or cfg.model_type), dtype=dtype)
     model = model_class(cfg.replace(device=torch.device("meta")), as_tokenizer(tokenizer, cfg))
     plan = plan_copies(model, conversion, weights)

@@ -11,7 +11,7 @@ from hooked_moe.transformer import Transformer
 
 BLOCK_PARTS: Mapping[str, str] = {
     "attention": r"attn\..+|ln1\.w",
-    "router": r"mlp\.router\.W",
+    "router": r"mlp\.router\..+",
     "experts": r"mlp\.experts\..+",
     "shared": r"mlp\.shared\..+|mlp\.W_shared_gate",
     "mlp": r"mlp\.W_(gate|in|out)",

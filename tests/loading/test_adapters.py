@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hooked_moe import HookedMoE
 from tests.support.hf_models import FAMILIES, logits_of, random_tokens, save, tiny
+from weights_conversion import CheckpointError
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -60,7 +61,16 @@ def test_every_kind_of_weight_is_merged_as_peft_does(family: str, tmp_path: Path
         modules += ["shared_expert.gate_proj", "shared_expert.down_proj"]
     if family == "deepseek_v2":
         modules += ["shared_experts.up_proj", "layers.0.mlp.gate_proj"]
-    assert_merged(*adapted(f"{family}-plain", tmp_path, target_modules=modules, target_parameters=[*EXPERTS, "mlp.gate.weight"]))
+    parameters = [] if family == "gpt_oss" else [*EXPERTS, "mlp.gate.weight"]
+    assert_merged(*adapted(f"{family}-plain", tmp_path, target_modules=modules, target_parameters=parameters))
+
+
+def test_experts_whose_input_comes_first_are_refused_rather_than_merged_askew(tmp_path: Path) -> None:
+    base, adapter, _ = adapted("gpt_oss-plain", tmp_path, target_modules=["q_proj"], target_parameters=EXPERTS)
+    with pytest.raises(
+        CheckpointError, match="it has tensors for which the model has no weight of that name, or one of another shape"
+    ):
+        HookedMoE.from_pretrained(base, adapter=adapter)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -188,9 +198,7 @@ def test_embeddings_that_are_tied_are_left_alone(tmp_path: Path) -> None:
 
 def test_an_adapter_is_not_a_model(plain: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = plain
-    with pytest.raises(
-        FileNotFoundError, match=r"has an adapter and no model: name its base.*give the directory as adapter='.*adapter'"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds an adapter .*: load its base.* with adapter='.*adapter', which merges"):
         HookedMoE.from_pretrained(adapter)
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json: give the directory of a PEFT adapter"):
         HookedMoE.from_pretrained(base, adapter=base)

@@ -353,7 +353,8 @@ def test_a_wrong_checkpoint_is_refused_before_anything_is_run(directory: Path, t
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
-    with pytest.raises(ValueError, match="missing"):
+    layers = config["num_hidden_layers"]
+    with pytest.raises(ValueError, match=f"config.json describes {layers + 1} layers, and the tensors are of {layers}"):
         HookedMoE.from_pretrained(tmp_path, stream=True)
 
 

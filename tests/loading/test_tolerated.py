@@ -189,7 +189,7 @@ def test_an_adapter_is_no_model_and_is_not_passed_over_beside_one(directory: Pat
     for place in (alone, directory):
         (place / "adapter_config.json").write_text("{}")
         save_file({"base_model.model.lora_A.weight": torch.ones(2)}, place / "adapter_model.safetensors")
-        with pytest.raises(CheckpointError, match=r"holds an adapter .*: merge it into its base model and save that"):
+        with pytest.raises(CheckpointError, match=r"holds an adapter .*: load its base with adapter="):
             HookedMoE.from_pretrained(place)
 
 

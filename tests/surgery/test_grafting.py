@@ -72,7 +72,7 @@ def test_a_graft_is_a_state_dict_with_entries_replaced(model: HookedMoE, archite
     state, donors = expected.state_dict(), b.state_dict()
     for name in state:
         inside = name.startswith(("blocks.0.", "blocks.2."))
-        if name == "embed.W_E" or (inside and (".attn." in name or ".ln1." in name or name.endswith("router.W"))):
+        if name == "embed.W_E" or (inside and (".attn." in name or ".ln1." in name or ".mlp.router." in name)):
             state[name] = donors[name]
     expected.load_state_dict(state)
     grafted = graft(model, b, layers, parts)
