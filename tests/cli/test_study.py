@@ -143,6 +143,7 @@ def test_fact_losses_are_those_of_the_answers_first_token() -> None:
 # --- checkpoints ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_checkpoints_are_audited_once_each_and_drawn_by_step(
     base: Path, neighbour: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

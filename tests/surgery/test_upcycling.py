@@ -47,7 +47,7 @@ def test_copies_without_noise_compute_what_the_dense_model_does(
 @torch.no_grad()
 def test_narrow_experts_are_subsets_of_neurons_that_are_right_on_average(dense: HookedMoE, tokens: torch.Tensor) -> None:
     model = upcycle(
-        dense, dense.cfg.replace(num_experts=3000, experts_per_token=3000, d_expert=4, norm_topk_prob=False), noise=0.0
+        dense, dense.cfg.replace(num_experts=1500, experts_per_token=1500, d_expert=4, norm_topk_prob=False), noise=0.0
     )
     gate = dense.blocks[0].mlp.experts.W_in[0, 0]
     for expert in (0, 1):
@@ -58,7 +58,7 @@ def test_narrow_experts_are_subsets_of_neurons_that_are_right_on_average(dense: 
     assert not torch.equal(model.blocks[0].mlp.experts.W_in[0], model.blocks[0].mlp.experts.W_in[1])
     for block in model.blocks:
         block.mlp.router.W.zero_()
-    torch.testing.assert_close(model(tokens), dense(tokens), atol=0.6, rtol=0.1)  # of logits of about 10
+    torch.testing.assert_close(model(tokens), dense(tokens), atol=0.8, rtol=0.1)  # of logits of about 10
 
 
 @torch.no_grad()
