@@ -13,7 +13,7 @@ from hooked_moe.checks import expanded_path, unknown_name
 from hooked_moe.loading.beside import names_in, refuse_adapter
 from hooked_moe.loading.checkpoint import present
 
-SHIPPED = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe", "tiny-olmoe-facts")
+SHIPPED = ("tiny-olmoe", "tiny-qwen-moe", "tiny-deepseek-moe", "tiny-mixtral", "tiny-olmoe-facts")
 """Models that come with the package, under `hooked_moe/pretrained/<name>/`."""
 
 
