@@ -1,4 +1,4 @@
-"""Run every experiment of arXiv 2606.10703, in the defined and in the released form, on the three shipped models.
+"""Run every experiment of arXiv 2606.10703, in the defined and in the released form, on the shipped models.
 
 The same as `hooked-moe paper`; `--help` lists its options.
 """

@@ -143,10 +143,10 @@ class WeightViews:
         if isinstance(tokens, Tensor):
             ids = tokens.reshape(()) if tokens.numel() == 1 else tokens
         elif isinstance(tokens, str) or as_int_or_none(tokens) is not None:
-            ids = torch.tensor(self._token_id(tokens))
+            ids = torch.tensor(self._token_id(tokens), dtype=torch.int64, device="cpu")
         else:
             several: Any = tokens
-            ids = torch.tensor([self._token_id(token) for token in several])
+            ids = torch.tensor([self._token_id(token) for token in several], dtype=torch.int64, device="cpu")
         if ids.is_floating_point() or not ids.numel() or int(ids.min()) < 0 or int(ids.max()) >= self.cfg.d_vocab:
             raise ValueError(f"tokens must be ids from 0 to {self.cfg.d_vocab - 1}, or texts of one token, not {tokens!r}")
         return self.unembed.W_U[ids.to(self.unembed.W_U.device)]

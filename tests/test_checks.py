@@ -91,7 +91,10 @@ def test_whole_numbers_come_in_any_container_and_are_read_once(kind: str) -> Non
     assert all(type(number) is int for number in numbers)
 
 
-@pytest.mark.parametrize("empty", [[], (), torch.tensor([]), np.array([]), iter(()), {}.keys()], ids=lambda empty: type(empty).__name__)
+NOTHING = [[], (), torch.tensor([]), np.array([]), iter(()), {}.keys()]
+
+
+@pytest.mark.parametrize("empty", NOTHING, ids=lambda empty: type(empty).__name__)
 def test_no_numbers_are_no_numbers(empty: Any) -> None:
     assert whole_numbers(empty, "experts", count=3) == []
 

@@ -386,15 +386,15 @@ REFUSALS: dict[str, tuple[Build, type[Exception], str]] = {
     "one expert": (
         lambda: ExpertMask.ablate({1: 3}),
         TypeError,
-        r"experts of layer 1 must be a list, as in \{1: \[5, 17\]\}, not 3",
+        r"experts of layer 1 must be a list of whole numbers, as in \[3\], not the number 3",
     ),
     "half an expert": (
         lambda: ExpertMask.ablate({1: [0.5]}),
         TypeError,
-        r"experts of layer 1 must be whole numbers, not \[0.5\]",
+        r"experts of layer 1 must be whole numbers, not 0.5",
     ),
     "a mask of experts": (lambda: ExpertMask.ablate({1: torch.tensor([True])}), TypeError, r"must be whole numbers"),
-    "half a layer": (lambda: ExpertMask.ablate({0.5: [1]}), ValueError, r"must be whole numbers from 0"),
+    "half a layer": (lambda: ExpertMask.ablate({0.5: [1]}), ValueError, r"a layer must be a whole number, not 0.5"),
     "three numbers": (lambda: ExpertMask.ablate([(0, 0, 1)]), ValueError, r"must be whole numbers from 0 .*not \(0, 0, 1\)"),
 }
 

@@ -260,8 +260,8 @@ def last_rotated(self: Any, x: Tensor, rotate: Any) -> Tensor:
     return torch.cat((x[..., :-width], rotate(x[..., -width:])), dim=-1)
 
 
-def over_whole_heads(width: int, base: float, yarn: YarnScaling | None) -> Tensor:
-    return _frequencies(2 * width, base, yarn)[: width // 2]
+def over_whole_heads(width: int, base: float, yarn: YarnScaling | None, device: torch.device) -> Tensor:
+    return _frequencies(2 * width, base, yarn, device)[: width // 2]
 
 
 def without_one(gate_and_up: Tensor, clamp: ClampedSwiGLU) -> Tensor:
@@ -622,7 +622,7 @@ REFUSALS: dict[str, tuple[Refused, str]] = {
     ),
     "floats": (lambda m, t: m(t.float()), r"not torch.float32 \[3, 20\]"),
     "bools": (lambda m, t: m(t.bool()), r"not torch.bool \[3, 20\]"),
-    "a number": (lambda m, t: m(3), r"or text, not int"),
+    "a number": (lambda m, t: m(3), r"or text, not 3"),
     "no positions": (lambda m, t: m(t[:, :0]), r"no tokens: the input has shape \[3, 0\]"),
     "no rows": (lambda m, t: m(t[:0]), r"no tokens: the input has shape \[0, 20\]"),
     "layer too large": (lambda m, t: m(t, stop_at_layer=4), r"stop_at_layer=4 is out of range: the model has layers 0 to 2"),

@@ -113,7 +113,8 @@ def direct_logit_attribution(
     parts = list(_components(run, along))
     labels, values = [label for label, _ in parts], torch.stack([value for _, value in parts])
     kinds, layers, indices = (
-        torch.tensor(x) for x in zip(*[(KINDS.index(kind), layer, i) for kind, layer, i in labels], strict=True)
+        torch.tensor(x, dtype=torch.int64, device="cpu")
+        for x in zip(*[(KINDS.index(kind), layer, i) for kind, layer, i in labels], strict=True)
     )
     names = [_name(*label) for label in labels]
     return LogitAttribution(names, values.masked_fill(~run.real(), float("nan")), kinds, layers, indices)

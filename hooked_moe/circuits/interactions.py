@@ -95,7 +95,7 @@ def pair_interactions(
     layers = model.cfg.moe_layers
     rows = torch.arange(len(at), device=at.device)
     experts = torch.stack([run.experts("clean", layer).indices[rows, at] for layer in layers], 1).flatten(1)
-    node_layer = torch.tensor(layers, device=at.device).repeat_interleave(model.cfg.experts_per_token)
+    node_layer = torch.tensor(layers, dtype=torch.int64, device=at.device).repeat_interleave(model.cfg.experts_per_token)
     first, second = torch.triu_indices(len(node_layer), len(node_layer), device=at.device)
 
     def without(own: CleanBlock, queries: VariantQueries) -> Float[Tensor, "row query d_model"]:

@@ -122,16 +122,16 @@ def bootstrap_ci(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, not {confidence!r}")
     rows, cells = len(values), values.flatten(1).cpu().double()
-    drawn = torch.randint(0, rows, (n_resamples, rows), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(n_resamples, rows, dtype=torch.float64).scatter_add_(
+    drawn = torch.randint(0, rows, (n_resamples, rows), generator=torch.Generator().manual_seed(seed), device="cpu")
+    counts = torch.zeros(n_resamples, rows, dtype=torch.float64, device="cpu").scatter_add_(
         1, drawn, torch.ones_like(drawn, dtype=torch.float64)
     )
     measured = cells.isfinite().all(0)
-    ends = torch.full((2, cells.shape[1]), float("nan"), dtype=torch.float64)
+    ends = torch.full((2, cells.shape[1]), float("nan"), dtype=torch.float64, device="cpu")
     tail = (1 - confidence) / 2
     for own in measured.nonzero()[:, 0].split(4096):
         means = (counts @ cells[:, own]) / rows
-        ends[:, own] = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+        ends[:, own] = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64, device="cpu"), dim=0)
     low, high = ends.to(values).unflatten(1, values.shape[1:])
     return low, high
 

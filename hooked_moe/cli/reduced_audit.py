@@ -95,7 +95,7 @@ def routed_parts(model: Transformer, tokenized: TokenizedCorpus, layers: Sequenc
     n, intact = predicted_tokens(tokenized), document_losses(model, tokenized)
     removed = []
     for layer in layers:
-        nothing = torch.zeros(model.cfg.experts_in(layer), dtype=torch.bool)
+        nothing = torch.zeros(model.cfg.experts_in(layer), dtype=torch.bool, device="cpu")
         removed.append(document_losses(model, tokenized, ExpertMask({layer: nothing})))
     columns = {
         "document": np.tile(np.arange(len(n)), len(layers)),

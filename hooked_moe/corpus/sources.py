@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
+from hooked_moe.checks import expanded_path
 from hooked_moe.corpus import corpora
 from hooked_moe.corpus.corpora import Corpus, Document, corpus_of, file_documents
 
@@ -48,7 +48,7 @@ def load_corpus(
             raise ValueError(f"field and name are for documents in memory; {source!r} has its own. Leave them out.")
         hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         in_pieces = unit == "paragraph" and source != "wikitext-2"  # which has its own rule for them
-        if source in corpora.CORPUS_NAMES or not Path(source).expanduser().is_dir():
+        if source in corpora.CORPUS_NAMES or not expanded_path(source).is_dir():
             corpus = corpora.read_corpus(source, unit="article" if in_pieces else unit, **hub)
             return corpus_of(corpus.name, _paragraphs(corpus.documents)) if in_pieces else corpus
         name, documents = source, _directory_documents(source)
@@ -68,7 +68,7 @@ def _paragraphs(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _directory_documents(name: str) -> Iterator[Document]:
-    root = Path(name).expanduser()
+    root = expanded_path(name)
     files = sorted(path for path in root.rglob("*") if path.suffix in corpora.SUFFIXES and path.is_file())
     if not files:
         raise FileNotFoundError(f"{name} is a directory without text: it has no .txt or .jsonl file. Check the path.")

@@ -77,7 +77,7 @@ class At:
         """The position to read in every row, as it was given."""
         rows = packed.rows
         if isinstance(self.position, tuple):
-            positions = torch.tensor(self.position, device=rows.device)[rows]
+            positions = torch.tensor(self.position, dtype=torch.int64, device=rows.device)[rows]
         else:
             assert isinstance(self.position, int)
             positions = torch.full_like(rows, self.position)

@@ -122,8 +122,8 @@ def _hashable(tokens: Any) -> Any:
 def _ids_by_row(model: Transformer, tokens: Any, rows: Int[Tensor, " row"]) -> Int[Tensor, " #row"]:
     """The ids for some batch rows; a single one where all have the same."""
     if not isinstance(tokens, tuple):
-        return torch.tensor([_id(model, tokens)], device=rows.device)
-    return torch.tensor([_id(model, tokens[row]) for row in rows.tolist()], device=rows.device)
+        return torch.tensor([_id(model, tokens)], dtype=torch.int64, device=rows.device)
+    return torch.tensor([_id(model, tokens[row]) for row in rows.tolist()], dtype=torch.int64, device=rows.device)
 
 
 def _id(model: Transformer, token: Any) -> int:

@@ -113,7 +113,8 @@ def read_logits(
 def _ids(model: Any, tokens: Any) -> Tensor:
     """Token ids of texts that are one token each, or of ids."""
     several = [tokens] if isinstance(tokens, str | int) or getattr(tokens, "ndim", 1) == 0 else tokens
-    ids = torch.tensor([model.to_single_token(token) if isinstance(token, str) else int(token) for token in several])
+    numbers = [model.to_single_token(token) if isinstance(token, str) else int(token) for token in several]
+    ids = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     _check_ids(model, ids)
     return ids
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_moe.checks import expanded_path
 from hooked_moe.loading.checkpoint import opened, read_json
 from hooked_moe.transformer import Transformer
 from weights_conversion import CheckpointError, Conversion, abbreviated
@@ -75,7 +76,7 @@ def merge_adapter(model: Transformer, conversion: Conversion, adapter: str | Pat
     Modules that were trained whole (`modules_to_save`) replace the model's. Raises `FileNotFoundError` where there is no adapter
     and `CheckpointError` for one that is not plain LoRA, or of another model.
     """
-    directory = Path(adapter).expanduser()
+    directory = expanded_path(adapter)
     config = read_adapter_config(directory)
     pairs, whole = _read_tensors(directory / WEIGHTS_FILE)
     places = _places(model, conversion)

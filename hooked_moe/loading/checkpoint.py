@@ -172,7 +172,7 @@ def _widened_into(place: Tensor, tensor: QuantisedTensor, stream: RawIOBase) -> 
 def _read_rows(stream: RawIOBase, tensor: StoredTensor, of: int, first: int, last: int) -> Tensor:
     """Rows `first` to `last` of a tensor taken for a matrix of `of` rows."""
     width, dtype = torch.Size(tensor.shape).numel() // of, STORED[tensor.dtype]
-    rows = torch.empty(last - first, width, dtype=dtype)
+    rows = torch.empty(last - first, width, dtype=dtype, device="cpu")
     stream.seek(tensor.start + first * width * dtype.itemsize)
     _read_fully(stream, rows, tensor.file)
     return rows

@@ -83,7 +83,7 @@ def widen_fp8(
 def widen_mxfp4(values: UInt8[Tensor, "row half_column"], scales: UInt8[Tensor, "row block"]) -> Float[Tensor, "row column"]:
     """Each value of the table times the power of two of its block."""
     nibbles = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
-    numbers = torch.tensor(E2M1)[nibbles.int()].unflatten(1, (-1, MXFP4_BLOCK))
+    numbers = torch.tensor(E2M1, dtype=torch.float32, device="cpu")[nibbles.int()].unflatten(1, (-1, MXFP4_BLOCK))
     return torch.ldexp(numbers, scales.int().unsqueeze(-1) - 127).flatten(1)
 
 

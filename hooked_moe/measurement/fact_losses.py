@@ -42,7 +42,7 @@ class FactLosses:
         for indices in by_length.values():
             for start in range(0, len(indices), ROWS_PER_BATCH):
                 chunk = np.array(indices[start : start + ROWS_PER_BATCH])
-                self._batches.append((chunk, torch.tensor([prompts[index] for index in chunk])))
+                self._batches.append((chunk, torch.tensor([prompts[index] for index in chunk], dtype=torch.int64, device="cpu")))
 
     @torch.inference_mode()
     def log_probabilities(self, model: Transformer) -> Float[np.ndarray, "record d_vocab"]:

@@ -188,7 +188,7 @@ def routing_against_content(
         for recorded in routes:
             model, tokens, mask = condition
             logits = replay_routes(model, tokens, recorded, attention_mask=mask, layers=layers, weights=weights)
-            values.append(torch.atleast_1d(torch.as_tensor(metric(logits))).float().cpu())
+            values.append(torch.atleast_1d(torch.as_tensor(metric(logits), device="cpu")).float())
             if values[-1].dim() != 1:
                 raise ValueError(f"the metric gave a tensor {list(values[-1].shape)}; expected one number, or one per batch row")
     return RoutingAgainstContent(torch.stack(values).unflatten(0, (2, 2)))

@@ -52,7 +52,7 @@ def upcycle(dense: Model, cfg: HookedMoEConfig, *, noise: float = 0.01, seed: in
         if isinstance(new.mlp, MoE):
             _fill_experts(new.mlp, neurons, cfg, noise, generator)
         else:
-            _fill_mlp(new.mlp, neurons, torch.arange(len(neurons[0])), layer)
+            _fill_mlp(new.mlp, neurons, torch.arange(len(neurons[0]), device="cpu"), layer)
     return model.to(cfg.device, cfg.dtype)
 
 
@@ -91,12 +91,15 @@ def _fill_experts(
     if n - shared < cfg.d_expert:
         raise ValueError(f"experts of {cfg.d_expert} neurons beside {shared} shared ones need as many; the dense MLP has {n}")
     if moe.shared is not None:
-        _fill_mlp(moe.shared, neurons, torch.arange(shared))
+        _fill_mlp(moe.shared, neurons, torch.arange(shared, device="cpu"))
     weight_sum = 1.0 if cfg.norm_topk_prob else cfg.experts_per_token / moe.num_experts
     scale = (n - shared) / (cfg.d_expert * weight_sum * cfg.routed_scaling_factor)
     for expert in range(moe.num_experts):
-        drawn = shared + torch.randperm(n - shared, generator=generator)[: cfg.d_expert].sort().values
-        gate, up, down = (rows[drawn] * (1 + noise * torch.randn(rows[drawn].shape, generator=generator)) for rows in neurons)
+        drawn = shared + torch.randperm(n - shared, generator=generator, device="cpu")[: cfg.d_expert].sort().values
+        gate, up, down = (
+            rows[drawn] * (1 + noise * torch.randn(rows[drawn].shape, generator=generator, dtype=torch.float32, device="cpu"))
+            for rows in neurons
+        )
         moe.experts.W_in[expert].copy_(torch.stack((gate, up)))
         moe.experts.W_out[expert].copy_(scale * down.T)
 

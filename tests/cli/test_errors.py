@@ -64,7 +64,7 @@ def test_a_number_of_many_digits_is_named_in_a_short_line(
 ) -> None:
     line = answer(capsys, command, f"{option}={sign}{'9' * digits}")
     assert option in line
-    assert len(line) < 300
+    assert len(line) < 500
 
 
 def test_whole_numbers_are_read_as_they_were_and_no_others() -> None:
@@ -286,13 +286,13 @@ def test_an_interrupted_experiment_ends_the_paper_with_one_line(monkeypatch: pyt
     assert capsys.readouterr().err == "\ninterrupted; the same command resumes from here\n"
 
 
-def test_a_message_of_many_lines_worth_is_cut_in_the_middle(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_of_many_lines_worth_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(_: Any) -> None:
         raise ValueError("begin" + "x" * 10**6 + "end")
 
     assert console.run_command(fail, None) == 1  # type: ignore[arg-type]
     line = capsys.readouterr().err
-    assert len(line) < 2000
+    assert len(line) < console.MOST_OF_AN_ERROR + 20
     assert line.startswith("error: begin")
-    assert line.endswith("end\n")
+    assert line.endswith("...\n")
     assert json.dumps(line)

@@ -89,7 +89,7 @@ def test_paragraphs_stand_between_blank_lines(tmp_path: Path) -> None:
     [
         ([], {}, ValueError, r"'documents' is empty"),
         (["a", " \n"], {}, ValueError, r"Document 2 of 'documents' is ' \\n'; expected text that is not empty"),
-        ([{"text": None}], {}, ValueError, r"Document 1 of 'documents' is None"),
+        ([{"text": None}], {}, ValueError, r"'text' of document 'documents-1': expected a text, not None"),
         (["a", 3], {}, TypeError, r"Document 2 of 'documents' is of type int; expected a text, a Document or a mapping"),
         ([[1, 2]], {}, TypeError, r"is of type list"),
         (3, {}, TypeError, r"a name, a path or an iterable of documents, not int"),

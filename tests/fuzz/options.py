@@ -27,7 +27,7 @@ _VALUES = {
     "--run": ("a", ".", "..", "a/b", "a b", "-a"),
     "--positions": ("all", "3", "5", "2"),
     "--scope": ("position", "both"),
-    "--corpus": ("held-out", "wikitext-2", "nothing.jsonl", "/"),
+    "--corpus": ("held-out", "wikitext-2", "nothing.jsonl", "/dev"),
     "--model": ("tiny-olmo", "/", "config.json"),
     "--protocol": ("defined", "as_released"),
     "--nothing": ("x",),

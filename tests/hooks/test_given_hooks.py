@@ -123,9 +123,11 @@ def test_layers_of_a_cache_are_any_whole_numbers(model: HookedMoE, tokens: Tenso
     _, cache = model.run_with_cache(tokens)
     for layer in (np.int64(-1), torch.tensor(-1), np.int8(2), torch.tensor(2)):
         assert cache["pattern", layer] is cache["pattern", 2]
-    for wrong in (2.0, True, "2", None):
+    for wrong in (2.0, True, "2"):
         with pytest.raises(ValueError, match="the layer must be a whole number"):
             cache["pattern", wrong]
+    with pytest.raises(KeyError, match="is in 3 places; give a layer too"):  # None stands for every layer
+        cache["pattern", None]
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -214,5 +214,5 @@ def test_a_damaged_file_is_compiled_anew(compiler: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_said_and_does_without(compiler: Path) -> None:
     compiler.parent.mkdir()
     compiler.write_text("a file where the directory should be")
-    with pytest.warns(RuntimeWarning, match="compiled kernels cannot be kept in .*XDG_CACHE_HOME names another"):
+    with pytest.warns(RuntimeWarning, match=r"compiled kernels cannot be kept \(.*XDG_CACHE_HOME names another"):
         assert nvrtc.machine_code("swiglu.cu", (("SCALAR", "float32"), ("VECTOR", 1)), "sm_90")

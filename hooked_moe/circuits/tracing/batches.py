@@ -61,8 +61,8 @@ def batches(model: Transformer, runs: Sequence[CorruptedRun], protocol: Protocol
             embeddings=_noised(model, clean, chosen, sigma) if protocol.corruption == "noise" else None,
             real=real,
             final=real.sum(-1) - 1,
-            true=torch.tensor([run.prompt.true_id for run in chosen], device=device),
-            foil=torch.tensor([run.foil_id for run in chosen], device=device),
+            true=torch.tensor([run.prompt.true_id for run in chosen], dtype=torch.int64, device=device),
+            foil=torch.tensor([run.foil_id for run in chosen], dtype=torch.int64, device=device),
         )
 
 
@@ -70,7 +70,8 @@ def noise_scale(model: Transformer, prompts: Sequence[Prompt], protocol: Protoco
     """The standard deviation of the noise."""
     rows: Tensor = model.embed.W_E
     if protocol.sigma_from == "subjects":
-        rows = rows[torch.tensor([token for prompt in prompts for token in prompt.tokens[slice_of(prompt.subject)]])]
+        tokens = [token for prompt in prompts for token in prompt.tokens[slice_of(prompt.subject)]]
+        rows = rows[torch.tensor(tokens, dtype=torch.int64, device=rows.device)]
     return protocol.sigma * float(rows.float().std())
 
 
@@ -88,13 +89,13 @@ def _noised(
         generator = torch.Generator().manual_seed(run.prompt.record.case_id)
         shape = (len(run.prompt.subject), model.cfg.d_model)
         for _ in range(run.draw + 1):  # a later draw is what the generator gives next
-            noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         embeddings[row, slice_of(run.prompt.subject)] += (sigma * noise).to(embeddings)
     return embeddings
 
 
 def _padded(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"]]:
     longest = max(map(len, rows))
-    tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
+    tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.int64, device=device)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
     return tokens, torch.arange(longest, device=device) < lengths[:, None]

@@ -114,7 +114,7 @@ def _reason_against(margin: float, drop: float, protocol: Protocol) -> str | Non
 
 def _margins(model: Transformer, runs: Sequence[CorruptedRun], protocol: Protocol, sigma: float | None) -> Float[Tensor, " run"]:
     """Logit of the true answer minus the foil's: of the corrupted runs or, without a sigma, of their clean prompts."""
-    parts = [torch.empty(0)]
+    parts = [torch.empty(0, dtype=torch.float32, device="cpu")]
     for batch in batches(model, runs, protocol, sigma or 0.0, ROWS):
         start = batch.embeddings if sigma is not None and batch.embeddings is not None else model.embed(batch.clean)
         logits = observe(model, start, batch.real, batch.final).logits(model)
@@ -161,7 +161,7 @@ def _answer_logits(
     model: Transformer, prompts: Sequence[Prompt], protocol: Protocol, ids: list[int]
 ) -> Float[Tensor, "prompt answer"]:
     runs = [CorruptedRun(number, prompt, prompt.true_id, prompt.record.true) for number, prompt in enumerate(prompts)]
-    parts = [torch.empty(0, len(ids))]
+    parts = [torch.empty(0, len(ids), dtype=torch.float32, device="cpu")]
     columns = torch.tensor(ids, dtype=torch.int64, device=model.cfg.device)
     for batch in batches(model, runs, replace(protocol, corruption="replace"), 0.0, ROWS):
         parts.append(observe(model, model.embed(batch.clean), batch.real, batch.final).logits(model)[:, columns].cpu())

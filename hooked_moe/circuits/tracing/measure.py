@@ -58,7 +58,8 @@ def measure(
     answers = Answers(batch.true, batch.foil, clean.resid, readings)
     n_slots = max(layer.experts.indices.shape[1] for layer in patches if layer.experts is not None)
     deltas = torch.stack([layer.variants(n_slots) for layer in patches])
-    absolute = [answers.absolute(model, run.resid[:, None], torch.arange(len(batch.final)))[:, 0] for run in (clean, corrupted)]
+    rows = torch.arange(len(batch.final), device=batch.final.device)
+    absolute = [answers.absolute(model, run.resid[:, None], rows)[:, 0] for run in (clean, corrupted)]
     true_logits = clean.logits(model)
     rank = (true_logits > true_logits.gather(1, batch.true[:, None])).sum(1)
     gradients = _gradients(model, corrupted_start, batch) if not model.streams else None
@@ -138,7 +139,7 @@ def _along(
     experts: Float[Tensor, "layer slot row d_model"], gradients: Float[Tensor, "layer row d_model"] | None
 ) -> Float[Tensor, "layer slot row"]:
     if gradients is None:
-        return torch.full(experts.shape[:-1], float("nan"), device=experts.device)
+        return torch.full(experts.shape[:-1], float("nan"), dtype=torch.float32, device=experts.device)
     return (at_least_float32(experts) * at_least_float32(gradients)[:, None]).sum(-1)
 
 
@@ -172,7 +173,7 @@ def _necessity(
         memory_budget=memory_budget,
     )
     rows = torch.arange(len(batch.final), device=batch.final.device)
-    result = torch.full((len(patches), n_slots, len(rows)), float("nan"), device=rows.device)
+    result = torch.full((len(patches), n_slots, len(rows)), float("nan"), dtype=torch.float32, device=rows.device)
     for number, layer in enumerate(removals.layers):
         experts = patches[layer].experts
         assert experts is not None

@@ -134,15 +134,15 @@ def _parts(
         if queries > 1:  # shifted by one against the keys, a causal kernel sees the strict prefix; position 0 has none
             yield slice(1, None), slice(0, queries - 1), None
         return
-    starts = torch.arange(queries) if starts is None else starts
+    starts = torch.arange(queries, device="cpu") if starts is None else starts
     firsts = torch.zeros_like(starts) if reach is None else (starts - reach).clamp(min=0)
     for part in (starts > firsts).nonzero().flatten().split(queries if reach is None else _QUERIES_PER_PART):
         if not len(part):
             continue
         keys = slice(int(firsts[part].min()), min(length, int(starts[part].max())))
-        key = torch.arange(keys.start, keys.stop)
+        key = torch.arange(keys.start, keys.stop, device="cpu")
         seen = (key < starts[part, None]) & (key >= firsts[part, None])
-        yield part, keys, torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)[None, None]
+        yield part, keys, torch.zeros(seen.shape, dtype=dtype, device="cpu").masked_fill(~seen, -torch.inf)[None, None]
 
 
 def for_every_head(q: Tensor, x: Tensor) -> Tensor:
