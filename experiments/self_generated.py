@@ -33,8 +33,7 @@ def generated_text(model: HookedMoE, n_tokens: int, seed: int) -> np.ndarray:
     """Tokens that the model samples from its own distribution (temperature 1), in texts of `ROW_LENGTH` that begin with the token
     between documents."""
     generator = torch.Generator().manual_seed(seed)
-    assert model.cfg.eos_token_id is not None
-    start = torch.full((ROWS, 1), model.cfg.eos_token_id)
+    start = torch.full((ROWS, 1), model.cfg.end_tokens[0])
     rows = []
     for _ in range(-(-n_tokens // (ROWS * ROW_LENGTH))):
         with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ class _Weights:
 
     directory: str
     """What holds them, for errors."""
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
 
 
 def from_hf(model_class: type[Model], hf_model: Any, tokenizer: Any = None) -> Model:

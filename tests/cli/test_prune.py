@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,8 @@ def test_a_killed_command_keeps_what_it_measured(workplace, monkeypatch):
 
 def test_a_file_of_another_pruning_is_set_aside_and_measured_again(workplace, capsys):
     directory = workplace / "results" / "model" / "run" / "prunings"
+    shutil.rmtree(directory)
+    assert run_prune(*SMALL) == 0  # so that every file there is one that this command asks for
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     one, other = sorted(directory.glob("*.json"))[:2]
     one.write_bytes(other.read_bytes())
