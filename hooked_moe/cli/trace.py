@@ -3,6 +3,7 @@
     hooked-moe trace                                             # the shipped model that was taught facts: about a minute
     hooked-moe trace --model tiny-olmoe --facts associations     # a model that was taught none: a coalition, no single expert
     hooked-moe trace --corruption noise
+    hooked-moe trace --split "held out" --unfiltered --token-rule first_token --min-cases 50    # facts that were never taught
     hooked-moe trace --model olmoe-0125 --facts counterfact.json
     hooked-moe trace --model qwen3-30b-a3b --facts counterfact --stream
     hooked-moe trace --model mixtral-8x7b --facts counterfact.json --protocol as_published --stream
@@ -54,6 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--bos", action=argparse.BooleanOptionalAction, help="begin prompts with BOS (default: as the tokenizer does)"
     )
+    parser.add_argument(
+        "--split", choices=["taught", "held out", "all"], default="taught", help="which embedded facts (default: %(default)s)"
+    )
+    parser.add_argument("--unfiltered", action="store_true", help="use facts that the model does not know, too")
     parser.add_argument("--published-cases", action="store_true", help="only the CounterFact records of the paper's own cases")
     parser.add_argument("--seed", type=whole_number, help="of the records' order and of the split into halves (default: 0)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: %(default)s)")
@@ -78,7 +83,7 @@ def trace(args: argparse.Namespace) -> Path:
     )
     result = trace_facts(
         model,
-        [record for record in records if record.split != "held out"],
+        [record for record in records if args.split == "all" or record.split in ("", args.split)],
         protocol=args.protocol,
         memory_budget=args.memory,
         progress=True,
@@ -112,7 +117,8 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
         "prepend_bos": args.bos,
         "seed": args.seed,
     }
-    return {name: value for name, value in options.items() if value is not None}
+    filters = {"min_margin": None, "min_drop": None} if args.unfiltered else {}
+    return {name: value for name, value in options.items() if value is not None} | filters
 
 
 def _published_name(model: str) -> str:
