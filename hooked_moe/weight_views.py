@@ -159,6 +159,9 @@ class WeightViews:
         raise NotImplementedError
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
-        """The sum of the output biases of attention before `layer`, and with `mlp_input` of its own. MLPs have none here."""
+        """The sum of the output biases of attention before `layer`, and with `mlp_input` of its own.
+
+        Dense MLPs have none here, and those of experts, which routing weighs, belong to what the experts write.
+        """
         biases = [self.blocks[before].attn.b_O for before in range(layer + mlp_input)]
         return sum((bias for bias in biases if bias is not None), start=self.embed.W_E.new_zeros(self.cfg.d_model))

@@ -168,7 +168,24 @@ def random_model(architecture: str = "olmoe", **changes: Any) -> HookedMoE:
 
 def swiglu(x: Tensor, w_gate: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """What an expert, the shared experts or a dense MLP make of tokens [..., d_model]."""
-    return (torch.nn.functional.silu(x @ w_gate.T) * (x @ w_in.T)) @ w_out.T
+    return activated(x @ w_gate.T, x @ w_in.T) @ w_out.T
+
+
+def activated(gate: Tensor, up: Tensor, clamp: ClampedSwiGLU | None = None) -> Tensor:
+    """The activation of experts by its definition."""
+    if clamp is None:
+        return torch.nn.functional.silu(gate) * up
+    gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+    return (up + 1) * gate * (clamp.alpha * gate).sigmoid()
+
+
+def expert_output(experts: Any, expert: int, x: Tensor) -> Tensor:
+    """What a routed expert makes of tokens [..., d_model], with the biases and the limit that its family has."""
+    gate, up = (x @ w.T for w in experts.W_in[expert])
+    if experts.b_in is None:
+        return activated(gate, up, experts.clamp) @ experts.W_out[expert].T
+    b_gate, b_up = experts.b_in[expert]
+    return activated(gate + b_gate, up + b_up, experts.clamp) @ experts.W_out[expert].T + experts.b_out[expert]
 
 
 _shared_model = functools.cache(random_model)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooked_moe import HookedMoE
 from hooked_moe.checks import UnknownNameError
 from hooked_moe.weight_views import NAMES
-from tests.conftest import EVERY_ARCHITECTURE
+from tests.conftest import EVERY_ARCHITECTURE, activated
 
 
 @EVERY_ARCHITECTURE
@@ -25,13 +25,16 @@ def test_products_with_the_weights_are_the_activations(model: HookedMoE, tokens:
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
         x = cache["normalized", layer, "ln2"] * block.ln2.w
         if model.cfg.experts_in(layer):
-            torch.testing.assert_close(x @ model.weight("W_router", layer), cache["router_logits", layer], atol=1e-5, rtol=1e-5)
-            w_in, w_gate, w_out = (
-                model.weight(name, layer)[cache["expert_indices", layer]] for name in ("W_in", "W_gate", "W_out")
-            )
-            x = x[:, :, None, None]
-            neurons = torch.nn.functional.silu(x @ w_gate) * (x @ w_in)
-            torch.testing.assert_close((neurons @ w_out)[..., 0, :], cache["expert_out", layer], atol=1e-5, rtol=1e-4)
+            router, experts, indices = block.mlp.router, block.mlp.experts, cache["expert_indices", layer]
+            logits = x @ model.weight("W_router", layer) + (0 if router.b_logits is None else router.b_logits)
+            torch.testing.assert_close(logits, cache["router_logits", layer], atol=1e-5, rtol=1e-5)
+            w_in, w_gate, w_out = (model.weight(name, layer)[indices] for name in ("W_in", "W_gate", "W_out"))
+            x, b_gate, b_in, b_out = x[:, :, None, None], 0, 0, 0
+            if experts.b_in is not None:
+                b_gate, b_in = experts.b_in[indices].split(1, dim=-2)
+                b_out = experts.b_out[indices]
+            neurons = activated(x @ w_gate + b_gate, x @ w_in + b_in, experts.clamp)
+            torch.testing.assert_close((neurons @ w_out)[..., 0, :] + b_out, cache["expert_out", layer], atol=1e-5, rtol=1e-4)
         else:
             w_in, w_gate, w_out = (model.weight(name, layer) for name in ("W_in", "W_gate", "W_out"))
             made = (torch.nn.functional.silu(x @ w_gate) * (x @ w_in)) @ w_out

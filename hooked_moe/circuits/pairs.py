@@ -189,7 +189,7 @@ class ExpertDeltas(NamedTuple):
 
 
 def expert_deltas(pair: PromptPair, layer: int, part: Part = "contribution") -> ExpertDeltas:
-    """Those of every token, in as many slots as the token with most of them needs."""
+    """Those of every token, in at least as many slots as the token with most of them needs."""
     corrupt, x = pair.experts("corrupt", layer), pair.mlp_input("corrupt", layer)
     deltas = deltas_between(pair.experts("clean", layer), corrupt, part, pair.moe(layer), x)
     return deltas.where(pair.real())

@@ -57,8 +57,8 @@ class _LaterRouter:
     def _value(self, mid: Float[Tensor, "batch pos slot d_model"]) -> Float[Tensor, "batch pos slot"]:
         """What the token is worth with the routing that this stream has."""
         logits = self.moe.router(self.ln(mid.flatten(1, 2))).unflatten(1, mid.shape[1:3])
-        rule = self.moe.router.rule
+        rule, bias = self.moe.router.rule, self.moe.router.b_selection
         scores = routing.score(logits, rule)
-        indices = routing.select(scores.detach(), rule)
+        indices = routing.select(scores.detach(), rule, bias=bias)
         worth = self.worth.unsqueeze(2).expand(*logits.shape).gather(-1, indices)
         return (routing.weigh(scores, indices, rule) * worth).sum(-1)

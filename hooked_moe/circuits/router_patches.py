@@ -71,7 +71,9 @@ def router_attribution(
 
     `soft` is d metric / d (router logit) times the difference between clean and corrupted run, the selection held fixed: the
     first order of what changes weights alone. `hard` is the metric once the next-ranked expert has taken the slot of the last
-    one, minus that of the corrupted run: an exact patch, which no gradient sees. `metric` as in `attribution_patch_experts`.
+    one, minus that of the corrupted run: an exact patch, which no gradient sees. The last is that with the lowest score, plus
+    the selection bias where a family has one; it is replaced as by `removal="reroute"`. `metric` as in
+    `attribution_patch_experts`.
     """
     model.require_weights("a gradient")
     chosen = checked_layers(model, layers)
@@ -100,13 +102,16 @@ def _routing_of(pair: PromptPair, layer: int, what: RoutingPart) -> Routing:
 
 
 def _last_replaced(pair: PromptPair, layer: int) -> Routing:
-    """The corrupted run's routing with the next-ranked expert in place of the last."""
-    rule, logits, corrupt = pair.moe(layer).router.rule, _router_logits(pair, layer), pair.experts("corrupt", layer)
+    """The corrupted run's routing with the next-ranked expert in place of the last: of the selection, whose bias counts."""
+    logits, corrupt = _router_logits(pair, layer), pair.experts("corrupt", layer)
+    rule, bias = pair.moe(layer).router.rule, pair.moe(layer).router.b_selection
     if pair.moe(layer).num_experts == rule.slots:
         return Routing(corrupt.indices, corrupt.weights)  # there is no other expert
-    keep = torch.ones_like(logits, dtype=torch.bool).scatter(-1, corrupt.indices[..., -1:], False)
-    scores = routing.score(logits, rule, keep)
-    indices = routing.select(scores, rule)
+    scores = routing.score(logits, rule)
+    last = routing.by_score(corrupt.indices, scores if bias is None else scores + bias)[..., -1:]
+    keep = torch.ones_like(logits, dtype=torch.bool).scatter(-1, last, False)
+    scores = scores * keep
+    indices = routing.select(scores, rule, keep, bias)
     return Routing(indices, routing.weigh(scores, indices, rule).to(corrupt.weights.dtype))
 
 

@@ -87,10 +87,10 @@ def select(
     if rule.groups > 1:
         choice = _within_best_groups(choice, rule)
     indices = choice.topk(rule.slots, dim=-1).indices
-    return indices if bias is None else _by_score(indices, scores)
+    return indices if bias is None else by_score(indices, scores)
 
 
-def _by_score(indices: Int[Tensor, "*token slot"], scores: Float[Tensor, "*token expert"]) -> Int[Tensor, "*token slot"]:
+def by_score(indices: Int[Tensor, "*token slot"], scores: Float[Tensor, "*token expert"]) -> Int[Tensor, "*token slot"]:
     """The same experts, highest score first."""
     return indices.gather(-1, scores.gather(-1, indices).argsort(dim=-1, descending=True, stable=True))
 

@@ -22,7 +22,7 @@ from hooked_moe.circuits import (
 )
 from hooked_moe.circuits.pairs import expert_deltas, prompt_pair
 from hooked_moe.counterfactuals import KL, At, LogitDifference, expert_effects
-from tests.conftest import EVERY_ARCHITECTURE, random_model, swiglu, without_type_checks
+from tests.conftest import EVERY_ARCHITECTURE, expert_output, random_model, without_type_checks
 from tests.support.hf_models import save, tiny
 from tests.support.prompt_pairs import FIRST, MASKS, METRIC, SECOND, difference_at_end, random_pair
 
@@ -60,8 +60,7 @@ def part_by_definition(
         prefix = f"blocks.{layer}."
         indices, weights = (cache[f"{prefix}mlp.hook_expert_{name}"][tuple(at)] for name in ("indices", "weights"))
         x = cache[prefix + "ln2.hook_normalized"][tuple(at)] * model.blocks[layer].ln2.w
-        experts = model.blocks[layer].mlp.experts
-        output = swiglu(x, *experts.W_in[expert], experts.W_out[expert])
+        output = expert_output(model.blocks[layer].mlp.experts, expert, x)
         return (float(weights[indices == expert]) if expert in indices.tolist() else 0.0), output.detach()
 
     (w_clean, e_clean), (w_corrupt, e_corrupt) = run(clean), run(corrupt)
@@ -283,7 +282,19 @@ def test_slopes_of_router_logits_are_finite_differences_and_swaps_are_rerouted_r
                 found.soft[0, batch, pos, expert], slope * change[batch, pos, expert], atol=1e-5, rtol=1e-3
             )
     removed = expert_effects(model, corrupt, removal="reroute", readouts=[METRIC])
-    torch.testing.assert_close(found.hard, removed.readouts[METRIC.name][..., -1], atol=1e-9, rtol=1e-7)
+    last = torch.stack([last_of_selection(model, corrupt_cache, layer) for layer in model.cfg.moe_layers])
+    assert (last == 2).all() != model.cfg.selection_bias  # else the last is that with the lowest weight
+    by_slot = removed.readouts[METRIC.name]
+    torch.testing.assert_close(found.hard, by_slot.gather(-1, last[..., None])[..., 0], atol=1e-9, rtol=1e-7)
+
+
+def last_of_selection(model: HookedMoE, cache: ActivationCache, layer: int) -> Tensor:
+    """The slot of each token's expert that the selection had nearest to leave out."""
+    logits, indices = cache["router_logits", layer], cache["expert_indices", layer]
+    choice = logits.sigmoid() if model.cfg.router_score == "sigmoid" else logits.softmax(-1)
+    if model.cfg.selection_bias:
+        choice = choice + model.blocks[layer].mlp.router.b_selection
+    return choice.gather(-1, indices).argmin(-1)
 
 
 # Results

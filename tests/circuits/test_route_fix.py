@@ -17,6 +17,8 @@ from tests.conftest import EVERY_ARCHITECTURE, random_model, without_type_checks
 from tests.support.prompt_pairs import METRIC, random_pair, word_pairs
 
 STEP = 1e-7
+LARGER = 5
+"""What patches are multiplied by, so that some of every architecture's have later routers select other experts."""
 
 
 def worth_of_routing(
@@ -42,15 +44,16 @@ def worth_of_routing(
 
 @EVERY_ARCHITECTURE
 def test_terms_are_exact_routing_minus_its_slope(architecture: str) -> None:
-    model, (clean, corrupt) = random_model(architecture, dtype=torch.float64), random_pair()
+    model, (clean, corrupt) = random_model(architecture, n_layers=4, dtype=torch.float64), random_pair()
     pair = prompt_pair(model, clean, corrupt)
     gradients = residual_gradients(pair, METRIC)
     layers = model.cfg.moe_layers
-    by_layer = {layer: expert_deltas(pair, layer) for layer in layers}
+    found = {layer: expert_deltas(pair, layer) for layer in layers}
+    by_layer = {layer: deltas._replace(delta=LARGER * deltas.delta) for layer, deltas in found.items()}
     terms = rerouting_terms(pair, by_layer, gradients)
     assert (terms[layers[-1]] == 0).all()
     layer, jumps = layers[0], 0
-    for batch, pos, slot in (by_layer[layer].experts >= 0).nonzero().tolist()[::7]:
+    for batch, pos, slot in (by_layer[layer].experts >= 0).nonzero().tolist()[::5]:
         delta, expected = by_layer[layer].delta[batch, pos, slot], torch.zeros((), dtype=torch.float64)
         for later in layers[1:]:
             exact, small = (
