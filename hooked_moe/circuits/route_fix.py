@@ -23,7 +23,10 @@ def rerouting_terms(
     pair: PromptPair, by_layer: dict[int, ExpertDeltas], gradients: Gradients
 ) -> dict[int, Float[Tensor, "batch pos slot"]]:
     """By layer: what is to be added to the first order of every patch, for all later routers."""
-    terms = {layer: torch.zeros(deltas.experts.shape, device=deltas.delta.device) for layer, deltas in by_layer.items()}
+    terms = {
+        layer: torch.zeros(deltas.experts.shape, dtype=torch.float32, device=deltas.delta.device)
+        for layer, deltas in by_layer.items()
+    }
     for later in pair.model.cfg.moe_layers:
         earlier = {layer: deltas for layer, deltas in by_layer.items() if layer < later}
         if earlier:
