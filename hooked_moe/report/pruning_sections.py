@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hooked_moe.analysis.pruning import ADDITIVE_SHARE
 from hooked_moe.report.blocks import Block, Folded, Paragraph, Section, Table, TableRow, table_row
 from hooked_moe.report.figures.names import label
 from hooked_moe.report.number_text import DASH, interval, nats, preset_share, share, signed
@@ -18,7 +19,8 @@ def pruning_section(rows: Sequence[Row], summary: Sequence[Row], figure: Sequenc
         "Experts are removed for good, the same share in every layer unless a row says otherwise, and the loss is read on "
         f"documents that chose nothing ({max(row['n_documents'] for row in rows)} of them). The predicted rise is the sum of the "
         "single-token effects of the experts removed, measured on the other documents: it is known before anything is pruned. "
-        "It leaves out how removals interact."
+        "It leaves out how removals interact: beyond "
+        f"{preset_share(ADDITIVE_SHARE)} of a layer's experts the rise exceeds it."
     )
     blocks: list[Block] = [Paragraph(note), *figure]
     if summary:
@@ -33,12 +35,16 @@ _SUMMARY_NOTE = (
 )
 
 
+_BEYOND = "a forecast beyond what adds up"
+
+
 def _summary_table(summary: Sequence[Row]) -> Table:
     columns = ("pruned", "over", "rank correlation", "measured / predicted", "in the interval")
     rows = []
     for row in summary:
         numbers = (signed(row["spearman"], 2), f"{row['ratio']:.2f}", share(row["coverage"]))
-        rows.append(table_row(preset_share(row["share"]), row["population"], *numbers))
+        mark = f" ({_BEYOND})" if row["share"] > ADDITIVE_SHARE else ""
+        rows.append(table_row(f"{preset_share(row['share'])}{mark}", row["population"], *numbers))
     return Table(columns, tuple(rows))
 
 
@@ -79,7 +85,8 @@ def _table(rows: Sequence[Row]) -> Table:
     columns = ("ranking", "rise", "95% interval", "of random", "predicted", "95% interval", "measured / predicted")
     lines = []
     for part in _shares(rows):
-        lines.append(TableRow(heading=f"{preset_share(part)} pruned"))
+        beyond = f": {_BEYOND}" if part > ADDITIVE_SHARE else ""
+        lines.append(TableRow(heading=f"{preset_share(part)} pruned{beyond}"))
         for row in sorted((row for row in rows if row["share"] == part), key=_rise):
             lines.append(
                 table_row(
