@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from hooked_moe.tables import write_text_atomic
 
 SEPARATOR = "\n\x1e\n"
 DATA = Path(__file__).resolve().parent.parent / "hooked_moe" / "corpus" / "data"
@@ -104,9 +105,7 @@ def associations(text: str, domain: str) -> Iterator[dict[str, str]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text_atomic(json.dumps(value, indent=0, ensure_ascii=False) + "\n", path)
 
 
 def main() -> None:

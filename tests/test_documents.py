@@ -9,6 +9,7 @@ import pytest
 
 from hooked_moe.cli.main import COMMANDS
 from hooked_moe.report.derived_files import DERIVED_FILES
+from tests.support.code_blocks import python_blocks, run_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
@@ -51,11 +52,8 @@ def test_code_on_the_page_for_those_who_come_from_transformer_lens_runs() -> Non
     for library in ("transformer_lens", "transformers"):
         pytest.importorskip(library)
     page = ROOT / "docs" / "from_transformer_lens.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 5
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), names)
+    assert len(python_blocks(page)) >= 5
+    run_blocks(page)
 
 
 def test_python_files_named_in_documents_exist() -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from hooked_moe.checks import unknown_name
+from hooked_moe.json_text import JsonError, parse_json
 from hooked_moe.loading.hub import download_file
 
 FACT_SETS = ("embedded", "associations", "known_1000", "lre/factual", "counterfact")
@@ -166,8 +167,8 @@ def _counterfact_file(path: Path) -> list[FactRecord]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path} (looked for {path.absolute()}); expected CounterFact as a .json file.")
     try:
-        contents = json.loads(path.read_bytes())
-    except ValueError as error:
+        contents = parse_json(path.read_bytes())
+    except JsonError as error:
         raise ValueError(f"{path} is not JSON in UTF-8: {error}. Expected CounterFact, a list of records.") from error
     if not isinstance(contents, list) or not contents:
         raise ValueError(f"{path} holds {type(contents).__name__}; expected CounterFact, a list of records that is not empty.")

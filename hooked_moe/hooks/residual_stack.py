@@ -7,7 +7,7 @@ and no axis of positions where `pos_slice` is a number. `pos_slice` is as in Tra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -103,10 +103,7 @@ class ResidualStack(Mapping[Any, Tensor]):
 
         Taken from hook_result where that is cached, and otherwise made of hook_z.
         """
-        end = self._layer(layer)
-        parts = [heads(self, number, pos_slice) for number in range(end)]
-        parts = self._with_remainder(parts, end, incl_remainder, pos_slice)
-        return self._stacked(parts, end, False, apply_ln, pos_slice, return_labels)
+        return self._results(heads, layer, return_labels, incl_remainder, pos_slice, apply_ln)
 
     def stack_expert_results(
         self,
@@ -124,10 +121,7 @@ class ResidualStack(Mapping[Any, Tensor]):
             stack, labels = cache.stack_expert_results(pos_slice=-1, return_labels=True)
             dict(zip(labels, cache.logit_attrs(stack, " Paris", pos_slice=-1)[:, 0].tolist()))
         """
-        end = self._layer(layer)
-        parts = [experts(self, number, pos_slice) for number in range(end)]
-        parts = self._with_remainder(parts, end, incl_remainder, pos_slice)
-        return self._stacked(parts, end, False, apply_ln, pos_slice, return_labels)
+        return self._results(experts, layer, return_labels, incl_remainder, pos_slice, apply_ln)
 
     def get_full_resid_decomposition(
         self,
@@ -255,6 +249,21 @@ class ResidualStack(Mapping[Any, Tensor]):
             of = "the MLP of a layer" if mlp_input else f"a layer, or {last} for the unembedding"
             raise ValueError(f"layer must be {of}, from 0 to {last - mlp_input}, not {layer!r}")
         return number
+
+    def _results(
+        self,
+        of_layer: Callable[[Any, int, Any], Components],
+        layer: int | None,
+        return_labels: bool,
+        incl_remainder: bool,
+        pos_slice: Any,
+        apply_ln: bool,
+    ) -> Tensor | tuple[Tensor, list[str]]:
+        """The components of one kind of every layer before `layer`."""
+        end = self._layer(layer)
+        parts = [of_layer(self, number, pos_slice) for number in range(end)]
+        parts = self._with_remainder(parts, end, incl_remainder, pos_slice)
+        return self._stacked(parts, end, False, apply_ln, pos_slice, return_labels)
 
     def _with_remainder(self, parts: list[Components], layer: int, wanted: bool, pos_slice: Any) -> list[Components]:
         if not wanted:

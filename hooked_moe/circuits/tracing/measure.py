@@ -55,13 +55,13 @@ def measure(
     asked = [None if layer.experts is None else layer.experts.indices for layer in clean.layers]
     corrupted = observe(model, corrupted_start, batch.real, batch.final, asked)
     patches = [layer_patches(*pair) for pair in zip(clean.layers, corrupted.layers, strict=True)]
-    answers = Answers(batch.true, batch.foil, clean.resid, readings)
+    clean_logits = clean.logits(model)
+    answers = Answers(batch.true, batch.foil, clean_logits.log_softmax(-1), readings)
     n_slots = max(layer.experts.indices.shape[1] for layer in patches if layer.experts is not None)
     deltas = torch.stack([layer.variants(n_slots) for layer in patches])
     rows = torch.arange(len(batch.final), device=batch.final.device)
     absolute = [answers.absolute(model, run.resid[:, None], rows)[:, 0] for run in (clean, corrupted)]
-    true_logits = clean.logits(model)
-    rank = (true_logits > true_logits.gather(1, batch.true[:, None])).sum(1)
+    rank = (clean_logits > clean_logits.gather(1, batch.true[:, None])).sum(1)
     gradients = _gradients(model, corrupted_start, batch) if not model.streams else None
     experts = deltas[:, len(SITES) : len(SITES) + n_slots]
     return Measured(

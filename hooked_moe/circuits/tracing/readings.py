@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.components.precision import at_least_float32
+from hooked_moe.counterfactuals import LogitDifference
 from hooked_moe.counterfactuals.engine.readout import Final
 from hooked_moe.transformer import Transformer
 
@@ -26,8 +28,8 @@ class Answers:
 
     true: Int[Tensor, " row"]
     foil: Int[Tensor, " row"]
-    clean_resid: Float[Tensor, "row d_model"]
-    """The clean run's last residual stream at the last token."""
+    clean_log_probs: Float[Tensor, "row d_vocab"]
+    """The clean run's prediction at the last token."""
     readings: Sequence[str]
     name: ClassVar[str] = "answers"
     width: ClassVar[int] = 1
@@ -49,7 +51,7 @@ class Answers:
 
     def _by_direction(self, model: Transformer, resid: Tensor, rows: Tensor) -> Tensor:
         direction = answer_direction(model, self.true[rows], self.foil[rows])
-        normalised = model.ln_final(resid.to(torch.promote_types(resid.dtype, torch.float32)))
+        normalised = model.ln_final(at_least_float32(resid))
         return (normalised * direction[:, None]).sum(-1, keepdim=True)
 
     def _by_logits(self, model: Transformer, resid: Tensor, rows: Tensor) -> Tensor:
@@ -61,15 +63,14 @@ class Answers:
         if "rank" in self.readings:
             values["rank"] = -(log_probs > true).sum(-1, keepdim=True).to(true.dtype)
         if "kl" in self.readings:
-            clean = model.logits(self.clean_resid[rows][:, None]).log_softmax(-1)
+            clean = self.clean_log_probs[rows][:, None]
             values["kl"] = -(clean.exp() * (clean - log_probs)).sum(-1, keepdim=True)
         return torch.cat([values[name] for name in self.readings], dim=-1)
 
 
 def answer_direction(model: Transformer, true: Int[Tensor, " row"], foil: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
     """What the normalised last residual stream is multiplied by to give the logit of the true answer minus the foil's."""
-    wide = torch.promote_types(model.unembed.W_U.dtype, torch.float32)
-    return model.unembed.W_U[true].to(wide) - model.unembed.W_U[foil].to(wide)
+    return LogitDifference(true, foil).direction(model, torch.arange(len(true), device=true.device))
 
 
 def check_readings(readings: Sequence[str]) -> tuple[str, ...]:

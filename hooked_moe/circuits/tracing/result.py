@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +17,9 @@ from jaxtyping import Bool, Float
 from hooked_moe.circuits.tracing.patches import SITES
 from hooked_moe.circuits.tracing.protocol import Protocol
 from hooked_moe.circuits.tracing.selection import Candidate, Estimate, ExpertGrid, candidates, estimate, halves
+from hooked_moe.tables.checksums import FileRecords, file_fault, file_record
 from hooked_moe.tables.files import atomic_path, write_json_atomic
+from hooked_moe.tables.reading import read_json
 from hooked_moe.tables.result import Result
 
 TABLES = ("cases", "blocks", "experts")
@@ -117,12 +117,12 @@ class TracingResult(Result):
         """Write the tables and what they are of into a directory."""
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
-        checksums = {}
+        records: FileRecords = {}
         for name in TABLES:
             with atomic_path(directory / f"{name}.parquet") as temporary:
                 pq.write_table(getattr(self, name), temporary, compression="zstd")
-                checksums[name] = _sha256(temporary)
-        write_json_atomic({"kind": "TracingResult", "sha256": checksums, **self.identity}, directory / METADATA)
+            records[name] = file_record(directory / f"{name}.parquet")
+        write_json_atomic({"kind": "TracingResult", "files": records, **self.identity}, directory / METADATA)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TracingResult:
@@ -131,17 +131,12 @@ class TracingResult(Result):
         for name in (*(f"{name}.parquet" for name in TABLES), METADATA):
             if not (directory / name).is_file():
                 raise FileNotFoundError(f"{directory / name} does not exist; expected a directory that TracingResult.save wrote")
-        identity = json.loads((directory / METADATA).read_text(encoding="utf-8"))
-        if not isinstance(identity, dict) or identity.pop("kind", None) != "TracingResult":
+        identity = read_json(directory / METADATA, "trace again")
+        if identity.pop("kind", None) != "TracingResult":
             raise ValueError(f"{directory / METADATA} is not of a TracingResult; expected what TracingResult.save wrote")
-        checksums = identity.pop("sha256")
+        records = identity.pop("files", {})
         for name in TABLES:
-            if _sha256(directory / f"{name}.parquet") != checksums[name]:
-                raise ValueError(
-                    f"{directory / name}.parquet is damaged, or of another result: its checksum differs; trace again"
-                )
+            file = directory / f"{name}.parquet"
+            if fault := file_fault(file, records.get(name)):
+                raise ValueError(f"{file} is damaged, or of another result: it {fault}; trace again")
         return cls(**{name: pq.read_table(directory / f"{name}.parquet") for name in TABLES}, identity=identity)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
