@@ -19,8 +19,21 @@ MOST_CLUSTERS = 100
 _PAIR = "layer expert other"
 
 
+@dataclass(frozen=True, repr=False)
 class ExpertPairs(GridResult):
     """What `coactivation` and `transition` share."""
+
+    layers: list[int]
+    """The layer of `expert`."""
+    count: Int[np.ndarray, "layer expert other"]
+    share: Float[np.ndarray, "layer expert other"]
+    """Co-activation as the OLMoE paper defines it: N(both) / N(expert)."""
+    lift: Float[np.ndarray, "layer expert other"]
+    lift_low: Float[np.ndarray, "layer expert other"]
+    lift_high: Float[np.ndarray, "layer expert other"]
+    phi: Float[np.ndarray, "layer expert other"]
+    phi_low: Float[np.ndarray, "layer expert other"]
+    phi_high: Float[np.ndarray, "layer expert other"]
 
     COLUMNS: ClassVar = {
         "count": Column(_PAIR, "tokens", "tokens that both experts serve"),
@@ -32,7 +45,6 @@ class ExpertPairs(GridResult):
         "phi_low": Column(_PAIR, "1", "lower end of the 95% interval of phi, over documents"),
         "phi_high": Column(_PAIR, "1", "upper end"),
     }
-    layers: list[int]
 
     def plot(self, value: str | None = "phi", across: str | None = None, *, layer: int | None = None, **options: Any) -> Any:
         """Expert by expert of one layer (default: the first); an expert with itself is left out of `Coactivation`."""
@@ -56,17 +68,6 @@ class ExpertPairs(GridResult):
 class Coactivation(ExpertPairs):
     """How two experts of a layer go together; the diagonal is an expert with itself."""
 
-    layers: list[int]
-    count: Int[np.ndarray, "layer expert other"]
-    share: Float[np.ndarray, "layer expert other"]
-    """Co-activation as the OLMoE paper defines it: N(both) / N(expert)."""
-    lift: Float[np.ndarray, "layer expert other"]
-    lift_low: Float[np.ndarray, "layer expert other"]
-    lift_high: Float[np.ndarray, "layer expert other"]
-    phi: Float[np.ndarray, "layer expert other"]
-    phi_low: Float[np.ndarray, "layer expert other"]
-    phi_high: Float[np.ndarray, "layer expert other"]
-
     AXES: ClassVar = {
         "layer": Axis("transformer block", labels="layers"),
         "expert": Axis("routed expert"),
@@ -78,18 +79,8 @@ class Coactivation(ExpertPairs):
 class Transition(ExpertPairs):
     """How an expert goes together with those that serve the same tokens in a later layer."""
 
-    layers: list[int]
-    """The layer of `expert`."""
     next_layers: list[int]
     """The layer of `other`, for each of `layers`."""
-    count: Int[np.ndarray, "layer expert other"]
-    share: Float[np.ndarray, "layer expert other"]
-    lift: Float[np.ndarray, "layer expert other"]
-    lift_low: Float[np.ndarray, "layer expert other"]
-    lift_high: Float[np.ndarray, "layer expert other"]
-    phi: Float[np.ndarray, "layer expert other"]
-    phi_low: Float[np.ndarray, "layer expert other"]
-    phi_high: Float[np.ndarray, "layer expert other"]
 
     AXES: ClassVar = {
         "layer": Axis("transformer block", labels="layers"),
@@ -140,7 +131,7 @@ def transition(table: RoutingTable, layers: Sequence[int] | None = None, *, n_re
     if without:
         raise ValueError(f"no layer of this table comes after layer {without[0]}: it has {table.layers}")
     later = [following[layer] for layer in chosen]
-    return Transition(chosen, later, **_pairs(table, list(zip(chosen, later, strict=True)), n_resamples, seed))
+    return Transition(chosen, next_layers=later, **_pairs(table, list(zip(chosen, later, strict=True)), n_resamples, seed))
 
 
 def _pairs(table: RoutingTable, pairs: list[tuple[int, int]], n_resamples: int, seed: int) -> dict[str, np.ndarray]:
