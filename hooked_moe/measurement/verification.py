@@ -17,6 +17,7 @@ from hooked_moe.components.precision import without_autocast
 from hooked_moe.counterfactuals import LossAfter, Scope, expert_effects
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, as_expert_block
 from hooked_moe.counterfactuals.engine.fan_out import FanOut, fan_out
+from hooked_moe.counterfactuals.engine.lanes import Lanes
 from hooked_moe.counterfactuals.engine.padding import Packed, pack
 from hooked_moe.counterfactuals.engine.steps import run_to_end
 from hooked_moe.counterfactuals.removals import Zero
@@ -88,8 +89,8 @@ def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> float:
         experts = as_expert_block(clean)
         return Zero().without(experts, torch.ones_like(experts.routing.weights, dtype=torch.bool)[None])
 
-    def run(packed: Packed, layers: Sequence[int]) -> FanOut:
-        return run_to_end(fan_out(model, packed, layers, 1, nothing_removed))
+    def run(packed: Packed, layers: list[int]) -> FanOut:
+        return run_to_end(fan_out(model, packed, Lanes.of_variants(layers, 1), nothing_removed))
 
     with torch.inference_mode():
         packed = pack(tokens.to(model.cfg.device), None)
