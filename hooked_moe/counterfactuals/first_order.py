@@ -1,11 +1,17 @@
 """First-order attribution: what the gradient says of every removal, without making one.
 
-    first_order_effects(model, tokens).first_order[layer, batch, pos, slot]     # nats
+    effects = first_order_effects(model, tokens)
+    effects.first_order[layer, batch, pos, slot]            # nats
+    effects.first_order_curved[layer, batch, pos, slot]     # nats, closer to the exact effect
 
 Removing expert e at position t moves the routed output y_t by -g E_e(x_t). To first order the loss there moves by
 `-g E_e(x_t) . dloss_t/dy_t`: the estimate of Molchanov et al. 2017 (arXiv 1611.06440), at a single token. As with the exact
 effects at `scope="position"`, only token t changes, so the gradient runs through the residual stream of position t alone:
 keys and values of earlier positions are constants.
+
+What this misses is above all the curvature of the softmax, which is known without another pass. `first_order_curved` adds what
+the change `-g E_e(x_t)` would do to the loss beyond its gradient if it reached the final residual stream as it is
+(`loss_head`): in the last layer that makes the estimate exact, but for the tokens that are followed together.
 
 One backward pass over a window gives this for all positions at once. Where attention looks at other positions, no gradient
 passes; hence the gradient of the sum of all losses is, at each position, that of its own loss. Where the activations of all
@@ -29,18 +35,15 @@ from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts
 from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.engine.padding import Packed, Results
 from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Embeddings, Layers, Mask, Tokens, make_request
+from hooked_moe.counterfactuals.loss_head import LossHead
 from hooked_moe.counterfactuals.results import ExpertEffects, TensorResult
 from hooked_moe.kernels.cpu.prefix_attention import for_every_head
 from hooked_moe.kernels.prefix_attention import own_share
-from hooked_moe.kernels.target_loss import target_loss
 from hooked_moe.tables import Column
 from hooked_moe.transformer import Transformer
 
 BACKWARD_ACTIVATIONS = 2
 """What a block keeps for its backward pass, and the gradients in it, in multiples of what it takes going forward."""
-
-LOSSES_PER_CHUNK = 256
-"""Tokens whose logits and their gradients are in memory together."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,6 +53,8 @@ class FirstOrderEffects(TensorResult):
     layers: list[int]
     first_order: Float[Tensor, "layer batch pos slot"]
     """`-g E . dloss/dy`: the first-order estimate of the loss without the expert minus the loss with it, in nats."""
+    first_order_curved: Float[Tensor, "layer batch pos slot"]
+    """The same, and what the change `-g E` does beyond the gradient where it is added to the final residual stream, in nats."""
     expert_index: Int[Tensor, "layer batch pos slot"]
 
     AXES: ClassVar = ExpertEffects.AXES
@@ -58,6 +63,9 @@ class FirstOrderEffects(TensorResult):
         "expert_index": ExpertEffects.COLUMNS["expert_index"],
         "first_order": Column(
             "layer batch pos slot", "nats", "first-order estimate of the removal's effect; NaN if there is none"
+        ),
+        "first_order_curved": Column(
+            "layer batch pos slot", "nats", "the same with the curvature of the softmax; NaN if there is none"
         ),
     }
 
@@ -73,7 +81,7 @@ def first_order_effects(
     embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
 ) -> FirstOrderEffects:
-    """The first-order estimate of every removal of one expert at one token, its output zeroed.
+    """The first-order estimate of every removal of one expert at one token, its output zeroed; and with the softmax's curvature.
 
     The cost is about that of three or four forward passes. `layers` None means all that have experts; padding may be
     anywhere in `attention_mask`; `embeddings` [batch, pos, d_model] are what the run begins with, in place of the tokens' own;
@@ -86,25 +94,28 @@ def first_order_effects(
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
     rows, keep = _rows_per_group(model, request.packed, request.budget)
     for packed in request.packed.split(rows):
-        for clean, gradient in _backward(model, packed, request.layers[0], keep):
+        for clean, head, gradient in _backward(model, packed, request.layers[0], keep):
             if clean.layer in request.layers:
                 assert isinstance(clean, CleanExperts)
-                estimates = _along_contributions(clean, gradient).masked_fill(packed.targets.unsqueeze(-1) < 0, float("nan"))
-                results.put("first_order", estimates[None], packed, [clean.layer])
+                steps = _removals(clean)
+                first_order = (steps @ at_least_float32(gradient).unsqueeze(-1)).squeeze(-1)
+                estimates = {"first_order": first_order, "first_order_curved": first_order + head.beyond_gradient(steps)}
+                for name, values in estimates.items():
+                    values = values.masked_fill(packed.targets.unsqueeze(-1) < 0, float("nan"))
+                    results.put(name, values[None], packed, [clean.layer])
                 results.put("expert_index", clean.routing.indices[None], packed, [clean.layer])
-    return FirstOrderEffects(request.layers, results.tables["first_order"], results.tables["expert_index"])
+    return FirstOrderEffects(request.layers, **results.tables)
 
 
-def _along_contributions(clean: CleanExperts, gradient: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos slot"]:
-    """The gradient along the removal of each active expert: minus its contribution to the routed output."""
-    outputs = clean.expert_outputs.in_slots().detach()
-    along = (at_least_float32(outputs) * at_least_float32(gradient).unsqueeze(-2)).sum(-1)
-    return -at_least_float32(clean.routing.weights.detach()) * along
+def _removals(clean: CleanExperts) -> Float[Tensor, "batch pos slot d_model"]:
+    """What the removal of each active expert adds to the residual stream: minus its contribution to the routed output."""
+    weights = at_least_float32(clean.routing.weights.detach())
+    return at_least_float32(clean.expert_outputs.in_slots().detach()) * -weights.unsqueeze(-1)
 
 
 def _backward(
     model: Transformer, packed: Packed, lowest: int, keep: bool
-) -> Iterator[tuple[CleanBlock, Float[Tensor, "batch pos d_model"]]]:
+) -> Iterator[tuple[CleanBlock, LossHead, Float[Tensor, "batch pos d_model"]]]:
     """Every block from the last down to `lowest`, with d(loss of a position)/d(residual stream there after the block).
 
     `keep` keeps the activations of all blocks on the way up; else those on the way down are computed again.
@@ -124,27 +135,14 @@ def _backward(
         before.append(clean.resid_post.detach())
         if keep and layer >= lowest:
             kept.append(clean)
-    gradient = _loss_gradient(model, before.pop(), packed.targets)
+    head = LossHead(model, before.pop(), packed.targets)
+    gradient = head.gradient
     for layer in reversed(range(lowest, model.cfg.n_layers)):
         resid = before.pop()
         clean = kept.pop() if keep else run(layer, resid, differentiable=layer > lowest)
-        yield clean, gradient
+        yield clean, head, gradient
         if layer > lowest:
             (gradient,) = torch.autograd.grad(clean.resid_post, resid, gradient)
-
-
-def _loss_gradient(
-    model: Transformer, resid: Float[Tensor, "batch pos d_model"], targets: Int[Tensor, "batch pos"]
-) -> Float[Tensor, "batch pos d_model"]:
-    """Of every position's loss, with respect to its final residual stream; zero where there is no next token."""
-    gradient, weight = torch.zeros_like(resid), at_least_float32(model.unembed.W_U.detach())
-    for rows in (targets >= 0).nonzero().split(LOSSES_PER_CHUNK):
-        batch, pos = rows.unbind(-1)
-        x = resid[batch, pos].requires_grad_()
-        with torch.enable_grad():
-            loss = target_loss(model.ln_final(at_least_float32(x)), weight, targets[batch, pos]).sum()
-        (gradient[batch, pos],) = torch.autograd.grad(loss, x)
-    return gradient
 
 
 def attend_by_own_stream(attn: Attention, qkv: QueriesKeysValues) -> Float[Tensor, "batch pos head d_value"]:

@@ -32,6 +32,7 @@ from hooked_moe.tables import EFFECTS, EFFECTS_SEQUENCE, PROGRESSIVE, ROUTING, T
 from hooked_moe.transformer import Transformer
 
 WINDOWS_PER_BATCH = 4
+_ESTIMATES = ("first_order", "first_order_curved")
 
 TABLES: dict[Part, dict[str, pa.Schema]] = {
     "position": {"tokens": TOKENS, "effects": EFFECTS, "routing": ROUTING},
@@ -80,10 +81,10 @@ def _effects(model: Transformer, batch: Batch, spec: PartSpec, scope: Scope, bud
 
 def _position_rows(model: Transformer, batch: Batch, spec: PartSpec, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
     effects = yield from _effects(model, batch, spec, "position", budget)
-    first_order = _first_order(model, batch, effects, budget) if spec.first_order else None
+    estimates = _estimates(model, batch, effects, budget, spec.first_order)
     rows = range(len(batch.numbers))
     return {
-        "effects": [effect_rows(batch, row, effects, EFFECTS, first_order) for row in rows],
+        "effects": [effect_rows(batch, row, effects, EFFECTS, estimates) for row in rows],
         "tokens": [token_rows(batch, row, effects.baseline_loss[row]) for row in rows],
         "routing": [routing_rows(batch, row, model, effects) for row in rows],
     }
@@ -114,16 +115,20 @@ def _progressive_rows(model: Transformer, batch: Batch, spec: PartSpec, budget: 
     return {"progressive": [removal_rows(batch, row, spec.orders, by_order) for row in range(len(batch.numbers))]}
 
 
-def _first_order(
-    model: Transformer, batch: Batch, effects: ExpertEffects, budget: int | None
-) -> Float[Tensor, "layer batch pos slot"]:
+def _estimates(
+    model: Transformer, batch: Batch, effects: ExpertEffects, budget: int | None, wanted: bool
+) -> dict[str, Float[Tensor, "layer batch pos slot"]]:
     """First-order effects where effects were measured; nan elsewhere."""
     missing = torch.full_like(effects.delta_loss, float("nan"))
     measured = effects.delta_loss.isfinite()
-    if not measured.any():
-        return missing
+    if not wanted or not measured.any():
+        return dict.fromkeys(_ESTIMATES, missing)
     estimates = first_order_effects(model, batch.tokens(), effects.layers, memory_budget=budget)
-    # By expert, not by slot: two runs in batches of other sizes may order experts of nearly equal weight differently.
-    by_expert = missing.new_full(effects.router_probability.shape, float("nan"))
-    by_expert.scatter_(-1, estimates.expert_index, estimates.first_order.to(by_expert.dtype))
-    return by_expert.gather(-1, effects.expert_index).where(measured, missing)
+
+    def in_slots_of_effects(values: Tensor) -> Tensor:
+        # By expert, not by slot: two runs in batches of other sizes may order experts of nearly equal weight differently.
+        by_expert = missing.new_full(effects.router_probability.shape, float("nan"))
+        by_expert.scatter_(-1, estimates.expert_index, values.to(by_expert.dtype))
+        return by_expert.gather(-1, effects.expert_index).where(measured, missing)
+
+    return {name: in_slots_of_effects(getattr(estimates, name)) for name in _ESTIMATES}

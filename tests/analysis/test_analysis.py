@@ -144,13 +144,13 @@ def test_a_criterion_that_explains_the_loss_changes_reaches_the_ceiling(tmp_path
 
 def test_the_token_scores_are_recognised_and_the_criteria_are_not(run):
     table = pd.read_csv(run / "bayes.csv").set_index("criterion")
-    assert list(table.index) == [*CRITERIA, "routing_weight", "gap_norm", "first_order", "oracle", "chance"]
+    assert list(table.index) == [*CRITERIA, "routing_weight", "gap_norm", "first_order", "first_order_curved", "oracle", "chance"]
     assert (table.loc[list(CRITERIA), "pl_bf10"] < 3).all()
-    assert (table.loc[["routing_weight", "gap_norm", "first_order"], "pl_bf10"] > 1000).all()
+    assert (table.loc[["routing_weight", "gap_norm", "first_order", "first_order_curved"], "pl_bf10"] > 1000).all()
     lodo = table["lodo_score"]
     assert lodo["first_order"] > lodo["routing_weight"] > 0.01 > lodo[list(CRITERIA)].max()
     assert table["stacking_weight"].sum() == pytest.approx(1)
-    assert table.loc[["first_order", "oracle"], "stacking_weight"].isna().all()
+    assert table.loc[["first_order", "first_order_curved", "oracle"], "stacking_weight"].isna().all()
     assert (table["n_positions_available"] == 24 * 39).all()
 
 
