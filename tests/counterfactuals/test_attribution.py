@@ -177,9 +177,3 @@ def test_half_precision_follows_float32(make_model: Callable[..., HookedMoE], dt
     assert half.dtype == torch.float32
     assert (half - wide).abs().median() < 2e-2
     assert torch.corrcoef(torch.stack([half.flatten(), wide.flatten()]))[0, 1] > 0.9
-
-
-def test_a_streamed_model_is_refused(model: HookedMoE, tmp_path: Any) -> None:
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a gradient needs all weights in memory"):
-        first_order_effects(HookedMoE.from_pretrained(tmp_path, stream=True), some_tokens())

@@ -78,7 +78,7 @@ def test_of_small_changes_it_is_the_gradient_and_its_curvature_is_quadratic() ->
     model, tokens = random_model("OLMoE", dtype=torch.float64), some_tokens()
     resid = torch.randn(2, POSITIONS, model.cfg.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     targets = torch.cat((tokens[:, 1:], tokens.new_full((2, 1), -1)), dim=1)
-    head = LossHead(model, resid, targets)
+    head = LossHead.of(model, resid, targets)
     steps = torch.randn(2, POSITIONS, 3, model.cfg.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     large, small = (head.beyond_gradient(steps * scale)[:, :-1] for scale in (1e-3, 1e-4))
     torch.testing.assert_close(large / small, torch.full_like(large, 100.0), rtol=0.05, atol=0)
