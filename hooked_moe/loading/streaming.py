@@ -71,19 +71,20 @@ class StreamedBlocks(nn.ModuleList):
             _set_parameter(block, name, value)
         self._loaded = layer
         following = self._following(previous, layer)
-        self._ahead = (following, self._reader.submit(self._read, following))
+        if following in range(len(self)):
+            self._ahead = (following, self._reader.submit(self._read, following))
 
     def _following(self, previous: int | None, layer: int) -> int:
         """The block that will be asked for next: the next in an order that was announced; else the one below on the way down
-        through the layers, and the one above on the way up."""
+        through the layers, and the one above on the way up. None such at the end, where a pass may turn round or begin again."""
         if layer in self._order:
             return self._order[layer]
         down = previous is not None and layer == previous - 1
-        return layer - 1 if down and layer else (layer + 1) % len(self)
+        return layer - 1 if down else layer + 1
 
     def in_order(self, layers: Sequence[int]) -> Iterator[int]:
         """These layers, for whoever takes their blocks in this order: each is read ahead while the one before it is in use."""
-        self._order = dict(pairwise([*layers, 0]))
+        self._order = dict(pairwise([*layers, -1]))
         try:
             yield from layers
         finally:

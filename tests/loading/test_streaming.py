@@ -34,6 +34,7 @@ from hooked_moe.measurement.fingerprint import weights_sha256
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.measurement.verification import noise_floor, verify
 from hooked_moe.tokenizer import Tokenizer
 from tests.conftest import random_model
 
@@ -244,6 +245,22 @@ def test_under_a_memory_budget_nothing_waits_in_memory(
     without = expert_effects(streamed, tokens, scope=scope)
     assert spill.written == written
     torch.testing.assert_close(within.delta_loss, without.delta_loss, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("scope", ["position", "sequence", "from_position"])
+def test_verification_reads_each_weight_twice_and_finds_what_it_finds_in_memory(
+    scope: Scope, whole: HookedMoE, streamed: HookedMoE
+) -> None:
+    tokens = torch.randint(0, 61, (1, 12), generator=torch.Generator().manual_seed(4))
+    before = read_so_far(blocks_of(streamed))
+    found = verify(streamed, tokens, scopes=[scope])
+    assert read_so_far(blocks_of(streamed)) - before <= 2 * whole.cfg.n_layers
+    assert found == verify(whole, tokens, scopes=[scope])
+    assert all(check.passed for check in found)
+    before = read_so_far(blocks_of(streamed))
+    rows = tokens.view(2, 6)
+    assert noise_floor(streamed, rows) == noise_floor(whole, rows)
+    assert read_so_far(blocks_of(streamed)) - before <= whole.cfg.n_layers
 
 
 # Measuring a corpus
