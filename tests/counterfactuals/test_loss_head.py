@@ -64,14 +64,13 @@ def test_in_the_last_layer_it_is_the_effect_but_for_the_tokens_that_are_followed
     last = model.cfg.moe_layers[-1:]
     exact = expert_effects(model, tokens, last).delta_loss[:, :, :-1]
     errors = []
-    for likely in (4, 24, 61):
+    for likely in (24, 61):
         monkeypatch.setattr(loss_head, "LIKELY_TOKENS", likely)
         found = first_order_effects(model, tokens, last)
         errors.append(float((found.first_order_curved[:, :, :-1] - exact).abs().max()))
     straight = float((found.first_order[:, :, :-1] - exact).abs().max())
-    assert errors[2] < 2e-6, "all 61 tokens of the vocabulary, one by one"
-    assert errors[2] < errors[1] < straight
-    assert errors[0] < straight
+    assert errors[1] < 2e-6, "all 61 tokens of the vocabulary, one by one"
+    assert errors[1] < errors[0] < straight
 
 
 def test_of_small_changes_it_is_the_gradient_and_its_curvature_is_quadratic() -> None:
