@@ -51,7 +51,7 @@ from hooked_moe.counterfactuals.engine.requests import (
     make_request,
 )
 from hooked_moe.counterfactuals.engine.shelf import Shelf
-from hooked_moe.counterfactuals.engine.steps import Steps, one_by_one, pausable, side_by_side, with_gradients
+from hooked_moe.counterfactuals.engine.steps import Steps, in_turn, pausable, with_gradients
 from hooked_moe.counterfactuals.loss_head import LossHead, head_bytes
 from hooked_moe.counterfactuals.results import ExpertEffects, TensorResult
 from hooked_moe.kernels.cpu.prefix_attention import for_every_head
@@ -110,7 +110,7 @@ def first_order_effects(
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
     rows, keep = _rows_per_group(model, request.packed, request.budget)
     tasks = [with_gradients(_estimate(request, packed, keep, results)) for packed in request.packed.split(rows)]
-    yield from (side_by_side if model.streams else one_by_one)(tasks)
+    yield from in_turn(tasks, model.streams)
     return FirstOrderEffects(request.layers, **results.tables)
 
 

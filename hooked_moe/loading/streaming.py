@@ -39,6 +39,8 @@ class StreamedBlocks(nn.ModuleList):
         self.spill = Spill(WAITING_BYTES)
         self.blocks_read = 0
         """How often a block was read; a whole sweep over the layers reads each once."""
+        self.bytes_read = 0
+        """The bytes of their weights in the files."""
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._loaded: int | None = None
@@ -105,7 +107,16 @@ class StreamedBlocks(nn.ModuleList):
         self.checkpoint.warn_of_non_finite(list(broken))
         self._checked.add(layer)
         self.blocks_read += 1
+        self.bytes_read += sum(self.checkpoint.tensors[name].nbytes for name in places)
         return tensors
+
+
+def read_in_order(model: Transformer, layers: Sequence[int]) -> Iterator[int]:
+    """These layers, each when its weights are there; of a streamed model, the next one's are read meanwhile."""
+    blocks: object = model.blocks
+    for layer in blocks.in_order(layers) if isinstance(blocks, StreamedBlocks) else layers:
+        model.blocks[layer]
+        yield layer
 
 
 def spill_of(model: Transformer) -> Spill | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hooked_moe.corpus import Window
 from hooked_moe.counterfactuals import Scope, expert_effects, expert_observations, progressive_effects
-from hooked_moe.counterfactuals.engine.steps import Steps, one_by_one, side_by_side
+from hooked_moe.counterfactuals.engine.steps import Steps, in_turn
 from hooked_moe.counterfactuals.first_order import FirstOrderEffects, first_order_effects
 from hooked_moe.counterfactuals.results import ExpertEffects
 from hooked_moe.measurement.part_spec import Part, PartSpec
@@ -50,8 +50,7 @@ def measure_document(
     rows_of = {"position": _position_rows, "sequence": _sequence_rows, "progressive": _progressive_rows}[spec.part]
     by_window: dict[str, list[tuple[int, pa.Table]]] = defaultdict(list)
     batches = [Batch(windows, numbers, first) for numbers in _equal_lengths(windows)]
-    in_turn = side_by_side if model.streams else one_by_one
-    rows_of_batches = yield from in_turn(rows_of(model, batch, spec, budget) for batch in batches)
+    rows_of_batches = yield from in_turn((rows_of(model, batch, spec, budget) for batch in batches), model.streams)
     for batch, rows in zip(batches, rows_of_batches, strict=True):
         for name, tables in rows.items():
             by_window[name] += zip(batch.numbers, tables, strict=True)
@@ -84,9 +83,9 @@ def _effects(model: Transformer, batch: Batch, spec: PartSpec, scope: Scope, bud
 def _position_rows(model: Transformer, batch: Batch, spec: PartSpec, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
     asked = batch.asked(spec.positions)
     tasks: list[Steps[Any]] = [_effects(model, batch, spec, "position", budget)]
-    if spec.first_order and (asked is None or asked.any()):
+    if asked is None or asked.any():
         tasks.append(first_order_effects.steps(model, batch.tokens(), spec.layers, memory_budget=budget))
-    effects, *first_order = yield from (side_by_side if model.streams else one_by_one)(tasks)
+    effects, *first_order = yield from in_turn(tasks, model.streams)
     estimates = _at_effects(effects, *first_order)
     rows = range(len(batch.numbers))
     return {

@@ -7,11 +7,11 @@ could not make: that the fast counterfactuals equal full forward passes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,12 +21,10 @@ from hooked_moe.counterfactuals import LossAfter, Scope, expert_effects
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, as_expert_block
 from hooked_moe.counterfactuals.engine.fan_out import fan_out
 from hooked_moe.counterfactuals.engine.padding import pack
-from hooked_moe.counterfactuals.engine.steps import Steps, one_by_one, pausable, side_by_side
+from hooked_moe.counterfactuals.engine.steps import Steps, in_turn, pausable
 from hooked_moe.counterfactuals.removals import Zero
 from hooked_moe.expert_mask import ExpertMask, RemovalName
 from hooked_moe.transformer import LogitsAndLoss, Transformer
-
-Done = TypeVar("Done")
 
 MINIMUM_TOKENS = 8
 SEQUENCE_TOKENS = 64
@@ -72,15 +70,13 @@ def verify(
     tokens = tokens.to(model.cfg.device)
     generator = torch.Generator("cpu").manual_seed(seed)
     before = yield from _forward(model, tokens)
-    loss, stale, inactive, *exact = yield from _in_turn(
-        model,
-        [
-            _loss_matches_logits(model, tokens, before),
-            _no_stale_state(model, tokens, before.loss),
-            _inactive_expert_has_no_effect(model, tokens, generator),
-            *(_effects_equal_full_forwards(model, tokens, generator, removal, scope) for scope in scopes),
-        ],
-    )
+    checks = [
+        _loss_matches_logits(model, tokens, before),
+        _no_stale_state(model, tokens, before.loss),
+        _inactive_expert_has_no_effect(model, tokens, generator),
+        *(_effects_equal_full_forwards(model, tokens, generator, removal, scope) for scope in scopes),
+    ]
+    loss, stale, inactive, *exact = yield from in_turn(checks, model.streams)
     return [loss, stale, _losses_differ(before.loss[0]), inactive, *exact]
 
 
@@ -98,13 +94,10 @@ def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> Steps[f
 
     packed = pack(tokens.to(model.cfg.device), None)
     runs = [(packed, model.cfg.moe_layers), *((row, []) for row in packed.split(1))]
-    together, *alone = yield from _in_turn(model, [fan_out(model, part, layers, 1, nothing_removed) for part, layers in runs])
+    together, *alone = yield from in_turn(
+        [fan_out(model, part, layers, 1, nothing_removed) for part, layers in runs], model.streams
+    )
     return float((together.losses - torch.cat([one.baseline for one in alone]))[..., :-1].abs().max())
-
-
-def _in_turn(model: Transformer, tasks: Iterable[Steps[Done]]) -> Steps[list[Done]]:
-    """The tasks one after another; side by side where weights are streamed."""
-    return (side_by_side if model.streams else one_by_one)(tasks)
 
 
 MaskOf = Callable[[Int[Tensor, "1 pos slot"]], ExpertMask]
@@ -181,7 +174,7 @@ def _no_stale_state(model: Transformer, tokens: Tensor, before: Tensor) -> Steps
     """2. A removal leaves nothing behind: the loss before and after it is the same to the bit."""
     nothing = torch.zeros(1, 1, 1, dtype=torch.bool, device=model.cfg.device)
     everything = {layer: lambda indices, layer=layer: ExpertMask({layer: nothing}) for layer in model.cfg.moe_layers}
-    removed, after = yield from _in_turn(model, [_losses(model, tokens, everything), _losses(model, tokens)])
+    removed, after = yield from in_turn([_losses(model, tokens, everything), _losses(model, tokens)], model.streams)
     moved = float((removed - before).abs().max())
     left = float((after - before).abs().max())
     passed = left == 0 and moved > 0
@@ -207,7 +200,7 @@ def _inactive_expert_has_no_effect(model: Transformer, tokens: Tensor, generator
     every = model.cfg.experts_in(layer) <= model.cfg.experts_per_token  # is active everywhere: there is no inactive one
     removals = [active] if every else [active, inactive]
     forwards = [_losses(model, tokens), *(removed.losses(model, tokens, layer) for removed in removals)]
-    clean, without_active, *without_inactive = yield from _in_turn(model, forwards)
+    clean, without_active, *without_inactive = yield from in_turn(forwards, model.streams)
     of_inactive = max((float((losses - clean[0]).abs().max()) for losses in without_inactive), default=0.0)
     of_active = (without_active - clean[0]).abs()
     before = float(of_active[:pos].max()) if pos else 0.0
@@ -233,7 +226,7 @@ def _effects_equal_full_forwards(
         places.append((layer if layers is None else layers[0], _Removed(pos, slot, removal, scope)))
     tasks: list[Steps[Any]] = [expert_effects.steps(model, tokens, layers, scope, removal, readouts=readouts)]
     tasks += [_losses(model, tokens), *(removed.losses(model, tokens, layer) for layer, removed in places)]
-    effects, clean, *full_forwards = yield from _in_turn(model, tasks)
+    effects, clean, *full_forwards = yield from in_turn(tasks, model.streams)
     differences = []
     for (layer, removed), losses in zip(places, full_forwards, strict=True):
         full, pos, index = losses - clean[0], removed.pos, effects.layers.index(layer)

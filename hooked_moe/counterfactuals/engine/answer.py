@@ -12,7 +12,7 @@ from hooked_moe.counterfactuals.engine.padding import Packed, Results
 from hooked_moe.counterfactuals.engine.question import Question, SequenceQuestion
 from hooked_moe.counterfactuals.engine.requests import Request
 from hooked_moe.counterfactuals.engine.sequences import measure_sequences
-from hooked_moe.counterfactuals.engine.steps import Steps, one_by_one, side_by_side
+from hooked_moe.counterfactuals.engine.steps import Steps, in_turn
 
 
 def answer(question: Question | SequenceQuestion, request: Request) -> Steps[Results]:
@@ -23,7 +23,7 @@ def answer(question: Question | SequenceQuestion, request: Request) -> Steps[Res
     """
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
     tasks = (_measure_part(question, request, *part, results) for part in request.parts(max(1, question.n_variants)))
-    yield from (side_by_side if request.model.streams else one_by_one)(tasks)
+    yield from in_turn(tasks, request.model.streams)
     return results
 
 

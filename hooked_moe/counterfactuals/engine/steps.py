@@ -62,6 +62,11 @@ def one_by_one(tasks: Iterable[Steps[Done]]) -> Steps[list[Done]]:
     return results
 
 
+def in_turn(tasks: Iterable[Steps[Done]], streamed: bool) -> Steps[list[Done]]:
+    """Run tasks one after another; side by side where weights are `streamed`, so that each block is read once for all."""
+    return side_by_side(tasks) if streamed else one_by_one(tasks)
+
+
 def with_gradients(task: Steps[Done]) -> Steps[Done]:
     """The same task, able to take gradients where others that run beside it are in inference mode."""
     while True:
