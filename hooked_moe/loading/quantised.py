@@ -60,10 +60,6 @@ class QuantisedTensor:
     """Makes float32 of some rows of values and their rows of scales."""
 
     @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
-
-    @property
     def file(self) -> Path:
         return self.values.file
 
