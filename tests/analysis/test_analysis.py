@@ -79,7 +79,7 @@ def test_the_size_of_the_chunks_changes_nothing(run, tmp_path, monkeypatch):
 
 def test_both_scopes_are_audited(analysed):
     _, cells = analysed
-    assert [cell.scope for cell in cells] == ["position"] * 120 + ["sequence"] * 120
+    assert [cell.scope for cell in cells] == ["position"] * 126 + ["sequence"] * 126
     last = [cell for cell in cells if cell.layer == PLANTED_LAYER]  # where both removals are the same
     for one, other in zip(last[: len(last) // 2], last[len(last) // 2 :], strict=True):
         assert (one.ranking, one.population) == (other.ranking, other.population)
