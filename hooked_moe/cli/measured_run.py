@@ -8,11 +8,11 @@ from typing import Any
 
 from hooked_moe.analysis import analyse_run, analysis_fault
 from hooked_moe.cli.options import (
-    DTYPES,
     SEED,
     check_memory,
     check_run_name,
     choose_device,
+    dtype_named,
     first_documents,
     parse_layers,
     parse_tokens,
@@ -35,12 +35,14 @@ def open_run(args: argparse.Namespace) -> Run:
     """
     check_run_name(args.run)
     check_memory(args.memory)
+    device = choose_device(args.device)
     model = HookedMoE.from_pretrained(
         args.model,
-        dtype=DTYPES[args.dtype or "float32"],
-        device=choose_device(args.device),
+        dtype=dtype_named(args.dtype or "float32", device),
+        device=device,
         revision=args.revision,
         stream=args.stream,
+        store=args.store,
     )
     corpus = first_documents(load_corpus(args.corpus), args.documents)
     n_ctx = min(model.cfg.n_ctx, 512) if args.context is None else args.context

@@ -133,7 +133,7 @@ class Experts(nn.Module):
         return self._hook_each_expert(out, groups) if self.hooked else out
 
     def _by_block(self, groups: ExpertGroups, x: Tensor) -> bool:
-        return runs_by_block(len(groups.order), self.W_out, *self.parameters(), x)
+        return runs_by_block(len(groups.order), self.W_out, x, *self.parameters())
 
     def _product(
         self,

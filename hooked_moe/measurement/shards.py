@@ -166,7 +166,7 @@ def _least_budget(model: Transformer, corpus: TokenizedCorpus, spec: PartSpec) -
     """The bytes that one document takes at least."""
     length = min(corpus.n_ctx, max(corpus.lengths()) + 1)  # a BOS token is no document's own
     least = demand_of(model.cfg, length, chunk_size=length).of_one_query(model.cfg.experts_per_token)
-    return max(least, least_budget_of_gradients(model.cfg, length)) if spec.first_order else least
+    return max(least, least_budget_of_gradients(model.cfg, length)) if spec.part == "position" else least
 
 
 def _merge(files: ShardFiles, units: Sequence[str], name: str, schema: pa.Schema, target: Path) -> None:

@@ -14,7 +14,7 @@ from hooked_moe.counterfactuals.engine.picks import PickQuestion, measure_picks,
 from hooked_moe.counterfactuals.engine.question import Question, SequenceQuestion
 from hooked_moe.counterfactuals.engine.requests import Request
 from hooked_moe.counterfactuals.engine.sequences import measure_sequences
-from hooked_moe.counterfactuals.engine.steps import Steps, side_by_side
+from hooked_moe.counterfactuals.engine.steps import Steps, in_turn
 
 
 def answer(question: Question | SequenceQuestion | PickQuestion, request: Request) -> Steps[Results]:
@@ -29,11 +29,7 @@ def answer(question: Question | SequenceQuestion | PickQuestion, request: Reques
         tasks = (measure_picks(question, request, part, results) for part in pick_parts(question.picks, request))
     else:
         tasks = (_measure_part(question, request, *part, results) for part in request.parts(max(1, question.n_variants)))
-    if request.model.streams:
-        yield from side_by_side(tasks)
-    else:
-        for task in tasks:
-            yield from task
+    yield from in_turn(tasks, request.model.streams)
     return results
 
 

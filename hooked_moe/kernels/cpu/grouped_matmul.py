@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -17,8 +19,11 @@ def grouped_matmul(
 ) -> Float[Tensor, "n d_out"]:
     """`out[r] = weight[e] @ x[r]` for the rows r of expert e, which are `ends[e-1] <= r < ends[e]`.
 
-    torch's `grouped_mm` takes float32, bfloat16 and float16 whose rows are whole numbers of 16 bytes; the loop takes the rest.
+    torch's `grouped_mm` takes float32, bfloat16 and float16 whose rows are whole numbers of 16 bytes; the loop takes the rest,
+    and weights stored in a narrower dtype than `x`, which take no gradient.
     """
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return grouped_matmul_loop(x, weight, ends)
     whole_rows = all(width * x.itemsize % 16 == 0 for width in weight.shape[1:])  # both: one is a row of the gradient
     if x.dtype in _FUSED_DTYPES and whole_rows and len(x) and x.stride(1) == 1 and not use_reference():
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
@@ -31,5 +36,30 @@ def grouped_matmul_loop(
     """The same, one expert after another: the reference."""
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     rows = x.split(counts)
+    if weight.dtype != x.dtype:
+        return torch.cat([_widened_product(rows_e, weight_e) for rows_e, weight_e in zip(rows, weight, strict=True)])
     # unbind once: indexing a stacked weight expert by expert would make a gradient of the whole stack for each
     return torch.cat([rows_e @ weight_e.T for rows_e, weight_e in zip(rows, weight.unbind(0), strict=True)])
+
+
+class _WidenedProduct(torch.autograd.Function):
+    """`x @ weight.T` in the dtype of x. The weight is widened again for the gradient of x, not kept, and has none of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x @ weight.to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight.to(gradient.dtype), None
+
+
+def _widened_product(x: Float[Tensor, "n d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "n d_out"]:
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"experts stored in {weight.dtype} for products in {x.dtype} take no gradient: load the model without store= to "
+            "train it, or call model.requires_grad_(False)"
+        )
+    return _WidenedProduct.apply(x, weight)
