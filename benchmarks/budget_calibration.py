@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 from tqdm import tqdm
 
 from benchmarks.tables import Table, print_page
@@ -174,14 +175,21 @@ def sampling_coverage(design: Design, draws: int, seed: int) -> Coverage:
     count = np.bincount(audit.cell, minlength=audit.n_cells).astype(np.float64)
     seen, k = count > 0, audit.n_slots
     groups = list(audit.first.values())
+    layer_of_cell = np.repeat(np.arange(audit.n_layers), audit.n_experts)
+    truths = {
+        effect: (
+            np.bincount(audit.cell, y, audit.n_cells) / np.maximum(count, 1),
+            np.stack([np.bincount(audit.axis[rows], y[rows], audit.n_layers) for rows in (slice(None), *groups)]),
+        )
+        for effect, y in audit.effects.items()
+    }
     for number in tqdm(range(draws), desc=audit.name, mininterval=5):
         drawn = np.flatnonzero(np.random.default_rng([seed, number]).random(len(design.p)) < design.p)
         p, axis, fold = design.p[drawn], audit.axis[drawn], design.fold[drawn]
         features, size, cell = audit.features[drawn], audit.size[drawn], audit.cell[drawn]
         first = np.stack([np.ones(len(drawn), bool), *(rows[drawn] for rows in groups)])
         for effect, label in EFFECTS.items():
-            y = audit.effects[effect]
-            missed = y[drawn] - audit.base[effect][drawn]
+            missed = audit.effects[effect][drawn] - audit.base[effect][drawn]
             beta = corrections(missed, features, p, size, axis, fold, audit.n_layers)
             error = missed - (features * beta[axis, fold]).sum(axis=1)
             ratios = error_ratios(error, p, size, axis, audit.n_layers)
@@ -191,12 +199,11 @@ def sampling_coverage(design: Design, draws: int, seed: int) -> Coverage:
             def by(group: np.ndarray, size_: int, values: np.ndarray) -> np.ndarray:
                 return np.bincount(group, values, size_)
 
-            layer_of_cell = np.repeat(np.arange(audit.n_layers), audit.n_experts)
+            truth, exact = truths[effect]
             total = (design.cell_sums * weights[layer_of_cell]).sum(axis=(1, 2)) + by(cell, audit.n_cells, error / p)
             own = SamplingVariance(
                 by(cell, audit.n_cells, v), by(cell, audit.n_cells, v**2), (design.cell_spread * ratios[layer_of_cell]).sum(axis=1)
             )
-            truth = by(audit.cell, audit.n_cells, y) / np.maximum(count, 1)
             estimate = (total / np.maximum(count, 1))[seen]
             for kind, variance in (("experts", own.moderated()), ("experts, their own removals alone", own.own)):
                 result.add(f"{label}: {kind}", estimate, truth[seen], Z * np.sqrt(variance[seen]) / count[seen])
@@ -208,7 +215,6 @@ def sampling_coverage(design: Design, draws: int, seed: int) -> Coverage:
                 np.stack([by(axis[g], audit.n_layers, v[g] ** 2) for g in first]),
                 model,
             )
-            exact = np.stack([by(audit.axis, audit.n_layers, y), *(by(audit.axis[g], audit.n_layers, y[g]) for g in groups)])
             result.add(f"{label}: layers", totals[0] / n, exact[0] / n, Z * np.sqrt(variance.moderated()[0]) / n)
             for name, joined in (("in a layer", False), ("over all layers", True)):
                 t, e, var = (totals, exact, variance)
@@ -234,10 +240,16 @@ def document_coverage(design: Design, draws: int, seed: int) -> Coverage:
     count = np.bincount(key, minlength=documents * audit.n_cells).reshape(shape).astype(np.float64)
     often = (count > 0).sum(axis=0) >= 10
     by_layer = np.repeat(np.arange(audit.n_layers), audit.n_experts)
+    columns = (audit.base["delta_loss"], *audit.features.T)
+    exact_sums = {effect: np.bincount(key, y, count.size).reshape(shape) for effect, y in audit.effects.items()}
+    estimates = np.stack([np.bincount(key, column, count.size).reshape(shape) for column in columns], axis=2)
     for number in tqdm(range(draws), desc=f"{audit.name}, documents", mininterval=5):
         random = np.random.default_rng([seed, 1, number])
         times = np.bincount(random.integers(0, documents, documents), minlength=documents)
         sums: dict[str, list[np.ndarray]] = {effect: [] for effect in EFFECTS}
+        exact: dict[str, list[np.ndarray]] = {effect: [] for effect in EFFECTS}
+        own = {effect: np.zeros((2, audit.n_cells)) for effect in EFFECTS}
+        model = {effect: np.zeros(audit.n_cells) for effect in EFFECTS}
         counts = []
         for copy in range(int(times.max())):  # each with removals of its own
             chosen = times > copy
@@ -247,9 +259,14 @@ def document_coverage(design: Design, draws: int, seed: int) -> Coverage:
                 missed = audit.effects[effect][drawn] - audit.base[effect][drawn]
                 beta = corrections(missed, audit.features[drawn], p, audit.size[drawn], axis, fold, audit.n_layers)
                 error = missed - (audit.features[drawn] * beta[axis, fold]).sum(axis=1)
-                estimate = audit.base[effect] + (audit.features * beta[audit.axis, design.fold]).sum(axis=1)
-                estimate[drawn] += error / p
-                sums[effect].append(np.bincount(key, estimate, key.max() + 1 if False else documents * audit.n_cells).reshape(shape)[chosen])
+                weights = np.concatenate([np.full((*beta.shape[:2], 1), float(effect == "delta_loss")), beta], axis=2)
+                total = (estimates * weights[by_layer][:, fold_of(np.arange(documents))].swapaxes(0, 1)).sum(axis=2)
+                sums[effect].append((total + np.bincount(key[drawn], error / p, count.size).reshape(shape))[chosen])
+                exact[effect].append(exact_sums[effect][chosen])
+                v = np.where(chosen[audit.document[drawn]], error**2 * (1 - p) / p**2, 0.0)
+                own[effect] += [np.bincount(audit.cell[drawn], x, audit.n_cells) for x in (v, v**2)]
+                ratios = error_ratios(error, p, audit.size[drawn], axis, audit.n_layers)
+                model[effect] += (design.cell_spread * ratios[by_layer]).sum(axis=1) * chosen.mean()
             counts.append(count[chosen])
         n = np.concatenate(counts)
         for effect, label in EFFECTS.items():
@@ -263,6 +280,16 @@ def document_coverage(design: Design, draws: int, seed: int) -> Coverage:
                 interval = ratio_bootstrap(over, under, n_resamples=1000)
                 middle, half = (interval.low + interval.high) / 2, (interval.high - interval.low) / 2
                 result.add(f"{label}: {kind}", middle, right, half)
+            everything = np.concatenate(exact[effect])
+            interval = ratio_bootstrap(everything[:, often], n[:, often], n_resamples=1000)
+            middle, half = (interval.low + interval.high) / 2, (interval.high - interval.low) / 2
+            result.add(f"{label}: experts, all removals made", middle, _ratio(truth, count.sum(0))[often], half)
+            sampling = SamplingVariance(*own[effect], model[effect])
+            mean = _ratio(total.sum(0), n.sum(0))
+            cluster = ((total - mean * n) ** 2).sum(0) * documents / (documents - 1)
+            variance = np.maximum(cluster - sampling.own, 0) + sampling.moderated()
+            half = float(scipy.stats.t.ppf(0.975, documents - 1)) * np.sqrt(variance) / np.maximum(n.sum(0), 1)
+            result.add(f"{label}: experts, moderated", mean[often], _ratio(truth, count.sum(0))[often], half[often])
     return result
 
 

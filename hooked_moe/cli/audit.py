@@ -2,6 +2,7 @@
 
     hooked-moe audit                                     # the shipped model on the shipped corpus
     hooked-moe audit --model olmoe --corpus wikitext-2 --layers 0,4,7,11,15 --positions 200
+    hooked-moe audit --model olmoe --budget 1%           # a sample of the removals; the others are estimated, without bias
     hooked-moe audit --model olmoe --corpus wikitext-2 --protocol as_released
 
 It verifies, measures, analyses and reports. Results go to results/<model>/<run>/: tables as parquet and csv, report.html with
@@ -21,7 +22,7 @@ from hooked_moe.analysis.cells import cells_from_table, cells_table
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
 from hooked_moe.cli.console import parser_of, run_command
 from hooked_moe.cli.measured_run import analyse, open_run
-from hooked_moe.cli.options import add_measurement_arguments, parse_sample
+from hooked_moe.cli.options import add_measurement_arguments, parse_budget, parse_sample
 from hooked_moe.cli.released_run import (
     add_protocol_argument,
     compare_positions,
@@ -45,12 +46,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--scope", choices=["position", "both"], default="position", help="both: also remove experts sequence-wide"
     )
+    parser.add_argument(
+        "--budget",
+        metavar="SHARE|TIME",
+        help="make a sample of the removals and estimate the others without bias: 1%% of them, or what takes 90s, 10min or 2h",
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    return run_command(released_audit if args.protocol == "as_released" else audit, args)
+    work = released_audit if args.protocol == "as_released" else audit if args.budget is None else budgeted_audit
+    return run_command(work, args)
 
 
 def audit(args: argparse.Namespace) -> Path:
@@ -79,8 +86,28 @@ def audit(args: argparse.Namespace) -> Path:
     return run.directory
 
 
+def budgeted_audit(args: argparse.Namespace) -> Path:
+    """The audit of a sample of the removals; returns the run's directory. Raises as `audit` does."""
+    if args.positions != "all" or args.scope != "position":
+        raise ValueError("--budget draws from the removals of single experts at all positions: leave out --positions and --scope")
+    budget, started = parse_budget(args.budget), time.perf_counter()
+    with open_run(args, budget) as run:
+        total = len(run.tokenized.valid_positions()) * len(run.layers) * run.model.cfg.experts_per_token
+        print(f"removals, of which a sample is made: {total:,}\nresults: {run.directory}\n")
+        draw = run.require_sample(memory_budget=args.memory)
+        report = analyse(run)
+        savings = read_csv(run.directory / "savings.csv")
+    print(terminal_savings(savings, None))
+    made = int(draw.n_drawn.sum())
+    print(f"\n{made:,} removals made, {made / total:.2%} of all, drawn with seed {draw.seed}; the others are estimated")
+    print(f"{time.perf_counter() - started:.0f} s in all\nreport: {report}")
+    return run.directory
+
+
 def released_audit(args: argparse.Namespace) -> Path:
     """Four metrics and the control, by the paper's code; returns the run's directory."""
+    if args.budget is not None:
+        raise ValueError("--budget is of the defined protocol: leave out --protocol as_released")
     n = released_positions(args.positions)
     with open_released_run(args) as run:
         run.experts()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_moe.analysis import analyse_run, analysis_fault
+from hooked_moe.analysis.budgeted import analyse_budgeted, budgeted_fault
 from hooked_moe.cli.options import (
     SEED,
     check_memory,
@@ -19,16 +20,17 @@ from hooked_moe.cli.options import (
 )
 from hooked_moe.corpus import load_corpus
 from hooked_moe.measurement import Run, open_measurement
+from hooked_moe.measurement.budget import Budget
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 from hooked_moe.model import HookedMoE
 from hooked_moe.report import report_fault, write_report
-from hooked_moe.tables import NOT_MADE, required_file
+from hooked_moe.tables import NOT_MADE, FileRecords, required_file
 
 SAMPLE_SIZE = 200
 
 
-def open_run(args: argparse.Namespace) -> Run:
+def open_run(args: argparse.Namespace, budget: Budget | None = None) -> Run:
     """The measurement that the arguments name, new or to be continued; says what it is.
 
     Raises `ValueError` and `OSError` that say what to do.
@@ -58,7 +60,7 @@ def open_run(args: argparse.Namespace) -> Run:
             "window is as long; give a shorter context or longer documents"
         )
     layers = parse_layers(args.layers, model.cfg)
-    run = open_measurement(model, tokenized, layers, args.removal, results=args.results, name=args.run, log=print)
+    run = open_measurement(model, tokenized, layers, args.removal, results=args.results, name=args.run, budget=budget, log=print)
     shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"
     print(
         f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active"
@@ -72,6 +74,8 @@ def open_run(args: argparse.Namespace) -> Run:
 def analyse(run: Run) -> Path:
     """Derive what the run's measured tables give, unless that was done of these very tables; returns the report's path."""
     directory, known = run.directory, run.known_files()
+    if run.budget is not None:
+        return _analyse_budgeted(directory, run.model.cfg.num_experts, known)
     required_file(directory, "effects.parquet", "no removals were measured yet")
     positions = run.manifest["parts"]["position"]["positions"]
     available = len(run.tokenized.valid_positions()) if positions == "all" else int(positions)
@@ -85,6 +89,19 @@ def analyse(run: Run) -> Path:
     if fault is not None:
         _say_why("analysed again", fault)
         analyse_run(directory, **settings)
+    return _report(directory, known)
+
+
+def _analyse_budgeted(directory: Path, n_experts: int, known: FileRecords) -> Path:
+    """The same for a run with a budget."""
+    fault = budgeted_fault(directory, known, n_experts=n_experts, seed=SEED)
+    if fault is not None:
+        _say_why("analysed again", fault)
+        analyse_budgeted(directory, n_experts=n_experts, seed=SEED)
+    return _report(directory, known)
+
+
+def _report(directory: Path, known: FileRecords) -> Path:
     fault = report_fault(directory, known)
     if fault is None:
         return directory / "report.html"

@@ -20,10 +20,11 @@ from tqdm import tqdm
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
 from hooked_moe.counterfactuals.engine.steps import Steps, run_without_grad, side_by_side
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
+from hooked_moe.counterfactuals.first_order import waiting_bytes as gradient_waiting_bytes
 from hooked_moe.loading.spill import spill_directory
 from hooked_moe.loading.streaming import spill_of
 from hooked_moe.measurement.document_tables import TABLES, measure_document
-from hooked_moe.measurement.part_spec import PartSpec
+from hooked_moe.measurement.part_spec import BUDGETED_PARTS, PartSpec
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.tables import atomic_path
@@ -79,7 +80,7 @@ def measure_part(
             for indices in in_parallel(measure_documents, _groups(model, lengths, spec, pending), workers):
                 bar.update(sum(lengths[index] for index in indices))
                 rate = bar.format_dict["rate"]
-                if rate and spec.positions is None:
+                if rate and spec.positions is None and spec.part not in BUDGETED_PARTS:
                     bar.set_postfix_str(f"{rate * per_token:,.0f} removals/s", refresh=False)
     for name, schema in TABLES[spec.part].items():
         _merge(files, units, name, schema.with_metadata(identity), target / f"{name}.parquet")
@@ -110,19 +111,29 @@ def _groups(model: Transformer, lengths: list[int], spec: PartSpec, pending: lis
     spill = spill_of(model)
     if spill is None:
         return [[index] for index in pending]
-    each = model.cfg.experts_per_token if spec.part != "sequence" else max(map(model.cfg.experts_in, spec.layers))
-    per_token = len(spec.layers) * each * variant_bytes(model.cfg)
     room = shutil.disk_usage(spill_directory(spill.directory)).free // 2
     groups: list[list[int]] = []
     used = room
     for index in pending:
-        needed = lengths[index] * per_token
+        needed = _waiting_bytes(model, spec, index, lengths[index])
         if used + needed > room:
             groups.append([])
             used = 0
         groups[-1].append(index)
         used += needed
     return groups
+
+
+def _waiting_bytes(model: Transformer, spec: PartSpec, document: int, length: int) -> int:
+    """What a document of this length keeps between layers while others take their turn."""
+    cfg = model.cfg
+    if spec.part == "estimates":
+        return length * gradient_waiting_bytes(cfg)
+    if spec.draw is not None:
+        picks = spec.draw.picks.get(document)
+        return (length + (0 if picks is None else len(picks.position))) * variant_bytes(cfg)
+    each = cfg.experts_per_token if spec.part != "sequence" else max(map(cfg.experts_in, spec.layers))
+    return length * len(spec.layers) * each * variant_bytes(cfg)
 
 
 def _together(tasks: list[Steps[Result]]) -> list[Result]:
