@@ -275,7 +275,7 @@ def document_coverage(design: Design, draws: int, seed: int) -> Coverage:
             layers = [np.stack([x[:, by_layer == layer].sum(axis=1) for layer in range(audit.n_layers)], axis=1) for x in (total, n)]
             for kind, over, under, right in (
                 ("layers", *layers, _ratio(truth.reshape(audit.n_layers, -1).sum(1), count.sum(0).reshape(audit.n_layers, -1).sum(1))),
-                ("experts", total[:, often], n[:, often], _ratio(truth, count.sum(0))[often]),
+                ("experts, bootstrap alone", total[:, often], n[:, often], _ratio(truth, count.sum(0))[often]),
             ):
                 interval = ratio_bootstrap(over, under, n_resamples=1000)
                 middle, half = (interval.low + interval.high) / 2, (interval.high - interval.low) / 2
@@ -286,10 +286,9 @@ def document_coverage(design: Design, draws: int, seed: int) -> Coverage:
             result.add(f"{label}: experts, all removals made", middle, _ratio(truth, count.sum(0))[often], half)
             sampling = SamplingVariance(*own[effect], model[effect])
             mean = _ratio(total.sum(0), n.sum(0))
-            cluster = ((total - mean * n) ** 2).sum(0) * documents / (documents - 1)
-            variance = np.maximum(cluster - sampling.own, 0) + sampling.moderated()
-            half = float(scipy.stats.t.ppf(0.975, documents - 1)) * np.sqrt(variance) / np.maximum(n.sum(0), 1)
-            result.add(f"{label}: experts, moderated", mean[often], _ratio(truth, count.sum(0))[often], half[often])
+            quantile = float(scipy.stats.t.ppf(0.975, documents - 1))
+            half = quantile * np.sqrt(sampling.with_documents(total, n)) / np.maximum(n.sum(0), 1)
+            result.add(f"{label}: experts", mean[often], _ratio(truth, count.sum(0))[often], half[often])
     return result
 
 

@@ -5,8 +5,9 @@
     routing.parquet, expert_weights.parquet                   -> criteria, in experts.parquet
 
 The *sampling interval* holds what an exhaustive audit of these very documents would find. The *interval* holds what other documents
-of the kind would say, as in an exhaustive audit: a bootstrap over documents of estimated effects, whose sums by document differ by
-both, what the documents are and what was drawn in each (drawn independently, so that nothing is left out).
+of the kind would say, as in an exhaustive audit. Estimated effects, summed by document, differ by both, what the documents are and
+what was drawn in each (drawn independently), so that nothing is left out: of layers and savings it is the same bootstrap over
+documents; of experts, for which a few removals decide, t times the standard error, with a moderated variance of what was drawn.
 """
 
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import scipy.stats
 
 from hooked_moe.analysis.accumulators.documents import Documents
 from hooked_moe.analysis.accumulators.effect_sums import ExpertEffectSums
@@ -26,7 +28,7 @@ from hooked_moe.analysis.estimated_effects import DRAW, EFFECTS, ESTIMATES, SAMP
 from hooked_moe.analysis.rankings import Scores
 from hooked_moe.analysis.saving_table import ALL_LAYERS, SAVINGS, saving_table
 from hooked_moe.analysis.savings import EXACT_KL, SavingAudit
-from hooked_moe.statistics import ratio_bootstrap
+from hooked_moe.statistics import MINIMUM_PAIRS, ratio_bootstrap
 from hooked_moe.statistics.difference_estimates import Z, SamplingVariance
 from hooked_moe.tables import Ledger, schema_of, write_csv_atomic, write_parquet_atomic
 
@@ -161,8 +163,10 @@ def _rows(
         pooled.append((str(layer), total[:, axis].sum(axis=1), count[:, axis].sum(axis=1), own, n_drawn[axis].sum()))
     for layer, by_document, n, own, drawn in pooled:
         yield {"effect": effect, "kind": "layer", "layer": layer, "name": "", **_mean(by_document, n, own.moderated()), "n_drawn": drawn}
-    interval = ratio_bootstrap(total, count)
+    documents = len(total)
     half = Z * np.sqrt(variance.moderated())
+    quantile = float(scipy.stats.t.ppf(0.975, documents - 1)) if documents >= MINIMUM_PAIRS else np.nan
+    wide = quantile * np.sqrt(variance.with_documents(total, count))
     for axis, expert in zip(*np.nonzero(count.sum(axis=0)), strict=True):
         n = count[:, axis, expert].sum()
         estimate = total[:, axis, expert].sum() / n
@@ -174,8 +178,8 @@ def _rows(
             "estimate": estimate,
             "sampling_low": estimate - half[axis, expert] / n,
             "sampling_high": estimate + half[axis, expert] / n,
-            "low": interval.low[axis, expert],
-            "high": interval.high[axis, expert],
+            "low": estimate - wide[axis, expert] / n,
+            "high": estimate + wide[axis, expert] / n,
             "n_drawn": n_drawn[axis, expert],
         }
     yield from _saving_rows(effect, audit, sampling, variance.over(1), tables, savings)

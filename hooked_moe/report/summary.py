@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from hooked_moe.analysis.rankings import ROUTING_WEIGHT
 from hooked_moe.report.blocks import Block, Paragraph, Summary
+from hooked_moe.report.budgeted_sections import budget_notice, is_budgeted
 from hooked_moe.report.conclusions import conclude
 from hooked_moe.report.figures.names import FIXED_FAMILIES, label
 from hooked_moe.report.inputs import Inputs
@@ -25,7 +26,7 @@ def opening(inputs: Inputs, figure: tuple[Block, ...]) -> tuple[Block, ...]:
     blocks: list[Block] = [*([verdict] if verdict else []), *figure]
     if conclusions:
         blocks.append(Summary("What to conclude", conclusions, "conclusion"))
-    blocks.append(measured(inputs))
+    blocks += budget_notice(inputs) if is_budgeted(inputs) else [measured(inputs)]
     if findings:
         blocks.append(Summary("What was found", findings))
     return tuple(blocks)

@@ -102,6 +102,17 @@ class SamplingVariance:
         effective = np.divide(self.own**2, self.own_square, out=np.zeros(self.own.shape), where=self.own_square > 0)
         return (effective * self.own + PRIOR_REMOVALS * self.model) / (effective + PRIOR_REMOVALS)
 
+    def with_documents(
+        self, total: Float[np.ndarray, "document *group"], count: Float[np.ndarray, "document *group"]
+    ) -> Float[np.ndarray, "*group"]:
+        """Of a mean's total over documents and over what was drawn. The spread of documents' sums holds both; the part of it that
+        is of what was drawn is replaced by the moderated one, for it is as uncertain there as anywhere."""
+        documents = len(total)
+        n = count.sum(axis=0)
+        mean = np.divide(total.sum(axis=0), n, out=np.zeros(n.shape), where=n > 0)
+        both = np.square(total - mean * count).sum(axis=0) * documents / max(1, documents - 1)
+        return np.maximum(both - self.own, 0.0) + self.moderated()
+
     def over(self, axis: int) -> "SamplingVariance":
         """Of groups joined along an axis: removals are drawn one by one, so that variances add up."""
         return SamplingVariance(self.own.sum(axis), self.own_square.sum(axis), self.model.sum(axis))
