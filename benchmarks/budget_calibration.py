@@ -165,7 +165,13 @@ class Coverage:
             by_group = np.sort(table.mean(axis=0))
             worst = by_group[: max(1, round(len(by_group) / 10))].mean()
             error = table.mean(axis=1).std(ddof=1) / np.sqrt(len(table))
-            yield [kind, str(len(by_group)), f"{100 * table.mean():.1f} ± {100 * error:.1f}", f"{100 * worst:.1f}", f"{100 * by_group[0]:.1f}"]
+            yield [
+                kind,
+                str(len(by_group)),
+                f"{100 * table.mean():.1f} ± {100 * error:.1f}",
+                f"{100 * worst:.1f}",
+                f"{100 * by_group[0]:.1f}",
+            ]
 
 
 def sampling_coverage(design: Design, draws: int, seed: int) -> Coverage:
@@ -202,7 +208,9 @@ def sampling_coverage(design: Design, draws: int, seed: int) -> Coverage:
             truth, exact = truths[effect]
             total = (design.cell_sums * weights[layer_of_cell]).sum(axis=(1, 2)) + by(cell, audit.n_cells, error / p)
             own = SamplingVariance(
-                by(cell, audit.n_cells, v), by(cell, audit.n_cells, v**2), (design.cell_spread * ratios[layer_of_cell]).sum(axis=1)
+                by(cell, audit.n_cells, v),
+                by(cell, audit.n_cells, v**2),
+                (design.cell_spread * ratios[layer_of_cell]).sum(axis=1),
             )
             estimate = (total / np.maximum(count, 1))[seen]
             for kind, variance in (("experts", own.moderated()), ("experts, their own removals alone", own.own)):
@@ -272,9 +280,15 @@ def document_coverage(design: Design, draws: int, seed: int) -> Coverage:
         for effect, label in EFFECTS.items():
             total = np.concatenate(sums[effect])
             truth = np.bincount(audit.cell, audit.effects[effect], audit.n_cells)
-            layers = [np.stack([x[:, by_layer == layer].sum(axis=1) for layer in range(audit.n_layers)], axis=1) for x in (total, n)]
+            layers = [
+                np.stack([x[:, by_layer == layer].sum(axis=1) for layer in range(audit.n_layers)], axis=1) for x in (total, n)
+            ]
             for kind, over, under, right in (
-                ("layers", *layers, _ratio(truth.reshape(audit.n_layers, -1).sum(1), count.sum(0).reshape(audit.n_layers, -1).sum(1))),
+                (
+                    "layers",
+                    *layers,
+                    _ratio(truth.reshape(audit.n_layers, -1).sum(1), count.sum(0).reshape(audit.n_layers, -1).sum(1)),
+                ),
                 ("experts, bootstrap alone", total[:, often], n[:, often], _ratio(truth, count.sum(0))[often]),
             ):
                 interval = ratio_bootstrap(over, under, n_resamples=1000)
@@ -322,7 +336,9 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
                 f"{args.document_draws:,} draws of {audit.document.max() + 1} documents with replacement, and of "
                 f"{args.shares[0]:.0%} of the removals in each; experts that occur in ten documents or more."
             )
-            tables.append(Table(f"{audit.name}, {args.shares[0]:.0%}: intervals over documents", note, columns, list(found.rows())))
+            tables.append(
+                Table(f"{audit.name}, {args.shares[0]:.0%}: intervals over documents", note, columns, list(found.rows()))
+            )
     page = "\n".join([*_heading(args, time.perf_counter() - started), *map(str, tables)])
     if args.show:
         print_page(page)

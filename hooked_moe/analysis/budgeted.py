@@ -4,10 +4,11 @@
                                                                  expert_effect_sums.parquet
     routing.parquet, expert_weights.parquet                   -> criteria, in experts.parquet
 
-The *sampling interval* holds what an exhaustive audit of these very documents would find. The *interval* holds what other documents
-of the kind would say, as in an exhaustive audit. Estimated effects, summed by document, differ by both, what the documents are and
-what was drawn in each (drawn independently), so that nothing is left out: of layers and savings it is the same bootstrap over
-documents; of experts, for which a few removals decide, t times the standard error, with a moderated variance of what was drawn.
+The *sampling interval* holds what an exhaustive audit of these very documents would find. The *interval* holds what other
+documents of the kind would say, as in an exhaustive audit. Estimated effects, summed by document, differ by both, what the
+documents are and what was drawn in each (independently), so that nothing is left out: of layers and savings it is the same
+bootstrap over documents; of experts, for which a few removals decide, t times the standard error, with a moderated variance of what
+was drawn.
 """
 
 import os
@@ -29,7 +30,7 @@ from hooked_moe.analysis.rankings import Scores
 from hooked_moe.analysis.saving_table import ALL_LAYERS, SAVINGS, saving_table
 from hooked_moe.analysis.savings import EXACT_KL, SavingAudit
 from hooked_moe.statistics import MINIMUM_PAIRS, ratio_bootstrap
-from hooked_moe.statistics.difference_estimates import Z, SamplingVariance
+from hooked_moe.statistics.difference_estimates import SamplingVariance, Z
 from hooked_moe.tables import Ledger, schema_of, write_csv_atomic, write_parquet_atomic
 
 INPUTS = (DRAW, ESTIMATES, "expert_weights.parquet", "routing.parquet", SAMPLED)
@@ -46,8 +47,18 @@ BUDGETED = schema_of(
     ("kind", pa.string(), "name", "layer or expert: a mean effect; saving or saving_share: of a ranking"),
     ("layer", pa.string(), "text", "transformer block, counted from 0, or all"),
     ("name", pa.string(), "text", "the expert's number, or the ranking; empty for a layer"),
-    ("estimate", pa.float64(), "nats or 1", "unbiased over which removals were drawn; a saving_share is a share of the random cost"),
-    ("sampling_low", pa.float64(), "nats or 1", "lower end of the 95% interval for what all removals in these documents would give"),
+    (
+        "estimate",
+        pa.float64(),
+        "nats or 1",
+        "unbiased over which removals were drawn; a saving_share is a share of the random cost",
+    ),
+    (
+        "sampling_low",
+        pa.float64(),
+        "nats or 1",
+        "lower end of the 95% interval for what all removals in these documents would give",
+    ),
     ("sampling_high", pa.float64(), "nats or 1", "upper end"),
     ("low", pa.float64(), "nats or 1", "lower end of the 95% interval for other documents: over documents and removals drawn"),
     ("high", pa.float64(), "nats or 1", "upper end; NaN where there are fewer than three documents"),
@@ -162,7 +173,14 @@ def _rows(
         own = SamplingVariance(variance.own[axis], variance.own_square[axis], variance.model[axis]).over(0)
         pooled.append((str(layer), total[:, axis].sum(axis=1), count[:, axis].sum(axis=1), own, n_drawn[axis].sum()))
     for layer, by_document, n, own, drawn in pooled:
-        yield {"effect": effect, "kind": "layer", "layer": layer, "name": "", **_mean(by_document, n, own.moderated()), "n_drawn": drawn}
+        yield {
+            "effect": effect,
+            "kind": "layer",
+            "layer": layer,
+            "name": "",
+            **_mean(by_document, n, own.moderated()),
+            "n_drawn": drawn,
+        }
     documents = len(total)
     half = Z * np.sqrt(variance.moderated())
     quantile = float(scipy.stats.t.ppf(0.975, documents - 1)) if documents >= MINIMUM_PAIRS else np.nan

@@ -67,7 +67,11 @@ class BudgetedTables:
         for observed in self._observed():
             grid = observed.measured()
             at, picks = self._drawn.of(grid)
-            pieces.append(np.column_stack([grid.first_order[at], self._features(grid)[at], self._size(grid)[at], fold_of(grid.document)[at[0]]]))
+            pieces.append(
+                np.column_stack(
+                    [grid.first_order[at], self._features(grid)[at], self._size(grid)[at], fold_of(grid.document)[at[0]]]
+                )
+            )
             del picks
         base, bend, gap, size, fold = np.concatenate(pieces).T
         if len(base) != self.n_drawn:
@@ -83,12 +87,14 @@ class BudgetedTables:
             self.ratios[effect] = error_ratios(error, probability, size, axis, len(self.layers))
 
     def _size(self, grid: EffectGrid) -> Float[np.ndarray, "P L K"]:
-        assert grid.first_order is not None and grid.gap_norm is not None
+        assert grid.first_order is not None
+        assert grid.gap_norm is not None
         return removal_size(grid.first_order, grid.delta_loss, grid.gap_norm, self.sample.gap_scale[None, :, None])
 
     def _features(self, grid: EffectGrid) -> Float[np.ndarray, "P L K feature"]:
         """What corrections are made of: the curvature's part of the estimate, and the square of the gap norm, in nats."""
-        assert grid.first_order is not None and grid.gap_norm is not None
+        assert grid.first_order is not None
+        assert grid.gap_norm is not None
         bend = grid.delta_loss.astype(np.float64) - grid.first_order
         return np.stack([bend, gap_term(grid.gap_norm, self.sample.gap_scale[None, :, None])], axis=-1)
 

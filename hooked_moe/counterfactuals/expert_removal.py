@@ -84,8 +84,10 @@ def expert_effects(
     slots, most = model.cfg.experts_per_token, most_experts(model)
     if picks is not None:
         if scope != "position" or positions is not None or request.readouts:
-            raise ValueError("picks say themselves what is measured, the loss and the KL divergence at the token: leave out scope, "
-                             "positions and readouts")
+            raise ValueError(
+                "picks say themselves what is measured, the loss and the KL divergence at the token: leave out scope, "
+                "positions and readouts"
+            )
         chosen = _checked_picks(picks, (len(request.layers), len(request.packed.rows), request.packed.original_length, slots))
         question = PickedRemovals(chosen.to(model.cfg.device), removal, most)
         return as_expert_effects((yield from answer(question, request)))

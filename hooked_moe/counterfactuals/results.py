@@ -166,7 +166,9 @@ class ExpertEffects(EffectsResult):
             )
         slot = (*where, routed.index(expert))
         if bool(self.delta_loss[slot].isnan()):
-            raise ValueError(f"expert {expert} was not removed at layer {layer}, batch {batch}, pos {pos}: it was not among the picks")
+            raise ValueError(
+                f"expert {expert} was not removed at layer {layer}, batch {batch}, pos {pos}: it was not among the picks"
+            )
         values = {name: float(getattr(self, name)[slot]) for name in PER_SLOT if name != "expert_index"}
         return {"slot": slot[-1], **values, "baseline_loss": float(self.baseline_loss[batch, pos])}
 

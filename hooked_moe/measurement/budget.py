@@ -36,7 +36,9 @@ class Budget:
         if (self.share is None) == (self.seconds is None):
             raise ValueError("a budget is either a share of the removals or a time")
         if self.share is not None and not 0 < self.share < 1:
-            raise ValueError(f"a budget is a share of the removals above 0 and below 1, not {self.share!r}; without one, all are made")
+            raise ValueError(
+                f"a budget is a share of the removals above 0 and below 1, not {self.share!r}; without one, all are made"
+            )
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise ValueError(f"a budget is a number of seconds above 0, not {self.seconds!r}")
 

@@ -96,7 +96,8 @@ def _chunks(estimates: Path) -> Iterator[EffectGrid]:
 
 
 def _size(chunk: EffectGrid, gap_scale: np.ndarray) -> np.ndarray:
-    assert chunk.first_order is not None and chunk.gap_norm is not None
+    assert chunk.first_order is not None
+    assert chunk.gap_norm is not None
     return removal_size(chunk.first_order, chunk.delta_loss, chunk.gap_norm, gap_scale[None, :, None])
 
 
@@ -104,7 +105,8 @@ def _totals(estimates: Path, n_experts: int) -> tuple[np.ndarray, np.ndarray, np
     """By layer: the sum of what curvature adds, without signs, and of squared gap norms; removals by layer and expert."""
     bend, square, counts, layers = np.zeros(0), np.zeros(0), np.zeros((0, n_experts), np.int64), ()
     for chunk in _chunks(estimates):
-        assert chunk.first_order is not None and chunk.gap_norm is not None
+        assert chunk.first_order is not None
+        assert chunk.gap_norm is not None
         if not len(layers):
             layers = chunk.layers
             bend, square, counts = np.zeros(len(layers)), np.zeros(len(layers)), np.zeros((len(layers), n_experts), np.int64)

@@ -25,8 +25,8 @@ import pyarrow as pa
 from hooked_moe.checks import WrongTypeError, whole_number, whole_numbers
 from hooked_moe.counterfactuals import Order, Scope
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
-from hooked_moe.expert_mask import RemovalName, check_removal
 from hooked_moe.counterfactuals.observations import most_experts
+from hooked_moe.expert_mask import RemovalName, check_removal
 from hooked_moe.measurement.budget import Budget, share_of
 from hooked_moe.measurement.document_tables import TABLES
 from hooked_moe.measurement.draw import Draw, draw_removals

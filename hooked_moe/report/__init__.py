@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hooked_moe.report import sections
-from hooked_moe.report.budgeted_sections import budget_section, is_budgeted
 from hooked_moe.report.blocks import Block, Page, Paragraph, Section
+from hooked_moe.report.budgeted_sections import budget_section, is_budgeted
 from hooked_moe.report.definitions import definitions
 from hooked_moe.report.derived_files import DERIVED_FILES
 from hooked_moe.report.figures.ceiling import static_ceiling

@@ -24,10 +24,10 @@ def budget_notice(inputs: Inputs) -> Iterable[Paragraph]:
     seed = inputs.value("parts", "sampled", "seed")
     text = (
         f" {made:,} of {total:,} removals were made ({share(made / total)}), drawn at random with seed {seed}, those that could "
-        "cost much more often than others. All means and savings are estimates without bias from these and from a cheap estimate of "
-        "every removal. Intervals say what other documents of the kind would give: they hold both the choice of documents and that "
-        "of removals. What a sample cannot tell (orders within a position, spreads, shares of variance, tests of single positions) "
-        "is left out."
+        "cost much more often than others. All means and savings are estimates without bias, from these and from a cheap estimate "
+        "of every removal. Intervals say what other documents of the kind would give: they hold both the choice of documents and "
+        "that of removals. What a sample cannot tell (orders within a position, spreads, shares of variance, tests of single "
+        "positions) is left out."
     )
     yield Paragraph(text, "A budgeted audit.")
 
@@ -38,9 +38,10 @@ def budget_section(inputs: Inputs) -> Iterable[Section]:
         return
     rows = inputs.rows(FILE)
     note = (
-        "The sampling interval is for what all removals of these very documents would give; the interval, for what other documents "
-        "of the kind would. The share drawn is that part of the wider one's variance which making more removals would take away. "
-        "budgeted.csv has the same for every expert and ranking; benchmarks/BUDGET.md, how often such intervals hold the truth."
+        "The sampling interval is for what all removals of these very documents would give; the interval, for what other "
+        "documents of the kind would. The share drawn is that part of the wider one's variance which making more removals would "
+        "take away. budgeted.csv has the same for every expert and ranking; benchmarks/BUDGET.md, how often such intervals hold "
+        "the truth."
     )
     lines: list[TableRow] = []
     for effect, title in EFFECT_TITLES.items():
@@ -86,5 +87,7 @@ def _line(name: str, row: Row, digits: int | None) -> TableRow:
 
 def _counts(inputs: Inputs) -> tuple[int, int]:
     """Removals made, and all there were."""
-    made = next(row["n_drawn"] for row in inputs.rows(FILE) if (row["effect"], row["kind"], row["layer"]) == (LOSS, "layer", "all"))
+    made = next(
+        row["n_drawn"] for row in inputs.rows(FILE) if (row["effect"], row["kind"], row["layer"]) == (LOSS, "layer", "all")
+    )
     return int(made), sum(row["n_removals"] for row in inputs.rows("experts.parquet"))

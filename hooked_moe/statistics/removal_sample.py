@@ -1,7 +1,7 @@
 """Which removals a budgeted audit makes: a random sample whose chances follow from cheap estimates of all of them.
 
-Every removal is drawn by itself, with a probability of its own (Poisson sampling): in proportion to its *size*, what it could cost
-by the estimates, over a floor that all share, and over another that gives every expert some removals. The size is
+Every removal is drawn by itself, with a probability of its own (Poisson sampling): in proportion to its *size*, what it could
+cost by the estimates, over a floor that all share, and over another that gives every expert some removals. The size is
 
     |curved - first order| + min(gap_scale ||gap||^2, LARGEST) + |first order| / 10        (nats)
 
@@ -85,7 +85,7 @@ def _expected(least: Float[np.ndarray, " removal"], size: Float[np.ndarray, " re
 
 
 class UniformNumbers:
-    """What decides which removals are drawn: those whose probability is above their number. Every document has its own numbers."""
+    """What decides which removals are drawn: those whose probability is above their number. Each document has its own numbers."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

@@ -92,8 +92,8 @@ SAMPLED_EFFECTS = schema_of(
         "inclusion_probability",
         pa.float64(),
         "1",
-        "how likely this removal was to be drawn. The table has those drawn alone, and what costs much was drawn more often: a mean "
-        "over its rows is no mean over removals, unless each row counts 1 / inclusion_probability",
+        "how likely this removal was to be drawn. The table has those drawn alone, and what costs much was drawn more often: a "
+        "mean over its rows is no mean over removals, unless each row counts 1 / inclusion_probability",
     ),
     (
         "delta_loss",

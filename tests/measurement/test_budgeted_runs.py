@@ -192,9 +192,12 @@ def test_intervals_hold_what_all_removals_say(analysed: Run, exhaustive: Run) ->
         experts = rows[(rows["effect"] == effect) & (rows["kind"] == "expert")]
         by_expert = everything.groupby(["layer", "expert"])[effect].mean()
         assert len(experts) == len(by_expert)
-        held = [low <= by_expert[int(layer), int(name)] <= high for layer, name, low, high in zip(
-            experts["layer"], experts["name"], experts["sampling_low"], experts["sampling_high"], strict=True
-        )]
+        held = [
+            low <= by_expert[int(layer), int(name)] <= high
+            for layer, name, low, high in zip(
+                experts["layer"], experts["name"], experts["sampling_low"], experts["sampling_high"], strict=True
+            )
+        ]
         assert np.mean(held) > 0.8
         inside = [row.sampling_low <= truth[row.layer] <= row.sampling_high for row in own.itertuples()]
         assert np.mean(inside) > 0.5
@@ -209,9 +212,7 @@ def test_a_sample_of_everything_is_everything(opened: Callable[..., Run], exhaus
     assert np.quantile(np.abs(estimated - exact), 0.99) < 1e-3
 
 
-def test_tables_of_two_runs_are_not_read_as_one(
-    analysed: Run, opened: Callable[..., Run], tmp_path: Path
-) -> None:
+def test_tables_of_two_runs_are_not_read_as_one(analysed: Run, opened: Callable[..., Run], tmp_path: Path) -> None:
     with opened(tmp_path, budget=Budget(share=0.2)) as run:
         run.require_sample(progress=False)
     other = run.directory / "draw.parquet"

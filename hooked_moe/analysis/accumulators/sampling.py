@@ -26,7 +26,7 @@ class SamplingSums:
         chunk: EstimatedGrid,
         chosen: tuple[slice | np.ndarray, ...],
     ) -> None:
-        """Add the chosen removals of a chunk; `group` numbers those of the last axis, of the flat number `first` of the others."""
+        """Add the chosen removals of a chunk to groups of the last axis, at the flat number `first` of the other axes."""
         size = self.shape[-1]
 
         def sums(values: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ class SamplingSums:
 
 
 class SamplingAccumulator:
-    """Of every expert, and of the active experts that each ranking prunes first. What a layer's total has is that of its experts."""
+    """Of every expert, and of the active experts that each ranking prunes first. A layer's is the sum over its experts."""
 
     def __init__(self, layers: tuple[int, ...], n_experts: int, n_rankings: int) -> None:
         self.layers = layers
@@ -68,4 +68,9 @@ class SamplingAccumulator:
             first, _, kept = extremes(ranking.keys)
             position = np.flatnonzero(kept)
             group = np.zeros(len(position), np.int64)
-            self.pruned_first.add(axis * n_rankings + ranking.number, group, chunk, (position, np.full(len(position), at), first[position].astype(np.int64)))
+            self.pruned_first.add(
+                axis * n_rankings + ranking.number,
+                group,
+                chunk,
+                (position, np.full(len(position), at), first[position].astype(np.int64)),
+            )

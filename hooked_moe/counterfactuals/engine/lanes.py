@@ -46,12 +46,13 @@ class Lanes:
         return by_token if self.axis == 0 else by_token.narrow(1, self._before(layer), self.sizes[layer])
 
     def under_way(self, variants: Variants, windows: Windows, layer: int, tokens: int) -> Iterator[tuple[Variants, Windows]]:
-        """What has entered before this layer, and its windows: where layers have their own tokens, `tokens` of a row at a time."""
+        """What has entered before this layer, with its windows: where layers have their own tokens, a few of a row at a time."""
         entered = self.entered(variants, layer)
         if self.axis == 0:
             yield entered, windows
             return
-        assert windows.starts is not None and windows.width == 1, "tokens of each layer's own are single ones"
+        assert windows.starts is not None, "every layer has its own tokens"
+        assert windows.width == 1, "tokens of each layer's own are single ones"
         starts = windows.starts[:, : entered.shape[2]]
         for part, own in zip(entered.split(tokens, dim=2), starts.split(tokens, dim=1), strict=True):
             yield part, Windows(own)
