@@ -7,8 +7,8 @@
 The *sampling interval* holds what an exhaustive audit of these very documents would find. The *interval* holds what other
 documents of the kind would say, as in an exhaustive audit. Estimated effects, summed by document, differ by both, what the
 documents are and what was drawn in each (independently), so that nothing is left out: of layers and savings it is the same
-bootstrap over documents; of experts, for which a few removals decide, t times the standard error, with a moderated variance of what
-was drawn.
+bootstrap over documents; of experts, for which a few removals decide, t times the standard error, with a moderated variance of
+what was drawn.
 """
 
 import os

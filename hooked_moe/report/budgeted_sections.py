@@ -24,7 +24,7 @@ def budget_notice(inputs: Inputs) -> Iterable[Paragraph]:
     seed = inputs.value("parts", "sampled", "seed")
     text = (
         f" {made:,} of {total:,} removals were made ({share(made / total)}), drawn at random with seed {seed}, those that could "
-        "cost much more often than others. All means and savings are estimates without bias, from these and from a cheap estimate "
+        "cost much more often than others. All means and savings are estimates without bias, of these and a cheap estimate "
         "of every removal. Intervals say what other documents of the kind would give: they hold both the choice of documents and "
         "that of removals. What a sample cannot tell (orders within a position, spreads, shares of variance, tests of single "
         "positions) is left out."

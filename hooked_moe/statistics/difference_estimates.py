@@ -1,8 +1,8 @@
 """Unbiased totals over all removals from exact effects of a sample, with cheap estimates of all as control variate.
 
 The estimate of a total is the sum of the cheap estimates, plus that of what they missed at each removal drawn, divided by its
-probability (the difference estimator; Cassel, Särndal and Wretman, 1976). A removal's *estimated effect* is its term of that sum, so
-that whatever is linear in effects (means, savings, sums by document) can be taken of these as if all had been measured.
+probability (the difference estimator; Cassel, Särndal and Wretman, 1976). A removal's *estimated effect* is its term of that sum,
+so that whatever is linear in effects (means, savings, sums by document) can be taken of these as if all had been measured.
 
 What the cheap estimates lack is fitted on the removals drawn in documents of the other fold, never on a document's own, which
 keeps this exactly unbiased. Where few removals were drawn the spread that they show is no guide: none of the few that cost most

@@ -18,8 +18,8 @@ def required_file(run: Path, name: str, origin: str) -> Path:
     if not (run / name).is_file():
         if name == "effects.parquet" and (run / "sampled_effects.parquet").is_file():
             origin = (
-                "this is a budgeted run, which made a sample of the removals (sampled_effects.parquet), over which a mean is none "
-                "over all: budgeted.csv has the estimates; `hooked-moe audit` without --budget measures all, in another directory"
+                "this is a budgeted run, which made a sample of the removals (sampled_effects.parquet): no mean over it is one "
+                "over all; budgeted.csv has the estimates; `hooked-moe audit` without --budget measures all, in another directory"
             )
         raise FileNotFoundError(f"{run / name} does not exist; {origin}")
     return run / name
