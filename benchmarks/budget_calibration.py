@@ -174,7 +174,7 @@ class Coverage:
             ]
 
 
-def sampling_coverage(design: Design, draws: int, seed: int) -> Coverage:
+def sampling_coverage(design: Design, draws: range, seed: int) -> Coverage:
     """Of sampling intervals, and, for comparison, of those that each group's own removals alone give."""
     audit, result = design.audit, Coverage({}, {})
     n = np.bincount(audit.axis, minlength=audit.n_layers).astype(np.float64)
@@ -189,7 +189,7 @@ def sampling_coverage(design: Design, draws: int, seed: int) -> Coverage:
         )
         for effect, y in audit.effects.items()
     }
-    for number in tqdm(range(draws), desc=audit.name, mininterval=5):
+    for number in tqdm(draws, desc=audit.name, mininterval=5):
         drawn = np.flatnonzero(np.random.default_rng([seed, number]).random(len(design.p)) < design.p)
         p, axis, fold = design.p[drawn], audit.axis[drawn], design.fold[drawn]
         features, size, cell = audit.features[drawn], audit.size[drawn], audit.cell[drawn]
@@ -239,7 +239,7 @@ def sampling_coverage(design: Design, draws: int, seed: int) -> Coverage:
     return result
 
 
-def document_coverage(design: Design, draws: int, seed: int) -> Coverage:
+def document_coverage(design: Design, draws: range, seed: int) -> Coverage:
     """Of the intervals over documents, which are to hold what all documents of their kind would give."""
     audit, result = design.audit, Coverage({}, {})
     documents = int(audit.document.max()) + 1
@@ -251,7 +251,7 @@ def document_coverage(design: Design, draws: int, seed: int) -> Coverage:
     columns = (audit.base["delta_loss"], *audit.features.T)
     exact_sums = {effect: np.bincount(key, y, count.size).reshape(shape) for effect, y in audit.effects.items()}
     estimates = np.stack([np.bincount(key, column, count.size).reshape(shape) for column in columns], axis=2)
-    for number in tqdm(range(draws), desc=f"{audit.name}, documents", mininterval=5):
+    for number in tqdm(draws, desc=f"{audit.name}, documents", mininterval=5):
         random = np.random.default_rng([seed, 1, number])
         times = np.bincount(random.integers(0, documents, documents), minlength=documents)
         sums: dict[str, list[np.ndarray]] = {effect: [] for effect in EFFECTS}
@@ -291,11 +291,11 @@ def document_coverage(design: Design, draws: int, seed: int) -> Coverage:
                 ),
                 ("experts, bootstrap alone", total[:, often], n[:, often], _ratio(truth, count.sum(0))[often]),
             ):
-                interval = ratio_bootstrap(over, under, n_resamples=1000)
+                interval = ratio_bootstrap(over, under, n_resamples=500)
                 middle, half = (interval.low + interval.high) / 2, (interval.high - interval.low) / 2
                 result.add(f"{label}: {kind}", middle, right, half)
             everything = np.concatenate(exact[effect])
-            interval = ratio_bootstrap(everything[:, often], n[:, often], n_resamples=1000)
+            interval = ratio_bootstrap(everything[:, often], n[:, often], n_resamples=500)
             middle, half = (interval.low + interval.high) / 2, (interval.high - interval.low) / 2
             result.add(f"{label}: experts, all removals made", middle, _ratio(truth, count.sum(0))[often], half)
             sampling = SamplingVariance(*own[effect], model[effect])
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directories of exhaustive audits")
     parser.add_argument("--draws", type=int, default=1000, help="of each run and share (default: 1000)")
-    parser.add_argument("--document-draws", type=int, default=300, help="of documents and removals, of each run (default: 300)")
+    parser.add_argument("--document-draws", type=int, default=200, help="of documents and removals, of each run (default: 200)")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", action="store_true", help="print the page instead of writing it")
@@ -327,11 +327,11 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
         audit = Audit.read(run)
         for share in args.shares:
             design = Design(audit, share)
-            found = sampling_coverage(design, args.draws, args.seed)
+            found = sampling_coverage(design, range(args.draws), args.seed)
             note = f"{args.draws:,} draws of {share:.0%} of {len(audit.size):,} removals. Nominal: 95%."
             tables.append(Table(f"{audit.name}, {share:.0%}: sampling intervals", note, columns, list(found.rows())))
         if args.document_draws:
-            found = document_coverage(Design(audit, args.shares[0]), args.document_draws, args.seed)
+            found = document_coverage(Design(audit, args.shares[0]), range(args.document_draws), args.seed)
             note = (
                 f"{args.document_draws:,} draws of {audit.document.max() + 1} documents with replacement, and of "
                 f"{args.shares[0]:.0%} of the removals in each; experts that occur in ten documents or more."

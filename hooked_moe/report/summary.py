@@ -23,10 +23,11 @@ def opening(inputs: Inputs, figure: tuple[Block, ...]) -> tuple[Block, ...]:
     """The top of the page: the verdict, its picture, what to conclude, what was measured, and what was found."""
     verdict = lead(read_savings(inputs))
     conclusions, findings = conclude(inputs), tuple(finding for find in FINDINGS for finding in find(inputs))
-    blocks: list[Block] = [*([verdict] if verdict else []), *figure]
+    blocks: list[Block] = [*([verdict] if verdict else []), *budget_notice(inputs), *figure]
     if conclusions:
         blocks.append(Summary("What to conclude", conclusions, "conclusion"))
-    blocks += budget_notice(inputs) if is_budgeted(inputs) else [measured(inputs)]
+    if not is_budgeted(inputs):
+        blocks.append(measured(inputs))
     if findings:
         blocks.append(Summary("What was found", findings))
     return tuple(blocks)
