@@ -12,6 +12,7 @@ from torch import Tensor
 from hooked_moe.counterfactuals.engine.windows import Windows
 
 Variants = Float[Tensor, "variant batch token d_model"]
+Part = Float[Tensor, "own_variant batch own_token d_model"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Lanes:
         """The first axis as layers and their variants."""
         return (len(self.sizes), next(iter(self.sizes.values()), 0)) if self.axis == 0 else (1, 1)
 
-    def entered(self, variants: Variants, layer: int) -> Variants:
+    def entered(self, variants: Variants, layer: int) -> Part:
         """What the layers before this one have filled."""
         return variants.narrow(self.axis, 0, self._before(layer))
 
-    def entering(self, variants: Variants, layer: int) -> Variants:
+    def entering(self, variants: Variants, layer: int) -> Part:
         """What this layer fills."""
         return variants.narrow(self.axis, self._before(layer), self.sizes[layer])
 
@@ -45,7 +46,7 @@ class Lanes:
         """What there is of every token, such as its position, at those at which this layer branches."""
         return by_token if self.axis == 0 else by_token.narrow(1, self._before(layer), self.sizes[layer])
 
-    def under_way(self, variants: Variants, windows: Windows, layer: int, tokens: int) -> Iterator[tuple[Variants, Windows]]:
+    def under_way(self, variants: Variants, windows: Windows, layer: int, tokens: int) -> Iterator[tuple[Part, Windows]]:
         """What has entered before this layer, with its windows: where layers have their own tokens, a few of a row at a time."""
         entered = self.entered(variants, layer)
         if self.axis == 0:
