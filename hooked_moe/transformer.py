@@ -248,10 +248,11 @@ class Transformer(HookedModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
         self.require_weights("changing dtype or device")
         super()._apply(fn, recurse)
-        weight, stored = self.embed.W_E, next(self._experts()).W_in.dtype
-        now = {"device": weight.device, "dtype": weight.dtype, "store": None if stored == weight.dtype else stored}
-        if any(getattr(self.cfg, name) != value for name, value in now.items()):
-            self.cfg = self.cfg.replace(**now)
+        weight, store = self.embed.W_E, self.cfg.store
+        for experts in self._experts():
+            store = None if experts.W_in.dtype == weight.dtype else experts.W_in.dtype
+        if (weight.device, weight.dtype, store) != (self.cfg.device, self.cfg.dtype, self.cfg.store):
+            self.cfg = self.cfg.replace(device=weight.device, dtype=weight.dtype, store=store)
         return self
 
     def _experts(self) -> Iterator[Experts]:
