@@ -106,8 +106,8 @@ def shifted_target_loss(
 
 
 def _by_tiles(logits: Float[Tensor, "n d_vocab"]) -> bool:
-    """Whether losses are made of a large vocabulary's tiles: on a CPU, which reads a large unembedding once for many rows then, and
-    sums the logits of a tile while they are in its cache."""
+    """Whether losses are made of a large vocabulary's tiles: on a CPU, which then reads a large unembedding once for many rows,
+    and sums the logits of a tile while they are in its cache."""
     return logits.device.type == "cpu" and logits.shape[1] > 2 * VOCABULARY_TILE
 
 

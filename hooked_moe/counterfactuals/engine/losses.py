@@ -29,7 +29,6 @@ from hooked_moe.kernels.target_loss import (
 )
 from hooked_moe.transformer import Transformer
 
-
 ROWS_TOGETHER = 1024
 """Final residual streams that a CPU compares with the clean run's at a time."""
 
