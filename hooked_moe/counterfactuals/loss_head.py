@@ -102,9 +102,11 @@ class LossHead:
         norm, unembedding = self.model.ln_final, self.model.unembed.W_U
         x = at_least_float32(self.resid[batch, pos]).unsqueeze(1)
         shift = norm(x + steps) - norm(x)
-        rows = torch.cat((at_least_float32(unembedding[self.likely[batch, pos]]), self.rest[batch, pos].unsqueeze(1)), dim=1)
+        likely = self.likely[batch, pos]
+        rows = at_least_float32(unembedding.index_select(0, likely.flatten())).unflatten(0, likely.shape)
+        moved_logits = torch.cat((shift @ rows.mT, shift @ self.rest[batch, pos].unsqueeze(-1)), dim=-1)
         log_p = self.log_p[batch, pos].unsqueeze(1)
-        moved = (log_p + shift @ rows.mT).logsumexp(-1) - log_p.logsumexp(-1)
+        moved = (log_p + moved_logits).logsumexp(-1) - log_p.logsumexp(-1)
         target = at_least_float32(unembedding[self.targets[batch, pos]]).unsqueeze(-1)
         along = at_least_float32(self.gradient[batch, pos]).unsqueeze(-1)
         return moved - (shift @ target + steps @ along).squeeze(-1)

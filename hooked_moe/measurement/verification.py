@@ -71,6 +71,7 @@ def verify(
     tokens = tokens.to(model.cfg.device)
     generator = torch.Generator("cpu").manual_seed(seed)
     before = yield from _forward(model, tokens)
+    yield  # what goes beside it ends with the last block, before this begins again with the first
     checks = [
         _loss_matches_logits(model, tokens, before),
         _no_stale_state(model, tokens, before.loss),

@@ -74,7 +74,7 @@ def test_in_the_last_layer_it_is_the_effect_but_for_the_tokens_that_are_followed
 
 
 def test_of_small_changes_it_is_the_gradient_and_its_curvature_is_quadratic() -> None:
-    model, tokens = random_model("OLMoE", dtype=torch.float64), some_tokens()
+    model, tokens = random_model("olmoe", dtype=torch.float64), some_tokens()
     resid = torch.randn(2, POSITIONS, model.cfg.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     targets = torch.cat((tokens[:, 1:], tokens.new_full((2, 1), -1)), dim=1)
     head = LossHead.of(model, resid, targets)
@@ -86,7 +86,7 @@ def test_of_small_changes_it_is_the_gradient_and_its_curvature_is_quadratic() ->
 
 
 def test_chunks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens = random_model("DeepSeek-V2"), some_tokens()
+    model, tokens = random_model("deepseek"), some_tokens()
     whole = first_order_effects(model, tokens)
     monkeypatch.setattr(loss_head, "LOSSES_PER_CHUNK", 3)
     monkeypatch.setattr(loss_head, "chunk_bytes", lambda device: 1)

@@ -57,7 +57,7 @@ def test_a_shipped_model_that_is_rounded_is_off_by_less_than_the_stated_error() 
 
 
 def test_streamed_blocks_are_stored_as_narrow(tokens: Tensor, tmp_path: Path) -> None:
-    _, stored = rounded(random_model("DeepSeek-V2"), tmp_path)
+    _, stored = rounded(random_model("deepseek"), tmp_path)
     streamed = HookedMoE.from_pretrained(tmp_path, store="bfloat16", stream=True)
     assert {p.dtype for p in streamed.blocks[1].mlp.experts.parameters()} == {torch.bfloat16}
     assert torch.equal(

@@ -29,6 +29,7 @@ from hooked_moe.counterfactuals.readouts import LossAfter
 from hooked_moe.loading import streaming
 from hooked_moe.loading.spill import Spill, Waiting
 from hooked_moe.loading.streaming import StreamedBlocks
+from hooked_moe.measurement import open_measurement
 from hooked_moe.measurement.document_tables import TABLES
 from hooked_moe.measurement.fingerprint import weights_sha256
 from hooked_moe.measurement.part_spec import PartSpec
@@ -309,6 +310,25 @@ def test_a_corpus_is_measured_up_and_down_the_layers_once_to_the_same_tables(
     assert_same_tables(tmp_path / "whole", tmp_path / "streamed")
     estimates = pq.read_table(tmp_path / "streamed" / "effects.parquet").select(["first_order", "first_order_curved"])
     assert all(np.isfinite(column).mean() > 0.9 for column in estimates)
+
+
+@pytest.mark.parametrize("scope", ["position", "sequence"])
+def test_a_run_reads_the_checkpoint_five_times_at_most_and_finds_what_it_finds_in_memory(
+    scope: Any, whole: HookedMoE, streamed: HookedMoE, tmp_path: Path
+) -> None:
+    """Checksum, verification (two), removals, and for first-order effects the way back; norms of weights beside verification."""
+    effects = {}
+    for model in (whole, streamed):
+        directory = tmp_path / ("streamed" if model.streams else "whole")
+        with open_measurement(model, corpus_of(model), results=directory, name="run") as run:
+            run.require(scope, progress=False)
+        names = [name for name in run.manifest["files"] if name != "documents.parquet"]
+        effects[model.streams] = {name: pq.read_table(run.directory / name).to_pandas() for name in names}
+    for name, table in effects[True].items():
+        assert table.equals(effects[False][name]), name
+    assert read_so_far(blocks_of(streamed)) < 5 * whole.cfg.n_layers
+    sizes = [tensor.nbytes for tensor in blocks_of(streamed).checkpoint.tensors.values()]
+    assert blocks_of(streamed).bytes_read < 5 * sum(sizes)
 
 
 FULL_DISK = OSError(28, "No space left on device")
