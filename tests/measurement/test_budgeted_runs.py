@@ -136,9 +136,9 @@ def test_too_few_seconds_are_refused(opened: Callable[..., Run], tmp_path: Path)
     [
         ("1%", Budget(share=0.01)),
         ("0.5 %", Budget(share=0.005)),
-        ("90s", Budget(seconds=90)),
-        ("10min", Budget(seconds=600)),
-        ("1.5h", Budget(seconds=5400)),
+        ("90s", Budget(seconds=90.0)),
+        ("10min", Budget(seconds=600.0)),
+        ("1.5h", Budget(seconds=5400.0)),
     ],
 )
 def test_a_budget_is_a_share_or_a_time(text: str, budget: Budget) -> None:
