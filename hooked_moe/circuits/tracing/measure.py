@@ -42,7 +42,7 @@ class Measured:
     """What an expert's patch writes into the logit difference itself, past all later layers, the final norm's scale as it was;
     nothing at tokens before the last, from which the prediction is not read."""
     first_order: Float[Tensor, "layer slot spot"]
-    """The gradient of the logit difference times the patch; nan where weights are streamed."""
+    """The gradient of the logit difference times the patch."""
     necessity: Float[Tensor, "layer slot spot"]
     """The change of the clean run's logit difference when the expert is removed from the clean run's token."""
 
@@ -66,8 +66,8 @@ def measure(
     rows = torch.arange(len(batch.final), device=batch.final.device)
     absolute = [answers.absolute(model, run.resid[:, None], rows)[:, 0] for run in (clean, corrupted)]
     rank = (clean_logits > clean_logits.gather(1, batch.true[:, None])).sum(1)
-    gradients = _gradients(model, corrupted_start, batch) if not model.streams else None
     experts = deltas[:, slots_of("whole", k)]
+    direct = _direct(model, batch, corrupted, experts)
     return Measured(
         batch=batch,
         clean=clean,
@@ -78,9 +78,9 @@ def measure(
         rank_clean=rank.float(),
         rescue=_rescue(model, batch, answers, deltas, memory_budget),
         all_moe=_all_moe(model, batch, answers, clean),
-        direct=_direct(model, batch, corrupted, experts),
-        first_order=_along(experts, gradients),
-        necessity=_necessity(model, batch, patches, memory_budget) if necessity else _along(experts, None),
+        direct=direct,
+        first_order=_along(experts, _gradients(model, corrupted, batch)),
+        necessity=_necessity(model, batch, patches, memory_budget) if necessity else torch.full_like(direct, float("nan")),
     )
 
 
@@ -141,27 +141,31 @@ def _direct(
 
 
 def _along(
-    experts: Float[Tensor, "layer slot spot d_model"], gradients: Float[Tensor, "layer spot d_model"] | None
+    experts: Float[Tensor, "layer slot spot d_model"], gradients: Float[Tensor, "layer spot d_model"]
 ) -> Float[Tensor, "layer slot spot"]:
-    if gradients is None:
-        return torch.full(experts.shape[:-1], float("nan"), dtype=torch.float32, device=experts.device)
     return (at_least_float32(experts) * at_least_float32(gradients)[:, None]).sum(-1)
 
 
 @torch.inference_mode(False)
-def _gradients(
-    model: Transformer, embeddings: Float[Tensor, "row pos d_model"], batch: Batch
-) -> Float[Tensor, "layer spot d_model"]:
-    """Of the corrupted run's logit difference, by the residual stream after each layer at the spots."""
+def _gradients(model: Transformer, corrupted: ObservedRun, batch: Batch) -> Float[Tensor, "layer spot d_model"]:
+    """Of the corrupted run's logit difference, by the residual stream after each layer at the spots.
+
+    Block by block from the last down, each run again from what came before it: a streamed model is read once more, backwards.
+    """
     rows = torch.arange(len(batch.final), device=batch.final.device)
-    streams: list[Tensor] = []
-    with torch.enable_grad(), model.hooks([(lambda name: name.endswith("hook_resid_post"), lambda x, hook: streams.append(x))]):
-        start = embeddings.detach().clone().requires_grad_()
-        last = model(start, start_at_layer=0, stop_at_layer=model.cfg.n_layers, attention_mask=batch.real)
-        final = model.ln_final(at_least_float32(last[rows, batch.final]))
+    *streams, last = corrupted.streams
+    with torch.enable_grad():
+        resid = last.detach().clone().requires_grad_()
+        final = model.ln_final(at_least_float32(resid[rows, batch.final]))
         margin = (final * answer_direction(model, batch.true, batch.foil)).sum()
-    gradients = torch.autograd.grad(margin, streams)
-    return torch.stack([gradient[batch.spots.row, batch.spots.pos] for gradient in gradients])
+        (gradient,) = torch.autograd.grad(margin, resid)
+        gradients = [gradient]
+        for layer in range(model.cfg.n_layers - 1, 0, -1):
+            resid = streams[layer].detach().clone().requires_grad_()
+            after = model(resid, start_at_layer=layer, stop_at_layer=layer + 1, attention_mask=batch.real)
+            (gradient,) = torch.autograd.grad(after, resid, gradient)
+            gradients.append(gradient)
+    return torch.stack([gradient[batch.spots.row, batch.spots.pos] for gradient in reversed(gradients)])
 
 
 def _necessity(

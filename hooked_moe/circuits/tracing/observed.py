@@ -45,6 +45,8 @@ class ObservedRun:
     """Each row's last residual stream at its last token, before the final norm, in at least float32."""
     sink: Bool[Tensor, " row"]
     """Whether the last token has the longest residual stream of its row after an early layer."""
+    streams: list[Float[Tensor, "row pos d_model"]]
+    """The residual streams before each layer, and after the last."""
 
     def logits(self, model: Transformer) -> Float[Tensor, "row d_vocab"]:
         return model.logits(self.resid[None])[0]
@@ -59,6 +61,7 @@ def observe(
     """Run prompts from their embeddings. `asked`, by layer, are experts to run on this run's input besides its own."""
     spots, final = (batch.spots.row, batch.spots.pos), batch.final
     layers: list[ObservedLayer] = []
+    streams = [embeddings]
     state = {"resid_pre": embeddings[spots], "sink": torch.zeros(len(final), dtype=torch.bool, device=final.device)}
 
     def visit(block: CleanBlock) -> None:
@@ -72,10 +75,11 @@ def observe(
         resid_mid, resid_post = here.resid_mid[:, 0], here.resid_post[:, 0]
         layers.append(ObservedLayer(resid_mid - state["resid_pre"], resid_post - resid_mid, experts))
         state["resid_pre"] = resid_post
+        streams.append(block.resid_post)
 
     last = run_without_grad(clean_blocks(model, embeddings, visit))
     resid = last[torch.arange(len(final), device=final.device), final]
-    return ObservedRun(layers, at_least_float32(resid), state["sink"])
+    return ObservedRun(layers, at_least_float32(resid), state["sink"], streams)
 
 
 def _observed_experts(here: CleanExperts, asked: Int[Tensor, "spot slot"] | None) -> ObservedExperts:

@@ -171,7 +171,7 @@ def _experts_schema(readings: Sequence[str]) -> pa.Schema:
             "first_order",
             pa.float64(),
             "logits",
-            "gradient of the logit difference times the patch; nan where weights are streamed",
+            "gradient of the logit difference times the patch",
         ),
         (
             "necessity",
