@@ -2,10 +2,11 @@
 
     effects.parquet            -> experts.parquet, savings.csv, cells.csv, positions.csv, layers.csv, slots.csv,
                                   slot_distribution.csv, ceiling.csv, bayes.csv, expert_effect_sums.parquet,
-                                  redistribution.csv, redistribution_experts.csv
+                                  expert_tokens.parquet, redistribution.csv, redistribution_experts.csv
       its column kl            -> ceiling_kl.csv, and the rows of effect kl in savings.csv
     routing.parquet            -> criteria of routing, in experts.parquet
     expert_weights.parquet     -> criteria of the weights, in experts.parquet
+    tokens.parquet             -> token_shares.parquet
     effects_sequence.parquet   -> scopes.csv, and the cells of the sequence scope
     documents.parquet          -> domains.csv
     progressive.parquet        -> progressive.csv
@@ -27,10 +28,12 @@ import pyarrow as pa
 
 from hooked_moe.analysis.accumulators.expert_statistics import ExpertAccumulator, ExpertStatistics
 from hooked_moe.analysis.accumulators.survey import Survey
+from hooked_moe.analysis.accumulators.token_rows import TokenRows
 from hooked_moe.analysis.bayes import ChoiceData
 from hooked_moe.analysis.ceilings import ceiling_table
 from hooked_moe.analysis.cells import AUDIT_COLUMNS, Cell, CellAudit, cells_table, chosen_layers
 from hooked_moe.analysis.criteria import criteria_table
+from hooked_moe.analysis.expert_tokens import TokenShares, TopEffects, tokens_at
 from hooked_moe.analysis.progressive import progressive_table
 from hooked_moe.analysis.rankings import Scores
 from hooked_moe.analysis.redistribution import RedistributionAccumulator, layer_redistribution
@@ -150,7 +153,12 @@ def _derive(
         "slot_distribution.csv": second.layers.slot_distribution(),
         "ceiling.csv": ceiling_table(survey.layers, survey.ceilings, second.criteria),
         "bayes.csv": second.choices.table(),
+        "expert_tokens.parquet": first.top_tokens,
     }
+    if second.token_shares is None:
+        missing["token_shares.parquet"] = "this run has no tokens.parquet, or no column kl in its effect table"
+    else:
+        derived["token_shares.parquet"] = second.token_shares.table()
     if "kl" in survey.sums.effects:
         derived["ceiling_kl.csv"] = ceiling_table(survey.layers, survey.log_kl_ceilings, second.criteria)
     else:
@@ -196,11 +204,14 @@ class _FirstPass:
                 wanted = chosen_layers(chunk.observed, layers)
                 self.surveys = {scope: Survey(wanted, n_experts, grid.layers) for scope, grid in chunk.measured.items()}
                 self.n_slots = chunk.observed.n_slots
+                top = TopEffects(chunk.observed.layers)
             experts.update(chunk.observed)
+            top.update(chunk.measured["position"])
             for scope, grid in chunk.measured.items():
                 self.surveys[scope].update(grid)
         assert experts is not None  # effect_chunks refuses an empty table
         self.experts = experts
+        self.top_tokens = top.table()
 
 
 class _SecondPass:
@@ -225,6 +236,11 @@ class _SecondPass:
         self.redistribution = RedistributionAccumulator(layers, statistics.n_tokens)
         self.domains = DomainSummary(documents, run) if (run / "documents.parquet").is_file() else None
         self.scopes = ScopeSummary(layers) if "sequence" in first.surveys else None
+        tokens = run / "tokens.parquet"
+        self.token_shares: TokenShares | None = None
+        if tokens.is_file() and "kl" in survey.sums.effects:
+            self.token_shares = TokenShares(first.top_tokens, tokens_at(tokens, first.top_tokens), survey.sums)
+            self._token_rows = TokenRows(tokens)
         for chunk in _chunks(run):
             self._update(chunk)
 
@@ -237,6 +253,8 @@ class _SecondPass:
         self.layers.update(chunk.observed, measured)
         self.slots.update(measured)
         self.redistribution.update(chunk.observed)
+        if self.token_shares is not None:
+            self.token_shares.update(measured, self._token_rows.of(chunk.observed)[chunk.observed.valid])
         if self.domains is not None:
             self.domains.update(measured)
         if self.scopes is not None:

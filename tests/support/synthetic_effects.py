@@ -17,6 +17,7 @@ from hooked_moe.tables import (
     EXPERT_WEIGHTS,
     PROGRESSIVE,
     ROUTING,
+    TOKEN_TEXTS,
     TOKENS,
     write_json_atomic,
     write_parquet_atomic,
@@ -26,6 +27,10 @@ PLANTED_LAYER = 2
 DOMAINS = ("novel", "address", "reference")
 PARTS = ("position", "sequence", "progressive")
 ORDERS = ("descending", "ascending", "random")
+HOSTILE_TEXTS = (
+    *("</script><script>alert(1)</script>", "<b>bold</b>", "&amp;", "\"'", "\u202egnp.exe", "\u2028", "\x00", "\n\n", "\t", "<!--"),
+)
+"""Tokens that a page must show as text."""
 
 
 def synthetic_effects(
@@ -188,6 +193,8 @@ def synthetic_run(directory: Path, n_experts: int = 16, parts: tuple[str, ...] =
         "baseline_loss": first["baseline_loss"].to_numpy(),
     }
     write_parquet_atomic(pa.table(tokens).cast(TOKENS), directory / "tokens.parquet")
+    texts = {"document": document, "position": position, "text": [synthetic_text(int(one)) for one in token]}
+    write_parquet_atomic(pa.table(texts).cast(TOKEN_TEXTS), directory / "token_texts.parquet")
     n = int(document.max()) + 1
     documents = {
         "document": list(range(n)),
@@ -199,6 +206,11 @@ def synthetic_run(directory: Path, n_experts: int = 16, parts: tuple[str, ...] =
     write_parquet_atomic(pa.table(documents, schema=DOCUMENTS), directory / "documents.parquet")
     write_json_atomic(synthetic_manifest(n, len(document), parts), directory / "manifest.json")
     return directory
+
+
+def synthetic_text(token: int) -> str:
+    """The text of a token id; one in eight is hostile."""
+    return HOSTILE_TEXTS[token % len(HOSTILE_TEXTS)] if token % 8 == 0 else f" w{token}"
 
 
 def synthetic_manifest(documents: int, tokens: int, parts: tuple[str, ...] = ("position",)) -> dict[str, object]:
