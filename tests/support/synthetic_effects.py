@@ -28,7 +28,18 @@ DOMAINS = ("novel", "address", "reference")
 PARTS = ("position", "sequence", "progressive")
 ORDERS = ("descending", "ascending", "random")
 HOSTILE_TEXTS = (
-    *("</script><script>alert(1)</script>", "<b>bold</b>", "&amp;", "\"'", "\u202egnp.exe", "\u2028", "\x00", "\n\n", "\t", "<!--"),
+    *(
+        "</script><script>alert(1)</script>",
+        "<b>bold</b>",
+        "&amp;",
+        "\"'",
+        "\u202egnp.exe",
+        "\u2028",
+        "\x00",
+        "\n\n",
+        "\t",
+        "<!--",
+    ),
 )
 """Tokens that a page must show as text."""
 
@@ -165,7 +176,13 @@ def synthetic_progressive(effects: pa.Table, seed: int = 5) -> pa.Table:
     return pa.table([pa.array(columns[f.name].ravel(), f.type) for f in PROGRESSIVE], schema=PROGRESSIVE)
 
 
-def synthetic_run(directory: Path, n_experts: int = 16, parts: tuple[str, ...] = ("position",), **options: object) -> Path:
+def synthetic_run(
+    directory: Path,
+    n_experts: int = 16,
+    parts: tuple[str, ...] = ("position",),
+    vocabulary: int = 4096,
+    **options: object,
+) -> Path:
     """Every file of a finished measurement, in `directory`. `parts` are those of PARTS that were measured."""
     directory.mkdir(parents=True, exist_ok=True)
     effects = synthetic_effects(n_experts=n_experts, **options)  # type: ignore[arg-type]
@@ -182,7 +199,7 @@ def synthetic_run(directory: Path, n_experts: int = 16, parts: tuple[str, ...] =
     document, position = (first[name].to_numpy() for name in ("document", "position"))
     last = np.isnan(first["delta_loss"].to_numpy())
     random = np.random.default_rng(1)
-    token = random.integers(0, 4096, len(document))
+    token = random.integers(0, vocabulary, len(document))
     tokens = {
         "document": document,
         "position": position,

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from hooked_moe.report.explorer.card_data import card_data
-from hooked_moe.report.explorer.document_data import MOST_BYTES, SEED, document_data, largest_effect
+from hooked_moe.report.explorer.cards import card_data
+from hooked_moe.report.explorer.documents import MOST_BYTES, SEED, document_data, largest_effect
 from hooked_moe.report.explorer.packing import packed
 from hooked_moe.report.explorer.texts import Texts, read_texts
 from hooked_moe.report.inputs import EXPLORER_PAGES

@@ -19,8 +19,8 @@ import pytest
 from hooked_moe import tables
 from hooked_moe.analysis import analyse_run
 from hooked_moe.report import explorer, write_report
-from hooked_moe.report.explorer import document_data, explorer_fault, write_explorer
-from hooked_moe.report.explorer.document_data import EFFECTS, STEP
+from hooked_moe.report.explorer import documents, explorer_fault, write_explorer
+from hooked_moe.report.explorer.documents import EFFECTS, STEP
 from hooked_moe.report.explorer.packing import LogScale, unpacked
 from tests.support.synthetic_effects import HOSTILE_TEXTS, synthetic_run
 
@@ -32,7 +32,7 @@ DOCUMENTS, TOKENS, LAYERS, EXPERTS, K = 10, 30, (1, 2, 5), 9, 3
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A made-up run with its pages; tests that change files copy it."""
     directory = tmp_path_factory.mktemp("runs") / "made-up"
-    synthetic_run(directory, EXPERTS, n_documents=DOCUMENTS, n_tokens=TOKENS, layers=LAYERS, k=K)
+    synthetic_run(directory, EXPERTS, n_documents=DOCUMENTS, n_tokens=TOKENS, layers=LAYERS, k=K, vocabulary=48)
     analyse_run(directory, n_experts=EXPERTS, n_positions=20)
     write_explorer(directory)
     return directory
@@ -148,22 +148,27 @@ def test_the_largest_removals_of_an_expert_are_on_its_card_with_their_exact_valu
 def test_a_focus_is_the_token_that_most_exceeds_its_share_of_removals(run: Path) -> None:
     effects = frame(run, "effects.parquet").dropna(subset=["delta_loss"])
     effects = effects.merge(frame(run, "tokens.parquet")[["document", "position", "token"]])
-    shares = frame(run, "token_shares.parquet")
-    assert len(shares)
-    for (layer, expert), rows in shares.groupby(["layer", "expert"]):
+    shares, cards = frame(run, "token_shares.parquet"), cards_of(run)["cards"]
+    for (layer, expert), rows in list(shares.groupby(["layer", "expert"]))[::4]:
         own = effects[(effects["layer"] == layer) & (effects["expert"] == expert)]
         for row in rows.itertuples():
             at = own[own["token"] == row.token]
             assert (row.n_removals, row.n_documents) == (len(at), at["document"].nunique())
             assert row.share_of_effect == pytest.approx(at["kl"].sum() / own["kl"].sum())
             assert row.share_of_removals == pytest.approx(len(at) / len(own))
+        rows = rows[(rows["n_removals"] >= 5) & (rows["n_documents"] >= 3)]
+        excess = (rows["share_of_effect"] - rows["share_of_removals"]).max()
+        card = next(card for card in cards if (card["layer"], card["expert"]) == (layer, expert))
+        assert (card["focus"] is None) == (not len(rows))
+        assert card["focus"] is None or card["focus"]["excess"] == pytest.approx(excess, rel=1e-3)
+    assert any(card["focus"] for card in cards)
 
 
 def test_shares_by_kind_of_text_are_those_of_the_tables(run: Path) -> None:
     effects = frame(run, "effects.parquet").dropna(subset=["delta_loss"]).merge(frame(run, "documents.parquet"))
     kinds = facts_of(run / "experts.html")["kinds"]
     tokens = frame(run, "documents.parquet").groupby("domain")["n_tokens"].sum()
-    routing = frame(run, "routing.parquet").merge(frame(run, "documents.parquet"), on="document")
+    routing = frame(run, "routing.parquet").merge(frame(run, "documents.parquet")[["document", "domain"]])
     card = next(card for card in cards_of(run)["cards"] if card["removals"])
     own = effects[(effects["layer"] == card["layer"]) & (effects["expert"] == card["expert"])]
     served = routing[(routing["layer"] == card["layer"]) & (routing["expert"] == card["expert"])].groupby("domain")
@@ -225,7 +230,7 @@ def test_a_title_with_markup_stays_text(copy: Path) -> None:
 
 
 def test_where_a_page_has_no_room_it_says_which_sample_it_shows(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document_data, "MOST_BYTES", 8_000)
+    monkeypatch.setattr(documents, "MOST_BYTES", 8_000)
     write_explorer(copy)
     shown = [entry["number"] for entry in facts_of(copy / "documents.html")["documents"]]
     assert 1 <= len(shown) < DOCUMENTS
@@ -233,14 +238,13 @@ def test_where_a_page_has_no_room_it_says_which_sample_it_shows(copy: Path, monk
     page = " ".join((copy / "documents.html").read_text(encoding="utf-8").split())
     assert f"Shown are {len(shown)} of {DOCUMENTS} documents, drawn at random (seed 0)" in page
     assert facts_of(copy / "experts.html")["shown"] == shown
-    assert "Shown are" not in (Path(copy.parent / "other")).name
     first = (copy / "documents.html").read_bytes()
     write_explorer(copy)
     assert (copy / "documents.html").read_bytes() == first
 
 
 def test_long_documents_are_cut_and_the_page_says_so(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document_data, "MOST_TOKENS", 12)
+    monkeypatch.setattr(documents, "MOST_TOKENS", 12)
     write_explorer(copy)
     tokens, values = read_document(copy / "documents.html", 3)
     assert len(tokens) == 12
