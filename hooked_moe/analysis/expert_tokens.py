@@ -4,7 +4,7 @@ Two passes: the first finds the removals with the largest effects of every exper
 occur, all effects of the expert on that token. Memory grows with experts, not with the corpus.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,17 @@ class TopEffects:
         table = pa.concat_tables([EXPERT_TOKENS.empty_table(), *parts])
         return table.sort_by([(name, "ascending") for name in ("layer", "expert", "effect", "rank")])
 
+    def tokens(self, path: Path) -> Int[np.ndarray, "3 entry"]:
+        """Layers, experts and tokens of the largest expected effects, each once; `path` is tokens.parquet."""
+        own = self._kl.entries
+        places, entry = np.unique(_place(own["document"], own["position"]), return_inverse=True)
+        token = np.full(len(places), -1, np.int64)
+        for rows in row_batches(path, ("document", "position", "token")):
+            place = _place(rows["document"], rows["position"])
+            kept = np.isin(place, places)
+            token[np.searchsorted(places, place[kept])] = rows["token"][kept]
+        return np.unique(np.stack([own["layer"], own["expert"], token[entry]]), axis=1)
+
 
 def _ranked(effect: str, heaps: Sequence[TopHeap]) -> Iterator[pa.Table]:
     """The entries of one or two heaps of signed values, by falling size."""
@@ -89,17 +100,6 @@ def _ranked(effect: str, heaps: Sequence[TopHeap]) -> Iterator[pa.Table]:
     )
 
 
-def tokens_at(path: Path, top: pa.Table) -> dict[tuple[int, int], int]:
-    """The token at every (document, position) of a table of EXPERT_TOKENS, from tokens.parquet."""
-    wanted = np.unique(_place(top["document"].to_numpy(), top["position"].to_numpy()))
-    found: dict[tuple[int, int], int] = {}
-    for rows in row_batches(path, ("document", "position", "token")):
-        kept = np.isin(_place(rows["document"], rows["position"]), wanted)
-        columns = (rows[name][kept].tolist() for name in ("document", "position", "token"))
-        found |= {(document, position): token for document, position, token in zip(*columns, strict=True)}
-    return found
-
-
 def _place(document: Int[np.ndarray, " row"], position: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:
     return document.astype(np.int64) << 32 | position
 
@@ -107,17 +107,13 @@ def _place(document: Int[np.ndarray, " row"], position: Int[np.ndarray, " row"])
 class TokenShares:
     """How much of each expert's expected effect lies on the tokens of its largest effects: the second pass."""
 
-    def __init__(self, top: pa.Table, token_at: Mapping[tuple[int, int], int], sums: ExpertEffectSums) -> None:
-        """`top` is a table of EXPERT_TOKENS; `token_at` has the token of every (document, position) in it."""
+    def __init__(self, tokens: Int[np.ndarray, "3 entry"], sums: ExpertEffectSums) -> None:
+        """`tokens` are layers, experts and tokens, as `TopEffects.tokens` finds them."""
         self._sums = sums
-        self._n_tokens = max(token_at.values(), default=0) + 1
-        of_kl = [row for row in top.to_pylist() if row["effect"] == "kl"]
-        axes = {layer: axis for axis, layer in enumerate(sums.layers)}
-        keys = [
-            (axes[row["layer"]] * sums.n_experts + row["expert"]) * self._n_tokens + token_at[row["document"], row["position"]]
-            for row in of_kl
-        ]
-        self._keys = np.unique(np.array(keys, np.int64))
+        layer, expert, token = tokens
+        self._n_tokens = int(token.max(initial=0)) + 1
+        axis = np.searchsorted(sums.layers, layer)  # they rise
+        self._keys = np.unique((axis * sums.n_experts + expert) * self._n_tokens + token)
         self._count, self._documents = (np.zeros(len(self._keys), np.int64) for _ in range(2))
         self._total = np.zeros(len(self._keys))
         self._last_document = np.full(len(self._keys), -1)
