@@ -23,6 +23,7 @@ from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 from hooked_moe.model import HookedMoE
 from hooked_moe.report import report_fault, write_report
+from hooked_moe.report.explorer import explorer_fault, write_explorer
 from hooked_moe.tables import NOT_MADE, required_file
 
 SAMPLE_SIZE = 200
@@ -83,6 +84,10 @@ def analyse(run: Run) -> Path:
     if fault is not None:
         _say_why("analysed again", fault)
         analyse_run(directory, **settings)
+    fault = explorer_fault(directory, known)
+    if fault is not None:
+        _say_why("explorer pages made again", fault)
+        write_explorer(directory)
     fault = report_fault(directory, known)
     if fault is None:
         return directory / "report.html"
