@@ -14,6 +14,7 @@ from hooked_moe.cli.console import int_or_none, whole_number
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.corpus import Corpus
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
+from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 
@@ -56,6 +57,9 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="commit or branch of the model on the hub")
     parser.add_argument("--results", type=_path, default=Path("results"), help="where results go (default: %(default)s)")
     parser.add_argument("--run", help="name of the run (default: from its settings, so that the same settings find it again)")
+    parser.add_argument(
+        "--shard", metavar="I/N", help="only measure share I of N, as in a Slurm array; without it, the same command merges them"
+    )
 
 
 def _path(text: str) -> Path:
@@ -76,6 +80,16 @@ def first_documents(corpus: Corpus, n: int | None) -> Corpus:
 def check_run_name(name: str | None) -> None:
     if name is not None and (name == ".." or Path(name).name != name or not name or not name.isprintable()):
         raise ValueError(f"--run {quoted(name)}: give a plain name; it becomes a directory under --results")
+
+
+def parse_share(text: str | None) -> Share | None:
+    """The share that --shard names; None for all. Raises `ValueError`."""
+    if text is None:
+        return None
+    try:
+        return Share.parse(text)
+    except ValueError as error:
+        raise ValueError(f"--shard {error}") from error
 
 
 def check_memory(text: str | None) -> None:

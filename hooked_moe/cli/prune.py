@@ -28,7 +28,7 @@ from hooked_moe.analysis.pruning_table import PRUNING, MeasuredLosses, pruning_s
 from hooked_moe.analysis.summed_effects import SUMS_FILE
 from hooked_moe.checks import unknown_name
 from hooked_moe.cli.console import parser_of, run_command, whole_number
-from hooked_moe.cli.measured_run import analyse, open_run
+from hooked_moe.cli.measured_run import analyse, open_run, share_ends
 from hooked_moe.cli.options import add_measurement_arguments
 from hooked_moe.loading import save_pretrained
 from hooked_moe.measurement import Run
@@ -90,6 +90,8 @@ def prune(args: argparse.Namespace) -> Path:
         run.model.require_weights("pruning")
         if not run.has("position"):
             run.require("position", memory_budget=args.memory)
+        if share_ends(run):
+            return run.directory
         analyse(run)
         return save(run, args) if args.save_to else measure(run, args)
 
