@@ -13,6 +13,7 @@ from hooked_moe.cli.options import (
     check_memory,
     check_run_name,
     choose_device,
+    executor_of,
     first_documents,
     parse_layers,
     parse_share,
@@ -36,7 +37,7 @@ def open_run(args: argparse.Namespace) -> Run:
     """
     check_run_name(args.run)
     check_memory(args.memory)
-    share = parse_share(args.shard)
+    share, executor = parse_share(args.shard), executor_of(args)
     model = HookedMoE.from_pretrained(
         args.model,
         dtype=DTYPES[args.dtype or "float32"],
@@ -58,7 +59,17 @@ def open_run(args: argparse.Namespace) -> Run:
             "window is as long; give a shorter context or longer documents"
         )
     layers = parse_layers(args.layers, model.cfg)
-    run = open_measurement(model, tokenized, layers, args.removal, results=args.results, name=args.run, share=share, log=print)
+    run = open_measurement(
+        model,
+        tokenized,
+        layers,
+        args.removal,
+        results=args.results,
+        name=args.run,
+        share=share,
+        executor=executor,
+        log=print,
+    )
     shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"
     print(
         f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active"

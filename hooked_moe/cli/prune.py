@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from hooked_moe.analysis.pruning import ADDITIVE_SHARE, predict_pruning
 from hooked_moe.analysis.pruning_orders import RANKINGS, TABLE, Pruning, PruningOrders, random_ranking, seed_of
@@ -136,7 +135,8 @@ def measure(run: Run, args: argparse.Namespace) -> Path:
     directory = run.directory / "prunings"
     losses = PrunedLosses(run.model, run.tokenized, documents, args.evaluate_tokens, directory, run.plan, log=print)
     intact = losses.of({})
-    pruned = [losses.of(one.experts).total for one in tqdm(prunings, desc="pruned models", unit="model")]
+    losses.measure([one.experts for one in prunings], run.executor, progress=True)
+    pruned = [losses.of(one.experts).total for one in prunings]
     measured = MeasuredLosses(intact.n_positions, intact.total, np.stack(pruned), args.evaluate_tokens)
     table = pruning_table(prunings, measured, orders.sums, "even")
     written = {"pruning.csv": table, "pruning_summary.csv": pruning_summary(table)}

@@ -58,6 +58,14 @@ def check_same_model(model: Transformer, plan: dict[str, Any]) -> None:
         )
 
 
+def computed_on(device: torch.device) -> str:
+    """What last bits depend on besides the software: the GPU, or what the CPU can do and how many threads this thread has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}"
+
+
 def versions() -> dict[str, str]:
     """The versions of this package, of Python and of the packages that compute the numbers."""
     installed = {package: metadata.version(package) for package in _PACKAGES}

@@ -90,6 +90,8 @@ def _shape_fault(values: dict[str, Any], part_fault: Callable[[str, Any], str | 
         isinstance(check, dict) and isinstance(check.get("name"), str) for check in checks
     ):
         return "'verification' is no list of named checks"
+    if not isinstance(values.get("computed_on", {}), dict):
+        return "'computed_on' is no object"
     if not isinstance(floor, dict) or not isinstance(floor.get("max_abs_nats"), int | float):
         return "'noise_floor' has no number max_abs_nats"
     return None

@@ -116,7 +116,7 @@ class Run:
         self.removal: RemovalName = removal
         self.plan = plan
         self.share = share
-        self._executor = executor
+        self.executor = executor
         self._lock = lock
         self._log = log
         try:
@@ -197,14 +197,14 @@ class Run:
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
         if self.share is None:
             self._write_tables_of_the_run(part)
-        measure_part(
+        places = measure_part(
             self.model,
             self.tokenized,
             spec,
             self.directory / "shards" / f"{part}-{identity['part'][:8]}",
             self.directory,
             identity,
-            executor=executor or self._executor,
+            executor=executor or self.executor,
             share=self.share,
             memory_budget=memory_budget,
             plan=self.plan,
@@ -214,6 +214,7 @@ class Run:
         if self.share is not None:
             return
         self._manifest.parts[part] = spec.as_json()
+        self.manifest["computed_on"] = self.manifest.get("computed_on", {}) | {part: places}
         written = [*_tables_of(part), *_TABLES_OF_THE_RUN[part]]
         self._manifest.write(written)
         self._damaged.difference_update(written)

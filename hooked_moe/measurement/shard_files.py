@@ -52,14 +52,22 @@ class ShardFiles:
         record.unlink(missing_ok=True)
         return False
 
-    def write(self, unit: str, tables: Mapping[str, pa.Table]) -> None:
-        """Keep a unit's tables; the identity goes into the metadata of each."""
+    def write(self, unit: str, tables: Mapping[str, pa.Table], **notes: str) -> None:
+        """Keep a unit's tables; the identity goes into the metadata of each, and the notes into the unit's record."""
         self.directory.mkdir(parents=True, exist_ok=True)
         metadata = {name: str(value) for name, value in self.identity.items()} | {"unit": unit}
         for name, table in tables.items():
             write_parquet_atomic(table.replace_schema_metadata(metadata), self._path(unit, name))
         files = {name: file_record(self._path(unit, name)) for name in tables}
-        write_json_atomic({"identity": self.identity, "unit": unit, "files": files}, self._record_path(unit))
+        write_json_atomic(notes | {"identity": self.identity, "unit": unit, "files": files}, self._record_path(unit))
+
+    def has_record(self, unit: str) -> bool:
+        """Whether a unit has been written, damaged or not."""
+        return self._record_path(unit).is_file()
+
+    def note(self, unit: str, name: str) -> str:
+        """A note of a unit's record; empty where it has none of that name."""
+        return str(read_json(self._record_path(unit)).get(name, ""))
 
     def read(self, unit: str, name: str) -> pa.Table:
         """A table of a unit, without the metadata of its shard."""

@@ -7,6 +7,8 @@ killed resumes with the first document that has none, and ends with the same byt
 from __future__ import annotations
 
 import shutil
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +28,7 @@ from hooked_moe.executors import Executor, ModelWork, Threads
 from hooked_moe.loading.spill import spill_directory
 from hooked_moe.loading.streaming import spill_of
 from hooked_moe.measurement.document_tables import TABLES, measure_document
-from hooked_moe.measurement.fingerprint import check_same_model
+from hooked_moe.measurement.fingerprint import check_same_model, computed_on
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.share import Share
@@ -39,6 +41,9 @@ MAX_WORKERS = 4
 
 ATTEMPTS = 2
 """How often a document is measured in one run whose shards are damaged."""
+
+ARRIVAL_SECONDS = 90.0
+"""How long shards that a worker has written may take until they are seen here: file systems remember what was not there."""
 
 Result = TypeVar("Result")
 Log = Callable[[str], object]
@@ -62,7 +67,7 @@ class MeasureDocuments:
         files = self.files()
         tasks = [measure_document(resource, self.documents[index], self.first, self.spec, self.budget) for index in unit]
         for index, tables in zip(unit, _together(tasks), strict=True):
-            files.write(unit_name(index), tables)
+            files.write(unit_name(index), tables, computed_on=computed_on(resource.cfg.device))
 
     def files(self, log: Log = lambda line: None) -> ShardFiles:
         """The shards of the part. `log` is told which are damaged."""
@@ -136,11 +141,29 @@ class PartMeasurement:
         """Measure these documents here, into their shards."""
         self.work.do(group)
 
-    def merge(self, target: Path) -> None:
-        """Join the shards of all documents to `target`/<table>.parquet for each table of the part."""
+    def await_shards(self, group: Sequence[int]) -> None:
+        """Wait until the shards of measured documents can be seen here, which network file systems take a while for.
+
+        Raises `OSError` where that does not come about.
+        """
+        until = time.monotonic() + ARRIVAL_SECONDS
+        while not all(self._files.has_record(unit_name(index)) for index in group):
+            if time.monotonic() > until:
+                raise OSError(
+                    f"a worker has measured documents {list(group)}, but their shards are not in {self._files.directory}: all "
+                    "workers must see the run's directory at this path"
+                )
+            time.sleep(0.2)
+
+    def merge(self, target: Path) -> dict[str, int]:
+        """Join the shards of all documents to `target`/<table>.parquet for each table of the part.
+
+        Returns how many documents were measured on what, as `computed_on` says it.
+        """
         identity, units = self._files.identity, list(map(unit_name, range(len(self.lengths))))
         for name, schema in TABLES[self.spec.part].items():
             _merge(self._files, units, name, schema.with_metadata(identity), target / f"{name}.parquet")
+        return dict(sorted(Counter(self._files.note(unit, "computed_on") for unit in units).items()))
 
 
 def measure_part(
@@ -157,12 +180,13 @@ def measure_part(
     plan: dict[str, Any] | None = None,
     progress: bool = True,
     log: Log = lambda line: None,
-) -> None:
+) -> dict[str, int]:
     """Measure every document into `shards`, and join these to `target`/<table>.parquet for each table of the part.
 
     Shards of this identity that are whole are kept; others are set aside and measured again, which `log` is told. The
     `executor` says where documents are measured (None: in threads of this process). Of a `share`, only its documents are
-    measured, and nothing is joined. Raises `OSError` where shards are damaged as they are written. See `PartMeasurement`.
+    measured, and nothing is joined. Returns what `merge` does; nothing for a share. Raises `OSError` where shards are damaged as
+    they are written. See `PartMeasurement`.
     """
     executor = executor or Threads()
     part = PartMeasurement(model, corpus, spec, shards, identity, share=share, memory_budget=memory_budget, plan=plan, log=log)
@@ -173,12 +197,18 @@ def measure_part(
         with tqdm(total=total, unit="tok", desc=f"measuring, {spec.part}", disable=not progress, smoothing=0.1) as bar:
             bar.update(total - sum(part.lengths[index] for index in pending))
             for group in executor.run(part.work, groups):
+                part.await_shards(group)
                 bar.update(sum(part.lengths[index] for index in group))
                 rate = bar.format_dict["rate"]
                 if rate and spec.positions is None:
                     bar.set_postfix_str(f"{rate * per_token:,.0f} removals/s", refresh=False)
-    if share is None:
-        part.merge(target)
+    if share is not None:
+        return {}
+    places = part.merge(target)
+    if len(places) > 1:
+        listed = " and on ".join(f"{place} ({n} of them)" for place, n in places.items())
+        log(f"note: documents were measured on {listed}: the last bits of a number depend on that")
+    return places
 
 
 def unit_name(document: int) -> str:
