@@ -7,6 +7,6 @@ that was lost with its worker is done again. `work` says what an executor is giv
 from hooked_moe.executors.model_work import ModelTask, ModelWork
 from hooked_moe.executors.ray_executor import RayExecutor
 from hooked_moe.executors.threads import Threads, in_parallel
-from hooked_moe.executors.work import Executor, Work
+from hooked_moe.executors.work import Executor, PlainWork, Task, Work
 
-__all__ = ["Executor", "ModelTask", "ModelWork", "RayExecutor", "Threads", "Work", "in_parallel"]
+__all__ = ["Executor", "ModelTask", "ModelWork", "PlainWork", "RayExecutor", "Task", "Threads", "Work", "in_parallel"]

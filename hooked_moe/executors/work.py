@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 Unit = TypeVar("Unit")
 UnitIn = TypeVar("UnitIn", contravariant=True)
@@ -40,6 +41,25 @@ class Work(Protocol[UnitIn]):
 
     def elsewhere(self) -> tuple[Loader, Task[UnitIn]]:
         """What another process does the same with. Raises `ValueError` where it could not."""
+
+
+@dataclass(frozen=True)
+class PlainWork(Generic[Unit]):
+    """A task that needs nothing but its units."""
+
+    task: Task[Unit]
+    side_by_side: int = 1
+    on_gpu: bool = False
+
+    def do(self, unit: Unit) -> None:
+        self.task.do(None, unit)
+
+    def elsewhere(self) -> tuple[Loader, Task[Unit]]:
+        return _nothing, self.task
+
+
+def _nothing(device: str) -> None:
+    """What a task that needs nothing loads."""
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hooked_moe import HookedMoE
-from hooked_moe.executors import Executor, RayExecutor, ray_cluster
+from hooked_moe.executors import Executor, PlainWork, RayExecutor, ray_cluster
 from hooked_moe.measurement import Run, open_measurement
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from tests.support.file_units import Files
@@ -85,7 +85,7 @@ def test_a_killed_worker_costs_only_what_it_was_at(cluster: None, tmp_path: Path
     notes: list[str] = []
     units = [("slow", f"{number}") for number in range(6)] + [("dies once", "killed")] + [("slow", f"{n}") for n in range(6, 10)]
     executor = RayExecutor(workers=2, log=notes.append)
-    assert sorted(executor.run(Files(tmp_path), units)) == sorted(units)
+    assert sorted(executor.run(PlainWork(Files(tmp_path)), units)) == sorted(units)
     attempts = {name: len((tmp_path / f"{name}.attempts").read_text().splitlines()) for _, name in units}
     assert attempts == {name: 1 + (name == "killed") for _, name in units}
     assert [note for note in notes if "has died; another does what it was at" in note]
@@ -97,31 +97,31 @@ def test_a_unit_that_kills_every_worker_ends_the_run_in_words(cluster: None, tmp
     with pytest.raises(
         ChildProcessError, match=r"a worker died while it was at \('dies', 'b'\), 2 times.*fewer workers a machine"
     ):
-        list(RayExecutor(workers=2, attempts=2).run(Files(tmp_path), units))
+        list(RayExecutor(workers=2, attempts=2).run(PlainWork(Files(tmp_path)), units))
 
 
 @pytest.mark.slow
 def test_a_worker_with_a_full_disk_is_set_aside(cluster: None, tmp_path: Path) -> None:
     notes: list[str] = []
     units = [("slow", "a"), ("full disk", "b"), *(("slow", f"{n}") for n in range(5))]
-    assert sorted(RayExecutor(workers=2, log=notes.append).run(Files(tmp_path), units)) == sorted(units)
+    assert sorted(RayExecutor(workers=2, log=notes.append).run(PlainWork(Files(tmp_path)), units)) == sorted(units)
     assert [note for note in notes if "is set aside" in note and "No space left" in note]
     disks = [("full disk", "x"), ("full disk", "y"), ("slow", "z")]
     with pytest.raises(OSError, match="No space left"):  # where all are full, there is none to take over
-        list(RayExecutor(workers=2).run(Files(tmp_path), disks))
+        list(RayExecutor(workers=2).run(PlainWork(Files(tmp_path)), disks))
 
 
 @pytest.mark.slow
 def test_an_error_ends_the_run_and_is_the_workers_own(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^b cannot be done$"):
-        list(RayExecutor(workers=2).run(Files(tmp_path), [("slow", "a"), ("fails", "b"), ("slow", "c")]))
-    assert not list(RayExecutor(workers=2).run(Files(tmp_path), []))
+        list(RayExecutor(workers=2).run(PlainWork(Files(tmp_path)), [("slow", "a"), ("fails", "b"), ("slow", "c")]))
+    assert not list(RayExecutor(workers=2).run(PlainWork(Files(tmp_path)), []))
 
 
 @pytest.mark.slow
 def test_workers_that_fit_on_no_machine_are_refused(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no machine of the Ray cluster has 3 CPUs and 0 GPUs"):
-        list(RayExecutor(cpus=3).run(Files(tmp_path), [("slow", "a")]))
+        list(RayExecutor(cpus=3).run(PlainWork(Files(tmp_path)), [("slow", "a")]))
 
 
 @pytest.mark.slow
