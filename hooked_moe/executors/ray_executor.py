@@ -10,7 +10,7 @@ import torch
 
 from hooked_moe.checks import whole_number
 from hooked_moe.executors.ray_cluster import Event, Pool, connect, import_ray, room
-from hooked_moe.executors.work import Unit, Work
+from hooked_moe.executors.work import Loader, Unit, Work
 
 UNITS_IN_FLIGHT = 2
 """How many units a worker has at most: the one that it does, and one that waits, so that it need not."""
@@ -134,7 +134,7 @@ class RayExecutor:
         cpus = max(1, torch.get_num_threads() // work.side_by_side) if self._cpus is None else self._cpus
         return cpus, float(work.on_gpu) if self._gpus is None else float(self._gpus)
 
-    def _pool_of(self, loader: object, cpus: int, gpus: float) -> Pool:
+    def _pool_of(self, loader: Loader, cpus: int, gpus: float) -> Pool:
         """The workers that have loaded this, or none yet."""
         if self._pool is None or self._pool.made_with != (loader, cpus, gpus):
             self._end_pool()
@@ -143,8 +143,9 @@ class RayExecutor:
 
     def _end_pool(self) -> None:
         pool, self._pool = self._pool, None
-        for worker in [] if pool is None else list(pool.workers):
-            pool.end(worker)
+        if pool is not None:
+            for worker in list(pool.workers):
+                pool.end(worker)
 
 
 def _positive(number: int, name: str) -> int:
