@@ -68,6 +68,7 @@ def open_run(args: argparse.Namespace) -> Run:
         name=args.run,
         share=share,
         executor=executor,
+        object_store=args.object_store,
         log=print,
     )
     shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"

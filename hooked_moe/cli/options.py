@@ -61,6 +61,9 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard", metavar="I/N", help="only measure share I of N, as in a Slurm array; without it, the same command merges them"
     )
+    parser.add_argument(
+        "--object-store", metavar="URI", help="by way of which results come here from --ray and --shard, as in s3://bucket/prefix"
+    )
     add_ray_arguments(parser)
 
 

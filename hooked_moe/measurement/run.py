@@ -34,6 +34,7 @@ from hooked_moe.measurement.part_spec import Part, PartSpec, checked_positions, 
 from hooked_moe.measurement.plan import measurement_plan
 from hooked_moe.measurement.run_directory import claim, claim_share, digest
 from hooked_moe.measurement.shard_files import remove_shards
+from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions, TokenizedCorpus
@@ -61,6 +62,7 @@ def open_measurement(
     name: str | None = None,
     share: Share | None = None,
     executor: Executor | None = None,
+    object_store: str | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> Run:
     """The run of this measurement under `results`/<model>/, new or to be continued; nothing is measured yet.
@@ -71,7 +73,8 @@ def open_measurement(
 
     `executor` says where documents are measured; None: in threads of this process. With a `share`, every `require` measures the
     documents of that share alone, beside other processes that measure theirs, and makes no tables: a run without a share finds
-    what all have measured, and makes the tables of it.
+    what all have measured, and makes the tables of it. `object_store` is a place such as "s3://bucket/prefix", by
+    way of which what is measured elsewhere comes here; None: all processes see this directory.
 
     Raises `ValueError` for layers without experts and for a directory that was begun with another plan, `BlockingIOError` while
     another process writes there, `OSError` where the directory cannot be made.
@@ -87,7 +90,7 @@ def open_measurement(
     name = name or f"{Path(tokenized.corpus.name).stem}-{digest(plan)[:8]}"
     directory = results / Path(plan["model"]["name"]).name / name
     lock = claim(directory, plan) if share is None else claim_share(directory, plan, share)
-    return Run(directory, model, tokenized, layers, removal, plan, lock, log, share, executor)
+    return Run(directory, model, tokenized, layers, removal, plan, lock, log, share, executor, object_store)
 
 
 class Run:
@@ -108,6 +111,7 @@ class Run:
         log: Callable[[str], object],
         share: Share | None = None,
         executor: Executor | None = None,
+        object_store: str | None = None,
     ) -> None:
         self.directory = directory
         self.model = model
@@ -117,6 +121,7 @@ class Run:
         self.plan = plan
         self.share = share
         self.executor = executor
+        self._object_store = object_store
         self._lock = lock
         self._log = log
         try:
@@ -197,17 +202,22 @@ class Run:
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
         if self.share is None:
             self._write_tables_of_the_run(part)
+        name = f"{part}-{identity['part'][:8]}"
+        transfer = None
+        if self._object_store is not None:
+            transfer = ShardTransfer.below(self._object_store, f"{self.directory.name}-{identity['plan'][:8]}", name)
         places = measure_part(
             self.model,
             self.tokenized,
             spec,
-            self.directory / "shards" / f"{part}-{identity['part'][:8]}",
+            self.directory / "shards" / name,
             self.directory,
             identity,
             executor=executor or self.executor,
             share=self.share,
             memory_budget=memory_budget,
             plan=self.plan,
+            transfer=transfer,
             progress=progress,
             log=self._log,
         )
@@ -219,6 +229,8 @@ class Run:
         self._manifest.write(written)
         self._damaged.difference_update(written)
         self._remove_shards(part)
+        if transfer is not None:
+            transfer.clear()
 
     def _requested(
         self,

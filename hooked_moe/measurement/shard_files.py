@@ -61,6 +61,10 @@ class ShardFiles:
         files = {name: file_record(self._path(unit, name)) for name in tables}
         write_json_atomic(notes | {"identity": self.identity, "unit": unit, "files": files}, self._record_path(unit))
 
+    def names_of(self, unit: str) -> list[str]:
+        """A unit's files, the record last."""
+        return [path.name for path in (*(self._path(unit, name) for name in self.names), self._record_path(unit))]
+
     def has_record(self, unit: str) -> bool:
         """Whether a unit has been written, damaged or not."""
         return self._record_path(unit).is_file()

@@ -7,6 +7,7 @@ killed resumes with the first document that has none, and ends with the same byt
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from hooked_moe.measurement.document_tables import TABLES, measure_document
 from hooked_moe.measurement.fingerprint import check_same_model, computed_on
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.shard_files import ShardFiles
+from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.tables import atomic_path
@@ -61,17 +63,27 @@ class MeasureDocuments:
     """Bytes beside the weights, for each unit."""
     shards: Path
     identity: dict[str, str]
+    transfer: ShardTransfer | None = None
+    """How shards get to `shards` from where they are measured; None: they are written there."""
 
     def do(self, resource: Transformer, unit: Sequence[int]) -> None:
         """Measure the documents of these numbers, and write their shards."""
-        files = self.files()
         tasks = [measure_document(resource, self.documents[index], self.first, self.spec, self.budget) for index in unit]
         for index, tables in zip(unit, _together(tasks), strict=True):
-            files.write(unit_name(index), tables, computed_on=computed_on(resource.cfg.device))
+            self._write(unit_name(index), tables, computed_on(resource.cfg.device))
 
-    def files(self, log: Log = lambda line: None) -> ShardFiles:
-        """The shards of the part. `log` is told which are damaged."""
-        return ShardFiles(self.shards, self.identity, TABLES[self.spec.part], log)
+    def _write(self, unit: str, tables: dict[str, pa.Table], place: str) -> None:
+        if self.transfer is None:
+            self.files(self.shards).write(unit, tables, computed_on=place)
+            return
+        with tempfile.TemporaryDirectory(prefix="hooked_moe_") as directory:
+            files = self.files(Path(directory))
+            files.write(unit, tables, computed_on=place)
+            self.transfer.put(Path(directory), files.names_of(unit))
+
+    def files(self, directory: Path, log: Log = lambda line: None) -> ShardFiles:
+        """The shards of the part in a directory. `log` is told which are damaged."""
+        return ShardFiles(directory, self.identity, TABLES[self.spec.part], log)
 
 
 class PartMeasurement:
@@ -88,11 +100,12 @@ class PartMeasurement:
         share: Share | None = None,
         memory_budget: int | str | None = None,
         plan: dict[str, Any] | None = None,
+        transfer: ShardTransfer | None = None,
         log: Log = lambda line: None,
     ) -> None:
         """`identity` goes into the metadata of every file. Of a `share`, no other documents are measured. `memory_budget` bounds
         the memory beside the model's weights of all documents together; where it is small, fewer are measured side by side.
-        `plan` says what model workers in other processes must have loaded.
+        `plan` says what model workers in other processes must have loaded. With a `transfer`, shards come by way of that.
         """
         workers, budget = workers_for(model, len(corpus.documents)), None
         if memory_budget is not None:
@@ -100,15 +113,16 @@ class PartMeasurement:
             workers = max(1, min(workers, total // _least_budget(model, corpus, spec)))
             budget = total // workers
         self.lengths = corpus.lengths()
-        task = MeasureDocuments(corpus.documents, corpus.first, spec, budget, shards.resolve(), identity)
+        task = MeasureDocuments(corpus.documents, corpus.first, spec, budget, shards.resolve(), identity, transfer)
         check = None if plan is None else partial(check_same_model, plan=plan)
         self.work: ModelWork[Sequence[int]] = ModelWork(model, task, workers, check)
         self.spec = spec
         self.numbers = [n for n in range(len(self.lengths)) if share is None or n in share]
-        self._files = task.files(log)
+        self._files, self._transfer = task.files(task.shards, log), transfer
 
     def pending(self) -> Iterator[list[int]]:
         """Which documents are to be measured, until all have whole shards: see `missing_units`."""
+        self._fetch()
         for missing in missing_units(self._files, [unit_name(number) for number in self.numbers]):
             yield [self.numbers[index] for index in missing]
 
@@ -147,6 +161,7 @@ class PartMeasurement:
         Raises `OSError` where that does not come about.
         """
         until = time.monotonic() + ARRIVAL_SECONDS
+        self._fetch()
         while not all(self._files.has_record(unit_name(index)) for index in group):
             if time.monotonic() > until:
                 raise OSError(
@@ -154,6 +169,11 @@ class PartMeasurement:
                     "workers must see the run's directory at this path"
                 )
             time.sleep(0.2)
+            self._fetch()
+
+    def _fetch(self) -> None:
+        if self._transfer is not None:
+            self._transfer.fetch(self._files.directory)
 
     def merge(self, target: Path) -> dict[str, int]:
         """Join the shards of all documents to `target`/<table>.parquet for each table of the part.
@@ -178,6 +198,7 @@ def measure_part(
     share: Share | None = None,
     memory_budget: int | str | None = None,
     plan: dict[str, Any] | None = None,
+    transfer: ShardTransfer | None = None,
     progress: bool = True,
     log: Log = lambda line: None,
 ) -> dict[str, int]:
@@ -189,7 +210,9 @@ def measure_part(
     they are written. See `PartMeasurement`.
     """
     executor = executor or Threads()
-    part = PartMeasurement(model, corpus, spec, shards, identity, share=share, memory_budget=memory_budget, plan=plan, log=log)
+    part = PartMeasurement(
+        model, corpus, spec, shards, identity, share=share, memory_budget=memory_budget, plan=plan, transfer=transfer, log=log
+    )
     per_token = len(spec.layers) * model.cfg.experts_per_token * max(1, len(spec.orders))
     total = sum(part.lengths[number] for number in part.numbers)
     for pending in part.pending():
