@@ -85,6 +85,12 @@ class Worker:
     units: dict[Any, int] = field(default_factory=dict)
     """The numbers of the units given to it, in the order in which it does them, by their references."""
 
+    @property
+    def awaited(self) -> Any:
+        """The reference of what it does now. Those after it are not looked at: of a dead worker they say nothing about whose
+        fault it was."""
+        return self.loading or next(iter(self.units), None)
+
 
 @dataclass(frozen=True)
 class Event:
@@ -130,7 +136,7 @@ class Pool:
     def next_event(self) -> Event:
         """Wait until something happens."""
         ray = import_ray()
-        owners = {reference: worker for worker in self.workers for reference in (worker.loading, *worker.units) if reference}
+        owners = {worker.awaited: worker for worker in self.workers if worker.awaited is not None}
         done: list[Any] = []
         while not done:
             done, _ = ray.wait(list(owners), num_returns=1, timeout=WAIT_NOTE_SECONDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -39,23 +40,29 @@ def model_fingerprint(model: Transformer) -> dict[str, Any]:
     }
 
 
-def check_same_model(model: Transformer, plan: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class SameModel:
     """Raises `ValueError` unless a model that a worker has loaded is the one of a plan, under the same versions of the software.
 
     Weights in memory are compared by their checksum. Those of a streamed model are not read for this: name and revision stand
     for them.
     """
-    here, expected = versions(), plan["versions"]
-    other = [f"{name} {here[name]}, not {expected[name]}" for name in expected if here.get(name) != expected[name]]
-    if other:
-        raise ValueError(f"{platform.node()} has {', '.join(other)}: install there what is installed here")
-    same = (model.cfg.model_name, model.cfg.revision) == (plan["model"]["name"], plan["model"]["revision"])
-    if not same or not (model.streams or weights_sha256(model) == plan["model"]["weights_sha256"]):
-        raise ValueError(
-            f"{platform.node()} has loaded other weights by the name {model.cfg.model_name!r} than those to be measured: was the "
-            "model changed after it was loaded? Write it with model.save_pretrained(directory) where all workers can read it, "
-            "and load it from there"
-        )
+
+    plan: dict[str, Any]
+
+    def __call__(self, model: Transformer) -> None:
+        here, expected = versions(), self.plan["versions"]
+        other = [f"{name} {here[name]}, not {expected[name]}" for name in expected if here.get(name) != expected[name]]
+        if other:
+            raise ValueError(f"{platform.node()} has {', '.join(other)}: install there what is installed here")
+        planned = self.plan["model"]
+        same = (model.cfg.model_name, model.cfg.revision) == (planned["name"], planned["revision"])
+        if not same or not (model.streams or weights_sha256(model) == planned["weights_sha256"]):
+            raise ValueError(
+                f"{platform.node()} has loaded other weights by the name {model.cfg.model_name!r} than those to be measured: was "
+                "the model changed after it was loaded? Write it with model.save_pretrained(directory) where all workers can "
+                "read it, and load it from there"
+            )
 
 
 def computed_on(device: torch.device) -> str:

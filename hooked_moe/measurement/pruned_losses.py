@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from hooked_moe.checks import by_number, whole_numbers
 from hooked_moe.components.precision import without_autocast
 from hooked_moe.executors import Executor, ModelWork, Threads
-from hooked_moe.measurement.fingerprint import check_same_model
+from hooked_moe.measurement.fingerprint import SameModel
 from hooked_moe.measurement.run_directory import digest
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shards import missing_units
@@ -120,7 +119,7 @@ class PrunedLosses:
                     windows.append((number, kept))
         windows.sort(key=lambda window: len(window[1]))
         self._task = MeasurePrunings(directory.resolve(), asked, self.documents, windows, tokenized.first)
-        self._work: ModelWork[Experts] = ModelWork(model, self._task, 1, partial(check_same_model, plan=plan))
+        self._work: ModelWork[Experts] = ModelWork(model, self._task, 1, SameModel(plan))
 
     def measure(
         self, prunings: Iterable[Mapping[int, Iterable[int]]], executor: Executor | None = None, progress: bool = False

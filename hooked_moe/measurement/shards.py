@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,7 +28,7 @@ from hooked_moe.executors import Executor, ModelWork, Threads
 from hooked_moe.loading.spill import spill_directory
 from hooked_moe.loading.streaming import spill_of
 from hooked_moe.measurement.document_tables import TABLES, measure_document
-from hooked_moe.measurement.fingerprint import check_same_model, computed_on
+from hooked_moe.measurement.fingerprint import SameModel, computed_on
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shard_transfer import ShardTransfer
@@ -114,7 +113,7 @@ class PartMeasurement:
             budget = total // workers
         self.lengths = corpus.lengths()
         task = MeasureDocuments(corpus.documents, corpus.first, spec, budget, shards.resolve(), identity, transfer)
-        check = None if plan is None else partial(check_same_model, plan=plan)
+        check = None if plan is None else SameModel(plan)
         self.work: ModelWork[Sequence[int]] = ModelWork(model, task, workers, check)
         self.spec = spec
         self.numbers = [n for n in range(len(self.lengths)) if share is None or n in share]
