@@ -20,7 +20,7 @@ from pathlib import Path
 from hooked_moe.analysis.cells import cells_from_table, cells_table
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
 from hooked_moe.cli.console import parser_of, run_command
-from hooked_moe.cli.measured_run import analyse, open_run
+from hooked_moe.cli.measured_run import analyse, open_run, share_ends
 from hooked_moe.cli.options import add_measurement_arguments, parse_sample
 from hooked_moe.cli.released_run import (
     add_protocol_argument,
@@ -70,6 +70,8 @@ def audit(args: argparse.Namespace) -> Path:
         run.require("position", sample, memory_budget=args.memory)
         if args.scope == "both":
             run.require("sequence", sample, memory_budget=args.memory)
+        if share_ends(run):
+            return run.directory
 
         report = analyse(run)
         cells = cells_from_table(read_csv(run.directory / "cells.csv", cells_table([]).schema))

@@ -13,8 +13,10 @@ from hooked_moe.cli.options import (
     check_memory,
     check_run_name,
     choose_device,
+    executor_of,
     first_documents,
     parse_layers,
+    parse_share,
     parse_tokens,
 )
 from hooked_moe.corpus import load_corpus
@@ -36,6 +38,7 @@ def open_run(args: argparse.Namespace) -> Run:
     """
     check_run_name(args.run)
     check_memory(args.memory)
+    share, executor = parse_share(args.shard), executor_of(args)
     model = HookedMoE.from_pretrained(
         args.model,
         dtype=DTYPES[args.dtype or "float32"],
@@ -57,7 +60,18 @@ def open_run(args: argparse.Namespace) -> Run:
             "window is as long; give a shorter context or longer documents"
         )
     layers = parse_layers(args.layers, model.cfg)
-    run = open_measurement(model, tokenized, layers, args.removal, results=args.results, name=args.run, log=print)
+    run = open_measurement(
+        model,
+        tokenized,
+        layers,
+        args.removal,
+        results=args.results,
+        name=args.run,
+        share=share,
+        executor=executor,
+        object_store=args.object_store,
+        log=print,
+    )
     shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"
     print(
         f"{model.cfg.model_name}: {len(layers)} layers of {model.cfg.num_experts} experts, {model.cfg.experts_per_token} active"
@@ -66,6 +80,14 @@ def open_run(args: argparse.Namespace) -> Run:
     extent = "" if args.tokens == "all" else f" (of each the first {args.tokens} at most)"
     print(f"{corpus.name}: {len(corpus.documents)} documents, {sum(tokenized.lengths()):,} tokens{extent}")
     return run
+
+
+def share_ends(run: Run) -> bool:
+    """Whether the run is of a share, which ends before any analysis; says how it goes on then."""
+    if run.share is None:
+        return False
+    print(f"share {run.share} is measured; once all are, the same command without --shard merges, analyses and reports")
+    return True
 
 
 def analyse(run: Run) -> Path:
