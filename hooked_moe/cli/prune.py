@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from hooked_moe.analysis.pruning import ADDITIVE_SHARE, predict_pruning
 from hooked_moe.analysis.pruning_orders import RANKINGS, TABLE, Pruning, PruningOrders, random_ranking, seed_of
@@ -33,6 +32,7 @@ from hooked_moe.cli.options import add_measurement_arguments
 from hooked_moe.loading import save_pretrained
 from hooked_moe.measurement import Run
 from hooked_moe.measurement.pruned_losses import PrunedLosses
+from hooked_moe.progress import progress_bar
 from hooked_moe.report import write_report
 from hooked_moe.report.figures.names import label
 from hooked_moe.report.number_text import preset_share, share, signed
@@ -134,7 +134,7 @@ def measure(run: Run, args: argparse.Namespace) -> Path:
     directory = run.directory / "prunings"
     losses = PrunedLosses(run.model, run.tokenized, documents, args.evaluate_tokens, directory, run.plan, log=print)
     intact = losses.of({})
-    pruned = [losses.of(one.experts).total for one in tqdm(prunings, desc="pruned models", unit="model")]
+    pruned = losses_of(prunings, losses)
     measured = MeasuredLosses(intact.n_positions, intact.total, np.stack(pruned), args.evaluate_tokens)
     table = pruning_table(prunings, measured, orders.sums, "even")
     written = {"pruning.csv": table, "pruning_summary.csv": pruning_summary(table)}
@@ -144,6 +144,16 @@ def measure(run: Run, args: argparse.Namespace) -> Path:
         print(line)
     print(f"\nreport: {report}")
     return run.directory
+
+
+def losses_of(prunings: Sequence[Pruning], losses: PrunedLosses) -> list[np.ndarray]:
+    """The loss of every document under each pruning, [document], in order."""
+    left = [one for one in prunings if not losses.are_measured(one.experts)]
+    with progress_bar(len(prunings), "pruned models", "model", shown=True, done=len(prunings) - len(left)) as bar:
+        for one in left:
+            losses.of(one.experts)
+            bar.update()
+    return [losses.of(one.experts).total for one in prunings]
 
 
 def evaluated(n_documents: int, limit: int | None, at_least: int = 0) -> list[int]:

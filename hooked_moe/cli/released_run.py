@@ -23,7 +23,16 @@ from hooked_moe.tables import read_parquet, write_derived
 
 MOST_POSITIONS = 1_000_000
 """Of a cell: positions are drawn with replacement where texts have fewer, so that no text says how many are too many."""
-FIXED = {"removal": "zero", "context": None, "tokens": "512", "bos": None, "stream": False, "memory": None, "scope": "position"}
+FIXED = {
+    "unit": "article",
+    "removal": "zero",
+    "context": None,
+    "tokens": "512",
+    "bos": None,
+    "stream": False,
+    "memory": None,
+    "scope": "position",
+}
 """Options that the released protocol leaves no choice in, with their defaults."""
 
 

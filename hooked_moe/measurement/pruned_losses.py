@@ -67,10 +67,7 @@ class PrunedLosses:
 
     def of(self, experts: Mapping[int, Iterable[int]]) -> DocumentLosses:
         """Without these experts, {layer: experts}; an empty mapping means the intact model. Measured, unless it has been."""
-        named = {layer: whole_numbers(removed, "experts") for layer, removed in by_number(experts, "layer").items()}
-        identity = self._asked | {"experts": {str(layer): sorted(removed) for layer, removed in sorted(named.items())}}
-        unit = digest(identity)[:16]
-        files = ShardFiles(self.directory, identity, [_TABLE], self._log)
+        named, unit, files = self._shard(experts)
         for _ in missing_units(files, [unit]):
             with without_experts(self.model, named):
                 losses = self._measured()
@@ -78,6 +75,17 @@ class PrunedLosses:
             files.write(unit, {_TABLE: pa.table(columns)})
         table = files.read(unit, _TABLE)
         return DocumentLosses(table["n_positions"].to_numpy(), table["loss"].to_numpy())
+
+    def are_measured(self, experts: Mapping[int, Iterable[int]]) -> bool:
+        """Whether `of` would only read them."""
+        _, unit, files = self._shard(experts)
+        return files.is_whole(unit)
+
+    def _shard(self, experts: Mapping[int, Iterable[int]]) -> tuple[dict[int, list[int]], str, ShardFiles]:
+        """The experts as whole numbers, the name of the shard of their losses, and the files that it is one of."""
+        named = {layer: whole_numbers(removed, "experts") for layer, removed in by_number(experts, "layer").items()}
+        identity = self._asked | {"experts": {str(layer): sorted(removed) for layer, removed in sorted(named.items())}}
+        return named, digest(identity)[:16], ShardFiles(self.directory, identity, [_TABLE], self._log)
 
     @without_autocast()
     def _measured(self) -> DocumentLosses:

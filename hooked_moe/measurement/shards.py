@@ -15,7 +15,6 @@ from typing import TypeVar, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm import tqdm
 
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
 from hooked_moe.counterfactuals.engine.steps import Steps, run_without_grad, side_by_side
@@ -26,6 +25,7 @@ from hooked_moe.measurement.document_tables import TABLES, measure_document
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.progress import progress_bar
 from hooked_moe.tables import atomic_path
 from hooked_moe.transformer import Transformer
 
@@ -74,8 +74,8 @@ def measure_part(
     per_token = len(spec.layers) * model.cfg.experts_per_token * max(1, len(spec.orders))
     description = f"measuring, {spec.part}"
     for pending in missing_units(files, units):
-        with tqdm(total=sum(lengths), unit="tok", desc=description, disable=not progress, smoothing=0.1) as bar:
-            bar.update(sum(lengths) - sum(lengths[index] for index in pending))
+        done = sum(lengths) - sum(lengths[index] for index in pending)
+        with progress_bar(sum(lengths), description, "tok", shown=progress, done=done, smoothing=0.1) as bar:
             for indices in in_parallel(measure_documents, _groups(model, lengths, spec, pending), workers):
                 bar.update(sum(lengths[index] for index in indices))
                 rate = bar.format_dict["rate"]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
-from tqdm import tqdm
 
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shards import in_parallel, missing_units, workers_for
+from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
 TABLE = "values"
@@ -32,8 +32,8 @@ def measure_text_by_text(
         return numbers
 
     for pending in missing_units(shards, units):
-        with tqdm(total=len(texts), desc=f"{shards.directory.name}, whole texts", unit="text", disable=not progress) as bar:
-            bar.update(len(texts) - len(pending))
+        done, what = len(texts) - len(pending), f"{shards.directory.name}, whole texts"
+        with progress_bar(len(texts), what, "text", shown=progress, done=done) as bar:
             for done in in_parallel(measure_texts, [[number] for number in pending], workers_for(model, len(texts))):
                 bar.update(len(done))
     tables = {text: shards.read(unit, TABLE) for text, unit in zip(texts, units, strict=True)}
