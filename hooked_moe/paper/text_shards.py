@@ -32,8 +32,8 @@ def measure_text_by_text(
         return numbers
 
     for pending in missing_units(shards, units):
-        done, what = len(texts) - len(pending), f"{shards.directory.name}, whole texts"
-        with progress_bar(len(texts), what, "text", shown=progress, done=done) as bar:
+        before, what = len(texts) - len(pending), f"{shards.directory.name}, whole texts"
+        with progress_bar(len(texts), what, "text", shown=progress, done=before) as bar:
             for done in in_parallel(measure_texts, [[number] for number in pending], workers_for(model, len(texts))):
                 bar.update(len(done))
     tables = {text: shards.read(unit, TABLE) for text, unit in zip(texts, units, strict=True)}
