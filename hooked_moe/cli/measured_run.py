@@ -80,7 +80,8 @@ def read_documents(
     if unit == "paragraph" and model.tokenizer is not None and not isinstance(source, Corpus):
         kept = [document for document in corpus.documents if len(model.tokenizer.encode(document.text, prepend_bos=False)) > 1]
         if len(kept) < len(corpus.documents):
-            log(f"note: {len(corpus.documents) - len(kept)} paragraphs of one token are left out: they have nothing to predict")
+            dropped = len(corpus.documents) - len(kept)
+            log(f"note: {dropped} paragraph{' of one token is' if dropped == 1 else 's of one token are'} left out")
             corpus = corpus_of(corpus.name, kept)
     return first_documents(corpus, first, spell)
 

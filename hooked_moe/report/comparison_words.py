@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hooked_moe.analysis.run_comparison import Row, RunComparison
 from hooked_moe.report.figures.names import label
 from hooked_moe.report.number_text import enumeration, interval, nats, share, signed
@@ -54,11 +56,13 @@ def _points(row: Row) -> str:
 def random_cost_sentence(found: RunComparison) -> str:
     """How the cost of a random removal compares."""
     row = found.costs[0]
-    ends = interval(row["difference_low"], row["difference_high"], 4)
-    text = (
-        f"Removing an active expert at random costs {nats(row['first'])} nats in the first run and {nats(row['second'])} in the "
-        f"second, {signed(row['difference'], 4)} {ends if '[' in ends else ''}".rstrip()
-    )
+    costs = f"{nats(row['first'])} nats in the first run and {nats(row['second'])} in the second"
+    if row["difference"] == 0:
+        costs = f"{nats(row['first'])} nats in both runs"
+    elif not math.isnan(row["difference_low"]):
+        between = interval(row["difference_low"], row["difference_high"], 4)
+        costs += f": a difference of {signed(row['difference'], 4)} {between}"
+    text = f"Removing an active expert at random costs {costs}"
     vocabularies = {run.manifest["model"]["config"].get("d_vocab") for run in found.runs}
     return (
         f"{text}; their vocabularies differ, so a nat per token is not the same in both." if len(vocabularies) > 1 else f"{text}."

@@ -13,7 +13,7 @@ from hooked_moe.report.sections import MOST_LAYERS_WITH_NUMBERS, outcome_key
 _DIRECTIONS = {"prune lowest": "lowest", "prune highest": "highest", "none published": "none published"}
 
 
-def savings_section(savings: Savings, figure: tuple[Block, ...]) -> Section:
+def savings_section(savings: Savings, figure: tuple[Block, ...] = ()) -> Section:
     """All that savings.csv says, after the figure that draws it."""
     by_layer = [
         Folded(f"By layer in numbers: {EFFECT_TITLES[effect]}", (_layer_table(savings, effect),), on_paper=False)

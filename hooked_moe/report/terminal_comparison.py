@@ -6,7 +6,7 @@ import textwrap
 
 from hooked_moe.analysis.run_comparison import Row, RunComparison
 from hooked_moe.report.comparison_words import headline, name_of, random_cost_sentence, verdict_text
-from hooked_moe.report.number_text import share, signed
+from hooked_moe.report.number_text import DASH, share, signed
 
 WIDTH = 100
 
@@ -21,20 +21,22 @@ def terminal_comparison(found: RunComparison) -> str:
     lines += [f"  {entry}: {one} | {other}"[:WIDTH] for entry, one, other in found.differing[:12]]
     if len(found.differing) > 12:
         lines.append(f"  and {len(found.differing) - 12} more, on the page")
-    lines += ["", f"  {'saved, % of the random cost':<34} {'first':<16} {'second':<16} difference [together]   outcome"]
+    lines += ["", f"  {'saved, % of the random cost':<32} {'first':<16} {'second':<16} {'difference':<14} verdict"]
     lines += [_line(row) for row in found.savings if row["effect"] == "delta_loss"]
     return "\n".join(lines) + "\n"
 
 
 def _line(row: Row) -> str:
-    ends = [f"{row[f'difference_{end}_together']:+.0%}".rstrip("%") for end in ("low", "high")]
-    between = f"{signed(100 * row['difference'], 0)} [{', '.join(ends)}]".replace("-", "\N{MINUS SIGN}").replace("[nan, nan]", "")
-    outcomes = row["outcome_first"] if row["outcome_first"] == row["outcome_second"] else ""
-    changed = outcomes or f"{row['outcome_first']} -> {row['outcome_second']}"
-    line = (
-        f"  {name_of(row):<34} {_side(row, 'first'):<16} {_side(row, 'second'):<16} {between:<19} {verdict_text(row['verdict'])}"
-    )
-    return f"{line}; {changed}" if outcomes == "" else line
+    line = f"  {name_of(row):<32} {_side(row, 'first'):<16} {_side(row, 'second'):<16} {_between(row):<14} {verdict_text(row['verdict'])}"
+    if row["outcome_first"] == row["outcome_second"]:
+        return line
+    return f"{line} ({row['outcome_first']}, then {row['outcome_second']})"
+
+
+def _between(row: Row) -> str:
+    """ "+12 [+3, +20]", in points."""
+    middle, low, high = (signed(100 * row[f"difference{end}"], 0) for end in ("", "_low_together", "_high_together"))
+    return middle if low == DASH else f"{middle} [{low}, {high}]"
 
 
 def _side(row: Row, side: str) -> str:
