@@ -85,7 +85,7 @@ def _sections(found: RunComparison, figures: Path) -> Iterator[Section]:
 _HOW = (
     "Saved: the mean cost of removing an active expert at random less that of removing the one that the criterion prunes "
     "first, as a share of the random cost. The 95% interval of a difference is from resampling documents (bootstrap-t), of "
-    "paired runs both at once. The outcome is that of the wider interval, which holds for all criteria of the table together:"
+    "paired runs both at once. The verdict is that of the wider interval, which holds for all criteria of the table together:"
     " one run saves more where it excludes 0, they are alike where it lies within a tenth of the random cost, and all else is"
     " undecided. Scores were learned by each run from all of its own text."
 )
@@ -104,7 +104,7 @@ _DIFFERS = "All entries that are not the same in both manifests; checksums are s
 def _saving_table(rows: list[Row]) -> Table:
     columns = (
         *("criterion", "first", "95% interval", "second", "95% interval", "difference", "95% interval"),
-        *("for all together", "outcome"),
+        *("for all criteria", "verdict"),
     )
     lines = []
     for row in rows:

@@ -27,7 +27,8 @@ def terminal_comparison(found: RunComparison) -> str:
 
 
 def _line(row: Row) -> str:
-    line = f"  {name_of(row):<32} {_side(row, 'first'):<16} {_side(row, 'second'):<16} {_between(row):<14} {verdict_text(row['verdict'])}"
+    sides = f"{_side(row, 'first'):<16} {_side(row, 'second'):<16}"
+    line = f"  {name_of(row):<32} {sides} {_between(row):<14} {verdict_text(row['verdict'])}"
     if row["outcome_first"] == row["outcome_second"]:
         return line
     return f"{line} ({row['outcome_first']}, then {row['outcome_second']})"

@@ -20,8 +20,8 @@ def run_differences(rows: list[dict[str, object]]) -> Drawing:
         "run_differences",
         "What each criterion saves in either run",
         "Share of the cost of removing an active expert at random, realised loss, with 95% intervals over documents. Circles: "
-        "the first run; squares: the second. Overlapping intervals do not mean that the runs agree: paired differences, in the "
-        "table below, are told much more exactly.",
+        "the first run; squares: the second. Overlapping intervals do not mean that the runs agree: the differences in the "
+        "table below are told more exactly.",
         pa.Table.from_pylist([{name: row[name] for name in names} for row in rows]),
         draw_differences,
     )
