@@ -95,6 +95,7 @@ def top_tokens(
     attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
     n_ctx: int | None = None,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> TopTokens:
     """The n tokens of some texts that have the highest value of every expert that serves them.
 
@@ -107,9 +108,9 @@ def top_tokens(
     backward pass, and the others what `expert_effects` does. A directory names a finished measurement, whose tables have all of
     them; the model then only lends its tokenizer.
 
-    `context` tokens on both sides are shown. Equal values are in the order of the texts. Beside the tokens, memory holds n
-    entries an expert. Raises `ValueError` for another `by`, `n` below 1, layers without experts, and as `routing_table` does;
-    `FileNotFoundError` for a directory without those tables.
+    `context` tokens on both sides are shown; `progress` shows a bar that counts tokens of texts. Equal values are in the order of
+    the texts. Beside the tokens, memory holds n entries an expert. Raises `ValueError` for another `by`, `n` below 1, layers
+    without experts, and as `routing_table` does; `FileNotFoundError` for a directory without those tables.
     """
     if by not in get_args(By):
         raise ValueError(f"by must be one of {', '.join(map(repr, get_args(By)))}, not {by!r}")
@@ -121,20 +122,20 @@ def top_tokens(
         tokens = _tokens_of_run(Path(texts), heap.documents)
     else:
         pieces = pieces_of(model, texts, attention_mask, n_ctx).pieces
-        heap.add_all(_measured(model, pieces, by, layers, memory_budget))
+        heap.add_all(_measured(model, pieces, by, layers, memory_budget, progress))
         tokens = _tokens_of_pieces(pieces, heap.documents)
     return TopTokens(by, lowest, _with_contexts(heap, tokens, context, model.tokenizer))
 
 
 def _measured(
-    model: Transformer, pieces: list[Piece], by: By, layers: Sequence[int] | None, budget: int | str | None
+    model: Transformer, pieces: list[Piece], by: By, layers: Sequence[int] | None, budget: int | str | None, progress: bool
 ) -> Iterator[Scored]:
     def run(tokens: Tensor, real: Tensor | None) -> Any:
         effects, values = _asked(model, tokens, real, by, layers, budget)
         expert, value = (x.movedim(0, 2).cpu().numpy() for x in (effects.expert_index, values))
         return lambda row, own: (effects.layers, expert[row, own], value[row, own])
 
-    for piece, (measured, expert, value) in run_in_batches(model, pieces, run):
+    for piece, (measured, expert, value) in run_in_batches(model, pieces, run, progress):
         yield Scored(measured, np.full(len(piece.own), piece.document), piece.positions, expert, value)
 
 
