@@ -51,11 +51,12 @@ from hooked_moe.counterfactuals.engine.requests import (
     make_request,
 )
 from hooked_moe.counterfactuals.engine.shelf import Shelf
-from hooked_moe.counterfactuals.engine.steps import Steps, in_turn, pausable, with_gradients
+from hooked_moe.counterfactuals.engine.steps import Steps, counted, in_turn, pausable, with_gradients
 from hooked_moe.counterfactuals.loss_head import LossHead, head_bytes
 from hooked_moe.counterfactuals.results import ExpertEffects, TensorResult
 from hooked_moe.kernels.cpu.prefix_attention import for_every_head
 from hooked_moe.kernels.prefix_attention import own_share
+from hooked_moe.progress import progress_bar
 from hooked_moe.tables import Column
 from hooked_moe.transformer import Transformer
 
@@ -96,6 +97,7 @@ def first_order_effects(
     *,
     embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> Steps[FirstOrderEffects]:
     """The first-order estimate of every removal of one expert at one token, its output zeroed; and with the softmax's curvature.
 
@@ -103,14 +105,16 @@ def first_order_effects(
     `LIKELY_TOKENS` rows of one. Where weights are streamed, they are read twice: once up, and once back through the layers.
     `layers` None means all that have experts; padding may be anywhere in `attention_mask`; `embeddings` [batch, pos, d_model] are
     what the run begins with, in place of the tokens' own; `memory_budget` ("4GB", or bytes) bounds the memory beside weights and
-    results. Raises `ValueError` for layers out of range or dense, for a budget too small for one row, and while hooks are
-    attached.
+    results; `progress` shows a bar that counts layers, up and back. Raises `ValueError` for layers out of range or dense, for a
+    budget too small for one row, and while hooks are attached.
     """
     request = make_request(model, tokens, layers, None, attention_mask, (), memory_budget, embeddings=embeddings)
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
     rows, keep = _rows_per_group(model, request.packed, request.budget)
     tasks = [with_gradients(_estimate(request, packed, keep, results)) for packed in request.packed.split(rows)]
-    yield from in_turn(tasks, model.streams)
+    total = (1 if model.streams else len(tasks)) * (2 * model.cfg.n_layers - request.layers[0])
+    with progress_bar(total, "first order", "layer", shown=progress) as bar:
+        yield from counted(in_turn(tasks, model.streams), bar.update, total)
     return FirstOrderEffects(request.layers, **results.tables)
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import filelock
 import numpy as np
 import pyarrow as pa
 
@@ -26,18 +25,22 @@ from hooked_moe.checks import WrongTypeError, whole_number, whole_numbers
 from hooked_moe.counterfactuals import Order, Scope
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
 from hooked_moe.counterfactuals.observations import most_experts
+from hooked_moe.executors import Executor
 from hooked_moe.expert_mask import RemovalName, check_removal
 from hooked_moe.measurement.budget import Budget, share_of
 from hooked_moe.measurement.document_tables import TABLES
 from hooked_moe.measurement.draw import Draw, draw_removals
 from hooked_moe.measurement.expert_weights import expert_weights
 from hooked_moe.measurement.gate import verify_once
+from hooked_moe.measurement.locks import Lock
 from hooked_moe.measurement.manifest import Manifest
 from hooked_moe.measurement.part_spec import BUDGETED_PARTS, Part, PartSpec, checked_positions, positions_sha256, record_fault
 from hooked_moe.measurement.plan import measurement_plan
-from hooked_moe.measurement.run_directory import claim, digest
+from hooked_moe.measurement.run_directory import claim, claim_share, digest
 from hooked_moe.measurement.shard_files import remove_shards
+from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.shards import measure_part
+from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions, TokenizedCorpus
 from hooked_moe.tables import REMOVAL_ORDERS, FileRecords, parquet_batches, write_parquet_atomic
 from hooked_moe.transformer import Transformer
@@ -53,11 +56,12 @@ _EFFECT_TABLES: dict[Part, str] = {"position": "effects", "sequence": "effects_s
 """The table of each part that has a row for every removal, of those that can be restricted to some positions."""
 _WEIGHTS = "expert_weights.parquet"
 _DRAW = "draw.parquet"
+_TEXTS = "token_texts.parquet"
 _TABLES_OF_THE_RUN: dict[Part, tuple[str, ...]] = {
-    "position": ("documents.parquet", _WEIGHTS),
+    "position": ("documents.parquet", _WEIGHTS, _TEXTS),
     "sequence": ("documents.parquet",),
     "progressive": ("documents.parquet",),
-    "estimates": ("documents.parquet", _WEIGHTS),
+    "estimates": ("documents.parquet", _WEIGHTS, _TEXTS),
     "sampled": (_DRAW,),
 }
 """What is written beside the tables of each part, without a measurement."""
@@ -71,6 +75,9 @@ def open_measurement(
     *,
     results: Path = Path("results"),
     name: str | None = None,
+    share: Share | None = None,
+    executor: Executor | None = None,
+    object_store: str | None = None,
     budget: Budget | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> Run:
@@ -79,6 +86,11 @@ def open_measurement(
     `layers` None means all that have experts. The `name` of the run's directory is made of the corpus and the plan where none is
     given, so that the same measurement finds its directory again. `log` is called with the lines that report on verification,
     such as `print`. A run with a `budget` makes a sample of the removals (`Run.require_sample`), and nothing else.
+
+    `executor` says where documents are measured; None: in threads of this process. With a `share`, every `require` measures the
+    documents of that share alone, beside other processes that measure theirs, and makes no tables: a run without a share finds
+    what all have measured, and makes the tables of it. `object_store` is a place such as "s3://bucket/prefix", by
+    way of which what is measured elsewhere comes here; None: all processes see this directory.
 
     Raises `ValueError` for layers without experts and for a directory that was begun with another plan, `BlockingIOError` while
     another process writes there, `OSError` where the directory cannot be made.
@@ -93,12 +105,15 @@ def open_measurement(
     plan = measurement_plan(model, tokenized, layers, removal, budget)
     name = name or f"{Path(tokenized.corpus.name).stem}-{digest(plan)[:8]}"
     directory = results / Path(plan["model"]["name"]).name / name
-    lock = claim(directory, plan)
-    return Run(directory, model, tokenized, layers, removal, plan, lock, log, budget)
+    lock = claim(directory, plan) if share is None else claim_share(directory, plan, share)
+    return Run(directory, model, tokenized, layers, removal, plan, lock, log, share, executor, object_store, budget)
 
 
 class Run:
-    """One measurement, open for writing: no other process can open it until `close`, or the end of a `with` block."""
+    """One measurement, open for writing: no other process can open it until `close`, or the end of a `with` block.
+
+    A run of a share can be open in several processes, each with another share.
+    """
 
     def __init__(
         self,
@@ -108,8 +123,11 @@ class Run:
         layers: tuple[int, ...],
         removal: RemovalName,
         plan: dict[str, Any],
-        lock: filelock.BaseFileLock,
+        lock: Lock,
         log: Callable[[str], object],
+        share: Share | None = None,
+        executor: Executor | None = None,
+        object_store: str | None = None,
         budget: Budget | None = None,
     ) -> None:
         self.directory = directory
@@ -118,13 +136,17 @@ class Run:
         self.layers = layers
         self.removal: RemovalName = removal
         self.plan = plan
+        self.share = share
+        self.executor = executor
+        self._object_store = object_store
         self.budget = budget
         self._draw: Draw | None = None
         self._lock = lock
         self._log = log
         try:
             self._manifest = Manifest(directory, plan, record_fault)
-            self._damaged = self._manifest.damaged_files({part: _tables_of(part) for part in TABLES}, log)
+            tables: dict[str, list[str]] = {part: _tables_of(part) for part in TABLES}
+            self._damaged = self._manifest.damaged_files(tables, log, leave=share is not None)
         except BaseException:
             lock.release()
             raise
@@ -152,7 +174,8 @@ class Run:
         """Whether a part has been measured, of whatever positions, and its tables are as they were written."""
         if part not in self._manifest.parts or not self._damaged.isdisjoint(_tables_of(part)):
             return False
-        self._restore_tables_of_the_run(part)
+        if self.share is None:
+            self._restore_tables_of_the_run(part)
         return True
 
     def require(
@@ -165,8 +188,9 @@ class Run:
         seed: int = 0,
         progress: bool = True,
         memory_budget: int | str | None = None,
+        executor: Executor | None = None,
     ) -> None:
-        """Measure a part, unless it has been measured already.
+        """Measure a part, unless it has been measured already. In a run of a share: measure its documents of the part.
 
         "position" removes every active expert at one token at a time (effects, tokens, routing, expert_weights); "sequence" at
         every token of the sequence (effects_sequence); "progressive" removes more and more of them at one token (progressive).
@@ -175,42 +199,63 @@ class Run:
         asked is measured again, for all that was ever asked of it.
 
         Raises `ValueError` for positions without a next token, for another seed than before, and if verification fails: then
-        nothing is measured. `memory_budget` bounds the memory beside the model's weights.
+        nothing is measured. `memory_budget` bounds the memory beside the model's weights. `executor` takes the place of the run's
+        own.
         """
         if memory_budget is not None:
             parse_bytes(memory_budget)
         spec = self._requested(part, positions, layers, orders, seed)
         if self._is_measured(spec):
-            self._remove_shards(part)
+            if self.share is None:
+                self._remove_shards(part)
             return
         spec = self._union_with_measured(spec)
         weights = [expert_weights.steps(self.model, self.layers)] if _WEIGHTS in _TABLES_OF_THE_RUN[part] else []
         tables = verify_once(self.manifest, self.model, self.tokenized, self.removal, _SCOPES[part], self._log, weights)
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
-        self._write_tables_of_the_run(part, *tables)
-        measure_part(
+        if self.share is None:
+            self._write_tables_of_the_run(part, *tables)
+        name = f"{part}-{identity['part'][:8]}"
+        transfer = None
+        if self._object_store is not None:
+            transfer = ShardTransfer.below(self._object_store, f"{self.directory.name}-{identity['plan'][:8]}", name)
+        places = measure_part(
             self.model,
             self.tokenized,
             spec,
-            self.directory / "shards" / f"{part}-{identity['part'][:8]}",
+            self.directory / "shards" / name,
             self.directory,
             identity,
-            progress=progress,
+            executor=executor or self.executor,
+            share=self.share,
             memory_budget=memory_budget,
+            plan=self.plan,
+            transfer=transfer,
+            progress=progress,
             log=self._log,
         )
+        if self.share is not None:
+            return
         self._manifest.parts[part] = spec.as_json()
+        self.manifest["computed_on"] = self.manifest.get("computed_on", {}) | {part: places}
         written = [*_tables_of(part), *_TABLES_OF_THE_RUN[part]]
         self._manifest.write(written)
         self._damaged.difference_update(written)
         self._remove_shards(part)
+        if transfer is not None:
+            transfer.clear()
 
     def require_sample(self, *, progress: bool = True, memory_budget: int | str | None = None) -> Draw:
         """Measure a budgeted run: the estimates of all removals, then those that are drawn from them. Returns what was drawn.
 
         A budget in seconds is turned into a share once, by a short timing, which the manifest records: a run that is resumed, or
-        opened again, draws the same. Raises `ValueError` in a run without a budget, and where the seconds are too few.
+        opened again, draws the same. Raises `ValueError` in a run without a budget or of a share, and where the seconds are too
+        few.
         """
+        if self.share is not None:
+            raise ValueError(
+                "a sample is drawn from the estimates of all documents, which a share does not have: leave the share out"
+            )
         self.require("estimates", progress=progress, memory_budget=memory_budget)
         self.require("sampled", progress=progress, memory_budget=memory_budget)
         return self._drawn()
@@ -299,18 +344,19 @@ class Run:
     def _write_tables_of_the_run(self, part: Part, weights: pa.Table | None = None) -> None:
         """The tables beside those of the part, which take no measurement. `weights` is that of the experts' weights, if there is
         one already."""
+        tables: dict[str, Callable[[], pa.Table]] = {
+            "documents.parquet": self.tokenized.table,
+            _WEIGHTS: lambda: expert_weights(self.model, self.layers) if weights is None else weights,
+            _TEXTS: self.tokenized.token_texts,
+            _DRAW: lambda: self._drawn().table(),
+        }
         for name in _TABLES_OF_THE_RUN[part]:
-            if name == _WEIGHTS:
-                table = expert_weights(self.model, self.layers) if weights is None else weights
-            elif name == _DRAW:
-                table = self._drawn().table()
-            else:
-                table = self.tokenized.table()
-            write_parquet_atomic(table, self.directory / name)
+            write_parquet_atomic(tables[name](), self.directory / name)
 
     def _restore_tables_of_the_run(self, part: Part) -> None:
-        """Write them again, where one is lost."""
-        lost = self._damaged.intersection(_TABLES_OF_THE_RUN[part])
+        """Write them again, where one is lost, or of a later version than the run."""
+        names = set(_TABLES_OF_THE_RUN[part])
+        lost = (names & self._damaged) | (names - self.manifest["files"].keys())
         if lost:
             self._write_tables_of_the_run(part)
             self._manifest.write(_TABLES_OF_THE_RUN[part])
@@ -320,6 +366,8 @@ class Run:
         shards = self.directory / "shards"
         for directory in sorted(shards.glob(f"{part}-*")):
             remove_shards(directory)
+        for lock in shards.glob("share-*.lock"):
+            lock.unlink()
         if shards.exists() and not any(shards.iterdir()):
             shards.rmdir()
 

@@ -22,7 +22,7 @@ def table_with_schema(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table
 
 MEASURED_TABLES: Final = (
     *("documents", "draw", "effects", "effects_sequence", "estimates", "expert_weights", "progressive", "routing"),
-    *("sampled_effects", "tokens"),
+    *("sampled_effects", "token_texts", "tokens"),
 )
 """The tables of a measurement, each a parquet file of its name; all else in a run is derived from them."""
 REMOVAL_ORDERS: Final = ("descending", "ascending", "random")
@@ -167,6 +167,11 @@ TOKENS = schema_of(
     ("token", pa.int32(), "token id", "input token"),
     ("target", pa.int32(), "token id", "next token of the document; -1 where there is none"),
     _BASELINE,
+)
+TOKEN_TEXTS = schema_of(
+    _DOCUMENT,
+    _POSITION,
+    ("text", pa.string(), "text", "the token as text, after the one before it; U+FFFD where it is a part of a character"),
 )
 DOCUMENTS = schema_of(
     _DOCUMENT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock
@@ -14,7 +14,8 @@ from hooked_moe.counterfactuals.engine.picks import PickQuestion, measure_picks,
 from hooked_moe.counterfactuals.engine.question import Question, SequenceQuestion
 from hooked_moe.counterfactuals.engine.requests import Request
 from hooked_moe.counterfactuals.engine.sequences import measure_sequences
-from hooked_moe.counterfactuals.engine.steps import Steps, in_turn
+from hooked_moe.counterfactuals.engine.steps import Steps, counted, in_turn
+from hooked_moe.progress import progress_bar
 
 
 def answer(question: Question | SequenceQuestion | PickQuestion, request: Request) -> Steps[Results]:
@@ -24,12 +25,16 @@ def answer(question: Question | SequenceQuestion | PickQuestion, request: Reques
     parts are measured one after another; or, where weights are streamed, side by side through the layers.
     """
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
-    tasks: Iterator[Steps[None]]
+    n_layers = request.model.cfg.n_layers
+    tasks: list[Steps[None]]
     if isinstance(question, PickQuestion):
-        tasks = (measure_picks(question, request, part, results) for part in pick_parts(question.picks, request))
+        tasks = [measure_picks(question, request, part, results) for part in pick_parts(question.picks, request)]
     else:
-        tasks = (_measure_part(question, request, *part, results) for part in request.parts(max(1, question.n_variants)))
-    yield from in_turn(tasks, request.model.streams)
+        parts = request.parts(max(1, question.n_variants))
+        tasks = [_measure_part(question, request, *part, results) for part in parts]
+    passes = 1 if request.model.streams else len(tasks)
+    with progress_bar(passes * n_layers, "measuring", "layer", shown=request.progress) as bar:
+        yield from counted(in_turn(tasks, request.model.streams), bar.update, passes * n_layers)
     return results
 
 
