@@ -181,11 +181,12 @@ def sampling_coverage(design: Design, draws: range, seed: int) -> Coverage:
     count = np.bincount(audit.cell, minlength=audit.n_cells).astype(np.float64)
     seen, k = count > 0, audit.n_slots
     groups = list(audit.first.values())
+    everything = np.ones(len(design.p), bool)
     layer_of_cell = np.repeat(np.arange(audit.n_layers), audit.n_experts)
     truths = {
         effect: (
             np.bincount(audit.cell, y, audit.n_cells) / np.maximum(count, 1),
-            np.stack([np.bincount(audit.axis[rows], y[rows], audit.n_layers) for rows in (slice(None), *groups)]),
+            np.stack([np.bincount(audit.axis[rows], y[rows], audit.n_layers) for rows in (everything, *groups)]),
         )
         for effect, y in audit.effects.items()
     }
@@ -213,8 +214,8 @@ def sampling_coverage(design: Design, draws: range, seed: int) -> Coverage:
                 (design.cell_spread * ratios[layer_of_cell]).sum(axis=1),
             )
             estimate = (total / np.maximum(count, 1))[seen]
-            for kind, variance in (("experts", own.moderated()), ("experts, their own removals alone", own.own)):
-                result.add(f"{label}: {kind}", estimate, truth[seen], Z * np.sqrt(variance[seen]) / count[seen])
+            for kind, square in (("experts", own.moderated()), ("experts, their own removals alone", own.own)):
+                result.add(f"{label}: {kind}", estimate, truth[seen], Z * np.sqrt(square[seen]) / count[seen])
             by_layer = np.stack([by(axis[g], audit.n_layers, (error / p)[g]) for g in first])
             totals = (design.sums * weights[None]).sum(axis=(2, 3)) + by_layer
             model = (design.layer_spread * ratios[None]).sum(axis=2)
@@ -280,30 +281,23 @@ def document_coverage(design: Design, draws: range, seed: int) -> Coverage:
         for effect, label in EFFECTS.items():
             total = np.concatenate(sums[effect])
             truth = np.bincount(audit.cell, audit.effects[effect], audit.n_cells)
-            layers = [
-                np.stack([x[:, by_layer == layer].sum(axis=1) for layer in range(audit.n_layers)], axis=1) for x in (total, n)
-            ]
-            for kind, over, under, right in (
-                (
-                    "layers",
-                    *layers,
-                    _ratio(truth.reshape(audit.n_layers, -1).sum(1), count.sum(0).reshape(audit.n_layers, -1).sum(1)),
-                ),
-                ("experts, bootstrap alone", total[:, often], n[:, often], _ratio(truth, count.sum(0))[often]),
-            ):
-                interval = ratio_bootstrap(over, under, n_resamples=500)
-                middle, half = (interval.low + interval.high) / 2, (interval.high - interval.low) / 2
-                result.add(f"{label}: {kind}", middle, right, half)
-            everything = np.concatenate(exact[effect])
-            interval = ratio_bootstrap(everything[:, often], n[:, often], n_resamples=500)
-            middle, half = (interval.low + interval.high) / 2, (interval.high - interval.low) / 2
-            result.add(f"{label}: experts, all removals made", middle, _ratio(truth, count.sum(0))[often], half)
-            sampling = SamplingVariance(*own[effect], model[effect])
+            of_layers, n_layers = (x.reshape(len(x), audit.n_layers, -1).sum(axis=2) for x in (total, n))
+            layer_truth = _ratio(truth.reshape(audit.n_layers, -1).sum(1), count.sum(0).reshape(audit.n_layers, -1).sum(1))
+            expert_truth, everything = _ratio(truth, count.sum(0))[often], np.concatenate(exact[effect])
+            _add_bootstrap(result, f"{label}: layers", of_layers, n_layers, layer_truth)
+            _add_bootstrap(result, f"{label}: experts, bootstrap alone", total[:, often], n[:, often], expert_truth)
+            _add_bootstrap(result, f"{label}: experts, all removals made", everything[:, often], n[:, often], expert_truth)
+            sampling = SamplingVariance(own[effect][0], own[effect][1], model[effect])
             mean = _ratio(total.sum(0), n.sum(0))
             quantile = float(scipy.stats.t.ppf(0.975, documents - 1))
             half = quantile * np.sqrt(sampling.with_documents(total, n)) / np.maximum(n.sum(0), 1)
-            result.add(f"{label}: experts", mean[often], _ratio(truth, count.sum(0))[often], half[often])
+            result.add(f"{label}: experts", mean[often], expert_truth, half[often])
     return result
+
+
+def _add_bootstrap(result: Coverage, kind: str, over: np.ndarray, under: np.ndarray, truth: np.ndarray) -> None:
+    interval = ratio_bootstrap(over, under, n_resamples=500)
+    result.add(kind, (interval.low + interval.high) / 2, truth, (interval.high - interval.low) / 2)
 
 
 def _ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:

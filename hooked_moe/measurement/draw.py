@@ -103,7 +103,8 @@ def _size(chunk: EffectGrid, gap_scale: np.ndarray) -> np.ndarray:
 
 def _totals(estimates: Path, n_experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]:
     """By layer: the sum of what curvature adds, without signs, and of squared gap norms; removals by layer and expert."""
-    bend, square, counts, layers = np.zeros(0), np.zeros(0), np.zeros((0, n_experts), np.int64), ()
+    bend, square, counts = np.zeros(0), np.zeros(0), np.zeros((0, n_experts), np.int64)
+    layers: tuple[int, ...] = ()
     for chunk in _chunks(estimates):
         assert chunk.first_order is not None
         assert chunk.gap_norm is not None
