@@ -227,8 +227,8 @@ def budgeted_audit(args: argparse.Namespace) -> Path:
     """The audit of a sample of the removals; returns the run's directory. Raises as `audit` does."""
     if args.positions != "all" or args.scope != "position" or args.shard is not None:
         raise ValueError(
-            "--budget draws from the removals of single experts at all positions of all documents: leave out --positions, --scope "
-            "and --shard"
+            "--budget draws from the removals of single experts at all positions of all documents: leave out --positions, "
+            "--scope and --shard"
         )
     budget, started = parse_budget(args.budget), time.perf_counter()
     with open_run(args, budget) as run:
