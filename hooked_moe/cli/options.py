@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +32,12 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
         "--corpus",
         default="held-out",
         help="held-out, wikitext-2, a .txt or .jsonl file, or a directory of such files (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--unit",
+        choices=["article", "paragraph"],
+        default="article",
+        help="what one document is: article, what the corpus has as one (default), or paragraph, a piece between blank lines",
     )
     parser.add_argument("--layers", default="all", help="comma-separated layers, or all (default)")
     parser.add_argument("--removal", choices=["zero", "renormalize", "reroute"], default="zero")
@@ -95,18 +103,33 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def first_documents(corpus: Corpus, n: int | None) -> Corpus:
+Spelling = Callable[[str, Any], str]
+"""How an option and its value are called in errors: on the command line, or in Python."""
+
+
+def as_option(name: str, value: Any) -> str:
+    """ "--context 17"."""
+    return f"--{name} {value}"
+
+
+def as_argument(name: str, value: Any) -> str:
+    """ "context=17"."""
+    return f"{name}={value!r}"
+
+
+def first_documents(corpus: Corpus, n: int | None, spell: Spelling = as_option) -> Corpus:
     """The first `n` documents; None means all."""
     if n is None:
         return corpus
     if not 1 <= n <= len(corpus.documents):
-        raise ValueError(f"--documents {n}: corpus {corpus.name!r} has {len(corpus.documents)} documents")
+        raise ValueError(f"{spell('documents', n)}: corpus {corpus.name!r} has {len(corpus.documents)} documents")
     return dataclasses.replace(corpus, documents=corpus.documents[:n])
 
 
-def check_run_name(name: str | None) -> None:
+def check_run_name(name: str | None, spell: Spelling = as_option) -> None:
     if name is not None and (name == ".." or Path(name).name != name or not name or not name.isprintable()):
-        raise ValueError(f"--run {quoted(name)}: give a plain name; it becomes a directory under --results")
+        said = spell("run", quoted(name)) if spell is as_option else spell("name", name)
+        raise ValueError(f"{said}: give a plain name; it becomes a directory among the results")
 
 
 def parse_share(text: str | None) -> Share | None:
@@ -169,9 +192,11 @@ def parse_sample(text: str, valid: list[tuple[int, int]]) -> DocumentPositions |
     """The positions to measure: None for all, or the paper's kind of sample, frozen by its seed."""
     if text == "all":
         return None
-    number = int_or_none(text)
-    if number is None or not 3 <= number <= len(valid):
-        raise ValueError(
-            f"--positions {quoted(text)}: give all, or a number from 3 to {len(valid)}, the valid positions of this corpus"
-        )
-    return frozenset(valid[index] for index in sample_positions(len(valid), number, SEED))
+    return draw_sample(int_or_none(text), valid, as_option("positions", quoted(text)))
+
+
+def draw_sample(n: int | None, valid: list[tuple[int, int]], said: str) -> DocumentPositions:
+    """The paper's kind of sample, frozen by its seed. Raises `ValueError`, which begins with what was said, for other `n`."""
+    if n is None or not 3 <= n <= len(valid):
+        raise ValueError(f"{said}: give all, or a number from 3 to {len(valid)}, the valid positions of this corpus")
+    return frozenset(valid[index] for index in sample_positions(len(valid), n, SEED))

@@ -24,6 +24,7 @@ from hooked_moe.tables import read_parquet, write_derived
 MOST_POSITIONS = 1_000_000
 """Of a cell: positions are drawn with replacement where texts have fewer, so that no text says how many are too many."""
 FIXED = {
+    "unit": "article",
     "removal": "zero",
     "context": None,
     "tokens": "512",

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from hooked_moe.checks import by_number, whole_numbers
 from hooked_moe.components.precision import without_autocast
@@ -127,8 +126,7 @@ class PrunedLosses:
         """Measure without each of these sets of experts, {layer: experts}, unless that has been done; each is kept as it is."""
         units = list(dict.fromkeys(map(_unit, prunings)))
         pending = [unit for unit in units if not self._is_whole(unit)]
-        with tqdm(total=len(units), desc="pruned models", unit="model", disable=not progress) as bar:
-            bar.update(len(units) - len(pending))
+        with progress_bar(len(units), "pruned models", "model", shown=progress, done=len(units) - len(pending)) as bar:
             for _ in (executor or Threads()).run(self._work, pending):
                 bar.update()
 

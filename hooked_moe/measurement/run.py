@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from hooked_moe.checks import WrongTypeError, whole_number, whole_numbers
 from hooked_moe.counterfactuals import Order, Scope
@@ -45,7 +46,7 @@ _SCOPES: dict[Part, Scope] = {"position": "position", "sequence": "sequence", "p
 _EFFECT_TABLES: dict[Part, str] = {"position": "effects", "sequence": "effects_sequence", "progressive": "progressive"}
 """The table of each part that has a row for every removal."""
 _TABLES_OF_THE_RUN: dict[Part, tuple[str, ...]] = {
-    "position": ("documents.parquet", "expert_weights.parquet"),
+    "position": ("documents.parquet", "expert_weights.parquet", "token_texts.parquet"),
     "sequence": ("documents.parquet",),
     "progressive": ("documents.parquet",),
 }
@@ -294,14 +295,18 @@ class Run:
 
     def _write_tables_of_the_run(self, part: Part) -> None:
         """The tables beside those of the part, which take no measurement."""
+        tables: dict[str, Callable[[], pa.Table]] = {
+            "documents.parquet": self.tokenized.table,
+            "expert_weights.parquet": lambda: expert_weights(self.model, self.layers),
+            "token_texts.parquet": self.tokenized.token_texts,
+        }
         for name in _TABLES_OF_THE_RUN[part]:
-            is_weights = name == "expert_weights.parquet"
-            table = expert_weights(self.model, self.layers) if is_weights else self.tokenized.table()
-            write_parquet_atomic(table, self.directory / name)
+            write_parquet_atomic(tables[name](), self.directory / name)
 
     def _restore_tables_of_the_run(self, part: Part) -> None:
-        """Write them again, where one is lost."""
-        lost = self._damaged.intersection(_TABLES_OF_THE_RUN[part])
+        """Write them again, where one is lost, or of a later version than the run."""
+        names = set(_TABLES_OF_THE_RUN[part])
+        lost = (names & self._damaged) | (names - self.manifest["files"].keys())
         if lost:
             self._write_tables_of_the_run(part)
             self._manifest.write(_TABLES_OF_THE_RUN[part])

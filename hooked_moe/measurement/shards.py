@@ -18,7 +18,6 @@ from typing import Any, TypeVar, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm import tqdm
 
 from hooked_moe.corpus import Window
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
@@ -34,6 +33,7 @@ from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.progress import progress_bar
 from hooked_moe.tables import atomic_path
 from hooked_moe.transformer import Transformer
 
@@ -213,11 +213,11 @@ def measure_part(
         model, corpus, spec, shards, identity, share=share, memory_budget=memory_budget, plan=plan, transfer=transfer, log=log
     )
     per_token = len(spec.layers) * model.cfg.experts_per_token * max(1, len(spec.orders))
-    total = sum(part.lengths[number] for number in part.numbers)
+    total, description = sum(part.lengths[number] for number in part.numbers), f"measuring, {spec.part}"
     for pending in part.pending():
         groups = part.groups(pending, executor.places(part.work))
-        with tqdm(total=total, unit="tok", desc=f"measuring, {spec.part}", disable=not progress, smoothing=0.1) as bar:
-            bar.update(total - sum(part.lengths[index] for index in pending))
+        done = total - sum(part.lengths[index] for index in pending)
+        with progress_bar(total, description, "tok", shown=progress, done=done, smoothing=0.1) as bar:
             for group in executor.run(part.work, groups):
                 part.await_shards(group)
                 bar.update(sum(part.lengths[index] for index in group))
