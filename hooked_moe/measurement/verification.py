@@ -185,7 +185,7 @@ def _no_stale_state(model: Transformer, tokens: Tensor, before: Tensor) -> Steps
     )
 
 
-def _losses_differ(losses: Float[Tensor, " pos-1"]) -> Check:
+def _losses_differ(losses: Float[Tensor, " predicted"]) -> Check:
     """3. Different positions have different losses: a loss read at the wrong position would repeat."""
     share = len(losses[~losses.isnan()].unique()) / len(losses)
     return Check("losses differ", share > 0.5, share, 0.5, "share of positions whose loss no other position has")

@@ -100,7 +100,7 @@ class SamplingVariance:
         """Both, weighted by the effective number of removals behind each: (sum v)^2 / sum v^2 of the group's own, which is small
         where one of them makes up all of it, and `PRIOR_REMOVALS`."""
         effective = np.divide(self.own**2, self.own_square, out=np.zeros(self.own.shape), where=self.own_square > 0)
-        return (effective * self.own + PRIOR_REMOVALS * self.model) / (effective + PRIOR_REMOVALS)
+        return np.asarray((effective * self.own + PRIOR_REMOVALS * self.model) / (effective + PRIOR_REMOVALS))
 
     def with_documents(
         self, total: Float[np.ndarray, "document *group"], count: Float[np.ndarray, "document *group"]
@@ -115,4 +115,4 @@ class SamplingVariance:
 
     def over(self, axis: int) -> "SamplingVariance":
         """Of groups joined along an axis: removals are drawn one by one, so that variances add up."""
-        return SamplingVariance(self.own.sum(axis), self.own_square.sum(axis), self.model.sum(axis))
+        return SamplingVariance(*(np.asarray(x.sum(axis)) for x in (self.own, self.own_square, self.model)))

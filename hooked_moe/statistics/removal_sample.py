@@ -50,7 +50,7 @@ class RemovalSample:
     """What a nat of size adds to it."""
 
     def probability(
-        self, axis: Int[np.ndarray, "*rows"], expert: Int[np.ndarray, "*rows"], size: Float[np.ndarray, "*rows"]
+        self, axis: Int[np.ndarray, "*#rows"], expert: Int[np.ndarray, "*rows"], size: Float[np.ndarray, "*rows"]
     ) -> Float[np.ndarray, "*rows"]:
         """Of removals in the layers with these numbers."""
         return np.minimum(1.0, self.least[axis, expert] + self.factor * size)

@@ -40,7 +40,7 @@ class Heavy:
         self.first_order = 0.02 * gap * random.standard_t(4, N)
         self.effect = self.first_order + 1.8 * self.bend * np.exp(random.normal(0, 0.8, N))
         self.features = np.stack([self.bend, 0.01 * gap**2], axis=1)
-        self.size = removal_size(self.first_order, self.first_order + self.bend, gap, np.float64(0.01))
+        self.size = removal_size(self.first_order, self.first_order + self.bend, gap, np.full(1, 0.01))
         counts = np.zeros((LAYERS, EXPERTS), np.int64)
         np.add.at(counts, (self.axis, self.expert), 1)
         self.counts, self.cell = counts, self.axis * EXPERTS + self.expert
@@ -154,8 +154,8 @@ def test_variances_are_between_their_own_and_the_models_and_add_up() -> None:
     nothing = SamplingVariance(np.array([0.0]), np.array([0.0]), np.array([1.0]))
     assert 1 < one_large.moderated()[0] < 1.2 < 3.9 < many_alike.moderated()[0] < 4
     assert nothing.moderated()[0] == 1
-    both = SamplingVariance(np.array([4.0, 4.0]), np.array([16.0, 0.001]), np.ones(2)).over(0)
-    assert (both.own, both.model) == (8, 2)
+    both = SamplingVariance(np.full((2, 1), 4.0), np.array([[16.0], [0.001]]), np.ones((2, 1))).over(0)
+    assert (both.own[0], both.model[0]) == (8, 2)
 
 
 def test_the_variance_over_documents_holds_what_was_drawn_too() -> None:
