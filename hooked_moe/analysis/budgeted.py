@@ -244,7 +244,7 @@ def _saving_rows(
             drawn = int(sampling.experts.n_drawn[axes].sum())
             for kind, share, scale in (("saving", 0.0, n), ("saving_share", row["saving_share"], random)):
                 a = (1 - share) / k
-                half = Z * np.sqrt(a * a * of_all + (1 - 2 * a) * of_first) / scale
+                half = Z * np.sqrt(np.maximum(a * a * of_all + (1 - 2 * a) * of_first, 0.0)) / scale
                 estimate = row[kind]
                 yield {
                     "effect": effect,

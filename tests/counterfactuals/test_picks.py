@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,3 +174,13 @@ def test_lanes_of_variants_and_of_tokens() -> None:
     assert by_variant.entering(variants, 3).flatten().tolist() == variants[2:].flatten().tolist()
     assert by_token.entered(variants[:1], 2).flatten().tolist() == [0.0, 1.0, 2.0, 3.0]
     assert by_token.entering(variants[:1], 3).flatten().tolist() == [4.0, 5.0]
+
+
+@pytest.mark.parametrize("budget", [None, "20MB"], ids=["in memory", "in a file"])
+def test_picks_of_a_streamed_model_wait_between_its_layers(budget: str | None, tmp_path: Path) -> None:
+    whole, tokens = random_model("olmoe"), random_tokens(batch=2, pos=11)
+    whole.save_pretrained(tmp_path)
+    streamed = HookedMoE.from_pretrained(tmp_path, stream=True)
+    dense = expert_effects(whole, tokens)
+    picks = some_picks(dense, 0.3)
+    assert_picked(expert_effects(streamed, tokens, picks=picks, memory_budget=budget), dense, picks)

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from hooked_moe import measurement
+from hooked_moe import HookedMoE, measurement
 from hooked_moe.analysis.budgeted import analyse_budgeted, budgeted_fault
 from hooked_moe.analysis.estimated_effects import BudgetedTables
 from hooked_moe.measurement import Run, open_measurement
@@ -171,6 +171,17 @@ def test_nothing_that_reads_effects_takes_a_sample_for_them(budgeted: Run) -> No
     for name in ("sampled_effects", "estimates"):
         with pytest.raises(ValueError):  # noqa: PT011 (one lacks a column, the other is no grid)
             list(effect_chunks(budgeted.directory / f"{name}.parquet"))
+
+
+def test_a_streamed_model_draws_and_measures_the_same(opened: Callable[..., Run], budgeted: Run, tmp_path: Path) -> None:
+    budgeted.model.save_pretrained(tmp_path / "model")
+    streamed = HookedMoE.from_pretrained(tmp_path / "model", stream=True)
+    streamed.tokenizer = budgeted.model.tokenizer
+    corpus = TokenizedCorpus(streamed, budgeted.tokenized.corpus, 16)
+    with open_measurement(streamed, corpus, results=tmp_path, budget=Budget(share=0.3)) as run:
+        run.require_sample(progress=False)
+    pd.testing.assert_frame_equal(table(run, "draw"), table(budgeted, "draw"))
+    pd.testing.assert_frame_equal(table(run, "sampled_effects"), table(budgeted, "sampled_effects"), atol=1e-5)
 
 
 # --- what is made of it -----------------------------------------------------------------------------------------------------
