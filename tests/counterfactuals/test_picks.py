@@ -136,6 +136,7 @@ def test_what_goes_through_a_block_is_in_proportion_to_the_picks(monkeypatch: py
     assert sum(advanced) == 2 * (model.cfg.moe_layers[-1] - model.cfg.moe_layers[0])
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
