@@ -56,6 +56,7 @@ from hooked_moe.counterfactuals.loss_head import LossHead, head_bytes
 from hooked_moe.counterfactuals.results import ExpertEffects, TensorResult
 from hooked_moe.kernels.cpu.prefix_attention import for_every_head
 from hooked_moe.kernels.prefix_attention import own_share
+from hooked_moe.progress import progress_bar
 from hooked_moe.tables import Column
 from hooked_moe.transformer import Transformer
 
@@ -96,6 +97,7 @@ def first_order_effects(
     *,
     embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> Steps[FirstOrderEffects]:
     """The first-order estimate of every removal of one expert at one token, its output zeroed; and with the softmax's curvature.
 
@@ -103,19 +105,21 @@ def first_order_effects(
     `LIKELY_TOKENS` rows of one. Where weights are streamed, they are read twice: once up, and once back through the layers.
     `layers` None means all that have experts; padding may be anywhere in `attention_mask`; `embeddings` [batch, pos, d_model] are
     what the run begins with, in place of the tokens' own; `memory_budget` ("4GB", or bytes) bounds the memory beside weights and
-    results. Raises `ValueError` for layers out of range or dense, for a budget too small for one row, and while hooks are
-    attached.
+    results; `progress` shows a bar that counts rows. Raises `ValueError` for layers out of range or dense, for a budget too small
+    for one row, and while hooks are attached.
     """
     request = make_request(model, tokens, layers, None, attention_mask, (), memory_budget, embeddings=embeddings)
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
     rows, keep = _rows_per_group(model, request.packed, request.budget)
-    tasks = [with_gradients(_estimate(request, packed, keep, results)) for packed in request.packed.split(rows)]
-    yield from in_turn(tasks, model.streams)
+    with progress_bar(len(request.packed.tokens), "first order", "row", shown=progress) as bar:
+        groups = request.packed.split(rows)
+        tasks = [with_gradients(_estimate(request, packed, keep, results, bar.update)) for packed in groups]
+        yield from in_turn(tasks, model.streams)
     return FirstOrderEffects(request.layers, **results.tables)
 
 
-def _estimate(request: Request, packed: Packed, keep: bool, results: Results) -> Steps[None]:
-    """The estimates of some rows, into the results."""
+def _estimate(request: Request, packed: Packed, keep: bool, results: Results, count: Callable[[int], object]) -> Steps[None]:
+    """The estimates of some rows, into the results; `count` is told how many rows these were."""
 
     def visit(clean: CleanBlock, head: LossHead, gradient: Tensor) -> None:
         if clean.layer not in request.layers:
@@ -131,6 +135,7 @@ def _estimate(request: Request, packed: Packed, keep: bool, results: Results) ->
 
     with request.waiting_room(packed.tokens.numel() * waiting_bytes(request.model.cfg)) as waiting:
         yield from _backward(request.model, packed, request.layers[0], keep, Shelf(waiting), visit)
+    count(len(packed.tokens))
 
 
 def _removals(clean: CleanExperts) -> Float[Tensor, "batch pos slot d_model"]:
