@@ -237,7 +237,9 @@ def _saving_rows(
             if row is None:  # the exact effect as a ranking
                 continue
             of_all, of_first = (
-                SamplingVariance(*(np.asarray(values[axes, *rest].sum()) for values in (v.own, v.own_square, v.model))).moderated()
+                SamplingVariance(
+                    *(np.asarray(values[axes, *rest].sum()) for values in (v.own, v.own_square, v.model))
+                ).moderated()
                 for v, rest in ((every, ()), (first, (number,)))
             )
             n, random = sums.n[number, axes].sum(), sums.random[number, axes].sum()

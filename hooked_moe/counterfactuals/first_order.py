@@ -51,7 +51,7 @@ from hooked_moe.counterfactuals.engine.requests import (
     make_request,
 )
 from hooked_moe.counterfactuals.engine.shelf import Shelf
-from hooked_moe.counterfactuals.engine.steps import Steps, counted, in_turn, pausable, with_gradients
+from hooked_moe.counterfactuals.engine.steps import Steps, in_turn, pausable, with_gradients
 from hooked_moe.counterfactuals.loss_head import LossHead, head_bytes
 from hooked_moe.counterfactuals.results import ExpertEffects, TensorResult
 from hooked_moe.kernels.cpu.prefix_attention import for_every_head
@@ -105,21 +105,21 @@ def first_order_effects(
     `LIKELY_TOKENS` rows of one. Where weights are streamed, they are read twice: once up, and once back through the layers.
     `layers` None means all that have experts; padding may be anywhere in `attention_mask`; `embeddings` [batch, pos, d_model] are
     what the run begins with, in place of the tokens' own; `memory_budget` ("4GB", or bytes) bounds the memory beside weights and
-    results; `progress` shows a bar that counts layers, up and back. Raises `ValueError` for layers out of range or dense, for a
-    budget too small for one row, and while hooks are attached.
+    results; `progress` shows a bar that counts rows. Raises `ValueError` for layers out of range or dense, for a budget too small
+    for one row, and while hooks are attached.
     """
     request = make_request(model, tokens, layers, None, attention_mask, (), memory_budget, embeddings=embeddings)
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
     rows, keep = _rows_per_group(model, request.packed, request.budget)
-    tasks = [with_gradients(_estimate(request, packed, keep, results)) for packed in request.packed.split(rows)]
-    total = (1 if model.streams else len(tasks)) * (2 * model.cfg.n_layers - request.layers[0])
-    with progress_bar(total, "first order", "layer", shown=progress) as bar:
-        yield from counted(in_turn(tasks, model.streams), bar.update, total)
+    with progress_bar(len(request.packed.tokens), "first order", "row", shown=progress) as bar:
+        groups = request.packed.split(rows)
+        tasks = [with_gradients(_estimate(request, packed, keep, results, bar.update)) for packed in groups]
+        yield from in_turn(tasks, model.streams)
     return FirstOrderEffects(request.layers, **results.tables)
 
 
-def _estimate(request: Request, packed: Packed, keep: bool, results: Results) -> Steps[None]:
-    """The estimates of some rows, into the results."""
+def _estimate(request: Request, packed: Packed, keep: bool, results: Results, count: Callable[[int], object]) -> Steps[None]:
+    """The estimates of some rows, into the results; `count` is told how many rows these were."""
 
     def visit(clean: CleanBlock, head: LossHead, gradient: Tensor) -> None:
         if clean.layer not in request.layers:
@@ -135,6 +135,7 @@ def _estimate(request: Request, packed: Packed, keep: bool, results: Results) ->
 
     with request.waiting_room(packed.tokens.numel() * waiting_bytes(request.model.cfg)) as waiting:
         yield from _backward(request.model, packed, request.layers[0], keep, Shelf(waiting), visit)
+    count(len(packed.tokens))
 
 
 def _removals(clean: CleanExperts) -> Float[Tensor, "batch pos slot d_model"]:

@@ -87,6 +87,7 @@ def from_pretrained(
         "cache_dir": None if cache_dir is None else Path(cache_dir).resolve(),
         "local_files_only": local_files_only,
         "stream": stream,
+        "store": stored,
         "adapter": None if adapter is None else expanded_path(adapter).resolve(),
     }
     return model.eval()

@@ -210,7 +210,8 @@ class Run:
                 self._remove_shards(part)
             return
         spec = self._union_with_measured(spec)
-        weights = [expert_weights.steps(self.model, self.layers)] if _WEIGHTS in _TABLES_OF_THE_RUN[part] else []
+        wanted = self.share is None and _WEIGHTS in _TABLES_OF_THE_RUN[part]
+        weights = [expert_weights.steps(self.model, self.layers)] if wanted else []
         tables = verify_once(self.manifest, self.model, self.tokenized, self.removal, _SCOPES[part], self._log, weights)
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
         if self.share is None:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +21,7 @@ import torch
 
 from hooked_moe.corpus import Window
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
-from hooked_moe.counterfactuals.engine.steps import Steps, run_without_grad, side_by_side
+from hooked_moe.counterfactuals.engine.steps import run_without_grad, side_by_side
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
 from hooked_moe.counterfactuals.first_order import waiting_bytes as gradient_waiting_bytes
 from hooked_moe.executors import Executor, ModelWork, Threads
@@ -47,7 +47,6 @@ ATTEMPTS = 2
 ARRIVAL_SECONDS = 90.0
 """How long shards that a worker has written may take until they are seen here: file systems remember what was not there."""
 
-Result = TypeVar("Result")
 Log = Callable[[str], object]
 
 
@@ -69,7 +68,7 @@ class MeasureDocuments:
     def do(self, resource: Transformer, unit: Sequence[int]) -> None:
         """Measure the documents of these numbers, and write their shards."""
         tasks = [measure_document(resource, self.documents[index], self.first, self.spec, self.budget) for index in unit]
-        for index, tables in zip(unit, _together(tasks), strict=True):
+        for index, tables in zip(unit, run_without_grad(side_by_side(tasks)), strict=True):
             self._write(unit_name(index), tables, computed_on(resource.cfg.device))
 
     def _write(self, unit: str, tables: dict[str, pa.Table], place: str) -> None:
@@ -265,18 +264,8 @@ def _waiting_bytes(model: Transformer, spec: PartSpec, document: int, length: in
         picks = spec.draw.picks.get(document)
         return (length + (0 if picks is None else len(picks.position))) * variant_bytes(cfg)
     each = cfg.experts_per_token if spec.part != "sequence" else max(map(cfg.experts_in, spec.layers))
-    return length * len(spec.layers) * each * variant_bytes(cfg)
-
-
-def _together(tasks: list[Steps[Result]]) -> list[Result]:
-    """What each of several measurements returns, run side by side through the layers."""
-    results: list[Result | None] = [None] * len(tasks)
-
-    def keep(number: int, task: Steps[Result]) -> Steps[None]:
-        results[number] = yield from task
-
-    run_without_grad(side_by_side([keep(number, task) for number, task in enumerate(tasks)]))
-    return cast(list[Result], results)
+    beside = gradient_waiting_bytes(cfg) if spec.part == "position" else 0
+    return length * (len(spec.layers) * each * variant_bytes(cfg) + beside)
 
 
 def workers_for(model: Transformer, documents: int) -> int:
