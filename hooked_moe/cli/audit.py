@@ -30,7 +30,7 @@ from hooked_moe.analysis.criteria import PAPER_CRITERIA
 from hooked_moe.analysis.saving_table import SAVINGS
 from hooked_moe.checks import whole_number
 from hooked_moe.cli.console import parser_of, run_command
-from hooked_moe.cli.measured_run import MeasuredForm, analyse, open_run, open_run_of, read_documents
+from hooked_moe.cli.measured_run import MeasuredForm, analyse, open_run, open_run_of, read_documents, share_ends
 from hooked_moe.cli.options import (
     add_measurement_arguments,
     as_argument,
@@ -148,10 +148,12 @@ def audit(
         raise ValueError(f"scope must be 'position' or 'both', not {scope!r}")
     read = read_documents(model, corpus, unit, documents, as_argument, log)
     form = MeasuredForm(layers, removal, context, tokens, bos)
-    with open_run_of(model, read, form, Path(results), name, as_argument, log) as run:
+    with open_run_of(model, read, form, Path(results), name, as_argument, log=log) as run:
         valid = run.tokenized.valid_positions()
         sample = None if positions is None else draw_sample(whole_number(positions, "positions"), valid, f"{positions=}")
-        return finish_audit(run, sample, scope == "both", memory_budget, progress, log)
+        found = finish_audit(run, sample, scope == "both", memory_budget, progress, log)
+    assert found is not None  # only a share ends without
+    return found
 
 
 def audit_as_asked(args: argparse.Namespace) -> Path:
@@ -160,6 +162,8 @@ def audit_as_asked(args: argparse.Namespace) -> Path:
     with open_run(args) as run:
         sample = parse_sample(args.positions, run.tokenized.valid_positions())
         found = finish_audit(run, sample, args.scope == "both", args.memory, progress=True, log=print)
+        if found is None:
+            return run.directory
     seconds = time.perf_counter() - started
     print(f"{found}\n{found.n_removals:,} removals; {seconds:.0f} s in all\nreport: {found.report}")
     return found.directory
@@ -172,8 +176,9 @@ def finish_audit(
     memory_budget: int | str | None,
     progress: bool,
     log: Callable[[str], object],
-) -> Audit:
-    """Measure at the sampled positions (None: all), with `sequences` also from whole sequences; analyse, and report."""
+) -> Audit | None:
+    """Measure at the sampled positions (None: all), with `sequences` also from whole sequences; analyse, and report. None for a
+    share, which ends before any analysis."""
     positions = run.tokenized.valid_positions() if sample is None else sample
     n_removals = len(positions) * len(run.layers) * run.model.cfg.experts_per_token
     log(f"removals to measure: {n_removals:,}\nresults: {run.directory}")
@@ -185,6 +190,8 @@ def finish_audit(
     run.require("position", sample, memory_budget=memory_budget, progress=progress)
     if sequences:
         run.require("sequence", sample, memory_budget=memory_budget, progress=progress)
+    if share_ends(run, log):
+        return None
     analyse(run, log)
     return Audit(run.directory, n_removals)
 

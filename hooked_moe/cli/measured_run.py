@@ -17,18 +17,23 @@ from hooked_moe.cli.options import (
     check_memory,
     check_run_name,
     choose_device,
+    executor_of,
     first_documents,
     parse_layers,
+    parse_share,
     parse_tokens,
 )
 from hooked_moe.corpus import Corpus, load_corpus
 from hooked_moe.corpus.corpora import corpus_of
+from hooked_moe.executors import Executor
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement import Run, open_measurement
+from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 from hooked_moe.model import HookedMoE
 from hooked_moe.report import report_fault, write_report
+from hooked_moe.report.explorer import explorer_fault, write_explorer
 from hooked_moe.tables import NOT_MADE, required_file
 
 SAMPLE_SIZE = 200
@@ -41,6 +46,7 @@ def open_run(args: argparse.Namespace) -> Run:
     """
     check_run_name(args.run)
     check_memory(args.memory)
+    share, executor = parse_share(args.shard), executor_of(args)
     model = HookedMoE.from_pretrained(
         args.model,
         dtype=DTYPES[args.dtype or "float32"],
@@ -50,7 +56,8 @@ def open_run(args: argparse.Namespace) -> Run:
     )
     corpus = read_documents(model, args.corpus, args.unit, args.documents, log=print)
     form = MeasuredForm(parse_layers(args.layers, model.cfg), args.removal, args.context, parse_tokens(args.tokens), args.bos)
-    return open_run_of(model, corpus, form, args.results, args.run, log=print)
+    execution = Execution(share, executor, args.object_store)
+    return open_run_of(model, corpus, form, args.results, args.run, execution=execution, log=print)
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,15 @@ class MeasuredForm:
     tokens: int | None = 512
     """Of each document; None: all."""
     bos: bool | None = None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where it is measured; see `open_measurement`."""
+
+    share: Share | None = None
+    executor: Executor | None = None
+    object_store: str | None = None
 
 
 def read_documents(
@@ -93,6 +109,7 @@ def open_run_of(
     results: Path,
     name: str | None,
     spell: Spelling = as_option,
+    execution: Execution = Execution(),
     log: Callable[[str], object] = lambda line: None,
 ) -> Run:
     """The measurement of a model that is loaded, new or to be continued; tells the log what it is."""
@@ -110,7 +127,18 @@ def open_run_of(
             f"{spell('context', n_ctx)}: the longest document of {corpus.name!r} has {longest} tokens ({asked}): no window is as "
             "long; give a shorter context or longer documents"
         )
-    run = open_measurement(model, tokenized, form.layers, form.removal, results=results, name=name, log=log)
+    run = open_measurement(
+        model,
+        tokenized,
+        form.layers,
+        form.removal,
+        results=results,
+        name=name,
+        share=execution.share,
+        executor=execution.executor,
+        object_store=execution.object_store,
+        log=log,
+    )
     shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"
     log(
         f"{model.cfg.model_name}: {len(run.layers)} layers of {model.cfg.num_experts} experts, "
@@ -119,6 +147,14 @@ def open_run_of(
     extent = "" if limit is None else f" (of each the first {limit} at most)"
     log(f"{corpus.name}: {len(corpus.documents)} documents, {sum(tokenized.lengths()):,} tokens{extent}")
     return run
+
+
+def share_ends(run: Run, log: Callable[[str], object] = print) -> bool:
+    """Whether the run is of a share, which ends before any analysis; says how it goes on then."""
+    if run.share is None:
+        return False
+    log(f"share {run.share} is measured; once all are, the same command without --shard merges, analyses and reports")
+    return True
 
 
 def analyse(run: Run, log: Callable[[str], object] = print) -> Path:
@@ -137,6 +173,10 @@ def analyse(run: Run, log: Callable[[str], object] = print) -> Path:
     if fault is not None:
         _say_why("analysed again", fault, log)
         analyse_run(directory, **settings)
+    fault = explorer_fault(directory, known)
+    if fault is not None:
+        _say_why("explorer pages made again", fault, log)
+        write_explorer(directory)
     fault = report_fault(directory, known)
     if fault is None:
         return directory / "report.html"

@@ -16,6 +16,8 @@ from hooked_moe.cli.console import int_or_none, whole_number
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.corpus import Corpus
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
+from hooked_moe.executors import Executor, RayExecutor
+from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 
@@ -64,6 +66,35 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="commit or branch of the model on the hub")
     parser.add_argument("--results", type=_path, default=Path("results"), help="where results go (default: %(default)s)")
     parser.add_argument("--run", help="name of the run (default: from its settings, so that the same settings find it again)")
+    parser.add_argument(
+        "--shard", metavar="I/N", help="only measure share I of N, as in a Slurm array; without it, the same command merges them"
+    )
+    parser.add_argument(
+        "--object-store", metavar="URI", help="by way of which results come here from --ray and --shard, as in s3://bucket/prefix"
+    )
+    add_ray_arguments(parser)
+
+
+def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say on which machines it is measured."""
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="measure on the Ray cluster of this address; auto: the one of this machine, or it alone"
+    )
+    parser.add_argument("--ray-workers", type=whole_number, metavar="N", help="how many (default: as many as there is room for)")
+    parser.add_argument("--ray-cpus", type=whole_number, metavar="N", help="of each (default: as many as a document has here)")
+    parser.add_argument("--ray-gpus", type=float, metavar="X", help="of each (default: 1 if the model is on one here, else 0)")
+
+
+def executor_of(args: argparse.Namespace) -> Executor | None:
+    """Where the arguments say that it is measured; None: here. Raises `ValueError` for options that do not go together."""
+    given = [name for name in ("workers", "cpus", "gpus") if getattr(args, f"ray_{name}") is not None]
+    if args.ray is None:
+        if given:
+            raise ValueError(f"--ray-{given[0]} says what Ray's workers are like: give --ray auto, or the address of a cluster")
+        return None
+    if getattr(args, "shard", None) is not None:
+        raise ValueError("--shard and --ray are two ways to share out a measurement: give one of them")
+    return RayExecutor(args.ray, workers=args.ray_workers, cpus=args.ray_cpus, gpus=args.ray_gpus, log=print)
 
 
 def _path(text: str) -> Path:
@@ -99,6 +130,16 @@ def check_run_name(name: str | None, spell: Spelling = as_option) -> None:
     if name is not None and (name == ".." or Path(name).name != name or not name or not name.isprintable()):
         said = spell("run", quoted(name)) if spell is as_option else spell("name", name)
         raise ValueError(f"{said}: give a plain name; it becomes a directory among the results")
+
+
+def parse_share(text: str | None) -> Share | None:
+    """The share that --shard names; None for all. Raises `ValueError`."""
+    if text is None:
+        return None
+    try:
+        return Share.parse(text)
+    except ValueError as error:
+        raise ValueError(f"--shard {error}") from error
 
 
 def check_memory(text: str | None) -> None:

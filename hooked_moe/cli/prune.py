@@ -27,12 +27,11 @@ from hooked_moe.analysis.pruning_table import PRUNING, MeasuredLosses, pruning_s
 from hooked_moe.analysis.summed_effects import SUMS_FILE
 from hooked_moe.checks import unknown_name
 from hooked_moe.cli.console import parser_of, run_command, whole_number
-from hooked_moe.cli.measured_run import analyse, open_run
+from hooked_moe.cli.measured_run import analyse, open_run, share_ends
 from hooked_moe.cli.options import add_measurement_arguments
 from hooked_moe.loading import save_pretrained
 from hooked_moe.measurement import Run
 from hooked_moe.measurement.pruned_losses import PrunedLosses
-from hooked_moe.progress import progress_bar
 from hooked_moe.report import write_report
 from hooked_moe.report.figures.names import label
 from hooked_moe.report.number_text import preset_share, share, signed
@@ -90,6 +89,8 @@ def prune(args: argparse.Namespace) -> Path:
         run.model.require_weights("pruning")
         if not run.has("position"):
             run.require("position", memory_budget=args.memory)
+        if share_ends(run):
+            return run.directory
         analyse(run)
         return save(run, args) if args.save_to else measure(run, args)
 
@@ -134,7 +135,8 @@ def measure(run: Run, args: argparse.Namespace) -> Path:
     directory = run.directory / "prunings"
     losses = PrunedLosses(run.model, run.tokenized, documents, args.evaluate_tokens, directory, run.plan, log=print)
     intact = losses.of({})
-    pruned = losses_of(prunings, losses)
+    losses.measure([one.experts for one in prunings], run.executor, progress=True)
+    pruned = [losses.of(one.experts).total for one in prunings]
     measured = MeasuredLosses(intact.n_positions, intact.total, np.stack(pruned), args.evaluate_tokens)
     table = pruning_table(prunings, measured, orders.sums, "even")
     written = {"pruning.csv": table, "pruning_summary.csv": pruning_summary(table)}
@@ -144,16 +146,6 @@ def measure(run: Run, args: argparse.Namespace) -> Path:
         print(line)
     print(f"\nreport: {report}")
     return run.directory
-
-
-def losses_of(prunings: Sequence[Pruning], losses: PrunedLosses) -> list[np.ndarray]:
-    """The loss of every document under each pruning, [document], in order."""
-    left = [one for one in prunings if not losses.are_measured(one.experts)]
-    with progress_bar(len(prunings), "pruned models", "model", shown=True, done=len(prunings) - len(left)) as bar:
-        for one in left:
-            losses.of(one.experts)
-            bar.update()
-    return [losses.of(one.experts).total for one in prunings]
 
 
 def evaluated(n_documents: int, limit: int | None, at_least: int = 0) -> list[int]:

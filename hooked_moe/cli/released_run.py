@@ -32,6 +32,8 @@ FIXED = {
     "stream": False,
     "memory": None,
     "scope": "position",
+    "shard": None,
+    "object_store": None,
 }
 """Options that the released protocol leaves no choice in, with their defaults."""
 
@@ -51,7 +53,7 @@ def open_released_run(args: argparse.Namespace) -> ReleasedRun:
 
     Raises `ValueError` for options that the protocol fixes, and what `open_released` raises.
     """
-    given = [f"--{name}" for name, default in FIXED.items() if getattr(args, name, default) != default]
+    given = [f"--{name.replace('_', '-')}" for name, default in FIXED.items() if getattr(args, name, default) != default]
     if given:
         raise ValueError(f"{', '.join(given)}: --protocol as_released fixes that; leave it out, or use --protocol defined")
     check_run_name(args.run)

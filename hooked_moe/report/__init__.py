@@ -6,7 +6,7 @@ that measure it.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from hooked_moe.report.figures.removal_effect import removal_effect, slot_distri
 from hooked_moe.report.figures.savings import savings as savings_figure
 from hooked_moe.report.figures.scopes import scopes
 from hooked_moe.report.figures.verdict import verdict
-from hooked_moe.report.inputs import Inputs, left_out, read_inputs
+from hooked_moe.report.inputs import Inputs, explorer_pages, left_out, read_inputs
+from hooked_moe.report.links import expert_links, explorer_links
 from hooked_moe.report.page import render_page
 from hooked_moe.report.protocol import protocol_sections
 from hooked_moe.report.pruning_sections import pruning_section
@@ -51,24 +52,24 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     figures = _Figures(inputs, run / "figures")
     first = figures.drawn("savings.csv", verdict)
     title = f"Removing one expert at one token: {inputs.model_name}"
-    page = Page(title, opening(inputs, first), tuple(_sections(inputs, figures)))
+    page = Page(title, (*opening(inputs, first), *explorer_links(inputs)), tuple(_sections(inputs, figures)))
     write_text_atomic(render_page(page), run / "report.html")
-    Ledger(run).record(_REPORT, _INPUTS, ["report.html", *figures.files()], settings=_settings(inputs.reasons))
+    Ledger(run).record(_REPORT, _INPUTS, ["report.html", *figures.files()], settings=_settings(inputs.reasons, inputs.explorer))
     return run / "report.html"
 
 
 def report_fault(run: Path, known: Mapping[str, FileRecord | None] | None = None) -> str | None:
     """Why the report is not the one that `write_report` would write now; None where it is. `known` is as in `tables.Ledger`."""
-    return Ledger(run, known).fault(_REPORT, _INPUTS, _settings(left_out(run, known)))
+    return Ledger(run, known).fault(_REPORT, _INPUTS, _settings(left_out(run, known), explorer_pages(run)))
 
 
 _REPORT = "report"
 _INPUTS = ("manifest.json", *DERIVED_FILES)
 
 
-def _settings(reasons: Mapping[str, str]) -> dict[str, Any]:
-    """What the page says beside its inputs: why tables are not in it."""
-    return {"left_out": {name: reason for name, reason in reasons.items() if name in DERIVED_FILES}}
+def _settings(reasons: Mapping[str, str], explorer: Sequence[str]) -> dict[str, Any]:
+    """What the page says beside its inputs: why tables are not in it, and which pages it links to."""
+    return {"left_out": {name: reason for name, reason in reasons.items() if name in DERIVED_FILES}, "explorer": list(explorer)}
 
 
 @dataclass
@@ -138,7 +139,8 @@ def _effect_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
         *figures.drawn("slot_distribution.csv", slot_distribution, inputs.noise_floor),
     )
     yield from _section("effects", "What one removal does", effects)
-    yield from _section("experts", "Every expert", figures.drawn("experts.parquet", experts))
+    by_expert: tuple[Block, ...] = (*figures.drawn("experts.parquet", experts), *expert_links(inputs))
+    yield from _section("experts", "Every expert", by_expert)
     ceiling = (*figures.drawn("ceiling.csv", static_ceiling), *figures.drawn("ceiling_kl.csv", static_ceiling, True))
     yield from _section("ceiling", "How much of the variance lies between experts?", ceiling)
     n_layers = inputs.n_layers

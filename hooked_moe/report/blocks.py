@@ -119,6 +119,23 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A text that leads to an address."""
+
+    text: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Links:
+    """A text, and links after it."""
+
+    kind: ClassVar[str] = "links"
+    text: str
+    links: tuple[Link, ...]
+
+
+@dataclass(frozen=True)
 class Folded:
     """Blocks that open on a click; printed open, or not at all."""
 
@@ -147,7 +164,7 @@ class Opening:
     text: str
 
 
-Block = Opening | Paragraph | Lead | Heading | Missing | Summary | Key | Table | Figure | Folded
+Block = Opening | Paragraph | Lead | Heading | Missing | Summary | Key | Table | Figure | Links | Folded
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,13 @@ TABLES = (
     "routing.parquet",
     "expert_weights.parquet",
     "experts.parquet",
+    "token_texts.parquet",
+    "expert_tokens.parquet",
+    "token_shares.parquet",
     "cells.csv",
     "report.html",
+    "documents.html",
+    "experts.html",
     "manifest.json",
 )
 Make = Callable[..., HookedMoE]
