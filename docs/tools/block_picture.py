@@ -125,7 +125,8 @@ def picture() -> str:
     return "\n".join([HEAD.format(width=WIDTH, height=height), heading, line, *parts, "</svg>", ""])
 
 
-HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="A block and its hook points">
+HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"
+aria-label="A block and its hook points">
 <style>
 text {{ font: 13px system-ui, sans-serif; fill: #1f2937 }}
 .name {{ font: 13px ui-monospace, monospace }} .shape {{ font: 12px ui-monospace, monospace; fill: #6b7280 }}

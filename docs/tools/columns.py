@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from hooked_moe.circuits.tracing import findings, published, tables as tracing
-from hooked_moe.report.derived_files import DERIVED_FILES
+from hooked_moe.circuits.tracing import findings, published
+from hooked_moe.circuits.tracing import tables as tracing
+from hooked_moe.report.derived_files import DERIVED_FILES, DerivedFile
 from hooked_moe.routing.route_table import ROUTES
 from hooked_moe.tables import schemas
 
@@ -46,13 +47,16 @@ def page() -> str:
         "## Of other commands",
         *(section(name, about, schema) for name, (about, schema) in OF_OTHER_COMMANDS.items()),
         "## Derived",
-        "Each says its inputs in `analysis.json`. These are the columns that the report reads; `_low` and `_high` are the ends of "
-        "95% intervals.",
-        *(f"### `{name}`\n\n{file.about[0].upper()}{file.about[1:]}. Made by `{file.command.replace(' --model {model}', '')}`.\n\n"
-          + ", ".join(f"`{column}`" for column in file.columns)
-          for name, file in DERIVED_FILES.items()),
-    ]  # fmt: skip
+        "Each says its inputs in `analysis.json`. These are the columns that the report reads; `_low` and `_high` are the "
+        "ends of 95% intervals.",
+        *(derived(name, file) for name, file in DERIVED_FILES.items()),
+    ]
     return "\n\n".join(parts) + "\n"
+
+
+def derived(name: str, file: DerivedFile) -> str:
+    about = f"{file.about[0].upper()}{file.about[1:]}. Made by `{file.command.replace(' --model {model}', '')}`."
+    return f"### `{name}`\n\n{about}\n\n" + ", ".join(f"`{column}`" for column in file.columns)
 
 
 def section(name: str, about: str, schema: pa.Schema) -> str:

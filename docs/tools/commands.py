@@ -12,8 +12,8 @@ from hooked_moe.cli.study import STUDIES
 
 INTRODUCTION = """# Every command and option
 
-What `hooked-moe COMMAND --help` says; [Experiments](experiments.md) says which one answers what. `python -m hooked_moe` is the same as
-`hooked-moe`, and each command is a script in `experiments/` too."""
+What `hooked-moe COMMAND --help` says; [Experiments](experiments.md) says which one answers what. `python -m hooked_moe` is the
+same as `hooked-moe`, and each command is a script in `experiments/` too."""
 
 
 def page() -> str:

@@ -1,6 +1,7 @@
 """What mkdocs does beside Markdown (`hooks` in mkdocs.yml): pages from outside `docs/`, links between them, and notebooks.
 
-Nothing in the site is fetched when it is read. On GitHub, whose workflows set GITHUB_REPOSITORY, notebook pages get a link to Colab.
+Nothing in the site is fetched when it is read. On GitHub, whose workflows set GITHUB_REPOSITORY, pages of notebooks get a link
+to Colab.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ SCRIPTS = {
     "causal_tracing": "trace",
     "compare_published": "compare",
     "paper": "paper",
+    "plan": "plan",
     "verify": "verify",
 }
 
