@@ -46,6 +46,13 @@ def text_of(output: dict[str, Any]) -> str:
     return "".join(words)
 
 
+def cells_of(notebook: Path) -> list[str]:
+    """The code of a notebook as Python: without what only notebooks understand (`%matplotlib inline`)."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return ["".join(line for line in cell.splitlines(True) if not line.startswith("%")) for cell in code]
+
+
 def run(notebook: Path) -> dict[str, Any]:
     """A notebook, run from its first cell to its last in a kernel of its own. Raises `CellExecutionError`."""
     import nbformat
