@@ -53,14 +53,28 @@ def cells_of(notebook: Path) -> list[str]:
     return ["".join(line for line in cell.splitlines(True) if not line.startswith("%")) for cell in code]
 
 
-def run(notebook: Path) -> dict[str, Any]:
-    """A notebook, run from its first cell to its last in a kernel of its own. Raises `CellExecutionError`."""
+def run_and_keep(notebooks: list[Path]) -> None:
+    """Run notebooks from their first cell to their last, and keep what they show. Raises `CellExecutionError`.
+
+    One kernel runs them all, so that torch is loaded once; it forgets each one's names before the next.
+    """
     import nbformat
+    from jupyter_client.manager import KernelManager
     from nbclient import NotebookClient
 
-    content = nbformat.read(notebook, as_version=4)
-    NotebookClient(content, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}}).execute()
-    return tidy(content)
+    kernel = KernelManager()
+    kernel.start_kernel()
+    try:
+        for notebook in notebooks:
+            print(notebook.name, flush=True)
+            content = nbformat.read(notebook, as_version=4)
+            content["cells"].append(nbformat.v4.new_code_cell("%reset -f"))
+            resources = {"metadata": {"path": str(notebook.parent)}}
+            NotebookClient(content, km=kernel, timeout=600, startup_timeout=600, resources=resources).execute()
+            content["cells"].pop()
+            nbformat.write(tidy(content), notebook)
+    finally:
+        kernel.shutdown_kernel(now=True)
 
 
 def tidy(content: Any) -> Any:
@@ -84,12 +98,7 @@ def tidy_output(output: Any) -> Any:
 
 
 def main(names: list[str]) -> None:
-    import nbformat
-
-    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
-        if not names or notebook.stem in names:
-            print(notebook.name, flush=True)
-            nbformat.write(run(notebook), notebook)
+    run_and_keep([path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if not names or path.stem in names])
 
 
 if __name__ == "__main__":
