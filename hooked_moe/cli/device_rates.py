@@ -35,12 +35,12 @@ class Device:
 
 
 DEVICES = {
-    "a100": Device("NVIDIA A100 SXM, 80 GB", memory=80, bfloat16=312, float32=19.5),
-    "h100": Device("NVIDIA H100 SXM, 80 GB", memory=80, bfloat16=989, float32=67),
-    "h200": Device("NVIDIA H200 SXM, 141 GB", memory=141, bfloat16=989, float32=67),
-    "b200": Device("NVIDIA B200 (HGX), 180 GB", memory=180, bfloat16=2250, float32=75),
-    "l40s": Device("NVIDIA L40S, 48 GB", memory=48, bfloat16=362, float32=91.6),
-    "rtx-4090": Device("NVIDIA GeForce RTX 4090, 24 GB", memory=24, bfloat16=165, float32=82.6),
+    "a100": Device("NVIDIA A100 SXM, 80 GB", memory=80.0, bfloat16=312.0, float32=19.5),
+    "h100": Device("NVIDIA H100 SXM, 80 GB", memory=80.0, bfloat16=989.0, float32=67.0),
+    "h200": Device("NVIDIA H200 SXM, 141 GB", memory=141.0, bfloat16=989.0, float32=67.0),
+    "b200": Device("NVIDIA B200 (HGX), 180 GB", memory=180.0, bfloat16=2250.0, float32=75.0),
+    "l40s": Device("NVIDIA L40S, 48 GB", memory=48.0, bfloat16=362.0, float32=91.6),
+    "rtx-4090": Device("NVIDIA GeForce RTX 4090, 24 GB", memory=24.0, bfloat16=165.0, float32=82.6),
 }
 """By the names that `--device` takes."""
 
