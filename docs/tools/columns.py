@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from hooked_moe.analysis import expert_tokens
 from hooked_moe.circuits.tracing import findings, published
 from hooked_moe.circuits.tracing import tables as tracing
 from hooked_moe.report.derived_files import DERIVED_FILES, DerivedFile
@@ -19,11 +20,16 @@ PAGE = Path(__file__).resolve().parents[1] / "columns.md"
 MEASURED = {
     "effects.parquet": ("one removal of one expert at one token", schemas.EFFECTS),
     "tokens.parquet": ("one token", schemas.TOKENS),
+    "token_texts.parquet": ("one token of the vocabulary that the corpus has", schemas.TOKEN_TEXTS),
     "documents.parquet": ("one document", schemas.DOCUMENTS),
     "routing.parquet": ("one expert of one layer in one document", schemas.ROUTING),
     "expert_weights.parquet": ("one expert of one layer", schemas.EXPERT_WEIGHTS),
     "effects_sequence.parquet": ("one removal from the whole sequence, read at one token", schemas.EFFECTS_SEQUENCE),
     "progressive.parquet": ("one number of experts removed at one token, in one order", schemas.PROGRESSIVE),
+}
+OF_EXPERTS = {
+    "expert_tokens.parquet": ("one of the largest removals of an expert", expert_tokens.EXPERT_TOKENS),
+    "token_shares.parquet": ("one of the tokens there", expert_tokens.TOKEN_SHARES),
 }
 OF_OTHER_COMMANDS = {
     "grafts.csv": ("one graft, of `hooked-moe study grafts`", schemas.GRAFTS),
@@ -44,6 +50,8 @@ def page() -> str:
         "What the files are, and how they come about, is on [the page of results](results.md).",
         "## Measured",
         *(section(name, about, schema) for name, (about, schema) in MEASURED.items()),
+        "## Of experts, in words",
+        *(section(name, about, schema) for name, (about, schema) in OF_EXPERTS.items()),
         "## Of other commands",
         *(section(name, about, schema) for name, (about, schema) in OF_OTHER_COMMANDS.items()),
         "## Derived",
