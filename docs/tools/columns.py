@@ -20,7 +20,7 @@ PAGE = Path(__file__).resolve().parents[1] / "columns.md"
 MEASURED = {
     "effects.parquet": ("one removal of one expert at one token", schemas.EFFECTS),
     "tokens.parquet": ("one token", schemas.TOKENS),
-    "token_texts.parquet": ("one token of the vocabulary that the corpus has", schemas.TOKEN_TEXTS),
+    "token_texts.parquet": ("one token, as text", schemas.TOKEN_TEXTS),
     "documents.parquet": ("one document", schemas.DOCUMENTS),
     "routing.parquet": ("one expert of one layer in one document", schemas.ROUTING),
     "expert_weights.parquet": ("one expert of one layer", schemas.EXPERT_WEIGHTS),
