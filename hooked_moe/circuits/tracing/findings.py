@@ -134,8 +134,10 @@ def _is(one: Candidate, other: Candidate) -> bool:
 
 
 def conclusion(result: TracingResult) -> str:
-    """One sentence: whether a single expert carries the facts, by the intervals on the validation cases; where several tokens were
-    patched, at the place where the best candidate is."""
+    """One sentence: whether a single expert carries the facts, by the intervals on the validation cases.
+
+    Where several tokens were patched, it is of the place where the best candidate is.
+    """
     chosen = result.selection
     result = result.at(result.places[-1] if chosen is None else chosen.place)
     layer = result.layer
