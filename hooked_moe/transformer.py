@@ -77,6 +77,8 @@ class Transformer(HookedModule):
         self.tokenizer = tokenizer
         self.generation_config: dict[str, Any] = {}
         """The checkpoint's generation_config.json, which is saved along. Of it, only the end tokens are used here."""
+        self.loaded_from: dict[str, Any] | None = None
+        """The arguments of `from_pretrained` that load this model again, in any process; None for one made in memory."""
         self._noted_length = False
         with torch.device(cfg.device):
             self.embed = Embed(cfg)

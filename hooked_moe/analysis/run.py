@@ -2,10 +2,11 @@
 
     effects.parquet            -> experts.parquet, savings.csv, cells.csv, positions.csv, layers.csv, slots.csv,
                                   slot_distribution.csv, ceiling.csv, bayes.csv, expert_effect_sums.parquet,
-                                  redistribution.csv, redistribution_experts.csv
+                                  expert_tokens.parquet, redistribution.csv, redistribution_experts.csv
       its column kl            -> ceiling_kl.csv, and the rows of effect kl in savings.csv
     routing.parquet            -> criteria of routing, in experts.parquet
     expert_weights.parquet     -> criteria of the weights, in experts.parquet
+    tokens.parquet             -> token_shares.parquet
     effects_sequence.parquet   -> scopes.csv, and the cells of the sequence scope
     documents.parquet          -> domains.csv
     progressive.parquet        -> progressive.csv
@@ -29,10 +30,12 @@ import pyarrow as pa
 
 from hooked_moe.analysis.accumulators.expert_statistics import ExpertAccumulator, ExpertStatistics
 from hooked_moe.analysis.accumulators.survey import Survey
+from hooked_moe.analysis.accumulators.token_rows import TokenRows
 from hooked_moe.analysis.bayes import ChoiceData
 from hooked_moe.analysis.ceilings import ceiling_table
 from hooked_moe.analysis.cells import AUDIT_COLUMNS, Cell, CellAudit, cells_table, chosen_layers
 from hooked_moe.analysis.criteria import criteria_table
+from hooked_moe.analysis.expert_tokens import TokenShares, TopEffects
 from hooked_moe.analysis.progressive import progressive_table
 from hooked_moe.analysis.rankings import Scores
 from hooked_moe.analysis.redistribution import RedistributionAccumulator, layer_redistribution
@@ -151,7 +154,12 @@ def _derive(
         "layers.csv": second.layers.table,
         "slots.csv": second.slots.table,
         "slot_distribution.csv": second.layers.slot_distribution,
+        "expert_tokens.parquet": first.top_effects.table,
     }
+    if second.token_shares is None:
+        missing["token_shares.parquet"] = "this run has no tokens.parquet, or no column kl in its effect table"
+    else:
+        making["token_shares.parquet"] = second.token_shares.table
     if "kl" in survey.sums.effects:
         making["ceiling_kl.csv"] = partial(ceiling_table, survey.layers, survey.log_kl_ceilings, second.criteria)
     else:
@@ -203,7 +211,9 @@ class _FirstPass:
                 wanted = chosen_layers(chunk.observed, layers)
                 self.surveys = {scope: Survey(wanted, n_experts, grid.layers) for scope, grid in chunk.measured.items()}
                 self.n_slots = chunk.observed.n_slots
+                self.top_effects = TopEffects(chunk.observed.layers)
             experts.update(chunk.observed)
+            self.top_effects.update(chunk.measured["position"])
             for scope, grid in chunk.measured.items():
                 self.surveys[scope].update(grid)
         assert experts is not None  # effect_chunks refuses an empty table
@@ -232,6 +242,10 @@ class _SecondPass:
         self.redistribution = RedistributionAccumulator(layers, statistics.n_tokens)
         self.domains = DomainSummary(documents, run) if (run / "documents.parquet").is_file() else None
         self.scopes = ScopeSummary(layers) if "sequence" in first.surveys else None
+        tokens = run / "tokens.parquet"
+        self.token_shares: TokenShares | None = None
+        if tokens.is_file() and "kl" in survey.sums.effects:
+            self.token_shares, self._tokens = TokenShares(first.top_effects.tokens(tokens), survey.sums), TokenRows(tokens)
         with ThreadPoolExecutor(_THREADS) as pool:
             for chunk in _chunks(run):
                 for done in [pool.submit(update) for update in self._updates(chunk)]:
@@ -247,6 +261,9 @@ class _SecondPass:
         yield partial(self.layers.update, chunk.observed, measured)
         yield partial(self.slots.update, measured)
         yield partial(self.redistribution.update, chunk.observed)
+        if self.token_shares is not None:
+            token = self._tokens.of(chunk.observed)[chunk.observed.valid]
+            yield partial(self.token_shares.update, measured, token)
         if self.domains is not None:
             yield partial(self.domains.update, measured)
         if self.scopes is not None:

@@ -28,6 +28,7 @@ from hooked_moe.counterfactuals import At
 from hooked_moe.counterfactuals.engine.padding import pack
 from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens, checked_layers
 from hooked_moe.hooks.hook_point import HookPoint
+from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
 Method = Literal["atp", "ig", "routefix", "direct"]
@@ -48,6 +49,7 @@ def attribution_patch_experts(
     attention_mask: Mask | None = None,
     *,
     dense: bool = False,
+    progress: bool = False,
 ) -> ExpertPatches:
     """Estimate what `get_act_patch_expert` measures, with the same arguments and results.
 
@@ -78,7 +80,8 @@ def attribution_patch_experts(
         gradients = residual_gradients(pair, metric)
     else:
         moved = {layer: deltas.delta.sum(2) for layer, deltas in by_layer.items()}
-        gradients = {layer: _mean_gradient(pair, metric, layer, change, steps) for layer, change in moved.items()}
+        with progress_bar(len(moved) * steps, "gradients", "run", shown=progress) as bar:
+            gradients = {layer: _mean_gradient(pair, metric, layer, change, steps, bar) for layer, change in moved.items()}
     with torch.no_grad():
         first_order = {layer: _along(deltas.delta, gradients[layer]) for layer, deltas in by_layer.items()}
         if method == "routefix":
@@ -125,7 +128,7 @@ def direct_gradients(pair: PromptPair, metric: Any) -> Float[Tensor, "batch pos 
 
 
 def _mean_gradient(
-    pair: PromptPair, metric: Any, layer: int, change: Float[Tensor, "batch pos d_model"], steps: int
+    pair: PromptPair, metric: Any, layer: int, change: Float[Tensor, "batch pos d_model"], steps: int, bar: Any
 ) -> Float[Tensor, "batch pos d_model"]:
     """The gradient's mean at the midpoints of equal steps along a change of the residual stream after a block."""
     total = torch.zeros_like(change)
@@ -140,6 +143,7 @@ def _mean_gradient(
             )
             (gradient,) = torch.autograd.grad(differentiable_value(pair, metric, final), resid)
         total += gradient
+        bar.update()
     return total / steps
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from hooked_moe.circuits.tracing.batches import CorruptedRun, batches
 from hooked_moe.circuits.tracing.cases import find_cases
@@ -19,6 +18,7 @@ from hooked_moe.circuits.tracing.result import TracingResult
 from hooked_moe.circuits.tracing.rows import batch_rows
 from hooked_moe.circuits.tracing.tables import blocks_table, cases_table, experts_table
 from hooked_moe.corpus import FactRecord
+from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
 PATCH_BYTES = 256 << 20
@@ -69,7 +69,7 @@ def trace_facts(
     spots = max(len(places_of(run.prompt, settings.positions)) for run in cases.runs)
     rows = max(4, min(128, PATCH_BYTES // (spots * _patch_bytes(model))))
     parts = []
-    with tqdm(total=len(cases.runs), desc="tracing", unit="run", disable=not progress) as bar:
+    with progress_bar(len(cases.runs), "tracing", "run", shown=progress) as bar:
         for batch in batches(model, cases.runs, settings, cases.sigma, rows):
             parts.append(batch_rows(measure(model, batch, readings, memory_budget, necessity)))
             bar.update(len(batch.runs))
