@@ -19,11 +19,11 @@ from jaxtyping import Float, Int
 
 from hooked_moe.checks import by_number, whole_numbers
 from hooked_moe.components.precision import without_autocast
-from hooked_moe.measurement.run_directory import digest
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shards import missing_units
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.surgery import without_experts
+from hooked_moe.tables import digest
 from hooked_moe.transformer import Transformer
 
 TOKENS_PER_BATCH = 1024

@@ -16,10 +16,10 @@ import pyarrow as pa
 from hooked_moe.tables import (
     file_fault,
     file_record,
-    read_json,
+    read_checked_json,
     read_parquet,
     set_aside,
-    write_json_atomic,
+    write_checked_json,
     write_parquet_atomic,
 )
 
@@ -59,7 +59,7 @@ class ShardFiles:
         for name, table in tables.items():
             write_parquet_atomic(table.replace_schema_metadata(metadata), self._path(unit, name))
         files = {name: file_record(self._path(unit, name)) for name in tables}
-        write_json_atomic({"identity": self._identity, "unit": unit, "files": files}, self._record_path(unit))
+        write_checked_json({"identity": self._identity, "unit": unit, "files": files}, self._record_path(unit))
 
     def read(self, unit: str, name: str) -> pa.Table:
         """A table of a unit, without the metadata of its shard."""
@@ -69,9 +69,9 @@ class ShardFiles:
         """What is wrong with the record of a unit; None if it is of this measurement."""
         path = self._record_path(unit)
         try:
-            record = read_json(path)
+            record = read_checked_json(path)
         except ValueError:
-            return f"{path.name} is not readable JSON"
+            return f"{path.name} is not as it was written"
         if (record.get("identity"), record.get("unit")) != (self._identity, unit):
             return f"{path.name} is of another measurement ({record.get('identity')!s:.200}, unit {record.get('unit')!r:.50})"
         files = record.get("files")
@@ -80,7 +80,7 @@ class ShardFiles:
 
     def _table_faults(self, unit: str) -> dict[Path, str]:
         """What is wrong with the tables of a unit, against its record."""
-        files = read_json(self._record_path(unit))["files"]
+        files = read_checked_json(self._record_path(unit))["files"]
         faults = {self._path(unit, name): file_fault(self._path(unit, name), files[name]) for name in self.names}
         return {path: fault for path, fault in faults.items() if fault is not None}
 

@@ -18,7 +18,7 @@ from hooked_moe.tables import (
     PROGRESSIVE,
     ROUTING,
     TOKENS,
-    write_json_atomic,
+    write_checked_json,
     write_parquet_atomic,
 )
 
@@ -197,7 +197,7 @@ def synthetic_run(directory: Path, n_experts: int = 16, parts: tuple[str, ...] =
         "n_tokens": np.bincount(document).tolist(),
     }
     write_parquet_atomic(pa.table(documents, schema=DOCUMENTS), directory / "documents.parquet")
-    write_json_atomic(synthetic_manifest(n, len(document), parts), directory / "manifest.json")
+    write_checked_json(synthetic_manifest(n, len(document), parts), directory / "manifest.json")
     return directory
 
 
