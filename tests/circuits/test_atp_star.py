@@ -1,4 +1,4 @@
-"""AtP* against its definition: forwards in which later patterns alone read a patch, and slopes in runs with a layer held fixed."""
+"""AtP* against its definition: forwards in which later patterns alone read a patch, slopes in runs with a layer held fixed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_moe.circuits import attribution_patch_experts, get_act_patch_expert
+from hooked_moe.circuits.atp_star import atp_star, with_pattern_terms
 from hooked_moe.circuits.attention_fix import pattern_terms
 from hooked_moe.circuits.gradients import block_gradients
 from hooked_moe.circuits.pairs import PromptPair, expert_deltas, prompt_pair
@@ -120,26 +121,21 @@ def test_importance_is_the_mean_size_of_estimates_without_each_other_layer(archi
 
 @pytest.mark.usefixtures("unchecked")
 def test_effects_that_cancel_do_so_no_longer() -> None:
-    """The first expert of a token is copied into the next layer with its sign turned: what it writes is taken back there."""
+    """A change along a direction in which the last layer takes back what the change does by itself."""
     model, (clean, corrupt) = random_model(n_layers=2, dtype=torch.float64), random_pair()
-    model.cfg.moe_layers  # both layers have experts
     with torch.no_grad():
-        block = model.blocks[1]
-        block.attn.W_O.zero_()
+        model.blocks[1].attn.W_O.zero_()  # so that patterns have no part in it
     pair = prompt_pair(model, clean, corrupt)
-    after, _ = block_gradients(pair, METRIC)
-    without, _ = block_gradients(pair, METRIC, dropped=1)
+    past = block_gradients(pair, METRIC, dropped=1)[0][0][:, -1]
+    through = block_gradients(pair, METRIC)[0][0][:, -1] - past
+    wanted = torch.tensor([[1.0], [-1.0]], dtype=torch.float64).expand(2, 2, 1)
     deltas = expert_deltas(pair, 0)
-    through = after[0] - without[0]
-    # a direction along which the way past the last layer and the way through it cancel
-    rows = torch.stack((without[0][:, -1], through[:, -1]), 1)
-    direction = torch.linalg.lstsq(rows, torch.tensor([1.0, -1.0], dtype=torch.float64).expand(2, 2)[..., None]).solution[..., 0]
     delta = torch.zeros_like(deltas.delta)
-    delta[:, -1, 0] = direction
-    atp = (delta * after[0].unsqueeze(2)).sum(-1)[:, -1, 0]
-    dropped = (delta * without[0].unsqueeze(2)).sum(-1)[:, -1, 0]
-    torch.testing.assert_close(atp, torch.zeros_like(atp), atol=1e-8, rtol=0)
-    torch.testing.assert_close(dropped, torch.ones_like(dropped))
+    delta[:, -1, 0] = torch.linalg.lstsq(torch.stack((past, through), 1), wanted).solution[..., 0]
+    by_layer = {0: deltas._replace(delta=delta)}
+    for estimate, expected in ((with_pattern_terms, 0.0), (atp_star, 1.0)):
+        found = estimate(pair, METRIC, by_layer)[0][:, -1, 0]
+        torch.testing.assert_close(found, torch.full_like(found, expected), atol=1e-8, rtol=0)
 
 
 def correlation(first: Tensor, second: Tensor) -> float:
