@@ -61,7 +61,8 @@ def worth_of_patterns(pair: PromptPair, later: int, dropped: int | None) -> Tens
         hooks = [*held(pair, dropped), (names[0], leaf)]
         logits = pair.model.run_with_hooks(pair.tokens, fwd_hooks=hooks, attention_mask=pair.attention_mask)
     (slope,) = torch.autograd.grad(difference_at_end(pair.attention_mask)(logits).sum(), gradients["z"], allow_unused=True)
-    v = cache[names[1]]
+    v, most = cache[names[1]], pair.model.cfg.clip_qkv
+    v = v if most is None else v.clamp(-most, most)
     v = v.repeat_interleave(slope.shape[2] // v.shape[2], dim=2)
     return torch.einsum("bqhe,bkhe->bhqk", slope, v)
 

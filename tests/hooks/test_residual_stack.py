@@ -207,9 +207,7 @@ def test_a_logit_lens_is_that_of_transformer_lens(options: dict[str, Any], model
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"positions": None}])
-def test_a_logit_lens_in_long_form_has_every_value(
-    options: dict[str, Any], model: HookedMoE, tokens: Tensor
-) -> None:
+def test_a_logit_lens_in_long_form_has_every_value(options: dict[str, Any], model: HookedMoE, tokens: Tensor) -> None:
     _, cache = model.run_with_cache(tokens)
     lens = cache.logit_lens(**options)
     axes = [axis for axis in ("batch", "pos") if axis in lens.axes]
