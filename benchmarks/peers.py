@@ -184,6 +184,15 @@ def forward(reference: Any, tokens: Tensor) -> Tensor:
     return reference(tokens, use_cache=False).logits
 
 
+@torch.inference_mode()
+def generate(reference: Any, prompts: Tensor, new: int) -> Tensor:
+    """The prompts and what transformers generates after them, greedily, never at an end."""
+    mask = torch.ones_like(prompts)
+    return reference.generate(
+        prompts, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+    )
+
+
 def losses_at(logits: Tensor, tokens: Tensor, positions: Sequence[int] | Tensor) -> Tensor:
     """Of row i of the logits at the i-th position."""
     at = torch.as_tensor(positions)

@@ -5,7 +5,7 @@ The same as `hooked-moe audit`; `--help` lists its options.
 
 import sys
 
-from hooked_moe.cli.audit import main
+from hooked_moe.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["audit", *sys.argv[1:]]))

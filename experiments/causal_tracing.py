@@ -5,7 +5,7 @@ The same as `hooked-moe trace`; `--help` lists its options.
 
 import sys
 
-from hooked_moe.cli.trace import main
+from hooked_moe.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["trace", *sys.argv[1:]]))

@@ -5,7 +5,7 @@ The same as `hooked-moe compare`; `--help` lists its options.
 
 import sys
 
-from hooked_moe.cli.compare import main
+from hooked_moe.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["compare", *sys.argv[1:]]))

@@ -4,6 +4,7 @@
     python -m experiments.factor_study --stages train --seeds 0 1 2
     python -m experiments.factor_study --stages train --at-most 1   # one training, then stop
     python -m experiments.factor_study --stages train & python -m experiments.factor_study --stages train   # two share the runs
+    python -m experiments.factor_study --ray auto --threads 4   # on a Ray cluster, a worker with four processors each
 
 Every run is kept as it is made (its training state too), so that the same command resumes; runs come in an order whose every
 beginning is as balanced as it can be. Stages: plan.csv, training, audits and responses.csv, and what `hooked-moe study factors`
@@ -25,9 +26,12 @@ import torch
 
 from experiments.support.factor_audits import audit_run, responses_table
 from experiments.support.factor_training import STEPS, is_trained, train_run
+from experiments.support.factor_units import StudyTask
 from hooked_moe.analysis.factors import DESIGN
 from hooked_moe.cli.console import run_command
+from hooked_moe.cli.options import add_ray_arguments, executor_of
 from hooked_moe.cli.study_factors import analyse
+from hooked_moe.executors import Executor, PlainWork
 from hooked_moe.statistics.factorial import informative_order
 from hooked_moe.tables import write_csv_atomic
 
@@ -55,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--at-most", type=int, metavar="N", help="train N models, then stop")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of every run (default: %(default)s)")
+    add_ray_arguments(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     return run_command(study, args)
@@ -63,17 +68,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 def study(args: argparse.Namespace) -> None:
     """The stages asked for, in order."""
+    executor = executor_of(args)
     planned = list(planned_runs(args.seeds))
     args.out.mkdir(parents=True, exist_ok=True)
     if "plan" in args.stages:
         write_csv_atomic(
             pa.Table.from_pylist([{"seed": seed, "run": run, **levels} for seed, run, levels in planned]), args.out / "plan.csv"
         )
-    if "train" in args.stages:
+    if "train" in args.stages and executor is not None:
+        missing = [run for run in planned if not is_trained(args.out / run_name(*run[:2]), STEPS)]
+        do_elsewhere(executor, "train", missing[: args.at_most], args)
+    elif "train" in args.stages:
         tokens = np.load(args.corpus / "train.npy", mmap_mode="r", allow_pickle=False)
         train_missing(planned, tokens, args.out, args.at_most)
     if "audit" in args.stages:
         rows: list[dict[str, Any]] = []
+        if executor is not None:
+            trained = [run for run in planned if is_trained(args.out / run_name(*run[:2]), STEPS)]
+            do_elsewhere(executor, "audit", trained, args)
         for seed, run, levels in planned:
             directory = args.out / run_name(seed, run)
             if is_trained(directory, STEPS):
@@ -84,6 +96,14 @@ def study(args: argparse.Namespace) -> None:
         print(f"{args.out / 'responses.csv'}: {len({(row['run'], row['seed']) for row in rows})} runs")
     if "effects" in args.stages:
         analyse(args.out / "responses.csv", args.out / "report")
+
+
+def do_elsewhere(executor: Executor, stage: str, runs: list[PlannedRun], args: argparse.Namespace) -> None:
+    """Train or audit these runs where the executor says."""
+    task = StudyTask(stage, args.out.resolve(), args.corpus.resolve(), args.threads)
+    units = [(run_name(seed, run), seed, run, levels) for seed, run, levels in runs]
+    for name, *_ in executor.run(PlainWork(task), units):
+        print(f"{name}: {stage} done", flush=True)
 
 
 def train_missing(planned: list[PlannedRun], tokens: np.ndarray, out: Path, at_most: int | None) -> None:

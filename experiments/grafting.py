@@ -5,12 +5,7 @@ The same as `hooked-moe study grafts`; `--help` lists its options.
 
 import sys
 
-from hooked_moe.cli.study import main as study
-
-
-def main() -> int:
-    return study(["grafts", *sys.argv[1:]])
-
+from hooked_moe.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["study", "grafts", *sys.argv[1:]]))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hooked_moe.version import __version__
 
 if TYPE_CHECKING:
+    from hooked_moe.cli.audit import Audit, audit
     from hooked_moe.components.key_value_cache import KeyValueCache
     from hooked_moe.config import HookedMoEConfig
     from hooked_moe.corpus import load_corpus
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hooked_moe.tokenizer import Tokenizer
 
 _HOMES = {
+    "Audit": "hooked_moe.cli.audit",
     "ActivationCache": "hooked_moe.hooks.activation_cache",
     "ExpertMask": "hooked_moe.expert_mask",
     "HookPoint": "hooked_moe.hooks.hook_point",
@@ -28,6 +30,7 @@ _HOMES = {
     "HookedMoEConfig": "hooked_moe.config",
     "KeyValueCache": "hooked_moe.components.key_value_cache",
     "Tokenizer": "hooked_moe.tokenizer",
+    "audit": "hooked_moe.cli.audit",
     "expert_effects": "hooked_moe.counterfactuals",
     "load_corpus": "hooked_moe.corpus",
 }
@@ -47,6 +50,7 @@ _ROOMS = (
 
 __all__ = [
     "ActivationCache",
+    "Audit",
     "ExpertMask",
     "HookPoint",
     "HookedMoE",
@@ -54,6 +58,7 @@ __all__ = [
     "KeyValueCache",
     "Tokenizer",
     "__version__",
+    "audit",
     "expert_effects",
     "load_corpus",
 ]

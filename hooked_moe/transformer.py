@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from einops import einsum
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ class Embed(nn.Module):
         self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        return nn.functional.embedding(tokens, self.W_E)
+        return F.embedding(tokens, self.W_E)
 
 
 class Unembed(nn.Module):
@@ -61,9 +61,9 @@ class Unembed(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         if self.W_U.dtype == x.dtype:
-            return einsum(x, self.W_U, "batch pos d_model, d_vocab d_model -> batch pos d_vocab")
+            return F.linear(x, self.W_U)
         rows = self.W_U.split(8192)  # widen half-precision weights a piece at a time, never the whole matrix
-        logits = [einsum(x, w.to(x.dtype), "batch pos d, vocab d -> batch pos vocab") for w in rows]
+        logits = [F.linear(x, w.to(x.dtype)) for w in rows]
         return torch.cat(logits, dim=-1) if len(logits) > 1 else logits[0]
 
 
@@ -77,6 +77,8 @@ class Transformer(HookedModule):
         self.tokenizer = tokenizer
         self.generation_config: dict[str, Any] = {}
         """The checkpoint's generation_config.json, which is saved along. Of it, only the end tokens are used here."""
+        self.loaded_from: dict[str, Any] | None = None
+        """The arguments of `from_pretrained` that load this model again, in any process; None for one made in memory."""
         self._noted_length = False
         with torch.device(cfg.device):
             self.embed = Embed(cfg)

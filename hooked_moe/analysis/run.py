@@ -2,10 +2,11 @@
 
     effects.parquet            -> experts.parquet, savings.csv, cells.csv, positions.csv, layers.csv, slots.csv,
                                   slot_distribution.csv, ceiling.csv, bayes.csv, expert_effect_sums.parquet,
-                                  redistribution.csv, redistribution_experts.csv
+                                  expert_tokens.parquet, redistribution.csv, redistribution_experts.csv
       its column kl            -> ceiling_kl.csv, and the rows of effect kl in savings.csv
     routing.parquet            -> criteria of routing, in experts.parquet
     expert_weights.parquet     -> criteria of the weights, in experts.parquet
+    tokens.parquet             -> token_shares.parquet
     effects_sequence.parquet   -> scopes.csv, and the cells of the sequence scope
     documents.parquet          -> domains.csv
     progressive.parquet        -> progressive.csv
@@ -18,8 +19,10 @@ is kept grows with layers, experts and documents, not with tokens.
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,12 @@ import pyarrow as pa
 
 from hooked_moe.analysis.accumulators.expert_statistics import ExpertAccumulator, ExpertStatistics
 from hooked_moe.analysis.accumulators.survey import Survey
+from hooked_moe.analysis.accumulators.token_rows import TokenRows
 from hooked_moe.analysis.bayes import ChoiceData
 from hooked_moe.analysis.ceilings import ceiling_table
 from hooked_moe.analysis.cells import AUDIT_COLUMNS, Cell, CellAudit, cells_table, chosen_layers
 from hooked_moe.analysis.criteria import criteria_table
+from hooked_moe.analysis.expert_tokens import TokenShares, TopEffects
 from hooked_moe.analysis.progressive import progressive_table
 from hooked_moe.analysis.rankings import Scores
 from hooked_moe.analysis.redistribution import RedistributionAccumulator, layer_redistribution
@@ -49,6 +54,8 @@ from hooked_moe.tables import (
 )
 from hooked_moe.tables.effect_grid import EffectGrid, effect_chunks
 
+_THREADS = 2
+"""What is derived is many numpy calls on long arrays, which let other threads run; more of them would wait for each other."""
 _COLUMNS = (*AUDIT_COLUMNS, "kl", "rest_cosine", "rest_norm")
 
 
@@ -138,28 +145,36 @@ def _derive(
     survey = first.surveys["position"]
     for name, values in survey.sums.mean_delta().items():
         experts = experts.append_column(_EXPERT_COLUMNS[name], [values])
-    cells = [cell for audit in second.audits.values() for cell in audit.cells()]
-    derived = {
-        "experts.parquet": experts,
-        "savings.csv": saving_table(second.savings),
-        "expert_effect_sums.parquet": survey.sums.table(),
-        "cells.csv": cells_table(cells),
-        "positions.csv": second.audits["position"].frozen_positions(),
-        "layers.csv": second.layers.table(),
-        "slots.csv": second.slots.table(),
-        "slot_distribution.csv": second.layers.slot_distribution(),
-        "ceiling.csv": ceiling_table(survey.layers, survey.ceilings, second.criteria),
-        "bayes.csv": second.choices.table(),
+    making: dict[str, Callable[[], pa.Table]] = {  # the longest first
+        "savings.csv": partial(saving_table, second.savings),
+        "bayes.csv": second.choices.table,
+        "ceiling.csv": partial(ceiling_table, survey.layers, survey.ceilings, second.criteria),
+        "expert_effect_sums.parquet": survey.sums.table,
+        "positions.csv": second.audits["position"].frozen_positions,
+        "layers.csv": second.layers.table,
+        "slots.csv": second.slots.table,
+        "slot_distribution.csv": second.layers.slot_distribution,
+        "expert_tokens.parquet": first.top_effects.table,
     }
+    if second.token_shares is None:
+        missing["token_shares.parquet"] = "this run has no tokens.parquet, or no column kl in its effect table"
+    else:
+        making["token_shares.parquet"] = second.token_shares.table
     if "kl" in survey.sums.effects:
-        derived["ceiling_kl.csv"] = ceiling_table(survey.layers, survey.log_kl_ceilings, second.criteria)
+        making["ceiling_kl.csv"] = partial(ceiling_table, survey.layers, survey.log_kl_ceilings, second.criteria)
     else:
         missing["ceiling_kl.csv"] = "the effect table has no column kl"
     if second.redistribution.unmeasured:
         missing["redistribution.csv"] = second.redistribution.unmeasured
     else:
-        by_expert = second.redistribution.experts()
-        derived |= {"redistribution_experts.csv": by_expert, "redistribution.csv": layer_redistribution(by_expert)}
+        making["redistribution_experts.csv"] = second.redistribution.experts
+    with ThreadPoolExecutor(_THREADS) as pool:
+        tables = {name: pool.submit(make) for name, make in making.items()}
+        cells = [cell for audit in second.audits.values() for cell in audit.cells()]
+        derived = {"experts.parquet": experts, "cells.csv": cells_table(cells)}
+        derived |= {name: table.result() for name, table in tables.items()}
+    if "redistribution_experts.csv" in derived:
+        derived["redistribution.csv"] = layer_redistribution(derived["redistribution_experts.csv"])
     for name, summary, source in (
         ("domains.csv", second.domains, "documents.parquet"),
         ("scopes.csv", second.scopes, "effects_sequence.parquet"),
@@ -196,7 +211,9 @@ class _FirstPass:
                 wanted = chosen_layers(chunk.observed, layers)
                 self.surveys = {scope: Survey(wanted, n_experts, grid.layers) for scope, grid in chunk.measured.items()}
                 self.n_slots = chunk.observed.n_slots
+                self.top_effects = TopEffects(chunk.observed.layers)
             experts.update(chunk.observed)
+            self.top_effects.update(chunk.measured["position"])
             for scope, grid in chunk.measured.items():
                 self.surveys[scope].update(grid)
         assert experts is not None  # effect_chunks refuses an empty table
@@ -225,22 +242,32 @@ class _SecondPass:
         self.redistribution = RedistributionAccumulator(layers, statistics.n_tokens)
         self.domains = DomainSummary(documents, run) if (run / "documents.parquet").is_file() else None
         self.scopes = ScopeSummary(layers) if "sequence" in first.surveys else None
-        for chunk in _chunks(run):
-            self._update(chunk)
+        tokens = run / "tokens.parquet"
+        self.token_shares: TokenShares | None = None
+        if tokens.is_file() and "kl" in survey.sums.effects:
+            self.token_shares, self._tokens = TokenShares(first.top_effects.tokens(tokens), survey.sums), TokenRows(tokens)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for chunk in _chunks(run):
+                for done in [pool.submit(update) for update in self._updates(chunk)]:
+                    done.result()
 
-    def _update(self, chunk: _Chunk) -> None:
+    def _updates(self, chunk: _Chunk) -> Iterator[Callable[[], object]]:
+        """What the chunk adds to each of them, by itself."""
         measured = chunk.measured["position"]
+        yield partial(self.savings.update, measured)  # the longest first
         for scope, grid in chunk.measured.items():
-            self.audits[scope].update(grid)
-        self.choices.update(measured)
-        self.savings.update(measured)
-        self.layers.update(chunk.observed, measured)
-        self.slots.update(measured)
-        self.redistribution.update(chunk.observed)
+            yield partial(self.audits[scope].update, grid)
+        yield partial(self.choices.update, measured)
+        yield partial(self.layers.update, chunk.observed, measured)
+        yield partial(self.slots.update, measured)
+        yield partial(self.redistribution.update, chunk.observed)
+        if self.token_shares is not None:
+            token = self._tokens.of(chunk.observed)[chunk.observed.valid]
+            yield partial(self.token_shares.update, measured, token)
         if self.domains is not None:
-            self.domains.update(measured)
+            yield partial(self.domains.update, measured)
         if self.scopes is not None:
-            self.scopes.update(measured, chunk.measured["sequence"])
+            yield partial(self.scopes.update, measured, chunk.measured["sequence"])
 
 
 def _noise_floor(run: Path) -> float | None:

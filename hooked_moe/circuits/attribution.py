@@ -28,6 +28,7 @@ from hooked_moe.circuits.route_fix import rerouting_terms
 from hooked_moe.components.precision import without_autocast
 from hooked_moe.counterfactuals import At
 from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens, checked_layers
+from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
 Method = Literal["atp", "ig", "routefix", "qkfix", "atp*", "direct"]
@@ -48,6 +49,7 @@ def attribution_patch_experts(
     attention_mask: Mask | None = None,
     *,
     dense: bool = False,
+    progress: bool = False,
 ) -> ExpertPatches:
     """Estimate what `get_act_patch_expert` measures, with the same arguments and results.
 
@@ -81,7 +83,8 @@ def attribution_patch_experts(
         gradients = residual_gradients(pair, metric)
     elif method == "ig":
         moved = {layer: deltas.delta.sum(2) for layer, deltas in by_layer.items()}
-        gradients = {layer: _mean_gradient(pair, metric, layer, change, steps) for layer, change in moved.items()}
+        with progress_bar(len(moved) * steps, "gradients", "run", shown=progress) as bar:
+            gradients = {layer: _mean_gradient(pair, metric, layer, change, steps, bar) for layer, change in moved.items()}
     with torch.no_grad():
         if method in ("qkfix", "atp*"):
             estimates = (atp_star if method == "atp*" else with_pattern_terms)(pair, metric, by_layer)
@@ -97,7 +100,7 @@ def attribution_patch_experts(
 
 
 def _mean_gradient(
-    pair: PromptPair, metric: Any, layer: int, change: Float[Tensor, "batch pos d_model"], steps: int
+    pair: PromptPair, metric: Any, layer: int, change: Float[Tensor, "batch pos d_model"], steps: int, bar: Any
 ) -> Float[Tensor, "batch pos d_model"]:
     """The gradient's mean at the midpoints of equal steps along a change of the residual stream after a block."""
     total = torch.zeros_like(change)
@@ -112,4 +115,5 @@ def _mean_gradient(
             )
             (gradient,) = torch.autograd.grad(differentiable_value(pair, metric, final), resid)
         total += gradient
+        bar.update()
     return total / steps

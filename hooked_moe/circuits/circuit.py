@@ -22,6 +22,7 @@ from hooked_moe.circuits.paths import label
 from hooked_moe.components.precision import without_autocast
 from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens
 from hooked_moe.counterfactuals.results import BATCH, TensorResult
+from hooked_moe.progress import progress_bar
 from hooked_moe.tables import Axis, Column
 from hooked_moe.transformer import Transformer
 
@@ -74,6 +75,7 @@ def circuit(
     attention_mask: Mask | None = None,
     *,
     candidates: int | None = None,
+    progress: bool = False,
 ) -> Circuit:
     """Choose `k` heads and experts and patch them together: the first, the first two, and so on.
 
@@ -105,7 +107,8 @@ def circuit(
         return joint_effects(pair, sets, metric, asked)
 
     if method == "greedy":
-        chosen = _greedy(effects, pool, k, total, candidates)
+        with progress_bar(min(k, len(pool)), "choosing", "node", shown=progress) as bar:
+            chosen = _greedy(effects, pool, k, total, candidates, bar)
     else:
         scores = scores_of_nodes(pair, pool, metric, asked, direct=method == "dla") * total.mean().sign()
         chosen = [pool[number] for number in scores.argsort(descending=True)[:k].tolist()]
@@ -116,7 +119,9 @@ def circuit(
     return Circuit(list(map(label, chosen)), values, ceilings.T.contiguous(), total, name_of(metric), method)
 
 
-def _greedy(effects: Any, pool: list[HeadOrExpert], k: int, total: Tensor, candidates: int | None) -> list[HeadOrExpert]:
+def _greedy(
+    effects: Any, pool: list[HeadOrExpert], k: int, total: Tensor, candidates: int | None, bar: Any
+) -> list[HeadOrExpert]:
     chosen: list[HeadOrExpert] = []
     left = list(pool)
     for _ in range(min(k, len(pool))):
@@ -126,6 +131,7 @@ def _greedy(effects: Any, pool: list[HeadOrExpert], k: int, total: Tensor, candi
             left = [left[number] for number in order[:candidates]]
             order = list(range(len(left)))
         chosen.append(left.pop(order[0]))
+        bar.update()
         if not left:
             break
     return chosen

@@ -54,6 +54,7 @@ def get_act_patch_expert(
     *,
     dense: bool = False,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> ExpertPatches:
     """Put each expert's part of the clean run into the corrupted run, one expert of one token at a time, and measure the metric.
 
@@ -64,7 +65,8 @@ def get_act_patch_expert(
 
     `metric` is a readout, such as `At(-1, LogitDifference(answer, foil))`, which is exact and takes the changed tokens alone
     through the later layers; or a function of the logits [batch, pos, d_vocab] that returns one number for each row, for which
-    all tokens are run from the patched layer on. A readout without `At` is read at the patched token itself.
+    all tokens are run from the patched layer on. A readout without `At` is read at the patched token itself. `progress` shows
+    a bar.
 
     The expert-axis form of TransformerLens's `get_act_patch_mlp_out`. Raises `ValueError` for runs of different lengths, for
     layers or positions out of range, for dense layers, and while hooks are attached.
@@ -76,7 +78,7 @@ def get_act_patch_expert(
     asked = asked_positions(pair, positions)
     if is_readout(metric):
         question = PatchedExperts(2 * model.cfg.experts_per_token, pair, part)
-        request = make_request(model, pair.tokens, chosen, asked, pair.attention_mask, [metric], memory_budget)
+        request = make_request(model, pair.tokens, chosen, asked, pair.attention_mask, [metric], memory_budget, progress=progress)
         values = run_without_grad(answer(question, request)).tables[f"readouts/{metric.name}"]
         if values.dim() != 4:
             raise ValueError(f"the metric must be one number; {metric!r} has {list(values.shape[4:])}")
@@ -85,7 +87,9 @@ def get_act_patch_expert(
         pair = prompt_pair(model, pair.clean, pair.tokens, pair.attention_mask)
         by_layer = aligned({layer: expert_deltas(pair, layer, part).where(asked) for layer in chosen})
         active = {layer: deltas.active() for layer, deltas in by_layer.items()}
-        values = effects_of_deltas(pair, {layer: deltas.delta for layer, deltas in by_layer.items()}, metric, asked)
+        values = effects_of_deltas(
+            pair, {layer: deltas.delta for layer, deltas in by_layer.items()}, metric, asked, progress=progress
+        )
     patches = as_patches(pair, active, values, metric, part, "exact")
     return with_slot_per_expert(patches) if dense else patches
 

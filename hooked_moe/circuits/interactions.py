@@ -78,6 +78,7 @@ def pair_interactions(
     attention_mask: Mask | None = None,
     *,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> PairInteractions:
     """Remove every pair of the experts that a token is routed to, in the same or in two layers, and read the same token.
 
@@ -116,6 +117,7 @@ def pair_interactions(
         attention_mask=run.attention_mask,
         readouts=[metric],
         memory_budget=memory_budget,
+        progress=progress,
     )
     values = effects.readouts[metric.name][0][:, rows, at].T
     joint = values.new_zeros(len(rows), len(node_layer), len(node_layer))

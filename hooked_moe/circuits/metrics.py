@@ -19,6 +19,7 @@ from hooked_moe.counterfactuals import At, LogitDifference, token_effects
 from hooked_moe.counterfactuals.engine.clean_run import gather_positions
 from hooked_moe.counterfactuals.engine.padding import Packed, pack
 from hooked_moe.counterfactuals.engine.readout import Final, Readout, by_name
+from hooked_moe.progress import progress_bar
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, "*batch"]] | Readout
 Deltas = dict[int, Float[Tensor, "batch pos variant d_model"]]
@@ -98,7 +99,12 @@ def _final(pair: PromptPair, packed: Packed, final: Float[Tensor, "variant batch
 
 
 def effects_of_deltas(
-    pair: PromptPair, deltas: Deltas, metric: Any, asked: Bool[Tensor, "batch pos"], memory_budget: int | str | None = None
+    pair: PromptPair,
+    deltas: Deltas,
+    metric: Any,
+    asked: Bool[Tensor, "batch pos"],
+    memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> Float[Tensor, "layer batch pos variant"]:
     """The metric with each variant minus that of the corrupted run, one token changed at a time; nan where not asked for.
 
@@ -116,18 +122,25 @@ def effects_of_deltas(
             pair.attention_mask,
             readouts=[metric],
             memory_budget=memory_budget,
+            progress=progress,
         ).readouts[metric.name]
         if effects.dim() != 4:
             raise ValueError(f"the metric must be one number; {metric!r} has {list(effects.shape[4:])}")
         effects = effects.movedim(1, -1)
     else:
-        effects = torch.stack([_by_forwards(pair, layer, delta, metric, asked) for layer, delta in deltas.items()])
+        with progress_bar(len(deltas) * int(asked.any(0).sum()), "patching", "token", shown=progress) as bar:
+            effects = torch.stack([_by_forwards(pair, layer, delta, metric, asked, bar) for layer, delta in deltas.items()])
     nothing = torch.stack([(delta == 0).all(-1) for delta in deltas.values()])
     return torch.where(nothing, 0.0, effects).masked_fill(~asked[None, ..., None], float("nan"))
 
 
 def _by_forwards(
-    pair: PromptPair, layer: int, delta: Float[Tensor, "batch pos variant d_model"], metric: Any, asked: Bool[Tensor, "batch pos"]
+    pair: PromptPair,
+    layer: int,
+    delta: Float[Tensor, "batch pos variant d_model"],
+    metric: Any,
+    asked: Bool[Tensor, "batch pos"],
+    bar: Any,
 ) -> Float[Tensor, "batch pos variant"]:
     """All positions through the later layers, for each variant: what a function of all logits needs."""
     model, resid = pair.model, pair.resid_post("corrupt", layer)
@@ -142,6 +155,7 @@ def _by_forwards(
             logits = logits_after(pair, changed, layer + 1)
             for number, variant in enumerate(logits):
                 effects[:, pos, first + number] = metric_of_rows(metric, variant) - baseline
+        bar.update()
     return effects
 
 

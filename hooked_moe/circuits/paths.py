@@ -25,6 +25,7 @@ from hooked_moe.circuits.receivers import RECEIVERS, received
 from hooked_moe.components.precision import without_autocast
 from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens, checked_layers
 from hooked_moe.counterfactuals.results import BATCH, LAYER, POS, TensorResult
+from hooked_moe.progress import progress_bar
 from hooked_moe.tables import Axis, Column
 from hooked_moe.transformer import Transformer
 
@@ -70,6 +71,8 @@ def path_patch(
     metric: Metric,
     positions: Positions | None = None,
     attention_mask: Mask | None = None,
+    *,
+    progress: bool = False,
 ) -> PathPatches:
     """Patch the path from each sender to each receiver, one at a time, and measure the metric.
 
@@ -89,16 +92,20 @@ def path_patch(
     pair = prompt_pair(model, clean_cache, corrupted_tokens, attention_mask)
     check_metric(metric, pair)
     asked = asked_positions(pair, positions)
-    values = [_effects(pair, sent(pair, node) * asked[..., None], receivers, metric) for node in senders]
+    with progress_bar(len(senders) * len(receivers), "paths", "path", shown=progress) as bar:
+        values = [_effects(pair, sent(pair, node) * asked[..., None], receivers, metric, bar) for node in senders]
     total = metric_changes(pair, metric, pair.resid_post("clean")[None])[0]
     return PathPatches(list(map(label, senders)), list(map(label, receivers)), torch.stack(values), total, name_of(metric))
 
 
 def _effects(
-    pair: PromptPair, delta: Float[Tensor, "batch pos d_model"], receivers: list[Any], metric: Any
+    pair: PromptPair, delta: Float[Tensor, "batch pos d_model"], receivers: list[Any], metric: Any, bar: Any
 ) -> Float[Tensor, "receiver batch"]:
-    finals = torch.stack([received(pair, node, delta) for node in receivers])
-    return metric_changes(pair, metric, finals)
+    finals = []
+    for node in receivers:
+        finals.append(received(pair, node, delta))
+        bar.update()
+    return metric_changes(pair, metric, torch.stack(finals))
 
 
 def sent(pair: PromptPair, node: Any) -> Float[Tensor, "batch pos d_model"]:

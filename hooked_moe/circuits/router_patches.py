@@ -36,6 +36,7 @@ def get_act_patch_router(
     attention_mask: Mask | None = None,
     *,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> TokenPatches:
     """Route one token of one layer of the corrupted run as the clean run does, and measure the metric.
 
@@ -50,7 +51,8 @@ def get_act_patch_router(
     pair = prompt_pair(model, clean_cache, corrupted_tokens, attention_mask)
     check_metric(metric, pair)
     deltas = {layer: _rerouted(pair, layer, _routing_of(pair, layer, what))[:, :, None] for layer in chosen}
-    values = effects_of_deltas(pair, deltas, metric, asked_positions(pair, positions), memory_budget)[..., 0]
+    asked = asked_positions(pair, positions)
+    values = effects_of_deltas(pair, deltas, metric, asked, memory_budget, progress)[..., 0]
     return TokenPatches(chosen, values, total_effect(pair, metric), name_of(metric), what)
 
 
@@ -66,6 +68,7 @@ def router_attribution(
     attention_mask: Mask | None = None,
     *,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> RouterAttribution:
     """What each router logit does to the metric: its slope below the boundary of selection, and the exact step across it.
 
@@ -85,7 +88,7 @@ def router_attribution(
     soft = [_padded(_soft(pair, layer, gradients[layer]), max(model.cfg.experts_in(each) for each in chosen)) for layer in chosen]
     with torch.no_grad():
         swaps = {layer: _rerouted(pair, layer, _last_replaced(pair, layer))[:, :, None] for layer in chosen}
-        hard = effects_of_deltas(pair, swaps, metric, asked, memory_budget)[..., 0]
+        hard = effects_of_deltas(pair, swaps, metric, asked, memory_budget, progress)[..., 0]
         by_expert = torch.stack(soft).masked_fill(~asked[None, ..., None], float("nan"))
         return RouterAttribution(chosen, by_expert, hard, total_effect(pair, metric), name_of(metric))
 

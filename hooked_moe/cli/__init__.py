@@ -2,6 +2,7 @@
 
     main            the table of commands, and `hooked-moe` itself
     audit, control, progressive, redistribution     the experiments
+    compare-runs    two audits side by side
     compare         measured beside published tables        paper       all of the above on several models
     verify          is a checkpoint the published one, and is it run as transformers runs it
     console         a parser that shows examples, errors in one line

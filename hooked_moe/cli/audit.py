@@ -9,19 +9,36 @@ figures, manifest.json. A killed run resumes where it stopped when the same comm
 The protocol is that of arXiv 2606.10703 in its stated form: the expert is removed at the token only, its output is zeroed, and
 only routed experts are removed. With --protocol as_released it is what the paper's code does, as hooked_moe.paper.protocols
 tabulates it. Tables 1-3, Figure 1.
+
+In Python, `hooked_moe.audit(model, corpus)` does the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from hooked_moe.analysis.cells import cells_from_table, cells_table
+import pyarrow as pa
+
+from hooked_moe.analysis.cells import Cell, cells_from_table, cells_table
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
+from hooked_moe.analysis.saving_table import SAVINGS
+from hooked_moe.checks import whole_number
 from hooked_moe.cli.console import parser_of, run_command
-from hooked_moe.cli.measured_run import analyse, open_run
-from hooked_moe.cli.options import add_measurement_arguments, parse_sample
+from hooked_moe.cli.measured_run import MeasuredForm, analyse, open_run, open_run_of, read_documents, share_ends
+from hooked_moe.cli.options import (
+    add_measurement_arguments,
+    as_argument,
+    check_run_name,
+    choose_device,
+    draw_sample,
+    parse_sample,
+)
 from hooked_moe.cli.released_run import (
     add_protocol_argument,
     compare_positions,
@@ -30,9 +47,14 @@ from hooked_moe.cli.released_run import (
     released_positions,
     write_released_cells,
 )
+from hooked_moe.corpus import Corpus, count_paragraphs
+from hooked_moe.expert_mask import RemovalName
+from hooked_moe.measurement import Run
+from hooked_moe.measurement.tokenized_corpus import DocumentPositions
+from hooked_moe.model import HookedMoE
 from hooked_moe.report.terminal_savings import terminal_savings
 from hooked_moe.statistics import minimum_documents
-from hooked_moe.tables import read_csv
+from hooked_moe.tables import read_csv, read_parquet
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,33 +72,147 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    return run_command(released_audit if args.protocol == "as_released" else audit, args)
+    return run_command(released_audit if args.protocol == "as_released" else audit_as_asked, args)
 
 
-def audit(args: argparse.Namespace) -> Path:
+@dataclass(frozen=True)
+class Audit:
+    """A finished audit: where its files are, and the first of what they say. Printed, it is what `hooked-moe audit` prints."""
+
+    directory: Path
+    """results/<model>/<run>."""
+    n_removals: int
+    """Removals measured: positions x layers x active experts."""
+
+    @property
+    def report(self) -> Path:
+        """The page of results; open it in a browser."""
+        return self.directory / "report.html"
+
+    @property
+    def savings(self) -> pa.Table:
+        """What each criterion saves (savings.csv): a row for each effect, layer (or all) and ranking."""
+        return read_csv(self.directory / "savings.csv", SAVINGS)
+
+    @property
+    def experts(self) -> pa.Table:
+        """Every criterion and the mean effect of every expert (experts.parquet): a row for each layer and expert."""
+        return read_parquet(self.directory / "experts.parquet")
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The tests of the paper's protocol (cells.csv)."""
+        return cells_from_table(read_csv(self.directory / "cells.csv", cells_table([]).schema))
+
+    def __str__(self) -> str:
+        return terminal_savings(self.savings, self.cells)
+
+
+def audit(
+    model: HookedMoE | str | os.PathLike[str] = "tiny-olmoe",
+    corpus: Corpus | str | os.PathLike[str] | Iterable[Any] = "held-out",
+    *,
+    layers: Iterable[int] | None = None,
+    removal: RemovalName = "zero",
+    positions: int | None = None,
+    scope: Literal["position", "both"] = "position",
+    context: int | None = None,
+    tokens: int | None = 512,
+    bos: bool | None = None,
+    unit: str = "article",
+    documents: int | None = None,
+    results: str | os.PathLike[str] = "results",
+    name: str | None = None,
+    memory_budget: int | str | None = None,
+    progress: bool = False,
+    log: Callable[[str], object] = lambda line: None,
+) -> Audit:
+    """What `hooked-moe audit` does with the same options: the same directory, with the same bytes.
+
+        found = hooked_moe.audit(model, "held-out", progress=True)
+        print(found)                            # which criterion to prune by, and what each saves
+        found.report, found.savings, found.experts, found.directory
+
+    `model` is a model, or a name or directory as `HookedMoE.from_pretrained` takes it; `corpus` what `load_corpus` takes, a
+    document of which is what `unit` says, and of which the first `documents` are read. `positions` samples that many tokens in
+    place of all, `scope="both"` also removes experts from whole sequences, `context` is the tokens of a window (None: the model's
+    context, 512 at most), `tokens` those of each document (None: all), `name` the run's directory. `log` is told what the command
+    prints on the way, such as `print`; `progress` shows a bar. An audit that was interrupted resumes where it stopped.
+
+    Raises what `open_measurement` raises, and `ValueError` for options that do not fit the model or the corpus.
+    """
+    if not isinstance(model, HookedMoE):
+        model = HookedMoE.from_pretrained(model, device=choose_device(None))
+    check_run_name(name, as_argument)
+    if scope not in ("position", "both"):
+        raise ValueError(f"scope must be 'position' or 'both', not {scope!r}")
+    read = read_documents(model, corpus, unit, documents, as_argument, log)
+    form = MeasuredForm(layers, removal, context, tokens, bos)
+    with open_run_of(model, read, form, Path(results), name, as_argument, log) as run:
+        valid = run.tokenized.valid_positions()
+        sample = None if positions is None else draw_sample(whole_number(positions, "positions"), valid, f"{positions=}")
+        found = finish_audit(run, sample, scope == "both", memory_budget, progress, log)
+    assert found is not None  # only a share ends without
+    return found
+
+
+def audit_as_asked(args: argparse.Namespace) -> Path:
     """The whole audit; returns the run's directory. Raises `ValueError` and `OSError` that say what to do."""
     started = time.perf_counter()
     with open_run(args) as run:
-        valid = run.tokenized.valid_positions()
-        sample = parse_sample(args.positions, valid)
-        positions = valid if sample is None else sample
-        removals = len(positions) * len(run.layers) * run.model.cfg.experts_per_token
-        print(f"removals to measure: {removals:,}\nresults: {run.directory}")
-        needed = minimum_documents(len(PAPER_CRITERIA) * len(run.layers))
-        if len({document for document, _ in positions}) < needed:
-            print(f"note: tests over documents need {needed} or more of them and will be refused; those over positions are made")
-        print()
+        sample = parse_sample(args.positions, run.tokenized.valid_positions())
+        found = finish_audit(run, sample, args.scope == "both", args.memory, progress=True, log=print)
+        if found is None:
+            return run.directory
+    seconds = time.perf_counter() - started
+    print(f"{found}\n{found.n_removals:,} removals; {seconds:.0f} s in all\nreport: {found.report}")
+    return found.directory
 
-        run.require("position", sample, memory_budget=args.memory)
-        if args.scope == "both":
-            run.require("sequence", sample, memory_budget=args.memory)
 
-        report = analyse(run)
-        cells = cells_from_table(read_csv(run.directory / "cells.csv", cells_table([]).schema))
-        savings = read_csv(run.directory / "savings.csv")
-    print(terminal_savings(savings, cells))
-    print(f"\n{removals:,} removals; {time.perf_counter() - started:.0f} s in all\nreport: {report}")
-    return run.directory
+def finish_audit(
+    run: Run,
+    sample: DocumentPositions | None,
+    sequences: bool,
+    memory_budget: int | str | None,
+    progress: bool,
+    log: Callable[[str], object],
+) -> Audit | None:
+    """Measure at the sampled positions (None: all), with `sequences` also from whole sequences; analyse, and report. None for a
+    share, which ends before any analysis."""
+    positions = run.tokenized.valid_positions() if sample is None else sample
+    n_removals = len(positions) * len(run.layers) * run.model.cfg.experts_per_token
+    log(f"removals to measure: {n_removals:,}\nresults: {run.directory}")
+    needed = minimum_documents(len(PAPER_CRITERIA) * len(run.layers))
+    measured = len({document for document, _ in positions})
+    if measured < needed:
+        log(few_documents_note(run.tokenized.corpus, measured, needed))
+    log("")
+    run.require("position", sample, memory_budget=memory_budget, progress=progress)
+    if sequences:
+        run.require("sequence", sample, memory_budget=memory_budget, progress=progress)
+    if share_ends(run, log):
+        return None
+    analyse(run, log)
+    return Audit(run.directory, n_removals)
+
+
+def few_documents_note(corpus: Corpus, measured: int, needed: int) -> str:
+    """What a corpus with too few documents cannot answer, and how to get more of them."""
+    note = (
+        f"note: {measured} document{'' if measured == 1 else 's'} of {corpus.name!r}: tests over documents need {needed} or more "
+        "and will be refused; those over positions are made"
+    )
+    if measured < len(corpus.documents):
+        return f"{note}. Sample more positions: the corpus has {len(corpus.documents)} documents"
+    pieces = count_paragraphs(corpus)
+    if pieces > len(corpus.documents):
+        return (
+            f'{note}. To read each of the {pieces} pieces between blank lines as a document: --unit paragraph (unit="paragraph")'
+        )
+    return (
+        f"{note}. For more documents: a directory of .txt files, a .jsonl file with a document on each line, or a .txt file with "
+        'a line that holds only U+001E, or blank lines and --unit paragraph (unit="paragraph"), between documents'
+    )
 
 
 def released_audit(args: argparse.Namespace) -> Path:

@@ -19,7 +19,7 @@ from hooked_moe.analysis.cells import Cell, cells_from_table, cells_table
 from hooked_moe.analysis.control import weight_ratio_correlations
 from hooked_moe.analysis.rankings import ROUTING_WEIGHT, TOKEN_LADDER
 from hooked_moe.cli.console import parser_of, run_command
-from hooked_moe.cli.measured_run import analyse, open_run
+from hooked_moe.cli.measured_run import analyse, open_run, share_ends
 from hooked_moe.cli.options import add_measurement_arguments, parse_sample
 from hooked_moe.cli.released_run import (
     add_protocol_argument,
@@ -46,6 +46,8 @@ def control(args: argparse.Namespace) -> Path:
     """The token's own scores in every layer; returns the run's directory."""
     with open_run(args) as run:
         run.require("position", parse_sample(args.positions, run.tokenized.valid_positions()), memory_budget=args.memory)
+        if share_ends(run):
+            return run.directory
         analyse(run)
         cells = cells_from_table(read_csv(run.directory / "cells.csv", cells_table([]).schema))
         positions = read_csv(run.directory / "positions.csv")

@@ -21,11 +21,12 @@ COMMANDS = {
     "prune": "remove experts for good by every ranking, and compare the cost with what the effect table predicted",
     "trace": "find the experts that carry facts: corrupt a prompt's subject, and restore one expert at a time",
     "study": "compare models of one architecture: grafts between trainings, checkpoints, training factors",
-    "compare": "put measured runs beside the tables of arXiv 2606.10703",
+    "compare-runs": "put two audits side by side: models, texts or settings, with paired differences",
+    "compare": "put measured runs beside the published tables of arXiv 2606.10703",
     "paper": "run every experiment of the paper, as defined and as released, on the shipped models",
     "verify": "check a checkpoint: its tensors, its logits, and agreement with transformers",
 }
-"""What each does, in one line. The module of "compare-runs" would be `compare_runs`."""
+"""What each does, in one line. The module of "compare-runs" is `compare_runs`."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +16,8 @@ from hooked_moe.cli.console import int_or_none, whole_number
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.corpus import Corpus
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
+from hooked_moe.executors import Executor, RayExecutor
+from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 
@@ -28,6 +32,12 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
         "--corpus",
         default="held-out",
         help="held-out, wikitext-2, a .txt or .jsonl file, or a directory of such files (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--unit",
+        choices=["article", "paragraph"],
+        default="article",
+        help="what one document is: article, what the corpus has as one (default), or paragraph, a piece between blank lines",
     )
     parser.add_argument("--layers", default="all", help="comma-separated layers, or all (default)")
     parser.add_argument("--removal", choices=["zero", "renormalize", "reroute"], default="zero")
@@ -56,6 +66,35 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="commit or branch of the model on the hub")
     parser.add_argument("--results", type=_path, default=Path("results"), help="where results go (default: %(default)s)")
     parser.add_argument("--run", help="name of the run (default: from its settings, so that the same settings find it again)")
+    parser.add_argument(
+        "--shard", metavar="I/N", help="only measure share I of N, as in a Slurm array; without it, the same command merges them"
+    )
+    parser.add_argument(
+        "--object-store", metavar="URI", help="by way of which results come here from --ray and --shard, as in s3://bucket/prefix"
+    )
+    add_ray_arguments(parser)
+
+
+def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say on which machines it is measured."""
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="measure on the Ray cluster of this address; auto: the one of this machine, or it alone"
+    )
+    parser.add_argument("--ray-workers", type=whole_number, metavar="N", help="how many (default: as many as there is room for)")
+    parser.add_argument("--ray-cpus", type=whole_number, metavar="N", help="of each (default: as many as a document has here)")
+    parser.add_argument("--ray-gpus", type=float, metavar="X", help="of each (default: 1 if the model is on one here, else 0)")
+
+
+def executor_of(args: argparse.Namespace) -> Executor | None:
+    """Where the arguments say that it is measured; None: here. Raises `ValueError` for options that do not go together."""
+    given = [name for name in ("workers", "cpus", "gpus") if getattr(args, f"ray_{name}") is not None]
+    if args.ray is None:
+        if given:
+            raise ValueError(f"--ray-{given[0]} says what Ray's workers are like: give --ray auto, or the address of a cluster")
+        return None
+    if getattr(args, "shard", None) is not None:
+        raise ValueError("--shard and --ray are two ways to share out a measurement: give one of them")
+    return RayExecutor(args.ray, workers=args.ray_workers, cpus=args.ray_cpus, gpus=args.ray_gpus, log=print)
 
 
 def _path(text: str) -> Path:
@@ -64,18 +103,43 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def first_documents(corpus: Corpus, n: int | None) -> Corpus:
+Spelling = Callable[[str, Any], str]
+"""How an option and its value are called in errors: on the command line, or in Python."""
+
+
+def as_option(name: str, value: Any) -> str:
+    """ "--context 17"."""
+    return f"--{name} {value}"
+
+
+def as_argument(name: str, value: Any) -> str:
+    """ "context=17"."""
+    return f"{name}={value!r}"
+
+
+def first_documents(corpus: Corpus, n: int | None, spell: Spelling = as_option) -> Corpus:
     """The first `n` documents; None means all."""
     if n is None:
         return corpus
     if not 1 <= n <= len(corpus.documents):
-        raise ValueError(f"--documents {n}: corpus {corpus.name!r} has {len(corpus.documents)} documents")
+        raise ValueError(f"{spell('documents', n)}: corpus {corpus.name!r} has {len(corpus.documents)} documents")
     return dataclasses.replace(corpus, documents=corpus.documents[:n])
 
 
-def check_run_name(name: str | None) -> None:
+def check_run_name(name: str | None, spell: Spelling = as_option) -> None:
     if name is not None and (name == ".." or Path(name).name != name or not name or not name.isprintable()):
-        raise ValueError(f"--run {quoted(name)}: give a plain name; it becomes a directory under --results")
+        said = spell("run", quoted(name)) if spell is as_option else spell("name", name)
+        raise ValueError(f"{said}: give a plain name; it becomes a directory among the results")
+
+
+def parse_share(text: str | None) -> Share | None:
+    """The share that --shard names; None for all. Raises `ValueError`."""
+    if text is None:
+        return None
+    try:
+        return Share.parse(text)
+    except ValueError as error:
+        raise ValueError(f"--shard {error}") from error
 
 
 def check_memory(text: str | None) -> None:
@@ -128,9 +192,11 @@ def parse_sample(text: str, valid: list[tuple[int, int]]) -> DocumentPositions |
     """The positions to measure: None for all, or the paper's kind of sample, frozen by its seed."""
     if text == "all":
         return None
-    number = int_or_none(text)
-    if number is None or not 3 <= number <= len(valid):
-        raise ValueError(
-            f"--positions {quoted(text)}: give all, or a number from 3 to {len(valid)}, the valid positions of this corpus"
-        )
-    return frozenset(valid[index] for index in sample_positions(len(valid), number, SEED))
+    return draw_sample(int_or_none(text), valid, as_option("positions", quoted(text)))
+
+
+def draw_sample(n: int | None, valid: list[tuple[int, int]], said: str) -> DocumentPositions:
+    """The paper's kind of sample, frozen by its seed. Raises `ValueError`, which begins with what was said, for other `n`."""
+    if n is None or not 3 <= n <= len(valid):
+        raise ValueError(f"{said}: give all, or a number from 3 to {len(valid)}, the valid positions of this corpus")
+    return frozenset(valid[index] for index in sample_positions(len(valid), n, SEED))

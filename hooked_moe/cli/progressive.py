@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from hooked_moe.analysis.progressive import progressive_table
 from hooked_moe.cli.console import int_or_none, parser_of, run_command
-from hooked_moe.cli.measured_run import analyse, open_run
+from hooked_moe.cli.measured_run import analyse, open_run, share_ends
 from hooked_moe.cli.options import add_measurement_arguments, parse_sample
 from hooked_moe.cli.released_run import add_protocol_argument, open_released_run, released_positions
 from hooked_moe.paper.protocols import RELEASED
@@ -45,6 +45,8 @@ def progressive(args: argparse.Namespace) -> Path:
         number = int_or_none(args.positions)
         positions = "all" if number is not None and number >= len(valid) else args.positions
         run.require("progressive", parse_sample(positions, valid), memory_budget=args.memory)
+        if share_ends(run):
+            return run.directory
         table = progressive_table(run.directory / "progressive.parquet")
         if run.has("position"):
             print(f"report: {analyse(run)}")  # with progressive.csv

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from hooked_moe.analysis.pruning import ADDITIVE_SHARE, predict_pruning
 from hooked_moe.analysis.pruning_orders import RANKINGS, TABLE, Pruning, PruningOrders, random_ranking, seed_of
@@ -28,7 +27,7 @@ from hooked_moe.analysis.pruning_table import PRUNING, MeasuredLosses, pruning_s
 from hooked_moe.analysis.summed_effects import SUMS_FILE
 from hooked_moe.checks import unknown_name
 from hooked_moe.cli.console import parser_of, run_command, whole_number
-from hooked_moe.cli.measured_run import analyse, open_run
+from hooked_moe.cli.measured_run import analyse, open_run, share_ends
 from hooked_moe.cli.options import add_measurement_arguments
 from hooked_moe.loading import save_pretrained
 from hooked_moe.measurement import Run
@@ -90,6 +89,8 @@ def prune(args: argparse.Namespace) -> Path:
         run.model.require_weights("pruning")
         if not run.has("position"):
             run.require("position", memory_budget=args.memory)
+        if share_ends(run):
+            return run.directory
         analyse(run)
         return save(run, args) if args.save_to else measure(run, args)
 
@@ -134,7 +135,8 @@ def measure(run: Run, args: argparse.Namespace) -> Path:
     directory = run.directory / "prunings"
     losses = PrunedLosses(run.model, run.tokenized, documents, args.evaluate_tokens, directory, run.plan, log=print)
     intact = losses.of({})
-    pruned = [losses.of(one.experts).total for one in tqdm(prunings, desc="pruned models", unit="model")]
+    losses.measure([one.experts for one in prunings], run.executor, progress=True)
+    pruned = [losses.of(one.experts).total for one in prunings]
     measured = MeasuredLosses(intact.n_positions, intact.total, np.stack(pruned), args.evaluate_tokens)
     table = pruning_table(prunings, measured, orders.sums, "even")
     written = {"pruning.csv": table, "pruning_summary.csv": pruning_summary(table)}

@@ -19,7 +19,7 @@ import pyarrow as pa
 import scipy.stats
 
 from hooked_moe.cli.console import parser_of, run_command
-from hooked_moe.cli.measured_run import analyse, open_run
+from hooked_moe.cli.measured_run import analyse, open_run, share_ends
 from hooked_moe.cli.options import add_measurement_arguments, parse_sample
 from hooked_moe.cli.released_run import add_protocol_argument, open_released_run
 from hooked_moe.tables import read_csv, write_derived
@@ -44,6 +44,8 @@ def redistribution(args: argparse.Namespace) -> Path:
     """Aligned rows, from the clean run's observations; returns the run's directory."""
     with open_run(args) as run:
         run.require("position", parse_sample(args.positions, run.tokenized.valid_positions()), memory_budget=args.memory)
+        if share_ends(run):
+            return run.directory
         analyse(run)
     print_redistribution(read_csv(run.directory / "redistribution.csv"))
     return run.directory

@@ -23,7 +23,18 @@ from hooked_moe.tables import read_parquet, write_derived
 
 MOST_POSITIONS = 1_000_000
 """Of a cell: positions are drawn with replacement where texts have fewer, so that no text says how many are too many."""
-FIXED = {"removal": "zero", "context": None, "tokens": "512", "bos": None, "stream": False, "memory": None, "scope": "position"}
+FIXED = {
+    "unit": "article",
+    "removal": "zero",
+    "context": None,
+    "tokens": "512",
+    "bos": None,
+    "stream": False,
+    "memory": None,
+    "scope": "position",
+    "shard": None,
+    "object_store": None,
+}
 """Options that the released protocol leaves no choice in, with their defaults."""
 
 
@@ -42,7 +53,7 @@ def open_released_run(args: argparse.Namespace) -> ReleasedRun:
 
     Raises `ValueError` for options that the protocol fixes, and what `open_released` raises.
     """
-    given = [f"--{name}" for name, default in FIXED.items() if getattr(args, name, default) != default]
+    given = [f"--{name.replace('_', '-')}" for name, default in FIXED.items() if getattr(args, name, default) != default]
     if given:
         raise ValueError(f"{', '.join(given)}: --protocol as_released fixes that; leave it out, or use --protocol defined")
     check_run_name(args.run)

@@ -2,11 +2,13 @@
 
     hooked-moe trace                                             # the shipped model that was taught facts: about a minute
     hooked-moe trace --model tiny-olmoe --facts associations     # a model that was taught none: a coalition, no single expert
-    hooked-moe trace --corruption noise
+    hooked-moe trace --corruption noise --foils prior
+    hooked-moe trace --positions all                             # every token from the subject on, not the last alone
     hooked-moe trace --split "held out" --unfiltered --token-rule first_token --min-cases 50    # facts that were never taught
     hooked-moe trace --model olmoe-0125 --facts counterfact.json
     hooked-moe trace --model qwen3-30b-a3b --facts counterfact --stream
-    hooked-moe trace --model mixtral-8x7b --facts counterfact.json --protocol as_published --stream
+    hooked-moe trace --model mixtral-8x7b --facts counterfact.json --protocol as_published --published-cases --stream
+    hooked-moe trace --model allenai/OLMoE-1B-7B-0125-Instruct --facts counterfact.json --chat
 
 An expert is chosen on half of the cases; every number shown is of the other half, with a 95% interval over cases. Results go to
 RESULTS/MODEL/trace-...: tables of every patch (parquet), findings.csv, and report.html.
@@ -24,7 +26,8 @@ import pyarrow as pa
 
 from hooked_moe.circuits.tracing import TracingResult, trace_facts
 from hooked_moe.circuits.tracing.findings import choice_stability, conclusion, findings
-from hooked_moe.circuits.tracing.protocol import DEFINED, PROTOCOLS, Protocol
+from hooked_moe.circuits.tracing.places import PLACES
+from hooked_moe.circuits.tracing.protocol import DEFINED, PROTOCOLS
 from hooked_moe.circuits.tracing.published import compare_published, published_cases, published_models
 from hooked_moe.cli.console import parser_of, run_command, whole_number
 from hooked_moe.cli.options import DTYPES, check_run_name, choose_device
@@ -34,7 +37,7 @@ from hooked_moe.model import HookedMoE
 from hooked_moe.report.tracing import write_tracing_report
 from hooked_moe.tables import write_csv_atomic
 
-CHOICES = {name: Protocol.__annotations__[name] for name in ("corruption", "sigma_from", "token_rule", "search", "others")}
+INSTRUCTION = "Complete the sentence with the single most likely next word."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +47,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--facts", default="embedded", help=f"{known}, or a counterfact.json (default: %(default)s)")
     parser.add_argument("--protocol", choices=sorted(PROTOCOLS), default="defined")
     parser.add_argument("--corruption", choices=["noise", "replace"], help=f"default: {DEFINED.corruption}; as_published: noise")
+    parser.add_argument(
+        "--positions",
+        choices=["final", "subject_last", "all"],
+        help="patch the last token, the subject's last, or every token from the subject on (default: final)",
+    )
+    parser.add_argument("--foils", choices=["given", "prior"], help="of noised cases: as given, or as likely without the subject")
+    parser.add_argument(
+        "--chat",
+        nargs="?",
+        const=INSTRUCTION,
+        metavar="INSTRUCTION",
+        help=f"begin the assistant's answer with the prompt, after a user asked this (by itself: {INSTRUCTION!r})",
+    )
     parser.add_argument(
         "--sigma", type=float, help=f"of the noise, in standard deviations of the embeddings (default: {DEFINED.sigma})"
     )
@@ -59,7 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--split", choices=["taught", "held out", "all"], default="taught", help="which embedded facts (default: %(default)s)"
     )
     parser.add_argument("--unfiltered", action="store_true", help="use facts that the model does not know, too")
-    parser.add_argument("--published-cases", action="store_true", help="only the CounterFact records of the paper's own cases")
+    parser.add_argument(
+        "--published-cases", action="store_true", help="only the CounterFact records of the paper's own cases, in its split"
+    )
     parser.add_argument("--seed", type=whole_number, help="of the records' order and of the split into halves (default: 0)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
@@ -74,10 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
 def trace(args: argparse.Namespace) -> Path:
     """Trace, write the tables and the report, and show the findings; returns the run's directory."""
     check_run_name(args.run)
-    records = load_facts(args.facts)
+    records, discovery = load_facts(args.facts), None
     if args.published_cases:
-        wanted = set(published_cases(_published_name(args.model)))
-        records = [record for record in records if record.case_id in wanted]
+        discovery, validation = published_cases(_published_name(args.model))
+        records = [record for record in records if record.case_id in discovery | validation]
     model = HookedMoE.from_pretrained(
         args.model, dtype=DTYPES[args.dtype], device=choose_device(args.device), revision=args.revision, stream=args.stream
     )
@@ -85,6 +103,7 @@ def trace(args: argparse.Namespace) -> Path:
         model,
         [record for record in records if args.split == "all" or record.split in ("", args.split)],
         protocol=args.protocol,
+        discovery=discovery,
         memory_budget=args.memory,
         progress=True,
         on_cases=lambda n: print(f"{model.cfg.model_name}: {n} usable cases of {len(records)} facts"),
@@ -95,7 +114,7 @@ def trace(args: argparse.Namespace) -> Path:
     table = findings(result)
     write_csv_atomic(table, directory / "findings.csv")
     comparison = None
-    if _published_name(args.model) in published_models():
+    if _published_name(args.model) in published_models() and "final" in result.places:
         comparison = compare_published(result, _published_name(args.model))
         write_csv_atomic(comparison, directory / "published.csv")
     report = write_tracing_report(directory, result.identity, table, conclusion(result), choice_stability(result), comparison)
@@ -108,6 +127,9 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of the protocol that options change."""
     options = {
         "corruption": args.corruption,
+        "positions": args.positions,
+        "foils": args.foils,
+        "instruction": args.chat,
         "sigma": args.sigma,
         "draws": args.draws,
         "n_cases": args.cases,
@@ -135,14 +157,17 @@ def _run_name(args: argparse.Namespace, result: TracingResult) -> str:
 
 
 def _print(result: TracingResult, table: pa.Table) -> None:
-    rows = table.to_pylist()
-    print(f"\n{'':34} layer expert    n      mean  95% interval")
-    for row in rows:
+    place = None
+    print(f"\n{'':40} layer expert    n      mean  95% interval")
+    for row in table.to_pylist():
         if row["mean"] is None or (row["expert"] is None and row["quantity"] not in SHOWN):
             continue
+        if row["place"] != place and len(result.places) > 1:
+            print(f"\n{PLACES[row['place']]}:")
+        place = row["place"]
         layer, expert = ("" if row[name] is None else row[name] for name in ("layer", "expert"))
         interval = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
-        print(f"{row['quantity']:<40}{layer:>3}{expert:>7}{row['n']:>5}  {row['mean']:+8.3f}  {interval}  {row['unit']}")
+        print(f"{row['quantity']:<40} {layer:>5}{expert:>7}{row['n']:>5}  {row['mean']:+8.3f}  {interval}  {row['unit']}")
 
 
 SHOWN = {"clean margin", "drop by corruption", "all MLP outputs together", "MLP output", "routed experts"}

@@ -106,7 +106,7 @@ class Experts(nn.Module):
     @property
     def hooked(self) -> bool:
         """Whether any hook is attached to a single expert."""
-        return any(point.active for point in self.hook_points)
+        return any(point.fwd_hooks or point.bwd_hooks for point in self.hook_points)  # asked at every pass, of all experts
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups, scratch: Scratch | None = None
@@ -116,7 +116,8 @@ class Experts(nn.Module):
             blocks = groups.blocks(x.dtype)
             flat, tokens, b_in = x.flatten(0, 1), groups.flat_tokens(), self._gate_and_up_bias
             return expert_mlp(flat, tokens, self._gate_and_up, self.W_out, blocks, scratch, b_in, self.b_out, self.clamp)
-        return self.project_out(self.activate(self.project_in(x, groups), groups), groups)
+        post = self.activate(self.project_in(x, groups), groups)
+        return self._product(post, self.W_out, self.b_out, groups)
 
     def project_in(self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:
         """Gate projections, then up projections, of a copy of each token for each of its experts."""
@@ -133,7 +134,9 @@ class Experts(nn.Module):
         return self._hook_each_expert(out, groups) if self.hooked else out
 
     def _by_block(self, groups: ExpertGroups, x: Tensor) -> bool:
-        return runs_by_block(len(groups.order), self.W_out, *self.parameters(), x)
+        # named here: parameters() would walk through the hook points of all experts
+        weights = [w for w in (self.W_in, self.W_out, self.b_in, self.b_out) if w is not None]
+        return runs_by_block(len(groups.order), self.W_out, *weights, x)
 
     def _product(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from einops import einsum
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -37,9 +37,8 @@ class Router(nn.Module):
     @without_autocast()
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert"]:
         """Router logits."""
-        weight = at_least_float32(self.W)
-        logits = einsum(at_least_float32(x), weight, "batch pos d_model, expert d_model -> batch pos expert")
-        return logits if self.b_logits is None else logits + self.b_logits
+        bias = None if self.b_logits is None else at_least_float32(self.b_logits)
+        return F.linear(at_least_float32(x), at_least_float32(self.W), bias)
 
     def keep(self, kept: Sequence[int]) -> None:
         """Forget all experts but these; the i-th kept one is expert i from now on."""

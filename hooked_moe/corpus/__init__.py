@@ -2,7 +2,7 @@
 
 from hooked_moe.corpus.corpora import CORPUS_NAMES, Corpus, Document, Window, tokenize_documents
 from hooked_moe.corpus.facts import FACT_SETS, FactRecord, load_facts, with_foils
-from hooked_moe.corpus.sources import load_corpus
+from hooked_moe.corpus.sources import count_paragraphs, load_corpus
 
 __all__ = [
     "CORPUS_NAMES",
@@ -11,6 +11,7 @@ __all__ = [
     "Document",
     "FactRecord",
     "Window",
+    "count_paragraphs",
     "load_corpus",
     "load_facts",
     "tokenize_documents",

@@ -5,7 +5,8 @@ A corpus is named or is a file (`hooked_moe.corpus.sources` has other sources):
     "held-out"     72 public-domain documents in six domains, shipped with the package (`data/README.md`)
     "wikitext-2"   the test split of WikiText-2 (raw), from the Hugging Face hub
     a .jsonl file  one JSON object per line with "text", and optionally "id", "domain" and "title"
-    a .txt file    documents separated by lines that hold only U+001E; without such a line, one document
+    a .txt file    documents separated by lines that hold only U+001E; without such a line, one document. Where blank lines
+                   separate documents: `load_corpus(path, unit="paragraph")`, or --unit paragraph
 """
 
 from __future__ import annotations

@@ -60,6 +60,11 @@ def load_corpus(
     return corpus_of(name, _paragraphs(documents) if unit == "paragraph" else documents)
 
 
+def count_paragraphs(corpus: Corpus) -> int:
+    """How many documents `unit="paragraph"` makes of a corpus."""
+    return sum(1 for _ in _paragraphs(corpus.documents))
+
+
 def _paragraphs(documents: Iterable[Document]) -> Iterator[Document]:
     for document in documents:
         pieces = [piece.strip("\n") for piece in re.split(r"\n[^\S\n]*\n", document.text)]

@@ -50,6 +50,7 @@ def expert_effects(
     readouts: Iterable[Readout] = (),
     embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> Steps[ExpertEffects]:
     """Remove every active expert at every token, one at a time, and measure the loss there.
 
@@ -64,13 +65,16 @@ def expert_effects(
 
     Exact: equals a full forward with the same `ExpertMask` (float32: within 1e-5 nats). The cost of all removals of a sequence
     is about that of `slots * (layers - 1) / 2` forwards over it and `slots * layers` unembeddings; with scope="sequence", of a
-    partial forward per layer and expert in use. `memory_budget` ("4GB", or bytes) bounds the memory beside weights and results.
+    partial forward per layer and expert in use. `memory_budget` ("4GB", or bytes) bounds the memory beside weights and results;
+    `progress` shows a bar that counts layers.
     Raises `ValueError` for layers or positions out of range, for dense layers, for a budget too small for one position, and
     while hooks are attached, since hooks are written for the shapes of an ordinary forward.
     """
     if scope not in ("position", "sequence", "from_position"):
         raise ValueError(f"scope must be 'position', 'sequence' or 'from_position', not {scope!r}")
-    request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget, embeddings=embeddings)
+    request = make_request(
+        model, tokens, layers, positions, attention_mask, readouts, memory_budget, embeddings=embeddings, progress=progress
+    )
     if scope == "sequence" and request.readouts:
         raise ValueError("readouts are of single tokens; with scope='sequence' only the loss and the KL divergence are measured")
     removal = as_removal(removal)

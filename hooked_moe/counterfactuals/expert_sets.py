@@ -33,6 +33,7 @@ def mask_effects(
     readouts: Iterable[Readout] = (),
     embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> Steps[VariantEffects]:
     """Remove sets of experts (coalitions), or scale them, at one token at a time, and measure the loss there.
 
@@ -41,7 +42,9 @@ def mask_effects(
     "reroute" takes bool masks. Raises `ValueError` for masks that do not fit.
     """
     masks = by_number(masks, "layer")
-    request = make_request(model, tokens, list(masks), positions, attention_mask, readouts, memory_budget, embeddings=embeddings)
+    request = make_request(
+        model, tokens, list(masks), positions, attention_mask, readouts, memory_budget, embeddings=embeddings, progress=progress
+    )
     removal = as_removal(removal)
     removal.check_layers(request.layers)
     shape = (len(request.packed.rows), request.packed.original_length)

@@ -28,11 +28,12 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, attend_to_earlier, clean_block, rotation_of
 from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.engine.padding import Packed, Results
-from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Embeddings, Layers, Mask, Tokens, make_request
+from hooked_moe.counterfactuals.engine.requests import WAITING_BYTES, Embeddings, Layers, Mask, Request, Tokens, make_request
 from hooked_moe.counterfactuals.results import ExpertEffects, TensorResult
 from hooked_moe.kernels.cpu.prefix_attention import for_every_head
 from hooked_moe.kernels.prefix_attention import own_share
 from hooked_moe.kernels.target_loss import target_loss
+from hooked_moe.progress import progress_bar
 from hooked_moe.tables import Column
 from hooked_moe.transformer import Transformer
 
@@ -72,12 +73,13 @@ def first_order_effects(
     *,
     embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> FirstOrderEffects:
     """The first-order estimate of every removal of one expert at one token, its output zeroed.
 
     The cost is about that of three or four forward passes. `layers` None means all that have experts; padding may be
     anywhere in `attention_mask`; `embeddings` [batch, pos, d_model] are what the run begins with, in place of the tokens' own;
-    `memory_budget` ("4GB", or bytes) bounds the memory beside weights and results.
+    `memory_budget` ("4GB", or bytes) bounds the memory beside weights and results; `progress` shows a bar that counts rows.
     Raises `ValueError` for layers out of range or dense, for a budget too small for one row, while hooks are attached, and for
     a model whose weights are streamed, since a backward pass takes its layers in the other order.
     """
@@ -85,14 +87,21 @@ def first_order_effects(
     request = make_request(model, tokens, layers, None, attention_mask, (), memory_budget, embeddings=embeddings)
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
     rows, keep = _rows_per_group(model, request.packed, request.budget)
-    for packed in request.packed.split(rows):
-        for clean, gradient in _backward(model, packed, request.layers[0], keep):
-            if clean.layer in request.layers:
-                assert isinstance(clean, CleanExperts)
-                estimates = _along_contributions(clean, gradient).masked_fill(packed.targets.unsqueeze(-1) < 0, float("nan"))
-                results.put("first_order", estimates[None], packed, [clean.layer])
-                results.put("expert_index", clean.routing.indices[None], packed, [clean.layer])
+    with progress_bar(len(request.packed.tokens), "first order", "row", shown=progress) as bar:
+        for packed in request.packed.split(rows):
+            _put_estimates(results, request, packed, keep)
+            bar.update(len(packed.tokens))
     return FirstOrderEffects(request.layers, results.tables["first_order"], results.tables["expert_index"])
+
+
+def _put_estimates(results: Results, request: Request, packed: Packed, keep: bool) -> None:
+    """Estimates of some rows, into the results."""
+    for clean, gradient in _backward(request.model, packed, request.layers[0], keep):
+        if clean.layer in request.layers:
+            assert isinstance(clean, CleanExperts)
+            estimates = _along_contributions(clean, gradient).masked_fill(packed.targets.unsqueeze(-1) < 0, float("nan"))
+            results.put("first_order", estimates[None], packed, [clean.layer])
+            results.put("expert_index", clean.routing.indices[None], packed, [clean.layer])
 
 
 def _along_contributions(clean: CleanExperts, gradient: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos slot"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts
 from hooked_moe.counterfactuals.engine.padding import pack
 from hooked_moe.counterfactuals.engine.requests import require_unhooked
 from hooked_moe.counterfactuals.engine.steps import run_to_end
+from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
 Reference = Int[Tensor, "_batch _pos"] | str | list[str]  # axes unbound: batches may differ in shape
@@ -22,12 +23,14 @@ Reference = Int[Tensor, "_batch _pos"] | str | list[str]  # axes unbound: batche
 
 @torch.inference_mode(False)
 @without_autocast()
-def expert_means(model: Transformer, reference: Reference | Iterable[Reference]) -> dict[int, Float[Tensor, "expert d_model"]]:
+def expert_means(
+    model: Transformer, reference: Reference | Iterable[Reference], *, progress: bool = False
+) -> dict[int, Float[Tensor, "expert d_model"]]:
     """Mean output of every expert over the reference tokens routed to it, before weighting: {layer: [expert, d_model]}.
 
     `reference` is token ids [batch, pos] without padding, a text, or several such batches (streamed), where a list of texts is
-    padded and its padding not counted. Means are in float32 or wider; nan for experts that no token went to. Raises
-    `ValueError` for no reference at all, and while hooks are attached.
+    padded and its padding not counted; `progress` shows a bar that counts batches. Means are in float32 or wider; nan for experts
+    that no token went to. Raises `ValueError` for no reference at all, and while hooks are attached.
     """
     require_unhooked(model)
     batches = [reference] if isinstance(reference, Tensor | str) else reference
@@ -45,11 +48,12 @@ def expert_means(model: Transformer, reference: Reference | Iterable[Reference])
             sums[clean.layer].index_add_(0, experts, at_least_float32(outputs))
             counts[clean.layer] += torch.bincount(experts, minlength=len(counts[clean.layer]))
 
-    measured = False
-    with torch.inference_mode():
+    measured, total = False, len(batches) if isinstance(batches, Sized) else None
+    with torch.inference_mode(), progress_bar(total, "means", "batch", shown=progress) as bar:
         for batch in batches:
             packed = pack(*model.as_tokens(batch))
             run_to_end(clean_blocks(model, packed.embed(model), partial(add, real=packed.original_positions >= 0)))
+            bar.update()
             measured = True
     if not measured:
         raise ValueError("no reference to take means over: it has no batches")

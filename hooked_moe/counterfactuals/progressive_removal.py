@@ -40,6 +40,7 @@ def progressive_effects(
     readouts: Iterable[Readout] = (),
     embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> Steps[ExpertEffects]:
     """Remove more and more of the active experts at one token: `delta_loss[..., m]` is the effect of removing m + 1 of them.
 
@@ -48,7 +49,9 @@ def progressive_effects(
     """
     if order not in ("descending", "ascending", "random"):
         raise ValueError(f"order must be 'descending', 'ascending' or 'random', not {order!r}")
-    request = make_request(model, tokens, layers, positions, attention_mask, readouts, memory_budget, embeddings=embeddings)
+    request = make_request(
+        model, tokens, layers, positions, attention_mask, readouts, memory_budget, embeddings=embeddings, progress=progress
+    )
     removal = as_removal(removal)
     removal.check_layers(request.layers)
     question = RemovedInOrder(model.cfg.experts_per_token, removal, order, whole_number(seed, "seed"), most_experts(model))

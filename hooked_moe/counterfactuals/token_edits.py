@@ -62,6 +62,7 @@ def token_effects(
     readouts: Iterable[Readout] = (),
     embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> Steps[VariantEffects]:
     """Change the residual stream after a block at one token at a time, in any way, and measure the loss there.
 
@@ -90,14 +91,32 @@ def token_effects(
     n_variants = checked_n_variants(n_variants)
     if not isinstance(edit, Mapping):
         request = make_request(
-            model, tokens, layers, positions, attention_mask, readouts, memory_budget, dense=True, embeddings=embeddings
+            model,
+            tokens,
+            layers,
+            positions,
+            attention_mask,
+            readouts,
+            memory_budget,
+            dense=True,
+            embeddings=embeddings,
+            progress=progress,
         )
         return as_variant_effects((yield from answer(Edited(n_variants, edit), request)))
     if layers is not None:
         raise ValueError("layers= goes with one edit for all layers; {layer: edit} says itself which layers are changed")
     edits = by_number(edit, "layer")
     request = make_request(
-        model, tokens, list(edits), positions, attention_mask, readouts, memory_budget, dense=True, embeddings=embeddings
+        model,
+        tokens,
+        list(edits),
+        positions,
+        attention_mask,
+        readouts,
+        memory_budget,
+        dense=True,
+        embeddings=embeddings,
+        progress=progress,
     )
     first, *later = request.layers
     question = EditedTogether(n_variants, edits, later)

@@ -16,6 +16,8 @@ from hooked_moe.kernels.operators import operator
 
 CACHE_BYTES = 1 << 20
 """Bytes of logits that a CPU takes through the softmax together."""
+VOCABULARY_TILE = 4096
+"""Tokens of a large vocabulary whose logits a CPU makes together."""
 
 
 def chunk_bytes(device: torch.device) -> int:
@@ -39,6 +41,8 @@ def cross_entropy(
     logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"], change: Float[Tensor, "n d_vocab"] | None = None
 ) -> LossAndLogSum:
     """The loss of each row of `logits`, or of `logits + change`, as few rows at a time as the cache of a CPU holds."""
+    if change is None and _by_tiles(logits):
+        return _loss_by_tiles((logits[:, tile] for tile in _tiles(logits)), targets)
     rows = max(1, CACHE_BYTES // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else max(1, len(logits))
     changes = [None] * -(-len(logits) // rows) if change is None else change.split(rows)
     parts = zip(logits.split(rows), changes, targets.split(rows), strict=True)
@@ -80,7 +84,7 @@ def target_loss_and_log_sum(
 
 def shifted_target_loss(
     logits: Float[Tensor, "n d_vocab"],
-    shifts: Iterable[Float[Tensor, "n d_model"]],
+    shifts: Float[Tensor, "variant n d_model"],
     weight: Float[Tensor, "d_vocab d_model"],
     targets: Int[Tensor, " n"],
 ) -> LossAndLogSum:
@@ -90,11 +94,38 @@ def shifted_target_loss(
     The product is in the weights' dtype, the sum and the loss in that of `logits`: where weights are in half precision, only the
     shift is rounded, by one part in 2^9 of itself (bfloat16), never the logits that it is added to.
     """
+    if _by_tiles(logits) and shifts.numel():
+        rows, shape = shifts.flatten(0, 1).to(weight.dtype), shifts.shape[:2]
+        changes = (F.linear(rows, weight[tile]).to(logits.dtype).unflatten(0, shape) for tile in _tiles(logits))
+        return _loss_by_tiles((logits[:, tile] + change for tile, change in zip(_tiles(logits), changes, strict=True)), targets)
     changed = [cross_entropy(logits, targets, change=F.linear(shift.to(weight.dtype), weight)) for shift in shifts]
     if not changed:
         return LossAndLogSum(logits.new_empty(0, len(targets)), logits.new_empty(0, len(targets), dtype=torch.float64))
     losses, log_sums = zip(*changed, strict=True)
     return LossAndLogSum(torch.stack(losses), torch.stack(log_sums))
+
+
+def _by_tiles(logits: Float[Tensor, "n d_vocab"]) -> bool:
+    """Whether losses are made of a large vocabulary's tiles: on a CPU, which then reads a large unembedding once for many rows,
+    and sums the logits of a tile while they are in its cache."""
+    return logits.device.type == "cpu" and logits.shape[1] > 2 * VOCABULARY_TILE
+
+
+def _tiles(logits: Float[Tensor, "n d_vocab"]) -> list[slice]:
+    return [slice(start, start + VOCABULARY_TILE) for start in range(0, logits.shape[1], VOCABULARY_TILE)]
+
+
+def _loss_by_tiles(tiles: Iterable[Float[Tensor, "*variant n tile"]], targets: Int[Tensor, " n"]) -> LossAndLogSum:
+    """The loss from logits that come a tile at a time."""
+    log_sums, target_logits = [], torch.empty(0)
+    row = torch.arange(len(targets))
+    for number, logits in enumerate(tiles):
+        log_sums.append(logits.logsumexp(-1))
+        place = targets - number * VOCABULARY_TILE
+        own = logits[..., row, place.clamp(0, logits.shape[-1] - 1)]
+        target_logits = own if number == 0 else torch.where((place >= 0) & (place < logits.shape[-1]), own, target_logits)
+    log_sum = torch.stack(log_sums).double().logsumexp(0)
+    return LossAndLogSum((log_sum - target_logits.double()).to(target_logits.dtype), log_sum)
 
 
 def as_sum(x: Float[Tensor, "n d_model"], dtype: torch.dtype, parts: int = 2) -> Float[Tensor, "part n d_model"]:

@@ -20,7 +20,7 @@ from hooked_moe.loading.beside import names_in, read_generation_config, read_tok
 from hooked_moe.loading.checkpoint import Checkpoint, all_finite, read_json
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.placement import as_device, as_dtype
-from hooked_moe.loading.registry import Location, locate
+from hooked_moe.loading.registry import SHIPPED, Location, locate
 from hooked_moe.loading.sizes import check_sizes
 from hooked_moe.loading.streaming import StreamedBlocks
 from hooked_moe.transformer import Transformer
@@ -73,6 +73,16 @@ def from_pretrained(
     if adapter is not None:
         merge_adapter(model, conversion, adapter)
         model.cfg = model.cfg.replace(model_name=f"{model.cfg.model_name}+{Path(adapter).resolve().name}")
+    model.loaded_from = {
+        "name": name if commit is not None or name in SHIPPED else directory.resolve(),
+        "dtype": dtype,
+        "device": target,
+        "revision": commit,
+        "cache_dir": None if cache_dir is None else Path(cache_dir).resolve(),
+        "local_files_only": local_files_only,
+        "stream": stream,
+        "adapter": None if adapter is None else expanded_path(adapter).resolve(),
+    }
     return model.eval()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -37,6 +38,39 @@ def model_fingerprint(model: Transformer) -> dict[str, Any]:
         "weights_sha256": weights_sha256(model),
         "config": config_values(model.cfg),
     }
+
+
+@dataclass(frozen=True)
+class SameModel:
+    """Raises `ValueError` unless a model that a worker has loaded is the one of a plan, under the same versions of the software.
+
+    Weights in memory are compared by their checksum. Those of a streamed model are not read for this: name and revision stand
+    for them.
+    """
+
+    plan: dict[str, Any]
+
+    def __call__(self, model: Transformer) -> None:
+        here, expected = versions(), self.plan["versions"]
+        other = [f"{name} {here[name]}, not {expected[name]}" for name in expected if here.get(name) != expected[name]]
+        if other:
+            raise ValueError(f"{platform.node()} has {', '.join(other)}: install there what is installed here")
+        planned = self.plan["model"]
+        same = (model.cfg.model_name, model.cfg.revision) == (planned["name"], planned["revision"])
+        if not same or not (model.streams or weights_sha256(model) == planned["weights_sha256"]):
+            raise ValueError(
+                f"{platform.node()} has loaded other weights by the name {model.cfg.model_name!r} than those to be measured: was "
+                "the model changed after it was loaded? Write it with model.save_pretrained(directory) where all workers can "
+                "read it, and load it from there"
+            )
+
+
+def computed_on(device: torch.device) -> str:
+    """What last bits depend on besides the software: the GPU, or what the CPU can do and how many threads this thread has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def versions() -> dict[str, str]:

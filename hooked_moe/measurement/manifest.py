@@ -47,8 +47,8 @@ class Manifest:
         record = self.values["files"].get(name)
         return "was not written by this run" if record is None else file_fault(self.directory / name, record)
 
-    def damaged_files(self, tables: Mapping[str, Iterable[str]], log: Callable[[str], object]) -> set[str]:
-        """The listed files that are missing or damaged; these are set aside, and the log is told.
+    def damaged_files(self, tables: Mapping[str, Iterable[str]], log: Callable[[str], object], leave: bool = False) -> set[str]:
+        """The listed files that are missing or damaged; these are set aside, and the log is told, unless they are to be left.
 
         Not so those of a part that was being measured again: then its shards are there, and its `tables` may be of either
         measurement.
@@ -61,7 +61,7 @@ class Manifest:
             if fault is None:
                 continue
             damaged.add(name)
-            if name not in unfinished:
+            if name not in unfinished and not leave:
                 aside = set_aside(self.directory / name)
                 where = "" if aside is None else f"; set aside as {aside.name}"
                 log(f"note: {self.directory / name} {fault}{where}; it is made again when it is asked for")
@@ -90,6 +90,8 @@ def _shape_fault(values: dict[str, Any], part_fault: Callable[[str, Any], str | 
         isinstance(check, dict) and isinstance(check.get("name"), str) for check in checks
     ):
         return "'verification' is no list of named checks"
+    if not isinstance(values.get("computed_on", {}), dict):
+        return "'computed_on' is no object"
     if not isinstance(floor, dict) or not isinstance(floor.get("max_abs_nats"), int | float):
         return "'noise_floor' has no number max_abs_nats"
     return None

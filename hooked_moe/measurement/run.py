@@ -18,22 +18,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import filelock
 import numpy as np
+import pyarrow as pa
 
 from hooked_moe.checks import WrongTypeError, whole_number, whole_numbers
 from hooked_moe.counterfactuals import Order, Scope
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
+from hooked_moe.executors import Executor
 from hooked_moe.expert_mask import RemovalName, check_removal
 from hooked_moe.measurement.document_tables import TABLES
 from hooked_moe.measurement.expert_weights import expert_weights
 from hooked_moe.measurement.gate import verify_once
+from hooked_moe.measurement.locks import Lock
 from hooked_moe.measurement.manifest import Manifest
 from hooked_moe.measurement.part_spec import Part, PartSpec, checked_positions, positions_sha256, record_fault
 from hooked_moe.measurement.plan import measurement_plan
-from hooked_moe.measurement.run_directory import claim
+from hooked_moe.measurement.run_directory import claim, claim_share
 from hooked_moe.measurement.shard_files import remove_shards
+from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.shards import measure_part
+from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions, TokenizedCorpus
 from hooked_moe.tables import REMOVAL_ORDERS, FileRecords, digest, parquet_batches, write_parquet_atomic
 from hooked_moe.transformer import Transformer
@@ -42,7 +46,7 @@ _SCOPES: dict[Part, Scope] = {"position": "position", "sequence": "sequence", "p
 _EFFECT_TABLES: dict[Part, str] = {"position": "effects", "sequence": "effects_sequence", "progressive": "progressive"}
 """The table of each part that has a row for every removal."""
 _TABLES_OF_THE_RUN: dict[Part, tuple[str, ...]] = {
-    "position": ("documents.parquet", "expert_weights.parquet"),
+    "position": ("documents.parquet", "expert_weights.parquet", "token_texts.parquet"),
     "sequence": ("documents.parquet",),
     "progressive": ("documents.parquet",),
 }
@@ -57,6 +61,9 @@ def open_measurement(
     *,
     results: Path = Path("results"),
     name: str | None = None,
+    share: Share | None = None,
+    executor: Executor | None = None,
+    object_store: str | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> Run:
     """The run of this measurement under `results`/<model>/, new or to be continued; nothing is measured yet.
@@ -64,6 +71,11 @@ def open_measurement(
     `layers` None means all that have experts. The `name` of the run's directory is made of the corpus and the plan where none is
     given, so that the same measurement finds its directory again. `log` is called with the lines that report on verification,
     such as `print`.
+
+    `executor` says where documents are measured; None: in threads of this process. With a `share`, every `require` measures the
+    documents of that share alone, beside other processes that measure theirs, and makes no tables: a run without a share finds
+    what all have measured, and makes the tables of it. `object_store` is a place such as "s3://bucket/prefix", by
+    way of which what is measured elsewhere comes here; None: all processes see this directory.
 
     Raises `ValueError` for layers without experts and for a directory that was begun with another plan, `BlockingIOError` while
     another process writes there, `OSError` where the directory cannot be made.
@@ -78,12 +90,15 @@ def open_measurement(
     plan = measurement_plan(model, tokenized, layers, removal)
     name = name or f"{Path(tokenized.corpus.name).stem}-{digest(plan)[:8]}"
     directory = results / Path(plan["model"]["name"]).name / name
-    lock = claim(directory, plan)
-    return Run(directory, model, tokenized, layers, removal, plan, lock, log)
+    lock = claim(directory, plan) if share is None else claim_share(directory, plan, share)
+    return Run(directory, model, tokenized, layers, removal, plan, lock, log, share, executor, object_store)
 
 
 class Run:
-    """One measurement, open for writing: no other process can open it until `close`, or the end of a `with` block."""
+    """One measurement, open for writing: no other process can open it until `close`, or the end of a `with` block.
+
+    A run of a share can be open in several processes, each with another share.
+    """
 
     def __init__(
         self,
@@ -93,8 +108,11 @@ class Run:
         layers: tuple[int, ...],
         removal: RemovalName,
         plan: dict[str, Any],
-        lock: filelock.BaseFileLock,
+        lock: Lock,
         log: Callable[[str], object],
+        share: Share | None = None,
+        executor: Executor | None = None,
+        object_store: str | None = None,
     ) -> None:
         self.directory = directory
         self.model = model
@@ -102,11 +120,15 @@ class Run:
         self.layers = layers
         self.removal: RemovalName = removal
         self.plan = plan
+        self.share = share
+        self.executor = executor
+        self._object_store = object_store
         self._lock = lock
         self._log = log
         try:
             self._manifest = Manifest(directory, plan, record_fault)
-            self._damaged = self._manifest.damaged_files({part: _tables_of(part) for part in TABLES}, log)
+            tables: dict[str, list[str]] = {part: _tables_of(part) for part in TABLES}
+            self._damaged = self._manifest.damaged_files(tables, log, leave=share is not None)
         except BaseException:
             lock.release()
             raise
@@ -134,7 +156,8 @@ class Run:
         """Whether a part has been measured, of whatever positions, and its tables are as they were written."""
         if part not in self._manifest.parts or not self._damaged.isdisjoint(_tables_of(part)):
             return False
-        self._restore_tables_of_the_run(part)
+        if self.share is None:
+            self._restore_tables_of_the_run(part)
         return True
 
     def require(
@@ -147,8 +170,9 @@ class Run:
         seed: int = 0,
         progress: bool = True,
         memory_budget: int | str | None = None,
+        executor: Executor | None = None,
     ) -> None:
-        """Measure a part, unless it has been measured already.
+        """Measure a part, unless it has been measured already. In a run of a share: measure its documents of the part.
 
         "position" removes every active expert at one token at a time (effects, tokens, routing, expert_weights); "sequence" at
         every token of the sequence (effects_sequence); "progressive" removes more and more of them at one token (progressive).
@@ -159,13 +183,15 @@ class Run:
         Raises `ValueError` for positions without a next token, for another seed than before, and if verification fails: then
         nothing is measured. First-order effects are a column of "position" where weights are in memory, and nan where they are
         streamed; a model in memory measures a part without them again, and only such a model can add to a part with them: a
-        streamed one raises `ValueError`. `memory_budget` bounds the memory beside the model's weights.
+        streamed one raises `ValueError`. `memory_budget` bounds the memory beside the model's weights. `executor` takes the place
+        of the run's own.
         """
         if memory_budget is not None:
             parse_bytes(memory_budget)
         spec = self._requested(part, positions, layers, orders, seed)
         if self._is_measured(spec):
-            self._remove_shards(part)
+            if self.share is None:
+                self._remove_shards(part)
             return
         spec = self._union_with_measured(spec)
         if spec.first_order and self.model.streams:
@@ -175,23 +201,37 @@ class Run:
             )
         verify_once(self.manifest, self.model, self.tokenized, self.removal, _SCOPES[part], self._log)
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
-        self._write_tables_of_the_run(part)
-        measure_part(
+        if self.share is None:
+            self._write_tables_of_the_run(part)
+        name = f"{part}-{identity['part'][:8]}"
+        transfer = None
+        if self._object_store is not None:
+            transfer = ShardTransfer.below(self._object_store, f"{self.directory.name}-{identity['plan'][:8]}", name)
+        places = measure_part(
             self.model,
             self.tokenized,
             spec,
-            self.directory / "shards" / f"{part}-{identity['part'][:8]}",
+            self.directory / "shards" / name,
             self.directory,
             identity,
-            progress=progress,
+            executor=executor or self.executor,
+            share=self.share,
             memory_budget=memory_budget,
+            plan=self.plan,
+            transfer=transfer,
+            progress=progress,
             log=self._log,
         )
+        if self.share is not None:
+            return
         self._manifest.parts[part] = spec.as_json()
+        self.manifest["computed_on"] = self.manifest.get("computed_on", {}) | {part: places}
         written = [*_tables_of(part), *_TABLES_OF_THE_RUN[part]]
         self._manifest.write(written)
         self._damaged.difference_update(written)
         self._remove_shards(part)
+        if transfer is not None:
+            transfer.clear()
 
     def _requested(
         self,
@@ -255,14 +295,18 @@ class Run:
 
     def _write_tables_of_the_run(self, part: Part) -> None:
         """The tables beside those of the part, which take no measurement."""
+        tables: dict[str, Callable[[], pa.Table]] = {
+            "documents.parquet": self.tokenized.table,
+            "expert_weights.parquet": lambda: expert_weights(self.model, self.layers),
+            "token_texts.parquet": self.tokenized.token_texts,
+        }
         for name in _TABLES_OF_THE_RUN[part]:
-            is_weights = name == "expert_weights.parquet"
-            table = expert_weights(self.model, self.layers) if is_weights else self.tokenized.table()
-            write_parquet_atomic(table, self.directory / name)
+            write_parquet_atomic(tables[name](), self.directory / name)
 
     def _restore_tables_of_the_run(self, part: Part) -> None:
-        """Write them again, where one is lost."""
-        lost = self._damaged.intersection(_TABLES_OF_THE_RUN[part])
+        """Write them again, where one is lost, or of a later version than the run."""
+        names = set(_TABLES_OF_THE_RUN[part])
+        lost = (names & self._damaged) | (names - self.manifest["files"].keys())
         if lost:
             self._write_tables_of_the_run(part)
             self._manifest.write(_TABLES_OF_THE_RUN[part])
@@ -272,6 +316,8 @@ class Run:
         shards = self.directory / "shards"
         for directory in sorted(shards.glob(f"{part}-*")):
             remove_shards(directory)
+        for lock in shards.glob("share-*.lock"):
+            lock.unlink()
         if shards.exists() and not any(shards.iterdir()):
             shards.rmdir()
 

@@ -31,7 +31,7 @@ class ShardFiles:
         """`identity` says in JSON values what is measured, and `names` the tables of a unit."""
         self.directory = directory
         self.names = tuple(names)
-        self._identity = dict(identity)
+        self.identity = dict(identity)
         self._log = log
 
     def is_whole(self, unit: str) -> bool:
@@ -52,14 +52,26 @@ class ShardFiles:
         record.unlink(missing_ok=True)
         return False
 
-    def write(self, unit: str, tables: Mapping[str, pa.Table]) -> None:
-        """Keep a unit's tables; the identity goes into the metadata of each."""
+    def write(self, unit: str, tables: Mapping[str, pa.Table], **notes: str) -> None:
+        """Keep a unit's tables; the identity goes into the metadata of each, and the notes into the unit's record."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        metadata = {name: str(value) for name, value in self._identity.items()} | {"unit": unit}
+        metadata = {name: str(value) for name, value in self.identity.items()} | {"unit": unit}
         for name, table in tables.items():
             write_parquet_atomic(table.replace_schema_metadata(metadata), self._path(unit, name))
         files = {name: file_record(self._path(unit, name)) for name in tables}
-        write_checked_json({"identity": self._identity, "unit": unit, "files": files}, self._record_path(unit))
+        write_checked_json(notes | {"identity": self.identity, "unit": unit, "files": files}, self._record_path(unit))
+
+    def names_of(self, unit: str) -> list[str]:
+        """A unit's files, the record last."""
+        return [path.name for path in (*(self._path(unit, name) for name in self.names), self._record_path(unit))]
+
+    def has_record(self, unit: str) -> bool:
+        """Whether a unit has been written, damaged or not."""
+        return self._record_path(unit).is_file()
+
+    def note(self, unit: str, name: str) -> str:
+        """A note of a unit's record; empty where it has none of that name."""
+        return str(read_checked_json(self._record_path(unit)).get(name, ""))
 
     def read(self, unit: str, name: str) -> pa.Table:
         """A table of a unit, without the metadata of its shard."""
@@ -72,7 +84,7 @@ class ShardFiles:
             record = read_checked_json(path)
         except ValueError:
             return f"{path.name} is not as it was written"
-        if (record.get("identity"), record.get("unit")) != (self._identity, unit):
+        if (record.get("identity"), record.get("unit")) != (self.identity, unit):
             return f"{path.name} is of another measurement ({record.get('identity')!s:.200}, unit {record.get('unit')!r:.50})"
         files = record.get("files")
         whole = isinstance(files, dict) and sorted(files) == sorted(self.names)
@@ -94,7 +106,7 @@ class ShardFiles:
 def remove_shards(directory: Path) -> None:
     """Delete a directory of shards, but for those that were set aside."""
     for path in sorted(directory.glob("*")):
-        if path.suffix in (".parquet", ".json"):
+        if path.suffix in (".parquet", ".json", ".lock"):
             path.unlink()
     if directory.exists() and not any(directory.iterdir()):
         directory.rmdir()

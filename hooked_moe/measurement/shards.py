@@ -1,31 +1,39 @@
 """One part of a measurement, document by document into files.
 
-Each document is measured on its own, into a shard of each table (`shard_files`). A run that was killed resumes with the first
-document that has none, and ends with the same bytes.
+Each document is measured on its own, into a shard of each table (`shard_files`), by whatever executor there is. A run that was
+killed resumes with the first document that has none, and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import shutil
+import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm import tqdm
 
+from hooked_moe.corpus import Window
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
 from hooked_moe.counterfactuals.engine.steps import Steps, run_without_grad, side_by_side
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
+from hooked_moe.executors import Executor, ModelWork, Threads
 from hooked_moe.loading.spill import spill_directory
 from hooked_moe.loading.streaming import spill_of
 from hooked_moe.measurement.document_tables import TABLES, measure_document
+from hooked_moe.measurement.fingerprint import SameModel, computed_on
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.shard_files import ShardFiles
+from hooked_moe.measurement.shard_transfer import ShardTransfer
+from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.progress import progress_bar
 from hooked_moe.tables import atomic_path
 from hooked_moe.transformer import Transformer
 
@@ -35,7 +43,146 @@ MAX_WORKERS = 4
 ATTEMPTS = 2
 """How often a document is measured in one run whose shards are damaged."""
 
+ARRIVAL_SECONDS = 90.0
+"""How long shards that a worker has written may take until they are seen here: file systems remember what was not there."""
+
 Result = TypeVar("Result")
+Log = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class MeasureDocuments:
+    """What is measured of every document, and where its shards go: a task for executors, whose units are groups of documents."""
+
+    documents: Sequence[list[Window]]
+    first: int
+    """Where a window's own tokens begin."""
+    spec: PartSpec
+    budget: int | None
+    """Bytes beside the weights, for each unit."""
+    shards: Path
+    identity: dict[str, str]
+    transfer: ShardTransfer | None = None
+    """How shards get to `shards` from where they are measured; None: they are written there."""
+
+    def do(self, resource: Transformer, unit: Sequence[int]) -> None:
+        """Measure the documents of these numbers, and write their shards."""
+        tasks = [measure_document(resource, self.documents[index], self.first, self.spec, self.budget) for index in unit]
+        for index, tables in zip(unit, _together(tasks), strict=True):
+            self._write(unit_name(index), tables, computed_on(resource.cfg.device))
+
+    def _write(self, unit: str, tables: dict[str, pa.Table], place: str) -> None:
+        if self.transfer is None:
+            self.files(self.shards).write(unit, tables, computed_on=place)
+            return
+        with tempfile.TemporaryDirectory(prefix="hooked_moe_") as directory:
+            files = self.files(Path(directory))
+            files.write(unit, tables, computed_on=place)
+            self.transfer.put(Path(directory), files.names_of(unit))
+
+    def files(self, directory: Path, log: Log = lambda line: None) -> ShardFiles:
+        """The shards of the part in a directory. `log` is told which are damaged."""
+        return ShardFiles(directory, self.identity, TABLES[self.spec.part], log)
+
+
+class PartMeasurement:
+    """One part of a measurement in units: which are pending, one of them measured, and all of them merged."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        corpus: TokenizedCorpus,
+        spec: PartSpec,
+        shards: Path,
+        identity: dict[str, str],
+        *,
+        share: Share | None = None,
+        memory_budget: int | str | None = None,
+        plan: dict[str, Any] | None = None,
+        transfer: ShardTransfer | None = None,
+        log: Log = lambda line: None,
+    ) -> None:
+        """`identity` goes into the metadata of every file. Of a `share`, no other documents are measured. `memory_budget` bounds
+        the memory beside the model's weights of all documents together; where it is small, fewer are measured side by side.
+        `plan` says what model workers in other processes must have loaded. With a `transfer`, shards come by way of that.
+        """
+        workers, budget = workers_for(model, len(corpus.documents)), None
+        if memory_budget is not None:
+            total = parse_bytes(memory_budget)
+            workers = max(1, min(workers, total // _least_budget(model, corpus, spec)))
+            budget = total // workers
+        self.lengths = corpus.lengths()
+        task = MeasureDocuments(corpus.documents, corpus.first, spec, budget, shards.resolve(), identity, transfer)
+        check = None if plan is None else SameModel(plan)
+        self.work: ModelWork[Sequence[int]] = ModelWork(model, task, workers, check)
+        self.spec = spec
+        self.numbers = [n for n in range(len(self.lengths)) if share is None or n in share]
+        self._files, self._transfer = task.files(task.shards, log), transfer
+
+    def pending(self) -> Iterator[list[int]]:
+        """Which documents are to be measured, until all have whole shards: see `missing_units`."""
+        self._fetch()
+        for missing in missing_units(self._files, [unit_name(number) for number in self.numbers]):
+            yield [self.numbers[index] for index in missing]
+
+    def groups(self, pending: Sequence[int], places: int) -> list[list[int]]:
+        """Documents to measure together, as one unit of an executor: one, where weights are in memory.
+
+        Where they are streamed, each weight is read once for a whole group: there are as many groups as places, or more, so that
+        what waits between layers fits on half of the free disk.
+        """
+        model, spec = self.work.model, self.spec
+        spill = spill_of(model)
+        if spill is None:
+            return [[index] for index in pending]
+        each = model.cfg.experts_per_token if spec.part != "sequence" else max(map(model.cfg.experts_in, spec.layers))
+        per_token = len(spec.layers) * each * variant_bytes(model.cfg)
+        room = shutil.disk_usage(spill_directory(spill.directory)).free // 2
+        share = sum(self.lengths[index] for index in pending) * per_token / places
+        groups: list[list[int]] = []
+        used = room
+        for index in pending:
+            needed = self.lengths[index] * per_token
+            if used >= share or used + needed > room:
+                groups.append([])
+                used = 0
+            groups[-1].append(index)
+            used += needed
+        return groups
+
+    def measure(self, group: Sequence[int]) -> None:
+        """Measure these documents here, into their shards."""
+        self.work.do(group)
+
+    def await_shards(self, group: Sequence[int]) -> None:
+        """Wait until the shards of measured documents can be seen here, which network file systems take a while for.
+
+        Raises `OSError` where that does not come about.
+        """
+        until = time.monotonic() + ARRIVAL_SECONDS
+        self._fetch()
+        while not all(self._files.has_record(unit_name(index)) for index in group):
+            if time.monotonic() > until:
+                raise OSError(
+                    f"a worker has measured documents {list(group)}, but their shards are not in {self._files.directory}: all "
+                    "workers must see the run's directory at this path"
+                )
+            time.sleep(0.2)
+            self._fetch()
+
+    def _fetch(self) -> None:
+        if self._transfer is not None:
+            self._transfer.fetch(self._files.directory)
+
+    def merge(self, target: Path) -> dict[str, int]:
+        """Join the shards of all documents to `target`/<table>.parquet for each table of the part.
+
+        Returns how many documents were measured on what, as `computed_on` says it.
+        """
+        identity, units = self._files.identity, list(map(unit_name, range(len(self.lengths))))
+        for name, schema in TABLES[self.spec.part].items():
+            _merge(self._files, units, name, schema.with_metadata(identity), target / f"{name}.parquet")
+        return dict(sorted(Counter(self._files.note(unit, "computed_on") for unit in units).items()))
 
 
 def measure_part(
@@ -46,43 +193,49 @@ def measure_part(
     target: Path,
     identity: dict[str, str],
     *,
-    progress: bool = True,
+    executor: Executor | None = None,
+    share: Share | None = None,
     memory_budget: int | str | None = None,
-    log: Callable[[str], object] = lambda line: None,
-) -> None:
+    plan: dict[str, Any] | None = None,
+    transfer: ShardTransfer | None = None,
+    progress: bool = True,
+    log: Log = lambda line: None,
+) -> dict[str, int]:
     """Measure every document into `shards`, and join these to `target`/<table>.parquet for each table of the part.
 
-    Shards of this identity that are whole are kept; others are set aside and measured again, which `log` is told. `identity`
-    goes into the metadata of every file. `memory_budget` bounds the memory beside the model's weights of all documents together;
-    where it is small, fewer documents are measured side by side. Raises `OSError` where shards are damaged as they are written.
+    Shards of this identity that are whole are kept; others are set aside and measured again, which `log` is told. The
+    `executor` says where documents are measured (None: in threads of this process). Of a `share`, only its documents are
+    measured, and nothing is joined. Returns what `merge` does; nothing for a share. Raises `OSError` where shards are damaged as
+    they are written. See `PartMeasurement`.
     """
-    workers, budget = workers_for(model, len(corpus.documents)), None
-    if memory_budget is not None:
-        total = parse_bytes(memory_budget)
-        workers = max(1, min(workers, total // _least_budget(model, corpus, spec)))
-        budget = total // workers
-    files = ShardFiles(shards, identity, TABLES[spec.part], log)
-    lengths = corpus.lengths()
-    units = [f"{index:06d}" for index in range(len(lengths))]
-
-    def measure_documents(indices: list[int]) -> list[int]:
-        tasks = [measure_document(model, corpus.documents[index], corpus.first, spec, budget) for index in indices]
-        for index, tables in zip(indices, _together(tasks), strict=True):
-            files.write(units[index], tables)
-        return indices
-
+    executor = executor or Threads()
+    part = PartMeasurement(
+        model, corpus, spec, shards, identity, share=share, memory_budget=memory_budget, plan=plan, transfer=transfer, log=log
+    )
     per_token = len(spec.layers) * model.cfg.experts_per_token * max(1, len(spec.orders))
-    description = f"measuring, {spec.part}"
-    for pending in missing_units(files, units):
-        with tqdm(total=sum(lengths), unit="tok", desc=description, disable=not progress, smoothing=0.1) as bar:
-            bar.update(sum(lengths) - sum(lengths[index] for index in pending))
-            for indices in in_parallel(measure_documents, _groups(model, lengths, spec, pending), workers):
-                bar.update(sum(lengths[index] for index in indices))
+    total, description = sum(part.lengths[number] for number in part.numbers), f"measuring, {spec.part}"
+    for pending in part.pending():
+        groups = part.groups(pending, executor.places(part.work))
+        done = total - sum(part.lengths[index] for index in pending)
+        with progress_bar(total, description, "tok", shown=progress, done=done, smoothing=0.1) as bar:
+            for group in executor.run(part.work, groups):
+                part.await_shards(group)
+                bar.update(sum(part.lengths[index] for index in group))
                 rate = bar.format_dict["rate"]
                 if rate and spec.positions is None:
                     bar.set_postfix_str(f"{rate * per_token:,.0f} removals/s", refresh=False)
-    for name, schema in TABLES[spec.part].items():
-        _merge(files, units, name, schema.with_metadata(identity), target / f"{name}.parquet")
+    if share is not None:
+        return {}
+    places = part.merge(target)
+    if len(places) > 1:
+        listed = " and on ".join(f"{place} ({n} of them)" for place, n in places.items())
+        log(f"note: documents were measured on {listed}: the last bits of a number depend on that")
+    return places
+
+
+def unit_name(document: int) -> str:
+    """What the shards of a document are called."""
+    return f"{document:06d}"
 
 
 def missing_units(files: ShardFiles, units: Sequence[str]) -> Iterator[list[int]]:
@@ -103,28 +256,6 @@ def missing_units(files: ShardFiles, units: Sequence[str]) -> Iterator[list[int]
         )
 
 
-def _groups(model: Transformer, lengths: list[int], spec: PartSpec, pending: list[int]) -> list[list[int]]:
-    """Documents to measure together: one, where weights are in memory. Where they are streamed, as many as fit on half of the
-    free disk while they wait between layers, so that each weight is read once for all of them.
-    """
-    spill = spill_of(model)
-    if spill is None:
-        return [[index] for index in pending]
-    each = model.cfg.experts_per_token if spec.part != "sequence" else max(map(model.cfg.experts_in, spec.layers))
-    per_token = len(spec.layers) * each * variant_bytes(model.cfg)
-    room = shutil.disk_usage(spill_directory(spill.directory)).free // 2
-    groups: list[list[int]] = []
-    used = room
-    for index in pending:
-        needed = lengths[index] * per_token
-        if used + needed > room:
-            groups.append([])
-            used = 0
-        groups[-1].append(index)
-        used += needed
-    return groups
-
-
 def _together(tasks: list[Steps[Result]]) -> list[Result]:
     """What each of several measurements returns, run side by side through the layers."""
     results: list[Result | None] = [None] * len(tasks)
@@ -134,22 +265,6 @@ def _together(tasks: list[Steps[Result]]) -> list[Result]:
 
     run_without_grad(side_by_side([keep(number, task) for number, task in enumerate(tasks)]))
     return cast(list[Result], results)
-
-
-def in_parallel(measure: Callable[[list[int]], list[int]], groups: list[list[int]], workers: int) -> Iterator[list[int]]:
-    """Call `measure` on each group and yield what it returns, as each is done. An exception in one stops the others.
-
-    On a CPU, documents side by side use the cores better than one document on all of them, whose operations are small and
-    would wait for each other's threads; the cores are shared out among a few workers.
-    """
-    cores = torch.get_num_threads()
-    executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, cores // workers),))
-    try:
-        for done in as_completed([executor.submit(measure, group) for group in groups]):
-            yield done.result()
-    finally:
-        executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(cores)
 
 
 def workers_for(model: Transformer, documents: int) -> int:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from hooked_moe.checks import WrongTypeError, described, whole_number
 from hooked_moe.corpus import Corpus, Window, tokenize_documents
 from hooked_moe.inputs import foreign_tokenizer
-from hooked_moe.tables import DOCUMENTS, table_with_schema
+from hooked_moe.tables import DOCUMENTS, TOKEN_TEXTS, table_with_schema
 from hooked_moe.tokenizer import Tokenizer
 from hooked_moe.transformer import Transformer
 
@@ -39,6 +39,7 @@ class TokenizedCorpus:
             raise WrongTypeError(f"expected a corpus, as load_corpus() gives, not {described(corpus)}")
         if model.tokenizer is None:
             raise ValueError("this model has no tokenizer, so it cannot read a corpus: put its tokenizer.json beside its weights")
+        self._tokenizer = model.tokenizer
         encode = model.tokenizer.encode
         self.corpus = corpus
         self.n_ctx = n_ctx = whole_number(n_ctx, "n_ctx")
@@ -85,6 +86,22 @@ class TokenizedCorpus:
             "n_tokens": self.lengths(),
         }
         return table_with_schema(DOCUMENTS, columns)
+
+    def token_texts(self) -> pa.Table:
+        """One row per token, as in `tables.TOKEN_TEXTS`: what a reader of results needs no tokenizer for."""
+        texts = [self._tokenizer.to_str_tokens(ids.tolist()) for ids in map(self._own_tokens, self.documents)]
+        lengths = [len(pieces) for pieces in texts]
+        columns = {
+            "document": np.repeat(np.arange(len(texts)), lengths),
+            "position": np.concatenate([np.arange(length) for length in lengths]),
+            "text": [text for pieces in texts for text in pieces],
+        }
+        return table_with_schema(TOKEN_TEXTS, columns)
+
+    def _own_tokens(self, windows: list[Window]) -> np.ndarray:
+        """The tokens of a document: each window's own, without the last one, with which the next begins."""
+        parts = [window.tokens[self.first : -1] for window in windows[:-1]]
+        return np.concatenate([*parts, windows[-1].tokens[self.first :]])
 
 
 def _bos(tokenizer: Tokenizer, prepend: bool | None) -> int | None:

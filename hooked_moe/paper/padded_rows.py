@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from hooked_moe.components.precision import at_least_float32, without_autocast
 from hooked_moe.hooks.hook_point import HookPoint
+from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
 COORDINATES = 32
@@ -136,8 +136,10 @@ def observe_rows(model: Transformer, texts: PaddedTexts, layers: Sequence[int], 
     observers = {layer: _LayerObserver(model, layer) for layer in layers}
     hooks = [hook for observer in observers.values() for hook in observer.hooks]
     starts = range(0, len(texts.tokens), ROWS_PER_BATCH)
-    for start in tqdm(starts, desc="criteria, padding included", unit="batch", disable=not progress):
-        part = texts.rows(slice(start, start + ROWS_PER_BATCH))
-        attention = (lambda name: name.endswith("attn.hook_attn_scores"), part.hide_padding)
-        model.run_with_hooks(part.tokens, stop_at_layer=max(layers) + 1, fwd_hooks=[attention, *hooks])
+    with progress_bar(len(texts.tokens), "criteria, padding included", "text", shown=progress) as bar:
+        for start in starts:
+            part = texts.rows(slice(start, start + ROWS_PER_BATCH))
+            attention = (lambda name: name.endswith("attn.hook_attn_scores"), part.hide_padding)
+            model.run_with_hooks(part.tokens, stop_at_layer=max(layers) + 1, fwd_hooks=[attention, *hooks])
+            bar.update(len(part.tokens))
     return {layer: observer.table(texts.real.numpy()) for layer, observer in observers.items()}

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
-from tqdm import tqdm
 
+from hooked_moe.executors import in_parallel
 from hooked_moe.measurement.shard_files import ShardFiles
-from hooked_moe.measurement.shards import in_parallel, missing_units, workers_for
+from hooked_moe.measurement.shards import missing_units, workers_for
+from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
 TABLE = "values"
@@ -25,16 +26,14 @@ def measure_text_by_text(
     """What `measure` returns for every text, read from its shard or written to it. Several texts are measured side by side."""
     units = [f"{text:06d}" for text in texts]
 
-    def measure_texts(numbers: list[int]) -> list[int]:
-        for number in numbers:
-            values = measure(texts[number])
-            shards.write(units[number], {TABLE: pa.table({str(kind): row for kind, row in enumerate(values)})})
-        return numbers
+    def measure_text(number: int) -> None:
+        values = measure(texts[number])
+        shards.write(units[number], {TABLE: pa.table({str(kind): row for kind, row in enumerate(values)})})
 
     for pending in missing_units(shards, units):
-        with tqdm(total=len(texts), desc=f"{shards.directory.name}, whole texts", unit="text", disable=not progress) as bar:
-            bar.update(len(texts) - len(pending))
-            for done in in_parallel(measure_texts, [[number] for number in pending], workers_for(model, len(texts))):
-                bar.update(len(done))
+        before, what = len(texts) - len(pending), f"{shards.directory.name}, whole texts"
+        with progress_bar(len(texts), what, "text", shown=progress, done=before) as bar:
+            for _ in in_parallel(measure_text, pending, workers_for(model, len(texts))):
+                bar.update(1)
     tables = {text: shards.read(unit, TABLE) for text, unit in zip(texts, units, strict=True)}
     return {text: np.stack([column.to_numpy() for column in table.columns]) for text, table in tables.items()}

@@ -1,18 +1,18 @@
 """One self-contained page about an analysed run: report.html and figures/.
 
 The page depends on the derived tables and the manifest alone, not on the clock, so a rerun gives the same bytes. It begins with
-the verdict: which criterion to prune by, what that saves, and how sure it is. It ends with what was not measured, and with the
-commands that measure it.
+the verdict, a picture of it and what to do; figures come before tables. It ends with what was not measured, and with the commands
+that measure it.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hooked_moe.report import sections
-from hooked_moe.report.blocks import Block, Page, Paragraph, Section
+from hooked_moe.report.blocks import Block, Figure, Page, Paragraph, Section
 from hooked_moe.report.definitions import definitions
 from hooked_moe.report.derived_files import DERIVED_FILES
 from hooked_moe.report.figures.ceiling import static_ceiling
@@ -26,7 +26,9 @@ from hooked_moe.report.figures.redistribution import redistribution
 from hooked_moe.report.figures.removal_effect import removal_effect, slot_distribution, slots
 from hooked_moe.report.figures.savings import savings as savings_figure
 from hooked_moe.report.figures.scopes import scopes
-from hooked_moe.report.inputs import Inputs, left_out, read_inputs
+from hooked_moe.report.figures.verdict import verdict
+from hooked_moe.report.inputs import Inputs, explorer_pages, left_out, read_inputs
+from hooked_moe.report.links import expert_links, explorer_links
 from hooked_moe.report.page import render_page
 from hooked_moe.report.protocol import protocol_sections
 from hooked_moe.report.pruning_sections import pruning_section
@@ -48,26 +50,26 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     inputs = read_inputs(run)
     (run / "figures").mkdir(exist_ok=True)
     figures = _Figures(inputs, run / "figures")
-    first = figures.drawn("savings.csv", savings_figure, MARGIN)
+    first = figures.drawn("savings.csv", verdict)
     title = f"Removing one expert at one token: {inputs.model_name}"
-    page = Page(title, opening(inputs, first), tuple(_sections(inputs, figures)))
+    page = Page(title, (*opening(inputs, first), *explorer_links(inputs)), tuple(_sections(inputs, figures)))
     write_text_atomic(render_page(page), run / "report.html")
-    Ledger(run).record(_REPORT, _INPUTS, ["report.html", *figures.files()], settings=_settings(inputs.reasons))
+    Ledger(run).record(_REPORT, _INPUTS, ["report.html", *figures.files()], settings=_settings(inputs.reasons, inputs.explorer))
     return run / "report.html"
 
 
 def report_fault(run: Path, known: Mapping[str, FileRecord | None] | None = None) -> str | None:
     """Why the report is not the one that `write_report` would write now; None where it is. `known` is as in `tables.Ledger`."""
-    return Ledger(run, known).fault(_REPORT, _INPUTS, _settings(left_out(run, known)))
+    return Ledger(run, known).fault(_REPORT, _INPUTS, _settings(left_out(run, known), explorer_pages(run)))
 
 
 _REPORT = "report"
 _INPUTS = ("manifest.json", *DERIVED_FILES)
 
 
-def _settings(reasons: Mapping[str, str]) -> dict[str, Any]:
-    """What the page says beside its inputs: why tables are not in it."""
-    return {"left_out": {name: reason for name, reason in reasons.items() if name in DERIVED_FILES}}
+def _settings(reasons: Mapping[str, str], explorer: Sequence[str]) -> dict[str, Any]:
+    """What the page says beside its inputs: why tables are not in it, and which pages it links to."""
+    return {"left_out": {name: reason for name, reason in reasons.items() if name in DERIVED_FILES}, "explorer": list(explorer)}
 
 
 @dataclass
@@ -79,7 +81,7 @@ class _Figures:
     numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 100)))
     names: list[str] = field(default_factory=list)
 
-    def drawn(self, name: str, draw: Callable[..., Drawing], *extra: object) -> tuple[Block, ...]:
+    def drawn(self, name: str, draw: Callable[..., Drawing], *extra: object) -> tuple[Figure, ...]:
         """The figure of a derived table, as a block; nothing where the run lacks the table."""
         if name not in self.inputs.tables:
             return ()
@@ -95,11 +97,12 @@ class _Figures:
 def _sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
     """The page from the verdict down. A section whose tables are absent is left out, and named at the end."""
     yield from _verdict_sections(inputs, figures)
-    yield from _protocol_sections(inputs, figures)
     yield from _effect_sections(inputs, figures)
+    yield from _protocol_sections(inputs, figures)
+    yield from _table_sections(inputs)
     yield sections.verification(inputs)
-    yield sections.manifest(inputs)
     yield definitions()
+    yield sections.manifest(inputs)
     absent = sections.not_measured(inputs)
     if absent:
         yield absent
@@ -109,7 +112,7 @@ def _verdict_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
     """What criteria save, what prunings cost, and how well rankings order."""
     savings = read_savings(inputs)
     if savings.rows:
-        yield savings_section(savings)
+        yield savings_section(savings, figures.drawn("savings.csv", savings_figure, MARGIN))
     prunings = inputs.rows("pruning.csv")
     if prunings:
         summary = inputs.rows("pruning_summary.csv")
@@ -136,17 +139,21 @@ def _effect_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
         *figures.drawn("slot_distribution.csv", slot_distribution, inputs.noise_floor),
     )
     yield from _section("effects", "What one removal does", effects)
-    yield from _section("experts", "Every expert", figures.drawn("experts.parquet", experts))
+    by_expert = (*figures.drawn("experts.parquet", experts), *expert_links(inputs))
+    yield from _section("experts", "Every expert", by_expert)
     ceiling = (*figures.drawn("ceiling.csv", static_ceiling), *figures.drawn("ceiling_kl.csv", static_ceiling, True))
     yield from _section("ceiling", "How much of the variance lies between experts?", ceiling)
-    bayes = inputs.rows("bayes.csv")
-    yield from _section("bayes", "Bayesian comparison of the criteria", sections.bayes_blocks(bayes) if bayes else ())
     n_layers = inputs.n_layers
     yield from _section("redistribution", "Redistribution", figures.drawn("redistribution.csv", redistribution, n_layers))
     yield from _section("progressive", "Several experts at one token", figures.drawn("progressive.csv", progressive))
     yield from _section("scopes", "One token or the whole sequence", figures.drawn("scopes.csv", scopes))
-    domains = inputs.rows("domains.csv")
-    by_domain = (Paragraph(DOMAIN_NOTE), sections.plain_table(domains)) if domains else ()
+
+
+def _table_sections(inputs: Inputs) -> Iterator[Section]:
+    """What has no picture."""
+    bayes, domains = inputs.rows("bayes.csv"), inputs.rows("domains.csv")
+    yield from _section("bayes", "Bayesian comparison of the criteria", sections.bayes_blocks(bayes) if bayes else ())
+    by_domain = (Paragraph(DOMAIN_NOTE), sections.domain_table(domains)) if domains else ()
     yield from _section("domains", "By kind of text", by_domain)
 
 
@@ -158,5 +165,5 @@ def _section(anchor: str, title: str, blocks: tuple[Block, ...]) -> Iterator[Sec
 
 DOMAIN_NOTE = (
     "Top minus bottom is the loss change without the highest-weight expert minus that without the lowest-weight one, averaged "
-    "over layers (nats). d position is its size over single positions, with a 95% interval clustered by document."
+    "over layers. d is its size in standard deviations over single positions, with a 95% interval clustered by document."
 )

@@ -119,6 +119,23 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A text that leads to an address."""
+
+    text: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Links:
+    """A text, and links after it."""
+
+    kind: ClassVar[str] = "links"
+    text: str
+    links: tuple[Link, ...]
+
+
+@dataclass(frozen=True)
 class Folded:
     """Blocks that open on a click; printed open, or not at all."""
 
@@ -128,7 +145,26 @@ class Folded:
     on_paper: bool
 
 
-Block = Paragraph | Lead | Heading | Missing | Summary | Key | Table | Figure | Folded
+@dataclass(frozen=True)
+class Action:
+    """A thing to do, and the command that does it, where there is one."""
+
+    text: str
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The first screen: the verdict in a sentence, a picture where there is one, what to do, and below that how sure it is."""
+
+    kind: ClassVar[str] = "opening"
+    headline: str
+    picture: tuple[Figure, ...]
+    actions: tuple[Action, ...]
+    text: str
+
+
+Block = Opening | Paragraph | Lead | Heading | Missing | Summary | Key | Table | Figure | Links | Folded
 
 
 @dataclass(frozen=True)

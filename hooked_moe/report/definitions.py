@@ -3,6 +3,7 @@
 from hooked_moe import tables
 from hooked_moe.analysis.cells import cells_table
 from hooked_moe.analysis.criteria import CRITERIA
+from hooked_moe.analysis.expert_tokens import EXPERT_TOKENS, TOKEN_SHARES
 from hooked_moe.analysis.summaries import LAYER_COLUMNS
 from hooked_moe.report.blocks import Folded, Section, Table, table_row
 
@@ -14,7 +15,10 @@ _SCHEMAS = {
     "routing.parquet": tables.ROUTING,
     "expert_weights.parquet": tables.EXPERT_WEIGHTS,
     "tokens.parquet": tables.TOKENS,
+    "token_texts.parquet": tables.TOKEN_TEXTS,
     "documents.parquet": tables.DOCUMENTS,
+    "expert_tokens.parquet": EXPERT_TOKENS,
+    "token_shares.parquet": TOKEN_SHARES,
 }
 
 

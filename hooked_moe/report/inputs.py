@@ -15,14 +15,18 @@ import pyarrow as pa
 from hooked_moe.report.derived_files import DERIVED_FILES
 from hooked_moe.tables import FileRecord, Ledger, read_checked_json, read_csv, read_parquet
 
+EXPLORER_PAGES = ("documents.html", "experts.html")
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tables that a run has, by file name; its manifest, empty where there is none; and why other tables are absent."""
+    """The tables that a run has, by file name; its manifest, empty where there is none; why other tables are absent; and the
+    explorer pages beside the report."""
 
     tables: dict[str, pa.Table]
     manifest: dict[str, Any]
     reasons: dict[str, str]
+    explorer: tuple[str, ...] = ()
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of a table; an empty list where the table is absent."""
@@ -88,7 +92,12 @@ def read_inputs(run: Path) -> Inputs:
             f"{os.fspath(run)} has none of the derived tables {', '.join(DERIVED_FILES)}{why}; analyse the run first"
         )
     manifest = run / "manifest.json"
-    return Inputs(tables, read_checked_json(manifest) if manifest.is_file() else {}, reasons)
+    return Inputs(tables, read_checked_json(manifest) if manifest.is_file() else {}, reasons, explorer_pages(run))
+
+
+def explorer_pages(run: Path) -> tuple[str, ...]:
+    """The explorer pages that a run has."""
+    return tuple(name for name in EXPLORER_PAGES if (run / name).is_file())
 
 
 def left_out(run: Path, known: Mapping[str, FileRecord | None] | None = None) -> dict[str, str]:

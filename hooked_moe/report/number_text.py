@@ -17,10 +17,16 @@ def interval(low: float, high: float, digits: int) -> str:
     return DASH if math.isnan(low) or math.isnan(high) else f"[{signed(low, digits)}, {signed(high, digits)}]"
 
 
+LEAST_P, MOST_BAYES = 1e-10, 1e10
+"""Beyond these a number says nothing that the bound does not: no model of the data is right to so many digits."""
+
+
 def p_value(p: float) -> str:
     if math.isnan(p):
         return DASH
-    return f"{p:.3f}" if p >= 0.001 else (f"{p:.0e}" if p >= 1e-99 else "<1e-99")
+    if p < LEAST_P:
+        return "<1e-10"
+    return f"{p:.3f}" if p >= 0.001 else (f"{p:.4f}" if p >= 0.0001 else f"{p:.0e}")
 
 
 def share(value: float) -> str:
@@ -49,15 +55,15 @@ def bayes_factor(value: float) -> str:
     """Two digits, or a power of ten beyond a thousand either way."""
     if math.isnan(value):
         return DASH
-    if value == 0 or math.isinf(value):
-        return "<1e-300" if value == 0 else ">1e300"
-    return log_bayes_factor(math.log(value))
+    return log_bayes_factor(math.log(value) if value > 0 else -math.inf)
 
 
 def log_bayes_factor(value: float) -> str:
     """A Bayes factor given by its natural logarithm, which may be beyond what a float holds."""
     if math.isnan(value):
         return DASH
+    if abs(value) > math.log(MOST_BAYES):
+        return ">1e10" if value > 0 else "<1e-10"
     if abs(value) < math.log(1000):
         factor = math.exp(value)
         return f"{factor:.0f}" if factor >= 100 else f"{factor:.2g}"

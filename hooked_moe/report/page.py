@@ -13,7 +13,7 @@ from hooked_moe.report.blocks import Page
 
 def render_page(page: Page) -> str:
     """The whole file."""
-    return _environment().get_template("page.html").render(page=page, style=style_sheet())
+    return template_environment("hooked_moe.report").get_template("page.html").render(page=page, style=style_sheet())
 
 
 def style_sheet() -> str:
@@ -21,9 +21,10 @@ def style_sheet() -> str:
 
 
 @cache
-def _environment() -> Environment:
+def template_environment(package: str) -> Environment:
+    """The templates of a package, which escape what they are given and know no name that they are not given."""
     return Environment(
-        loader=PackageLoader("hooked_moe.report"),
+        loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

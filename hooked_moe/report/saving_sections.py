@@ -13,13 +13,14 @@ from hooked_moe.report.sections import MOST_LAYERS_WITH_NUMBERS, outcome_key
 _DIRECTIONS = {"prune lowest": "lowest", "prune highest": "highest", "none published": "none published"}
 
 
-def savings_section(savings: Savings) -> Section:
-    """All that savings.csv says; the first figure of the page draws it."""
+def savings_section(savings: Savings, figure: tuple[Block, ...] = ()) -> Section:
+    """All that savings.csv says, after the figure that draws it."""
     by_layer = [
         Folded(f"By layer in numbers: {EFFECT_TITLES[effect]}", (_layer_table(savings, effect),), on_paper=False)
         for effect in EFFECT_TITLES
     ]
     blocks: tuple[Block, ...] = (
+        *figure,
         Paragraph(_definition(savings)),
         _total_table(savings),
         _key(savings),

@@ -8,6 +8,7 @@ from typing import Any
 from hooked_moe.report.blocks import (
     Block,
     Figure,
+    Folded,
     Heading,
     Key,
     KeyEntry,
@@ -23,7 +24,7 @@ from hooked_moe.report.derived_files import DERIVED_FILES
 from hooked_moe.report.figures.drawing import Drawing
 from hooked_moe.report.figures.names import FAMILY_TITLES, label
 from hooked_moe.report.inputs import Inputs
-from hooked_moe.report.number_text import DASH, log_bayes_factor, share, signed, value_text
+from hooked_moe.report.number_text import DASH, interval, log_bayes_factor, share, signed, value_text
 from hooked_moe.report.outcome_words import OutcomeWords
 
 MOST_LAYERS_WITH_NUMBERS = 12
@@ -63,6 +64,24 @@ def plain_table(rows: list[dict[str, Any]]) -> Table:
     """A derived table as it is."""
     columns = tuple(name.replace("_", " ") for name in rows[0])
     return Table(columns, tuple(table_row(*map(value_text, row.values())) for row in rows), "plain")
+
+
+# --- kinds of text --------------------------------------------------------------------------------------------------------
+
+
+def domain_table(rows: list[dict[str, Any]]) -> Table:
+    """domains.csv, a row for each kind of text."""
+    columns = (
+        *("kind of text", "documents", "positions", "loss (nats)", "mean effect (nats)", "mean size (nats)"),
+        *("top minus bottom (nats)", "d", "95% interval"),
+    )
+    lines = []
+    for row in rows:
+        effects = (signed(row[name], 4) for name in ("mean_delta", "mean_abs_delta", "top_minus_bottom"))
+        ends = interval(row["d_position_low"], row["d_position_high"], 3)
+        counts = (f"{row['n_documents']:,}", f"{row['n_positions']:,}", f"{row['baseline_loss']:.3f}")
+        lines.append(table_row(row["domain"], *counts, *effects, signed(row["d_position"], 3), ends))
+    return Table(columns, tuple(lines), "plain")
 
 
 # --- Bayesian comparison ------------------------------------------------------------------------------------------------
@@ -126,12 +145,18 @@ def verification(inputs: Inputs) -> Section:
                 "The largest loss change of a removal that removes nothing, under another batch composition: an effect of this "
                 "size is rounding."
             ),
-            _pairs(floor),
+            _floor_table(floor),
             *_above_floor(inputs),
         ]
     else:
         blocks.append(Missing("Not recorded", "the manifest has no noise floor."))
     return Section("verification", "Verification and noise floor", tuple(blocks))
+
+
+def _floor_table(floor: dict[str, Any]) -> Table:
+    known = {"max_abs_nats": "largest change (nats)", "windows": "windows read", "tokens_per_window": "tokens of each"}
+    rows = (table_row(words, value_text(floor[name])) for name, words in known.items() if name in floor)
+    return Table((), tuple(rows), "pairs")
 
 
 _CHECK_RESULTS = {True: TableCell("passed"), False: TableCell("FAILED", css="failed"), None: TableCell("not run")}
@@ -163,8 +188,11 @@ def _above_floor(inputs: Inputs) -> tuple[Block, ...]:
 def manifest(inputs: Inputs) -> Section:
     """What the manifest says beside the checks and the noise floor."""
     entries = {key: value for key, value in inputs.manifest.items() if key not in ("verification", "noise_floor")}
-    block = _pairs(entries) if entries else Missing("Not recorded", "this run has no manifest.json.")
-    return Section("manifest", "Manifest", (block,))
+    if not entries:
+        return Section("manifest", "Manifest", (Missing("Not recorded", "this run has no manifest.json."),))
+    about = "Model, text, protocol, versions and checksums: what another run needs to give the same bytes."
+    folded = Folded("manifest.json, entry by entry", (_pairs(entries),), on_paper=False)
+    return Section("manifest", "Manifest", (Paragraph(about), folded))
 
 
 def _pairs(value: dict[str, Any]) -> Table:

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from hooked_moe.analysis.rankings import ROUTING_WEIGHT
-from hooked_moe.report.blocks import Block, Paragraph, Summary
+from hooked_moe.report.actions import actions
+from hooked_moe.report.blocks import Block, Figure, Opening, Paragraph, Summary
 from hooked_moe.report.conclusions import conclude
 from hooked_moe.report.figures.names import FIXED_FAMILIES, label
 from hooked_moe.report.inputs import Inputs
@@ -18,11 +19,11 @@ _MOST_NAMED = 5  # rankings named in a sentence; the others are counted
 _SMALLEST_CEILING = 0.001  # shares of a smaller ceiling are noise
 
 
-def opening(inputs: Inputs, figure: tuple[Block, ...]) -> tuple[Block, ...]:
-    """The top of the page: the verdict, its picture, what to conclude, what was measured, and what was found."""
+def opening(inputs: Inputs, figure: tuple[Figure, ...]) -> tuple[Block, ...]:
+    """The top of the page: the verdict, its picture, what to do; then what to conclude, what was measured and found."""
     verdict = lead(read_savings(inputs))
     conclusions, findings = conclude(inputs), tuple(finding for find in FINDINGS for finding in find(inputs))
-    blocks: list[Block] = [*([verdict] if verdict else []), *figure]
+    blocks: list[Block] = [Opening(verdict.headline, figure, actions(inputs), verdict.text)] if verdict else [*figure]
     if conclusions:
         blocks.append(Summary("What to conclude", conclusions, "conclusion"))
     blocks.append(measured(inputs))

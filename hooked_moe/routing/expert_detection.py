@@ -70,6 +70,7 @@ def detect_experts(
     *,
     last_tokens: int | None = None,
     seed: int = 0,
+    progress: bool = False,
 ) -> ExpertContrast:
     """The experts that serve one kind of text more than another, from pairs of texts (SteerMoE, arXiv 2509.09660, section 3).
 
@@ -91,7 +92,8 @@ def detect_experts(
             raise ValueError(f"expected pairs of texts, (first, second), not {pair!r}")
     if not pairs:
         raise ValueError("no pairs of texts given")
-    counts = [_counts(routing_table(model, [pair[side] for pair in pairs]), last_tokens) for side in (0, 1)]
+    texts = ([pair[side] for pair in pairs] for side in (0, 1))
+    counts = [_counts(routing_table(model, own, progress=progress), last_tokens) for own in texts]
     (served, tokens), (other_served, other_tokens) = counts
     result = compare_shares(served, tokens, other_served, other_tokens, ratio=statistic == "risk_ratio", seed=seed)
     shape = len(model.cfg.moe_layers), -1

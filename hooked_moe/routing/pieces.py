@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hooked_moe.corpus import Corpus, Document
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
 Texts: TypeAlias = Corpus | TokenizedCorpus | Sequence[str] | Int[Tensor, "batch pos"]
@@ -96,24 +97,27 @@ def _of_tokens(model: Transformer, tokens: Tensor, attention_mask: Tensor | None
 
 def run_in_batches(
     model: Transformer,
-    pieces: Iterable[Piece],
+    pieces: Sequence[Piece],
     run: Callable[[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None], Callable[[int, Any], Outcome]],
+    progress: bool = False,
 ) -> Iterator[tuple[Piece, Outcome]]:
-    """Every piece in order with what `run` makes of it.
+    """Every piece in order with what `run` makes of it; `progress` shows a bar that counts tokens.
 
     `run(tokens, attention_mask)` is given pieces of like length as rows, padded on the right; what it returns is called with the
     number of a row and the piece's own tokens in it, and gives the piece's result.
     """
-    for group in _groups(pieces, TOKENS_PER_BATCH * BATCHES_AHEAD):
-        by_length = sorted(range(len(group)), key=lambda number: len(group[number].tokens))
-        results: dict[int, Outcome] = {}
-        for numbers in _batches(by_length, group):
-            tokens, real = _padded([group[number].tokens for number in numbers], model.cfg.device)
-            of_row = run(tokens, real)
-            for row, number in enumerate(numbers):
-                results[number] = of_row(row, group[number].own)
-        for number, piece in enumerate(group):
-            yield piece, results.pop(number)
+    with progress_bar(sum(len(piece.tokens) for piece in pieces), "reading", "tok", shown=progress) as bar:
+        for group in _groups(pieces, TOKENS_PER_BATCH * BATCHES_AHEAD):
+            by_length = sorted(range(len(group)), key=lambda number: len(group[number].tokens))
+            results: dict[int, Outcome] = {}
+            for numbers in _batches(by_length, group):
+                tokens, real = _padded([group[number].tokens for number in numbers], model.cfg.device)
+                of_row = run(tokens, real)
+                for row, number in enumerate(numbers):
+                    results[number] = of_row(row, group[number].own)
+                bar.update(sum(len(group[number].tokens) for number in numbers))
+            for number, piece in enumerate(group):
+                yield piece, results.pop(number)
 
 
 def _groups(pieces: Iterable[Piece], tokens: int) -> Iterator[list[Piece]]:

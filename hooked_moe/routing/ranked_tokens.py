@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_moe.analysis.accumulators.top_entries import Scored, TopHeap
 from hooked_moe.checks import whole_numbers
 from hooked_moe.counterfactuals import expert_effects, expert_observations, first_order_effects
 from hooked_moe.routing.pieces import Piece, Texts, pieces_of, run_in_batches
@@ -82,17 +83,6 @@ class TopTokens(Result):
 _ROWS_SHOWN = 40
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Values of every active expert at some tokens; NaN where there is none."""
-
-    layers: list[int]
-    document: Int[np.ndarray, " P"]
-    position: Int[np.ndarray, " P"]
-    expert: Int[np.ndarray, "P layer slot"]
-    value: np.ndarray
-
-
 def top_tokens(
     model: Transformer,
     texts: Texts | str | os.PathLike[str],
@@ -105,6 +95,7 @@ def top_tokens(
     attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
     n_ctx: int | None = None,
     memory_budget: int | str | None = None,
+    progress: bool = False,
 ) -> TopTokens:
     """The n tokens of some texts that have the highest value of every expert that serves them.
 
@@ -117,9 +108,9 @@ def top_tokens(
     backward pass, and the others what `expert_effects` does. A directory names a finished measurement, whose tables have all of
     them; the model then only lends its tokenizer.
 
-    `context` tokens on both sides are shown. Equal values are in the order of the texts. Beside the tokens, memory holds n
-    entries an expert. Raises `ValueError` for another `by`, `n` below 1, layers without experts, and as `routing_table` does;
-    `FileNotFoundError` for a directory without those tables.
+    `context` tokens on both sides are shown; `progress` shows a bar that counts tokens of texts. Equal values are in the order of
+    the texts. Beside the tokens, memory holds n entries an expert. Raises `ValueError` for another `by`, `n` below 1, layers
+    without experts, and as `routing_table` does; `FileNotFoundError` for a directory without those tables.
     """
     if by not in get_args(By):
         raise ValueError(f"by must be one of {', '.join(map(repr, get_args(By)))}, not {by!r}")
@@ -131,72 +122,20 @@ def top_tokens(
         tokens = _tokens_of_run(Path(texts), heap.documents)
     else:
         pieces = pieces_of(model, texts, attention_mask, n_ctx).pieces
-        heap.add_all(_measured(model, pieces, by, layers, memory_budget))
+        heap.add_all(_measured(model, pieces, by, layers, memory_budget, progress))
         tokens = _tokens_of_pieces(pieces, heap.documents)
     return TopTokens(by, lowest, _with_contexts(heap, tokens, context, model.tokenizer))
 
 
-class TopHeap:
-    """The n most extreme entries of every (layer, expert), over any number of chunks in the order of the texts."""
-
-    def __init__(self, n: int, lowest: bool = False) -> None:
-        self.n, self.sign = n, -1.0 if lowest else 1.0
-        self.entries = {name: np.zeros(0, np.int64) for name in ("layer", "expert", "document", "position")}
-        self.value, self.rank = np.zeros(0, np.float32), np.zeros(0, np.int64)
-        self.least: dict[int, np.ndarray] = {}
-        """By layer, what an entry of each expert has to exceed."""
-
-    @property
-    def documents(self) -> list[int]:
-        """Those that have an entry."""
-        return np.unique(self.entries["document"]).tolist()
-
-    def add_all(self, chunks: Iterable[Scored]) -> None:
-        for scored in chunks:
-            self.add(scored)
-
-    def add(self, scored: Scored) -> None:
-        for place, layer in enumerate(scored.layers):
-            expert, value = scored.expert[:, place].astype(np.int64), self.sign * scored.value[:, place]
-            least = self.least.setdefault(layer, np.full(0, -np.inf, np.float32))
-            if len(least) <= expert.max(initial=-1):
-                least = self.least[layer] = np.append(least, np.full(int(expert.max()) + 1 - len(least), -np.inf, np.float32))
-            token, slot = np.nonzero(value > least[expert])
-            new = {
-                "layer": np.full(len(token), layer),
-                "expert": expert[token, slot],
-                "document": scored.document[token].astype(np.int64),
-                "position": scored.position[token].astype(np.int64),
-            }
-            self.entries = {name: np.append(old, new[name]) for name, old in self.entries.items()}
-            self.value = np.append(self.value, value[token, slot].astype(np.float32))
-        self._keep_best()
-
-    def _keep_best(self) -> None:
-        own = self.entries
-        order = np.lexsort((own["position"], own["document"], -self.value, own["expert"], own["layer"]))
-        layer, expert = own["layer"][order], own["expert"][order]
-        starts = np.flatnonzero(np.diff(layer, prepend=-1) | np.diff(expert, prepend=-1))
-        rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
-        order, kept_rank = order[rank < self.n], rank[rank < self.n]
-        self.entries = {name: values[order] for name, values in own.items()}
-        self.value, self.rank = self.value[order], kept_rank
-        last = kept_rank == self.n - 1
-        for layer, expert, value in zip(
-            *(self.entries[name][last] for name in ("layer", "expert")), self.value[last], strict=True
-        ):
-            self.least[int(layer)][expert] = value
-
-
 def _measured(
-    model: Transformer, pieces: list[Piece], by: By, layers: Sequence[int] | None, budget: int | str | None
+    model: Transformer, pieces: list[Piece], by: By, layers: Sequence[int] | None, budget: int | str | None, progress: bool
 ) -> Iterator[Scored]:
     def run(tokens: Tensor, real: Tensor | None) -> Any:
         effects, values = _asked(model, tokens, real, by, layers, budget)
         expert, value = (x.movedim(0, 2).cpu().numpy() for x in (effects.expert_index, values))
         return lambda row, own: (effects.layers, expert[row, own], value[row, own])
 
-    for piece, (measured, expert, value) in run_in_batches(model, pieces, run):
+    for piece, (measured, expert, value) in run_in_batches(model, pieces, run, progress):
         yield Scored(measured, np.full(len(piece.own), piece.document), piece.positions, expert, value)
 
 

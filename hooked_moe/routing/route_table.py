@@ -185,6 +185,7 @@ def routing_table(
     attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
     n_ctx: int | None = None,
     path: str | os.PathLike[str] | None = None,
+    progress: bool = False,
 ) -> RoutingTable:
     """Where a model sends every token of some texts, at the cost of one forward pass without its logits.
 
@@ -196,6 +197,7 @@ def routing_table(
     `texts` is a corpus, a list of texts, or token ids [batch, pos]; a corpus and texts are cut into windows of `n_ctx` tokens
     (default: the model's context) as in a measurement, with the BOS token that the checkpoint wants, which has no row. `layers`
     None means all that have experts. Hooks on the model act: inside `steer_routes` the table is that of the steered model.
+    `progress` shows a bar that counts tokens.
 
     Raises `ValueError` for layers that do not exist or are dense, and for texts and tokens that cannot be run.
     """
@@ -206,7 +208,7 @@ def routing_table(
     pieces = pieces_of(model, texts, attention_mask, n_ctx)
     experts = {layer: model.cfg.experts_in(layer) for layer in sorted(layers)}
     result = RoutingTable(model.cfg.model_name, experts, model.cfg.experts_per_token, pieces.domains, ROUTES.empty_table())
-    rows = _rows(model, pieces.pieces, result.layers)
+    rows = _rows(model, pieces.pieces, result.layers, progress)
     if path is None:
         return replace(result, rows=pa.concat_tables(rows).replace_schema_metadata(None))
     schema = ROUTES.with_metadata(result.file_labels())
@@ -219,11 +221,15 @@ def routing_table(
     return replace(result, rows=Path(path))
 
 
-def _rows(model: Transformer, pieces: list[Piece], layers: list[int]) -> Iterator[pa.Table]:
+def _rows(model: Transformer, pieces: list[Piece], layers: list[int], progress: bool) -> Iterator[pa.Table]:
     """The table in parts of at least 2^17 rows, so that a file has few row groups."""
     held: list[pa.Table] = []
     rule = rule_of(model)
-    for piece, columns in run_in_batches(model, pieces, lambda tokens, real: _observed(model, tokens, real, layers, rule)):
+
+    def run(tokens: Tensor, real: Tensor | None) -> Any:
+        return _observed(model, tokens, real, layers, rule)
+
+    for piece, columns in run_in_batches(model, pieces, run, progress):
         held.append(_piece_rows(piece, columns, layers))
         if sum(table.num_rows for table in held) >= 1 << 17:
             yield pa.concat_tables(held)

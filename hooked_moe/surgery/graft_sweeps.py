@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
-from tqdm import tqdm
 
 from hooked_moe.checks import unknown_name
+from hooked_moe.progress import progress_bar
 from hooked_moe.statistics import RatioInterval, ratio_bootstrap
 from hooked_moe.statistics.coalitions import banzhaf_values, shapley_values
 from hooked_moe.surgery.grafting import Grafts
@@ -146,7 +146,7 @@ class _Readouts:
     def __init__(self, maker: GraftMaker, readout: Readout, progress: bool, expected: int) -> None:
         self._maker, self._readout = maker, readout
         self._known: dict[frozenset[Place], DocumentValues] = {}
-        self._bar = tqdm(total=expected, desc="grafts", unit="graft", disable=not progress)
+        self._bar = progress_bar(expected, "grafts", "graft", shown=progress)
 
     def of(self, places: frozenset[Place]) -> DocumentValues:
         if places not in self._known:

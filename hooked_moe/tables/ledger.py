@@ -57,6 +57,10 @@ class Ledger:
         """The files that a derivation has written; none if it was not made."""
         return sorted(self._derivations.get(derivation, {"outputs": {}})["outputs"])
 
+    def settings(self, derivation: str) -> dict[str, Any]:
+        """What beside its inputs decided a derivation; nothing if it was not made."""
+        return dict(self._derivations.get(derivation, {"settings": {}}).get("settings", {}))
+
     def fault(self, derivation: str, inputs: Iterable[str], settings: Mapping[str, Any]) -> str | None:
         """Why the outputs are not what the derivation would write now; None where they are."""
         if derivation not in self._derivations:

@@ -20,7 +20,9 @@ def table_with_schema(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
 
 
-MEASURED_TABLES: Final = ("documents", "effects", "effects_sequence", "expert_weights", "progressive", "routing", "tokens")
+MEASURED_TABLES: Final = (
+    *("documents", "effects", "effects_sequence", "expert_weights", "progressive", "routing", "token_texts", "tokens"),
+)
 """The tables of a measurement, each a parquet file of its name; all else in a run is derived from them."""
 REMOVAL_ORDERS: Final = ("descending", "ascending", "random")
 """The values of the column `order` of `PROGRESSIVE`: by routing weight, highest or lowest first, or random."""
@@ -125,6 +127,11 @@ TOKENS = schema_of(
     ("token", pa.int32(), "token id", "input token"),
     ("target", pa.int32(), "token id", "next token of the document; -1 where there is none"),
     _BASELINE,
+)
+TOKEN_TEXTS = schema_of(
+    _DOCUMENT,
+    _POSITION,
+    ("text", pa.string(), "text", "the token as text, after the one before it; U+FFFD where it is a part of a character"),
 )
 DOCUMENTS = schema_of(
     _DOCUMENT,

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import all as suite
-from benchmarks import checkpoints, circuits, forward, peers, removals, roofline, routing, scaling, streaming
+from benchmarks import checkpoints, circuits, forward, peers, removals, roofline, routing, scaling, streaming, tracing
 from benchmarks.tables import Table
 from benchmarks.timing import ratio, summary, timed
 from hooked_moe import HookedMoE
@@ -31,7 +31,9 @@ def column(table: Table, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "script", [circuits, removals, forward, roofline, scaling, streaming, routing, suite], ids=lambda script: script.__name__
+    "script",
+    [circuits, tracing, removals, forward, roofline, scaling, streaming, routing, suite],
+    ids=lambda script: script.__name__,
 )
 def test_help_has_examples(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -94,6 +96,17 @@ def test_a_patch_that_is_not_exact_is_found_out() -> None:
     wrong = [patch._replace(effect=patch.effect + 1e-3) for patch in sample]
     with pytest.raises(ArithmeticError, match="patches differ by"):
         circuits.largest_difference(given, circuits.by_hooks(given), wrong)
+
+
+def test_tracing_agrees_with_a_forward_for_each_patch() -> None:
+    (table,) = tracing.main(["--small"])
+    assert column(table, "patched") == list(tracing.PATCHED)
+    assert 0 <= max(map(float, column(table, "largest difference, logits"))) <= tracing.TOLERANCE
+    model = HookedMoE.from_pretrained("tiny-olmoe-facts").eval()
+    found = tracing.measure(model, tracing.batch_of(model, 2, 6, [5]), ["logit_difference"], necessity=False)
+    wrong = replace(found, rescue=found.rescue + 1e-3)
+    with pytest.raises(ArithmeticError, match="patches differ by"):
+        tracing.largest_difference(model, wrong, tracing.patches_of(model, found, 2))
 
 
 def test_forward_compares_dtypes_batches_and_caches() -> None:

@@ -40,8 +40,13 @@ TABLES = (
     "routing.parquet",
     "expert_weights.parquet",
     "experts.parquet",
+    "token_texts.parquet",
+    "expert_tokens.parquet",
+    "token_shares.parquet",
     "cells.csv",
     "report.html",
+    "documents.html",
+    "experts.html",
     "manifest.json",
 )
 Make = Callable[..., HookedMoE]
@@ -176,7 +181,7 @@ def test_a_short_document_is_audited_as_far_as_it_goes_and_that_is_said_first(
     write_corpus(tmp_path / "one.jsonl", [9])
     run_audit(tmp_path, "--corpus", str(tmp_path / "one.jsonl"))
     said = capsys.readouterr().out
-    assert "tests over documents need 10 or more of them and will be refused" in said[: said.index("pass")]
+    assert "tests over documents need 10 or more and will be refused" in said[: said.index("pass")]
     assert "8 sampled positions" in said
 
 

@@ -238,15 +238,14 @@ def test_a_reader_who_has_gone_ends_a_command_without_a_word() -> None:
 INTERRUPTED = """
 import signal, sys, time
 from hooked_moe.cli.console import run_command
-from hooked_moe.measurement.shards import in_parallel
+from hooked_moe.executors import in_parallel
 
-def measure(group):
+def measure(document):
     print("measuring", flush=True)
     time.sleep(float(sys.argv[1]))
-    return group
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` and a shell's `&` may have switched off
-sys.exit(run_command(lambda _: list(in_parallel(measure, [[n] for n in range(8)], 2)), None))
+sys.exit(run_command(lambda _: list(in_parallel(measure, range(8), 2)), None))
 """
 """A command whose threads go on for a while, as documents do."""
 

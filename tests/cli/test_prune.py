@@ -215,16 +215,16 @@ def test_a_killed_command_keeps_what_it_measured(workplace, monkeypatch):
     """Two prunings, then the plug is pulled: the same command measures the others only."""
     asked = ("--shares", "0.5", "--criteria", "reap", "utilization_rate", "--random", "2")
     directory = workplace / "results" / "model" / "run" / "prunings"
-    original, n_before = pruned_losses.PrunedLosses._measured, len(list(directory.iterdir()))
+    original, n_before = pruned_losses.MeasurePrunings._measured, len(list(directory.iterdir()))
     calls = []
 
-    def unplugged(self):
+    def unplugged(self, model):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(self)
+        return original(self, model)
 
-    monkeypatch.setattr(pruned_losses.PrunedLosses, "_measured", unplugged)
+    monkeypatch.setattr(pruned_losses.MeasurePrunings, "_measured", unplugged)
     assert run_prune(*asked) == 130
     assert len(list(directory.iterdir())) == n_before + 2 * 2  # a table and its record
     assert run_prune(*asked) == 0

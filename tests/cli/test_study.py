@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import checkpoints, factor_study, grafting
+from experiments import checkpoints, factor_study
 from hooked_moe import HookedMoE
 from hooked_moe.analysis.responses import Response
 from hooked_moe.checks import UnknownNameError
@@ -60,7 +60,7 @@ def test_every_study_shows_its_examples(study: str, capsys: pytest.CaptureFixtur
 
 
 def test_scripts_are_the_studies() -> None:
-    for script in (grafting, checkpoints, factor_study):
+    for script in (checkpoints, factor_study):
         assert script.__doc__
         assert callable(script.main)
 

@@ -44,12 +44,28 @@ def test_the_same_command_writes_the_same_bytes(directory: Path, tmp_path: Path)
     assert [name for name in names if (directory / name).read_bytes() != (again / name).read_bytes()] == []
 
 
+def test_every_token_from_the_subject_on_has_its_own_findings(tmp_path: Path) -> None:
+    options = ["--cases", "12", "--min-cases", "8", "--positions", "all", "--corruption", "noise", "--foils", "prior"]
+    assert main(["trace", *options, "--results", str(tmp_path)]) == 0
+    (run,) = (tmp_path / "tiny-olmoe-facts").iterdir()
+    result = TracingResult.load(run)
+    assert result.places[-1] == "final"
+    found = pyarrow.csv.read_csv(run / "findings.csv").to_pylist()
+    assert {row["place"] for row in found} == {"", *result.places}
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Where in the prompt the answer comes back" in page
+    assert "last token of the subject: layer 0" in page
+    assert "foils as likely as the true answer without the subject" in page
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--facts", "embeded"], "unknown set of facts 'embeded'; did you mean 'embedded'"),
         (["--cases", "3"], "n_cases must be a whole number from 4"),
         (["--published-cases"], "no case ids were published for"),
+        (["--foils", "prior"], "foils='prior' goes with corruption='noise'"),
+        (["--chat"], "this model has no chat template"),
         (["--model", "tiny-olmoe-fact"], "did you mean 'tiny-olmoe-facts'"),
     ],
 )

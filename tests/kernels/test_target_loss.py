@@ -28,7 +28,7 @@ def test_the_loss_is_cross_entropy_in_chunks_of_any_size(n: int, d: int, vocabul
 
 
 @pytest.mark.parametrize("variants", [0, 1, 3])
-@pytest.mark.parametrize(("n", "d", "vocabulary"), [(1, 1, 2), (5, 8, 33)])
+@pytest.mark.parametrize(("n", "d", "vocabulary"), [(1, 1, 2), (5, 8, 33), (5, 8, 8193), (7, 3, 12_301)])
 def test_the_loss_of_shifted_rows_is_that_of_their_sums(variants: int, n: int, d: int, vocabulary: int) -> None:
     x, weight, shifts = draw(n, d), draw(vocabulary, d, seed=1), draw(variants, n, d, seed=2)
     targets = torch.randint(vocabulary, (n,))
@@ -81,15 +81,17 @@ def test_losses_of_variants_are_those_of_their_residual_streams(dtype: torch.dty
     torch.testing.assert_close(losses[..., :-1], wanted.view(3, 2, 9)[..., :-1], atol=1e-5 if dtype != HALF else 1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("vocabulary", [5000, 12_301])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @torch.no_grad()
-def test_in_bfloat16_a_variant_that_changes_nothing_has_the_loss_of_the_clean_run_to_the_bit() -> None:
+def test_a_variant_that_changes_nothing_has_the_loss_of_the_clean_run_to_the_bit(dtype: torch.dtype, vocabulary: int) -> None:
     cfg = HookedMoEConfig(
-        n_layers=1, d_model=32, d_vocab=5000, n_ctx=16, n_heads=2, n_key_value_heads=2, d_head=16, num_experts=4,
-        experts_per_token=2, d_expert=8, dtype=HALF,
+        n_layers=1, d_model=32, d_vocab=vocabulary, n_ctx=16, n_heads=2, n_key_value_heads=2, d_head=16, num_experts=4,
+        experts_per_token=2, d_expert=8, dtype=dtype,
     )  # fmt: skip
     model = HookedMoE(cfg)
-    clean = draw(2, 9, 32).to(HALF)
-    targets = torch.randint(5000, (2, 9))
+    clean = draw(2, 9, 32).to(dtype)
+    targets = torch.randint(vocabulary, (2, 9))
     losses = engine_losses.prediction_change(model, torch.stack([clean, clean + 1]), clean, targets).losses
     assert torch.equal(losses[0], engine_losses.loss_at(model, clean[None], targets)[0])
     assert not torch.equal(losses[1], losses[0])

@@ -176,7 +176,11 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage"), [("effects", flip_bit), ("routing", delete), ("documents", cut_short), ("expert_weights", delete)]
+    ("name", "damage"),
+    [
+        *(("effects", flip_bit), ("routing", delete), ("documents", cut_short), ("expert_weights", delete)),
+        ("token_texts", delete),
+    ],
 )
 def test_a_damaged_table_of_a_finished_run_is_made_again(opened: Any, name: str, damage: Any) -> None:
     with opened() as run:
@@ -190,6 +194,20 @@ def test_a_damaged_table_of_a_finished_run_is_made_again(opened: Any, name: str,
     with opened() as run:
         assert opened.notes == []
         run.require("position", SOME[:1], progress=False)
+
+
+def test_a_run_of_before_a_table_was_thought_of_gets_it_when_it_is_opened_again(opened: Any) -> None:
+    with opened() as run:
+        run.require("position", SOME, progress=False)
+    before, path = contents(run.directory), run.directory / "manifest.json"
+    (run.directory / "token_texts.parquet").unlink()
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    del manifest["files"]["token_texts.parquet"]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    with opened() as run:
+        assert run.has("position")
+        assert opened.notes == []
+    assert contents(run.directory) == before
 
 
 def test_what_a_lost_table_was_of_is_measured_as_far_as_it_is_known(opened: Any) -> None:

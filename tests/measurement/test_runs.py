@@ -76,7 +76,7 @@ def test_each_part_is_measured_once_and_reopening_finds_it(
     assert parts["position"] == {"layers": [0, 1], "positions": "all"}
     assert (parts["sequence"]["positions"], parts["progressive"]["orders"], parts["progressive"]["seed"]) == (3, ["random"], 3)
     names = {path.name for path in run.directory.iterdir()}
-    tables = {"effects", "tokens", "routing", "expert_weights", "documents", "effects_sequence", "progressive"}
+    tables = {"effects", "tokens", "token_texts", "routing", "expert_weights", "documents", "effects_sequence", "progressive"}
     assert names == {f"{name}.parquet" for name in tables} | {"plan.json", "manifest.json", "writer.lock"}
 
 

@@ -35,7 +35,7 @@ from tests.support.synthetic_effects import PARTS, synthetic_run
 from tests.support.synthetic_report import synthetic_report
 
 FIGURES = (
-    *("savings", "pruning", "effect_size", "rank_correlation", "ceiling", "ceiling_kl", "removal_effect", "slots"),
+    *("verdict", "savings", "pruning", "effect_size", "rank_correlation", "ceiling", "ceiling_kl", "removal_effect", "slots"),
     *("slot_distribution", "experts", "redistribution", "progressive", "scopes"),
 )
 NOT_BY_ANALYSIS = {"pruning.csv", "pruning_summary.csv", "reread.csv"}
@@ -129,9 +129,40 @@ def test_the_page_is_whole_and_needs_no_network(reported):
     for name in FIGURES:
         for kind in ("svg", "png", "csv"):
             assert (reported / "figures" / f"{name}.{kind}").stat().st_size > 300
-    for text in ("made-up-moe", "made-up <corpus>", "1,766,016 removals", "2.1e-06", "effects are exact", "novel <old>"):
+    for text in ("made-up-moe", "made-up <corpus>", "1,766,016 removals", "2.10e-06", "effects are exact", "novel <old>"):
         assert text in page.text
     assert "Not measured" not in page.text
+
+
+def test_the_first_screen_is_a_sentence_a_picture_and_what_to_do(reported):
+    body = (reported / "report.html").read_text(encoding="utf-8").split("<body>")[1]
+    opening = body[: body.index("How sure is that?")]
+    headline, picture, steps = (opening.index(text) for text in ('class="headline"', 'id="verdict"', "What to do"))
+    assert headline < picture < steps
+    assert opening.count("<figure") == 1
+    assert "<table" not in opening
+    assert "<code><span>hooked-moe" in opening[steps:]
+
+
+def test_figures_come_before_tables_and_what_was_not_measured_comes_last(measured, tmp_path, unpainted):
+    run = shutil.copytree(measured, tmp_path / "run")
+    (run / "scopes.csv").unlink()
+    write_report(run)
+    anchors = re.findall(r'<section id="([\w-]+)">', (run / "report.html").read_text(encoding="utf-8"))
+    assert anchors[0] == "savings"
+    assert anchors[-1] == "absent"
+    assert anchors.index("effects") < anchors.index("protocol-position-sample") < anchors.index("verification")
+    section = (run / "report.html").read_text(encoding="utf-8").split('<section id="savings">')[1].split("</section>")[0]
+    assert section.index("<figure") < section.index("<table")
+
+
+def test_no_header_is_the_name_of_a_variable_and_the_manifest_is_folded(reported):
+    body = (reported / "report.html").read_text(encoding="utf-8")
+    headers = re.findall(r"<th>([^<]*)</th>", body.split('<section id="columns">')[0])
+    assert headers
+    assert [header for header in headers if "_" in header] == []
+    manifest = body.split('<section id="manifest">')[1].split("</section>")[0]
+    assert manifest.index("<details") < manifest.index("<table")
 
 
 def test_svg_and_csv_of_a_figure_are_the_same_bytes_each_time(measured):
@@ -327,13 +358,14 @@ def test_every_text_of_a_block_stays_text():
         blocks.Summary(markup, (Paragraph(markup, markup),)),
         blocks.Key((blocks.KeyEntry(markup, "valid", markup),)),
         blocks.Table((markup,), (cells, blocks.TableRow(heading=markup))),
-        blocks.Figure(1, "name", markup, markup, "data:wide", "data:narrow"),
+        picture := blocks.Figure(1, "name", markup, markup, "data:wide", "data:narrow"),
+        blocks.Opening(markup, (picture,), (blocks.Action(markup, markup),), markup),
     )
     assert {block.kind for block in every} | {"folded"} == {kind.kind for kind in get_args(blocks.Block)}
     page = blocks.Page(markup, every, (blocks.Section("anchor", markup, (blocks.Folded(markup, every, on_paper=True),)),))
     rendered = render_page(page)
     assert "<b>bold" not in rendered
-    titles, texts_of_blocks = 2 + 2 + 1, 21  # titles of the page and the section, twice each, and of the fold
+    titles, texts_of_blocks = 2 + 2 + 1, 27  # titles of the page and the section, twice each, and of the fold
     assert Page(rendered).text.count(markup) == titles + 2 * texts_of_blocks
 
 

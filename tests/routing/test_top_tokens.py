@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from hooked_moe import HookedMoE, expert_effects
+from hooked_moe.analysis.accumulators.top_entries import Scored, TopHeap
 from hooked_moe.counterfactuals import first_order_effects
 from hooked_moe.measurement import open_measurement
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.routing import TopTokens, top_tokens
 from hooked_moe.routing import pieces as pieces_module
-from hooked_moe.routing.ranked_tokens import Scored, TopHeap
 from tests.conftest import ARCHITECTURES, random_model
 from tests.support.number_text import number_corpus, number_reader, token_ids
 

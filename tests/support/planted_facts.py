@@ -27,9 +27,10 @@ def planted_records() -> list[FactRecord]:
     return [FactRecord(n, "side", "the {} is", f"s{n}", "east" if n % 2 == 0 else "west", None) for n in range(N_SUBJECTS)]
 
 
-def planted_model() -> HookedMoE:
+def planted_model(at_subject: bool = False) -> HookedMoE:
     """Attention of layer 0 brings the subject's class to the last token; one expert of layer 1 turns it into an answer.
 
+    With `at_subject` the expert does so at the subject's own token, and attention of layer 2 brings the answer to the last one.
     All other experts write small noise.
     """
     torch.manual_seed(0)
@@ -53,19 +54,20 @@ def planted_model() -> HookedMoE:
             if not name.endswith(".w"):
                 parameter.zero_()
         _embed(model)
-        attention = model.blocks[0].attn
-        for source, target in zip(CLASS, SEEN, strict=True):
-            attention.W_V[0, source, source] = 1.0
-            attention.W_O[target, 0, source] = 3.0
+        bring = [(2, ANSWER, ANSWER)] if at_subject else [(0, *pair) for pair in zip(CLASS, SEEN, strict=True)]
+        for channel, (layer, source, target) in enumerate(bring):
+            model.blocks[layer].attn.W_V[0, channel, source] = 1.0
+            model.blocks[layer].attn.W_O[target, 0, channel] = 3.0
         for block in model.blocks:
             block.mlp.router.W.normal_(0.0, 0.3)
             block.mlp.experts.W_in.normal_(0.0, 0.2)
             block.mlp.experts.W_out.normal_(0.0, 0.02)
         moe = model.blocks[LAYER].mlp
-        moe.router.W[EXPERT, IS] = 5.0
+        mark, reads = (list(CLASS), CLASS) if at_subject else ([IS], SEEN)
+        moe.router.W[EXPERT, mark] = 5.0
         moe.experts.W_in[EXPERT] = 0.0
-        moe.experts.W_in[EXPERT, 0, 0, IS] = 2.0
-        moe.experts.W_in[EXPERT, 1, 0, list(SEEN)] = torch.tensor([1.0, -1.0])
+        moe.experts.W_in[EXPERT, 0, 0, mark] = 2.0
+        moe.experts.W_in[EXPERT, 1, 0, list(reads)] = torch.tensor([1.0, -1.0])
         moe.experts.W_out[EXPERT] = 0.0
         moe.experts.W_out[EXPERT, ANSWER, 0] = 4.0
     return model

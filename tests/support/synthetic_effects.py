@@ -17,6 +17,7 @@ from hooked_moe.tables import (
     EXPERT_WEIGHTS,
     PROGRESSIVE,
     ROUTING,
+    TOKEN_TEXTS,
     TOKENS,
     write_checked_json,
     write_parquet_atomic,
@@ -26,6 +27,21 @@ PLANTED_LAYER = 2
 DOMAINS = ("novel", "address", "reference")
 PARTS = ("position", "sequence", "progressive")
 ORDERS = ("descending", "ascending", "random")
+HOSTILE_TEXTS = (
+    *(
+        "</script><script>alert(1)</script>",
+        "<b>bold</b>",
+        "&amp;",
+        "\"'",
+        "\u202egnp.exe",
+        "\u2028",
+        "\x00",
+        "\n\n",
+        "\t",
+        "<!--",
+    ),
+)
+"""Tokens that a page must show as text."""
 
 
 def synthetic_effects(
@@ -160,7 +176,13 @@ def synthetic_progressive(effects: pa.Table, seed: int = 5) -> pa.Table:
     return pa.table([pa.array(columns[f.name].ravel(), f.type) for f in PROGRESSIVE], schema=PROGRESSIVE)
 
 
-def synthetic_run(directory: Path, n_experts: int = 16, parts: tuple[str, ...] = ("position",), **options: object) -> Path:
+def synthetic_run(
+    directory: Path,
+    n_experts: int = 16,
+    parts: tuple[str, ...] = ("position",),
+    vocabulary: int = 4096,
+    **options: object,
+) -> Path:
     """Every file of a finished measurement, in `directory`. `parts` are those of PARTS that were measured."""
     directory.mkdir(parents=True, exist_ok=True)
     effects = synthetic_effects(n_experts=n_experts, **options)  # type: ignore[arg-type]
@@ -177,7 +199,7 @@ def synthetic_run(directory: Path, n_experts: int = 16, parts: tuple[str, ...] =
     document, position = (first[name].to_numpy() for name in ("document", "position"))
     last = np.isnan(first["delta_loss"].to_numpy())
     random = np.random.default_rng(1)
-    token = random.integers(0, 4096, len(document))
+    token = random.integers(0, vocabulary, len(document))
     tokens = {
         "document": document,
         "position": position,
@@ -188,6 +210,8 @@ def synthetic_run(directory: Path, n_experts: int = 16, parts: tuple[str, ...] =
         "baseline_loss": first["baseline_loss"].to_numpy(),
     }
     write_parquet_atomic(pa.table(tokens).cast(TOKENS), directory / "tokens.parquet")
+    texts = {"document": document, "position": position, "text": [synthetic_text(int(one)) for one in token]}
+    write_parquet_atomic(pa.table(texts).cast(TOKEN_TEXTS), directory / "token_texts.parquet")
     n = int(document.max()) + 1
     documents = {
         "document": list(range(n)),
@@ -199,6 +223,11 @@ def synthetic_run(directory: Path, n_experts: int = 16, parts: tuple[str, ...] =
     write_parquet_atomic(pa.table(documents, schema=DOCUMENTS), directory / "documents.parquet")
     write_checked_json(synthetic_manifest(n, len(document), parts), directory / "manifest.json")
     return directory
+
+
+def synthetic_text(token: int) -> str:
+    """The text of a token id; one in eight is hostile."""
+    return HOSTILE_TEXTS[token % len(HOSTILE_TEXTS)] if token % 8 == 0 else f" w{token}"
 
 
 def synthetic_manifest(documents: int, tokens: int, parts: tuple[str, ...] = ("position",)) -> dict[str, object]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_moe.circuits.tracing.places import places_of
 from hooked_moe.circuits.tracing.prompts import Prompt
 from hooked_moe.circuits.tracing.protocol import Protocol
 from hooked_moe.transformer import Transformer
@@ -27,6 +30,18 @@ class CorruptedRun:
 
 
 @dataclass(frozen=True)
+class Spots:
+    """The tokens that are patched, one after another: a spot is one token of one row."""
+
+    row: Int[Tensor, " spot"]
+    pos: Int[Tensor, " spot"]
+    places: Sequence[str]
+    """What each is in its prompt: one of `places.PLACES`."""
+    seeds: Sequence[int]
+    """Of the random vectors that are put there as a control."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """Corrupted runs side by side; a row is one of them."""
 
@@ -40,11 +55,14 @@ class Batch:
     """The position of each row's last token."""
     true: Int[Tensor, " row"]
     foil: Int[Tensor, " row"]
+    spots: Spots
 
-    @property
-    def at_final(self) -> Bool[Tensor, "row pos"]:
-        """Which tokens are the last of their rows."""
-        return torch.arange(self.real.shape[1], device=self.real.device) == self.final[:, None]
+    @cached_property
+    def spot_at(self) -> Int[Tensor, "row pos"]:
+        """The number of the spot that each token is; -1 for tokens that are not patched."""
+        numbers = torch.full(self.real.shape, -1, dtype=torch.int64, device=self.real.device)
+        numbers[self.spots.row, self.spots.pos] = torch.arange(len(self.spots.row), device=self.real.device)
+        return numbers
 
 
 def batches(model: Transformer, runs: Sequence[CorruptedRun], protocol: Protocol, sigma: float, rows: int) -> Iterator[Batch]:
@@ -63,7 +81,25 @@ def batches(model: Transformer, runs: Sequence[CorruptedRun], protocol: Protocol
             final=real.sum(-1) - 1,
             true=torch.tensor([run.prompt.true_id for run in chosen], dtype=torch.int64, device=device),
             foil=torch.tensor([run.foil_id for run in chosen], dtype=torch.int64, device=device),
+            spots=_spots(chosen, protocol, device),
         )
+
+
+def _spots(runs: Sequence[CorruptedRun], protocol: Protocol, device: torch.device) -> Spots:
+    found = [(row, *spot) for row, run in enumerate(runs) for spot in places_of(run.prompt, protocol.positions).items()]
+    rows, positions, places = zip(*found, strict=True)
+    return Spots(
+        row=torch.tensor(rows, dtype=torch.int64, device=device),
+        pos=torch.tensor(positions, dtype=torch.int64, device=device),
+        places=places,
+        seeds=[_seed(runs[row], position) for row, position in zip(rows, positions, strict=True)],
+    )
+
+
+def _seed(run: CorruptedRun, position: int) -> int:
+    """The same for the same case, corruption and position, whatever else is traced."""
+    corruption = run.draw if run.donor is None else f"donor {run.donor.record.case_id}"
+    return random.Random(f"{run.prompt.record.case_id}, {corruption}, {position}").getrandbits(63)
 
 
 def noise_scale(model: Transformer, prompts: Sequence[Prompt], protocol: Protocol) -> float:

@@ -12,14 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_moe.circuits.tracing.batches import CorruptedRun, batches, noise_scale
+from hooked_moe.circuits.tracing.foils import ROWS, answer_logits, prompts_with_foils
 from hooked_moe.circuits.tracing.observed import observe
-from hooked_moe.circuits.tracing.prompts import Prompt, answer_token, as_prompts
+from hooked_moe.circuits.tracing.prompts import Prompt, as_prompts
 from hooked_moe.circuits.tracing.protocol import Protocol
-from hooked_moe.corpus import FactRecord, with_foils
+from hooked_moe.corpus import FactRecord
 from hooked_moe.transformer import Transformer
-
-ROWS = 64
-"""Prompts that are run together to see which of them count."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +62,16 @@ def _noised(
     model: Transformer, prompts: list[Prompt], protocol: Protocol, sigma: float, excluded: Counter[str]
 ) -> list[CorruptedRun]:
     """Cases in the records' order, up to as many as are asked for."""
-    prompts = _with_a_foil_to_draw(prompts, excluded)
-    known = with_foils([prompt.record for prompt in prompts])
+    found = prompts_with_foils(model, prompts, protocol, excluded)
     kept: list[CorruptedRun] = []
     n_cases = 0
-    for start in range(0, len(prompts), ROWS):
+    for start in range(0, len(found), ROWS):
         if n_cases == protocol.n_cases:
             break
-        candidates: list[CorruptedRun] = []
-        for prompt, record in zip(prompts[start : start + ROWS], known[start : start + ROWS], strict=True):
-            foil = answer_token(model.require_tokenizer(), str(record.foil), protocol)
-            if foil is None or foil == prompt.true_id:
-                excluded["the foil is not one token, or the same token as the true answer"] += 1
-                continue
-            candidates.append(CorruptedRun(len(candidates), replace(prompt, record=record), foil, str(record.foil)))
+        candidates = [
+            CorruptedRun(number, prompt, foil, str(prompt.record.foil))
+            for number, (prompt, foil) in enumerate(found[start : start + ROWS])
+        ]
         clean = _margins(model, candidates, protocol, None)
         drawn = [replace(run, draw=draw) for run in candidates for draw in range(protocol.draws)]
         corrupted = _margins(model, drawn, protocol, sigma).view(len(candidates), protocol.draws).mean(1)
@@ -88,17 +82,6 @@ def _noised(
             elif n_cases < protocol.n_cases:
                 kept += [replace(run, case=n_cases, draw=draw) for draw in range(protocol.draws)]
                 n_cases += 1
-    return kept
-
-
-def _with_a_foil_to_draw(prompts: list[Prompt], excluded: Counter[str]) -> list[Prompt]:
-    """The prompts that have a foil, or whose relation has another answer that is a token."""
-    answers: dict[str, set[str]] = defaultdict(set)
-    for prompt in prompts:
-        answers[prompt.record.relation].add(prompt.record.true)
-    kept = [p for p in prompts if p.record.foil is not None or len(answers[p.record.relation]) > 1]
-    if len(kept) < len(prompts):
-        excluded["the relation has no other answer that is a token"] += len(prompts) - len(kept)
     return kept
 
 
@@ -117,7 +100,7 @@ def _margins(model: Transformer, runs: Sequence[CorruptedRun], protocol: Protoco
     parts = [torch.empty(0, dtype=torch.float32, device="cpu")]
     for batch in batches(model, runs, protocol, sigma or 0.0, ROWS):
         start = batch.embeddings if sigma is not None and batch.embeddings is not None else model.embed(batch.clean)
-        logits = observe(model, start, batch.real, batch.final).logits(model)
+        logits = observe(model, start, batch).logits(model)
         picked = logits.gather(1, torch.stack([batch.true, batch.foil], dim=1))
         parts.append((picked[:, 0] - picked[:, 1]).cpu())
     return torch.cat(parts)
@@ -130,7 +113,7 @@ def _replaced(model: Transformer, prompts: list[Prompt], protocol: Protocol, exc
         same_shape[prompt.shape].append(number)
     ids = sorted({prompt.true_id for prompt in prompts})
     column = {token: place for place, token in enumerate(ids)}
-    logits = _answer_logits(model, prompts, protocol, ids)
+    logits = answer_logits(model, prompts, protocol, ids)
     least = protocol.min_margin
     kept: list[CorruptedRun] = []
     n_cases = 0
@@ -155,14 +138,3 @@ def _replaced(model: Transformer, prompts: list[Prompt], protocol: Protocol, exc
             kept.append(CorruptedRun(n_cases, prompt, foil.true_id, foil.record.true, donor=foil))
         n_cases += 1
     return kept
-
-
-def _answer_logits(
-    model: Transformer, prompts: Sequence[Prompt], protocol: Protocol, ids: list[int]
-) -> Float[Tensor, "prompt answer"]:
-    runs = [CorruptedRun(number, prompt, prompt.true_id, prompt.record.true) for number, prompt in enumerate(prompts)]
-    parts = [torch.empty(0, len(ids), dtype=torch.float32, device="cpu")]
-    columns = torch.tensor(ids, dtype=torch.int64, device=model.cfg.device)
-    for batch in batches(model, runs, replace(protocol, corruption="replace"), 0.0, ROWS):
-        parts.append(observe(model, model.embed(batch.clean), batch.real, batch.final).logits(model)[:, columns].cpu())
-    return torch.cat(parts)

@@ -9,18 +9,20 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
+from hooked_moe.circuits.tracing.places import PLACES
 from hooked_moe.circuits.tracing.result import TracingResult
 from hooked_moe.circuits.tracing.selection import Candidate, candidates, estimate, relation_folds, stability
 from hooked_moe.tables.schemas import schema_of, table_with_schema
 
-TOP = 5
-"""Candidates that are reported."""
+TOP, TOP_OF_EACH = 5, 2
+"""Candidates that are reported: where one token is patched, and of each place where several are."""
 SEEDS, THRESHOLDS = range(5), (0.3, 0.4, 0.5, 0.6, 0.7)
 """Splits and recurrences under which the choice is repeated."""
 FOLDS = 5
 
 FINDINGS = schema_of(
     ("quantity", pa.string(), "1", "what the row is about"),
+    ("place", pa.string(), "1", "which token is patched; empty for what is of no patch"),
     ("layer", pa.int32(), "index", "layer; empty for what is of all layers"),
     ("expert", pa.int32(), "index", "expert; empty for what is of none"),
     ("unit", pa.string(), "1", "unit of the numbers"),
@@ -35,6 +37,7 @@ OF_AN_EXPERT = {
     "rescue": ("rescue", "logits"),
     "rescue by routing": ("rescue_routing", "logits"),
     "rescue by content": ("rescue_content", "logits"),
+    "rescue by a random vector of its length": ("rescue_random", "logits"),
     "direct effect": ("direct", "logits"),
     "first-order estimate": ("first_order", "logits"),
     "removal from the clean run": ("necessity", "logits"),
@@ -51,6 +54,13 @@ def findings(result: TracingResult) -> pa.Table:
 def _rows(result: TracingResult) -> Iterator[dict[str, Any]]:
     yield _row(result, "clean margin", result.cases["d_clean"].to_numpy(), "logits")
     yield _row(result, "drop by corruption", result.cases["drop"].to_numpy(), "logits")
+    for place in result.places:
+        top = TOP if len(result.places) == 1 else TOP_OF_EACH
+        for row in _of_place(result.at(place), top):
+            yield row | {"place": place}
+
+
+def _of_place(result: TracingResult, top: int) -> Iterator[dict[str, Any]]:
     yield _row(result, "all MLP outputs together", result.site("all_moe")[:, 0], "logits")
     for layer in range(result.identity["n_layers"]):
         for name, site in (("MLP output", "moe_out"), ("attention output", "attn_out"), ("routed experts", "routed_out")):
@@ -59,24 +69,26 @@ def _rows(result: TracingResult) -> Iterator[dict[str, Any]]:
         shared = result.site("shared_out")[:, layer]
         if shared.any():
             yield _row(result, "shared experts", shared, "logits", layer)
-    for candidate in result.ranking[:TOP]:
-        yield from _of_expert(result, candidate)
+    for candidate in result.ranking[:top]:
+        yield from _of_expert(result, candidate.layer, candidate.expert)
 
 
-def _of_expert(result: TracingResult, candidate: Candidate) -> Iterator[dict[str, Any]]:
-    layer, expert = candidate.layer, candidate.expert
+def _of_expert(result: TracingResult, layer: int, expert: int) -> Iterator[dict[str, Any]]:
+    def row(quantity: str, values: Float[np.ndarray, " case"], unit: str = "logits") -> dict[str, Any]:
+        return _row(result, quantity, values, unit, layer, expert)
+
     for name, (column, unit) in OF_AN_EXPERT.items():
-        if column in result.experts.column_names:
-            yield _row(result, name, result.expert(layer, expert, column), unit, layer, expert)
-    yield _row(result, "specificity", result.specificity(layer, expert), "logits", layer, expert)
-    yield _row(
-        result, "specificity against the nearest weight", result.grid.weight_matched(layer, expert), "logits", layer, expert
-    )
+        yield row(name, result.expert(layer, expert, column), unit)
+    yield row("specificity", result.specificity(layer, expert))
+    yield row("specificity against the nearest weight", result.grid.weight_matched(layer, expert))
+    equal = result.equal_norm(layer, expert)
+    yield row("rescue at equal norm", equal.own)
+    yield row("the nearest weight's at equal norm", equal.matched)
+    yield row("specificity at equal norm", equal.own - equal.matched)
     rank = result.grid.rank(layer, expert)
-    yield _row(result, "rank among active experts", rank, "rank", layer, expert)
-    first = np.where(np.isfinite(rank), (rank == 1).astype(float), np.nan)
-    yield _row(result, "first among active experts", first, "share", layer, expert)
-    yield _row(result, "active", result.grid.active[:, layer, expert].astype(float), "share", layer, expert)
+    yield row("rank among active experts", rank, "rank")
+    yield row("first among active experts", np.where(np.isfinite(rank), (rank == 1).astype(float), np.nan), "share")
+    yield row("active", result.grid.active[:, layer, expert].astype(float), "share")
 
 
 def _row(
@@ -102,6 +114,7 @@ def choice_stability(result: TracingResult) -> dict[str, Any]:
     chosen = result.selection
     if chosen is None:
         return {"settings": 0, "same": 0, "relation_folds": 0, "relation_folds_same": 0}
+    result = result.at(chosen.place)
     blocks, search = result.site("moe_out"), result.protocol.search
     settings = stability(result.grid, blocks, search, SEEDS, THRESHOLDS)
     same = [found for _, _, found in settings if found is not None and _is(found, chosen)]
@@ -121,11 +134,17 @@ def _is(one: Candidate, other: Candidate) -> bool:
 
 
 def conclusion(result: TracingResult) -> str:
-    """One sentence: whether a single expert carries the facts, by the intervals on the validation cases."""
-    chosen = result.selection
-    layer = result.layer
+    """One sentence for each place that was patched: whether a single expert carries the facts there, by the intervals on the
+    validation cases."""
+    return " ".join(_conclusion(result.at(place)) for place in result.places)
+
+
+def _conclusion(result: TracingResult) -> str:
+    layer, chosen = result.layer, result.selection
     block = result.validated(result.site("moe_out")[:, layer])
     opening = f"The MLP output of layer {layer} restores {block} logits of the margin"
+    if result.places != ["final"]:
+        opening = f"At {PLACES[result.places[0]]}, the{opening.removeprefix('The')}"
     if chosen is None:
         return f"{opening}; no expert is active in enough cases to be a candidate."
     rescue = result.validated(result.expert(chosen.layer, chosen.expert))

@@ -1,4 +1,4 @@
-"""What a run computes at the last token of every prompt: all that patches are made of."""
+"""What a run computes at the tokens that are patched: all that patches are made of."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_moe.circuits.tracing.batches import Batch
 from hooked_moe.components.precision import at_least_float32
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, clean_blocks
 from hooked_moe.counterfactuals.engine.steps import run_without_grad
@@ -20,20 +21,20 @@ EARLY_LAYER = 1
 
 @dataclass(frozen=True)
 class ObservedExperts:
-    """The active experts of one layer at the last token of every row."""
+    """The active experts of one layer at every spot."""
 
-    indices: Int[Tensor, "row slot"]
-    weights: Float[Tensor, "row slot"]
-    outputs: Float[Tensor, "row slot d_model"]
-    shared_out: Float[Tensor, "row d_model"] | None
-    asked: Float[Tensor, "row slot d_model"] | None
+    indices: Int[Tensor, "spot slot"]
+    weights: Float[Tensor, "spot slot"]
+    outputs: Float[Tensor, "spot slot d_model"]
+    shared_out: Float[Tensor, "spot d_model"] | None
+    asked: Float[Tensor, "spot slot d_model"] | None
     """What the experts of another run give on this run's input."""
 
 
 @dataclass(frozen=True)
 class ObservedLayer:
-    attn_out: Float[Tensor, "row d_model"]
-    mlp_out: Float[Tensor, "row d_model"]
+    attn_out: Float[Tensor, "spot d_model"]
+    mlp_out: Float[Tensor, "spot d_model"]
     experts: ObservedExperts | None
 
 
@@ -41,9 +42,11 @@ class ObservedLayer:
 class ObservedRun:
     layers: list[ObservedLayer]
     resid: Float[Tensor, "row d_model"]
-    """The last residual stream, before the final norm, in at least float32."""
+    """Each row's last residual stream at its last token, before the final norm, in at least float32."""
     sink: Bool[Tensor, " row"]
     """Whether the last token has the longest residual stream of its row after an early layer."""
+    streams: list[Float[Tensor, "row pos d_model"]]
+    """The residual streams before each layer, and after the last."""
 
     def logits(self, model: Transformer) -> Float[Tensor, "row d_vocab"]:
         return model.logits(self.resid[None])[0]
@@ -52,31 +55,34 @@ class ObservedRun:
 def observe(
     model: Transformer,
     embeddings: Float[Tensor, "row pos d_model"],
-    real: Bool[Tensor, "row pos"],
-    final: Int[Tensor, " row"],
-    asked: Sequence[Int[Tensor, "row slot"] | None] | None = None,
+    batch: Batch,
+    asked: Sequence[Int[Tensor, "spot slot"] | None] | None = None,
 ) -> ObservedRun:
     """Run prompts from their embeddings. `asked`, by layer, are experts to run on this run's input besides its own."""
+    spots, final = (batch.spots.row, batch.spots.pos), batch.final
     layers: list[ObservedLayer] = []
-    state = {"resid_pre": _at(embeddings, final), "sink": torch.zeros(len(final), dtype=torch.bool, device=final.device)}
+    streams = [embeddings]
+    state = {"resid_pre": embeddings[spots], "sink": torch.zeros(len(final), dtype=torch.bool, device=final.device)}
 
     def visit(block: CleanBlock) -> None:
         if block.layer == min(EARLY_LAYER, model.cfg.n_layers - 1):
-            lengths = block.resid_post.norm(dim=-1).masked_fill(~real, -1.0)
+            lengths = block.resid_post.norm(dim=-1).masked_fill(~batch.real, -1.0)
             state["sink"] = lengths.argmax(-1) == final
-        here = block.at_positions(final[:, None])
+        here = block.at_tokens(*spots)
         experts = None
         if isinstance(here, CleanExperts):
             experts = _observed_experts(here, None if asked is None else asked[block.layer])
         resid_mid, resid_post = here.resid_mid[:, 0], here.resid_post[:, 0]
         layers.append(ObservedLayer(resid_mid - state["resid_pre"], resid_post - resid_mid, experts))
         state["resid_pre"] = resid_post
+        streams.append(block.resid_post)
 
     last = run_without_grad(clean_blocks(model, embeddings, visit))
-    return ObservedRun(layers, at_least_float32(_at(last, final)), state["sink"])
+    resid = last[torch.arange(len(final), device=final.device), final]
+    return ObservedRun(layers, at_least_float32(resid), state["sink"], streams)
 
 
-def _observed_experts(here: CleanExperts, asked: Int[Tensor, "row slot"] | None) -> ObservedExperts:
+def _observed_experts(here: CleanExperts, asked: Int[Tensor, "spot slot"] | None) -> ObservedExperts:
     others = None if asked is None else here.moe.run_experts(here.mlp_input, asked[:, None]).in_slots()[:, 0].clone()
     return ObservedExperts(
         indices=here.routing.indices[:, 0],
@@ -85,7 +91,3 @@ def _observed_experts(here: CleanExperts, asked: Int[Tensor, "row slot"] | None)
         shared_out=None if here.shared_out is None else here.shared_out[:, 0],
         asked=others,
     )
-
-
-def _at(x: Float[Tensor, "row pos d_model"], final: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
-    return x[torch.arange(len(x), device=x.device), final]

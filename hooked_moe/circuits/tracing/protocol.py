@@ -12,6 +12,8 @@ TokenRule = Literal["space", "bare_first", "first_token"]
 Search = Literal["joint", "layer_first"]
 SigmaFrom = Literal["matrix", "subjects"]
 Others = Literal["all", "three"]
+Positions = Literal["final", "subject_last", "all"]
+Foils = Literal["given", "prior"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Protocol:
 
     corruption: Corruption = "replace"
     """"noise" on the embeddings of the subject's tokens, or "replace": another subject in their place (Zhang & Nanda 2023)."""
+    positions: Positions = "final"
+    """Which tokens are patched, one at a time: a prompt's last, its subject's last, or all from the subject's first on. What is
+    read is always the last token."""
     sigma: float = 3.0
     """Standard deviation of the noise, in multiples of that of the embeddings."""
     sigma_from: SigmaFrom = "matrix"
@@ -30,9 +35,15 @@ class Protocol:
     """How many other subjects a case is the mean of, at most."""
     prepend_bos: bool | None = None
     """None: as the checkpoint's tokenizer does."""
+    instruction: str | None = None
+    """What a user asks before, through the chat template of a model that is tuned to follow instructions: the prompt is then how
+    the assistant's answer begins. None: the prompt alone."""
     token_rule: TokenRule = "space"
     """Which token an answer is: "space" the one of " answer", "bare_first" the one of "answer" if that is one and
     else of " answer", "first_token" the first of " answer"."""
+    foils: Foils = "given"
+    """With noise, the wrong answer of a case: "given" is the record's own, or one drawn from the relation's other answers;
+    "prior" is that of those which the model finds as likely as the true one for the relation's other subjects."""
     min_margin: float | None = 1.0
     """Logits by which the clean run has to prefer the true answer (and a donor its own); None: any case counts."""
     min_drop: float | None = 0.5
@@ -59,6 +70,8 @@ class Protocol:
             "token_rule": get_args(TokenRule),
             "search": get_args(Search),
             "others": get_args(Others),
+            "positions": get_args(Positions),
+            "foils": get_args(Foils),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -70,6 +83,16 @@ class Protocol:
             raise ValueError(f"sigma must be a number from 0, not {self.sigma!r}")
         if not 0 < self.recurrence <= 1:
             raise ValueError(f"recurrence must be a share above 0 and up to 1, not {self.recurrence!r}")
+        if self.foils == "prior" and self.corruption != "noise":
+            raise ValueError(
+                "foils='prior' goes with corruption='noise': with 'replace' the foil is the answer of the subject that is put "
+                "in the place of the case's own"
+            )
+        if self.instruction is not None and self.prepend_bos is not None:
+            raise ValueError(
+                "with an instruction the chat template says whether a prompt begins with BOS: give prepend_bos=None, not "
+                f"{self.prepend_bos!r}"
+            )
 
     def as_metadata(self) -> dict[str, Any]:
         return asdict(self)

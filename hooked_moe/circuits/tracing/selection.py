@@ -5,7 +5,7 @@ Everything here is numpy: a choice, its controls, and intervals over cases.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,6 +120,12 @@ class Candidate:
     expert: int
     active: int
     rescue: float
+    place: str = "final"
+    """Of `places.PLACES`: which token is patched."""
+
+
+def best_first(found: Iterable[Candidate]) -> list[Candidate]:
+    return sorted(found, key=lambda candidate: -candidate.rescue)
 
 
 def candidates(
@@ -140,7 +146,7 @@ def candidates(
         best = int(blocks[cases].mean(0).argmax())
         allowed[np.arange(len(allowed)) != best] = False
     found = [Candidate(int(i), int(e), int(active[i, e]), float(mean[i, e])) for i, e in zip(*allowed.nonzero(), strict=True)]
-    return sorted(found, key=lambda candidate: -candidate.rescue)
+    return best_first(found)
 
 
 def stability(

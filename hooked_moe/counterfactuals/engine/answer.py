@@ -12,7 +12,8 @@ from hooked_moe.counterfactuals.engine.padding import Packed, Results
 from hooked_moe.counterfactuals.engine.question import Question, SequenceQuestion
 from hooked_moe.counterfactuals.engine.requests import Request
 from hooked_moe.counterfactuals.engine.sequences import measure_sequences
-from hooked_moe.counterfactuals.engine.steps import Steps, side_by_side
+from hooked_moe.counterfactuals.engine.steps import Steps, counted, side_by_side
+from hooked_moe.progress import progress_bar
 
 
 def answer(question: Question | SequenceQuestion, request: Request) -> Steps[Results]:
@@ -22,12 +23,16 @@ def answer(question: Question | SequenceQuestion, request: Request) -> Steps[Res
     parts are measured one after another; or, where weights are streamed, side by side through the layers.
     """
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
-    tasks = (_measure_part(question, request, *part, results) for part in request.parts(max(1, question.n_variants)))
-    if request.model.streams:
-        yield from side_by_side(tasks)
-    else:
-        for task in tasks:
-            yield from task
+    n_variants, n_layers = max(1, question.n_variants), request.model.cfg.n_layers
+    tasks = (_measure_part(question, request, *part, results) for part in request.parts(n_variants))
+    together = request.model.streams or not request.progress  # the parts need not be counted
+    passes = 1 if together else sum(1 for _ in request.parts(n_variants))
+    with progress_bar(passes * n_layers, "measuring", "layer", shown=request.progress) as bar:
+        if request.model.streams:
+            yield from counted(side_by_side(tasks), bar.update, n_layers)
+        else:
+            for task in tasks:
+                yield from counted(task, bar.update, n_layers)
     return results
 
 

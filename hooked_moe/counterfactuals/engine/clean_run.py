@@ -41,6 +41,10 @@ class CleanBlock:
         """The same at some positions only."""
         return self._map(lambda x: gather_positions(x, positions))
 
+    def at_tokens(self: Clean, rows: Int[Tensor, " token"], positions: Int[Tensor, " token"]) -> Clean:
+        """The same at single tokens, each in a row of its own."""
+        return self._map(lambda x: x[rows, positions][:, None])
+
     def at_window_starts(self: Clean, width: int) -> Clean:
         """The same at the first token of each window, where this is at the tokens of windows."""
         return self if width == 1 else self._map(lambda x: x[:, ::width])

@@ -29,6 +29,9 @@ from hooked_moe.kernels.target_loss import (
 )
 from hooked_moe.transformer import Transformer
 
+ROWS_TOGETHER = 1024
+"""Final residual streams that a CPU compares with the clean run's at a time."""
+
 
 class PredictionChange(NamedTuple):
     """What becomes of the prediction at each token, in nats; nan where there is no next token."""
@@ -70,7 +73,8 @@ def prediction_change(
         chunk = rows_per_chunk(model.unembed.W_U, torch.float32)
         for rows, positions in zip(row.split(chunk), position.split(chunk), strict=True):
             prediction = CleanPrediction(model, clean[rows, positions], targets[rows, positions].clamp(min=0))
-            per_group = 1 if variants.device.type == "cpu" else max(1, chunk_size_on(variants.device) // len(rows))
+            together = ROWS_TOGETHER if variants.device.type == "cpu" else chunk_size_on(variants.device)
+            per_group = max(1, together // len(rows))
             for start in range(0, len(variants), per_group):  # not all in float32 at a time
                 group = slice(start, start + per_group)
                 losses[group, rows, positions], kl[group, rows, positions] = prediction.changed_to(

@@ -37,6 +37,8 @@ class Request:
     readouts: dict[str, Readout]
     budget: int | None
     """Bytes beside the model's weights and the results; None: what it takes, and `WAITING_BYTES` for variants."""
+    progress: bool = False
+    """Whether a bar counts the layers as they are done."""
 
     def parts(self, n_variants: int) -> Iterator[tuple[Packed, list[int]]]:
         """Parts of the work that fit into memory: some batch rows, layers and queries each, with windows of one width."""
@@ -83,6 +85,7 @@ def make_request(
     memory_budget: int | str | None,
     dense: bool = False,
     embeddings: Embeddings | None = None,
+    progress: bool = False,
 ) -> Request:
     """Check what is asked for. `dense` allows layers without experts. Raises `ValueError` for what cannot be measured."""
     tokens, attention_mask = model.as_tokens(tokens, attention_mask)
@@ -90,7 +93,7 @@ def make_request(
     packed = pack(tokens, attention_mask, positions, _checked_embeddings(model, embeddings, tokens))
     named = by_name(readouts, model, packed)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    return Request(model, checked_layers(model, layers, dense), packed, named, budget)
+    return Request(model, checked_layers(model, layers, dense), packed, named, budget, progress)
 
 
 def _checked_embeddings(

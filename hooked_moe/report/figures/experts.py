@@ -4,11 +4,17 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from hooked_moe.report.figures.drawing import NARROW, SMALL, WIDE, Drawing
 
 MINIMUM_REMOVALS = 30  # a mean over fewer is not drawn
+LABELLED = 10
+"""Experts whose numbers are written into the map: those with the largest means."""
+_WIDEST = 96  # experts of a layer; in a wider map numbers do not fit
+
+_OUTLINE = [withStroke(linewidth=1.2, foreground="#000")]
 
 
 def experts(table: pa.Table) -> Drawing:
@@ -16,10 +22,19 @@ def experts(table: pa.Table) -> Drawing:
         "experts",
         "Mean effect of every expert",
         "Mean loss change from removing an expert, over the tokens that select it. Orange: the model is worse without it; "
-        f"purple: it is better; grey: fewer than {MINIMUM_REMOVALS} removals. The scale is clipped at the 98th percentile.",
+        f"purple: it is better; grey: fewer than {MINIMUM_REMOVALS} removals. The {LABELLED} largest means are numbered. The "
+        "scale is clipped at the 98th percentile.",
         table.select(["layer", "expert", "n_removals", "mean_delta"]),
         draw_experts,
     )
+
+
+def strongest(table: pa.Table, n: int = LABELLED) -> list[tuple[int, int]]:
+    """Layer and expert of the largest means by size, the largest first."""
+    layer, expert, count, mean = (table.column(name).to_numpy() for name in ("layer", "expert", "n_removals", "mean_delta"))
+    size = np.where(count >= MINIMUM_REMOVALS, np.abs(mean.astype(float)), np.nan)
+    order = np.argsort(-size, kind="stable")
+    return [(int(layer[row]), int(expert[row])) for row in order[:n] if np.isfinite(size[row])]
 
 
 def draw_experts(numbers: pa.Table, narrow: bool) -> Figure:
@@ -38,6 +53,12 @@ def draw_experts(numbers: pa.Table, narrow: bool) -> Figure:
     image = axes.imshow(
         values, aspect="auto", cmap="PuOr_r", norm=TwoSlopeNorm(0, -limit, limit), interpolation="nearest", origin="upper"
     )
+    if values.shape[1] <= _WIDEST and row >= 0.12:
+        for one, number in strongest(numbers):
+            at = number, int(np.searchsorted(layers, one))
+            axes.annotate(
+                str(number), at, ha="center", va="center", fontsize=4 if narrow else 5.5, color="#fff", path_effects=_OUTLINE
+            )
     step = 1 if len(layers) <= 16 else 4
     axes.set_yticks(range(0, len(layers), step), [str(number) for number in layers[::step]])
     axes.set(xlabel="expert", ylabel="layer")

@@ -1,15 +1,19 @@
-"""Causal tracing: what each layer restores, and the candidates among its experts."""
+"""Causal tracing: what each layer restores, at one token or at several, and the candidates among its experts."""
 
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from hooked_moe.report.figures.drawing import (
     BLUE,
     GREEN,
     GREY,
     LEGEND_BELOW,
+    PURPLE,
+    SKY,
+    SMALL,
     VERMILLION,
     Drawing,
     layer_axis,
@@ -24,6 +28,21 @@ _LINES = {
     "routed experts": (VERMILLION, "s"),
     "attention output": (GREY, "^"),
 }
+WORDS = {
+    "subject_first": "first token of the subject",
+    "subject_middle": "middle of the subject",
+    "subject_last": "last token of the subject",
+    "after_subject": "between subject and last token",
+    "final": "last token",
+}
+"""Places in a prompt, in its order."""
+_PLACES = {
+    "subject_first": (SKY, "v"),
+    "subject_middle": (PURPLE, "D"),
+    "subject_last": (VERMILLION, "s"),
+    "after_subject": (GREY, "^"),
+    "final": (BLUE, "o"),
+}
 
 
 def tracing(findings: pa.Table) -> Drawing:
@@ -37,6 +56,52 @@ def tracing(findings: pa.Table) -> Drawing:
         findings,
         draw_tracing,
     )
+
+
+def tracing_places(findings: pa.Table) -> Drawing:
+    return Drawing(
+        "tracing",
+        "Where in the prompt the answer comes back",
+        "Logits of the true answer over the wrong one, read at the last token, that a patch of the clean run restores in the "
+        "corrupted one at a single token: mean over the validation cases with 95% intervals, by the layer and the place of the "
+        "patch. First panel: MLP outputs. Second: attention outputs. Third: of single experts, the one chosen in each place, at "
+        "its layer.",
+        findings,
+        draw_tracing_places,
+    )
+
+
+def draw_tracing_places(numbers: pa.Table, narrow: bool) -> Figure:
+    figure, panels = panel_row(narrow, 3, 2.6, (2, 3))
+    quantities = ("MLP output", "attention output", "rescue")
+    for axes, quantity, title in zip(panels, quantities, ("MLP outputs", "attention outputs", "single experts"), strict=True):
+        for place, (colour, marker) in _PLACES.items():
+            rows = rows_where(numbers, quantity=quantity, place=place)
+            if quantity == "rescue":
+                _draw_chosen(axes, rows, colour, marker)
+            elif len(rows["mean"]):
+                values = (rows[column].astype(float) for column in ("mean", "low", "high"))
+                line_with_band(axes, rows["layer"].astype(int), *values, colour=colour, marker=marker, label=None)
+        layer_axis(axes, np.unique(rows_where(numbers, quantity="MLP output")["layer"].astype(int)))
+        zero_line(axes)
+        axes.set_title(title)
+    panels[0].set_ylabel("restored (logits)")
+    found = set(numbers["place"].to_pylist())
+    lines = [
+        Line2D([], [], color=colour, marker=marker, label=WORDS[place])
+        for place, (colour, marker) in _PLACES.items()
+        if place in found
+    ]
+    figure.legend(handles=lines, ncols=1 if narrow else 3, **LEGEND_BELOW)
+    return figure
+
+
+def _draw_chosen(axes: Axes, rows: dict[str, np.ndarray], colour: str, marker: str) -> None:
+    if not len(rows["mean"]):
+        return
+    layer, mean, low, high = (float(rows[column][0]) for column in ("layer", "mean", "low", "high"))
+    axes.errorbar([layer], [mean], [[mean - low], [high - mean]], color=colour, marker=marker, capsize=3)
+    axes.annotate(f"E{rows['expert'][0]}", (layer, mean), xytext=(5, 3), textcoords="offset points", fontsize=SMALL)
 
 
 def draw_tracing(numbers: pa.Table, narrow: bool) -> Figure:
