@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.tables import Table, count, parse, parser, show, threads
 from benchmarks.timing import ratio, summary, timed
+from hooked_moe import HookedMoE
 
 
 def main(argv: Sequence[str] | None = None) -> list[Table]:
@@ -50,7 +51,7 @@ def rows(reference: Any, args: argparse.Namespace, batch: int) -> Iterator[list[
     model = peers.ours(reference)
     prompts = torch.randint(0, args.vocabulary, (batch, args.prompt), generator=torch.Generator().manual_seed(0))
     candidates: dict[str, Callable[[], Tensor]] = {
-        "hooked_moe": lambda: model.generate(prompts, args.new, do_sample=False, stop_at_eos=False, verbose=False),
+        "hooked_moe": lambda: ours(model, prompts, args.new),
         "transformers, sdpa and grouped_mm": lambda: peers.generate(peers.with_kernels(reference, peers.FAST), prompts, args.new),
         "transformers, eager": lambda: peers.generate(peers.with_kernels(reference, peers.EAGER), prompts, args.new),
     }
@@ -61,6 +62,10 @@ def rows(reference: Any, args: argparse.Namespace, batch: int) -> Iterator[list[
             raise ArithmeticError(f"{name} generates other tokens than hooked_moe")
         compared = "" if name == "hooked_moe" else ratio(seconds["hooked_moe"], seconds[name])
         yield [f"{batch}", name, summary(seconds[name]), summary([s / args.new for s in seconds[name]]), compared]
+
+
+def ours(model: HookedMoE, prompts: Tensor, new: int) -> Tensor:
+    return cast(Tensor, model.generate(prompts, new, do_sample=False, stop_at_eos=False, verbose=False))
 
 
 if __name__ == "__main__":

@@ -195,9 +195,9 @@ def _outcomes(run: ComparedRun, effect: str) -> dict[str, str]:
 def _cost(effect: str, one: Row, other: Row, paired: bool) -> Row:
     """The random cost of both, over the positions of the criterion that leaves out fewest."""
     ratios = []
-    for side in (one, other):
-        most = int(side["n"].sum(axis=0).argmax())
-        ratios.append(Ratios(side["random"][:, [most]], side["n"][:, [most]]))
+    for run in (one, other):
+        most = int(run["n"].sum(axis=0).argmax())
+        ratios.append(Ratios(run["random"][:, [most]], run["n"][:, [most]]))
     row: Row = {"effect": effect, "quantity": RANDOM_COST, "unit": "nats"}
     for side, own in zip(("first", "second"), ratios, strict=True):
         interval = ratio_bootstrap(own.numerator, own.denominator)

@@ -148,7 +148,7 @@ def audit(
         raise ValueError(f"scope must be 'position' or 'both', not {scope!r}")
     read = read_documents(model, corpus, unit, documents, as_argument, log)
     form = MeasuredForm(layers, removal, context, tokens, bos)
-    with open_run_of(model, read, form, Path(results), name, as_argument, log) as run:
+    with open_run_of(model, read, form, Path(results), name, as_argument, log=log) as run:
         valid = run.tokenized.valid_positions()
         sample = None if positions is None else draw_sample(whole_number(positions, "positions"), valid, f"{positions=}")
         found = finish_audit(run, sample, scope == "both", memory_budget, progress, log)

@@ -84,7 +84,7 @@ class MoE(nn.Module):
             scores = routing.score(logits, rule, keep)
             if rule.score == "sigmoid":
                 scores = self.hook_router_scores(scores)
-            bias = self.router.b_selection
+            bias: Tensor | None = self.router.b_selection
             if bias is not None and self.hook_selection_bias.active:
                 bias = self.hook_selection_bias(bias.expand_as(scores).clone())
             indices = self.hook_expert_indices(routing.select(scores, rule, keep, bias))

@@ -139,7 +139,7 @@ def _effect_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
         *figures.drawn("slot_distribution.csv", slot_distribution, inputs.noise_floor),
     )
     yield from _section("effects", "What one removal does", effects)
-    by_expert = (*figures.drawn("experts.parquet", experts), *expert_links(inputs))
+    by_expert: tuple[Block, ...] = (*figures.drawn("experts.parquet", experts), *expert_links(inputs))
     yield from _section("experts", "Every expert", by_expert)
     ceiling = (*figures.drawn("ceiling.csv", static_ceiling), *figures.drawn("ceiling_kl.csv", static_ceiling, True))
     yield from _section("ceiling", "How much of the variance lies between experts?", ceiling)

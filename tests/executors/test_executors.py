@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -156,6 +161,43 @@ def test_a_mixed_array_is_said_to_be_one(opened: Opened, monkeypatch: pytest.Mon
         run.require("position", progress=False)
         assert run.manifest["computed_on"]["position"]["another machine"] == 3
     assert [note for note in notes if "another machine (3 of them)" in note]
+
+
+ON_OLDER_HARDWARE = """
+import sys, torch
+from pathlib import Path
+from hooked_moe import HookedMoE
+from hooked_moe.corpus import load_corpus
+from hooked_moe.measurement import open_measurement
+from hooked_moe.measurement.share import Share
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+
+torch.set_num_threads(1)
+directory, results = map(Path, sys.argv[1:])
+model = HookedMoE.from_pretrained(directory / "model")
+tokenized = TokenizedCorpus(model, load_corpus(str(directory / "numbers.jsonl")), 8)
+with open_measurement(model, tokenized, results=results, name="run", share=Share(1, 2)) as run:
+    run.require("position", progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_mixed_array_agrees_within_a_tolerance(opened: Opened, directory: Path, tmp_path: Path) -> None:
+    with opened("alone") as alone:
+        alone.require("position", progress=False)
+    environment = os.environ | {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+    }
+    subprocess.run(
+        [sys.executable, "-c", ON_OLDER_HARDWARE, str(directory), str(tmp_path / "mixed")], env=environment, check=True
+    )
+    with opened("mixed") as mixed:
+        mixed.require("position", progress=False)
+        assert len(mixed.manifest["computed_on"]["position"]) == 2
+    one, other = (pq.read_table(run.directory / "effects.parquet").to_pandas() for run in (alone, mixed))
+    pd.testing.assert_frame_equal(one, other, atol=2e-6, rtol=1e-4)
 
 
 def test_a_model_made_in_memory_or_with_hooks_cannot_be_loaded_elsewhere(opened: Opened) -> None:

@@ -145,8 +145,8 @@ def test_shards_of_another_measurement_document_or_table_are_not_taken_up(
 def test_a_disk_that_damages_what_is_written_ends_the_run(measurement: Measurement, monkeypatch: pytest.MonkeyPatch) -> None:
     original = ShardFiles.write
 
-    def spoiled(files: ShardFiles, unit: str, tables: Any) -> None:
-        original(files, unit, tables)
+    def spoiled(files: ShardFiles, unit: str, tables: Any, **notes: str) -> None:
+        original(files, unit, tables, **notes)
         if unit == "000001":
             flip_bit(files._path(unit, "effects"), random.Random(0))
 

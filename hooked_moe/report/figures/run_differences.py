@@ -1,5 +1,7 @@
 """What each criterion saves in two runs: both with their intervals, one line for a criterion."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
@@ -39,7 +41,7 @@ def draw_differences(numbers: pa.Table, narrow: bool) -> Figure:
         )
         low, high = np.where(np.isnan(low), middle, low), np.where(np.isnan(high), middle, high)
         ends = [np.maximum(middle - low, 0), np.maximum(high - middle, 0)]
-        options = {"fmt": marker, "color": colour, "markersize": 4, "elinewidth": 1.4, "zorder": 3}
+        options: dict[str, Any] = {"fmt": marker, "color": colour, "markersize": 4, "elinewidth": 1.4, "zorder": 3}
         axes.errorbar(middle, np.arange(n) + shift, xerr=ends, label=f"{side} run", **options)
     axes.set_yticks(range(n), [label(name) for name in numbers.column("quantity").to_pylist()], fontsize=SMALL + 0.5)
     axes.set_ylim(n - 0.4, -0.6)
