@@ -251,6 +251,23 @@ def test_the_page_says_where_it_was_measured(tmp_path: Path, capsys: pytest.Capt
     assert "is written" in capsys.readouterr().out
 
 
+def test_a_part_of_the_suite_leaves_the_rest_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(suite, "run", lambda name, given, threads: (0, f"{name} {measured.append(name) or len(measured)}\n"))
+    page = tmp_path / "page.md"
+    whole = [name for name in suite.SUITE if name != "routing"]
+    assert suite.main(["--only", *whole, "--out", str(page)]) == 0
+    before = page.read_text()
+    assert suite.main(["--only", "routing", "scaling", "--out", str(page)]) == 0
+    after = page.read_text()
+    texts = [line for line in after.splitlines() if line.split(" ")[0] in suite.SUITE]
+    kept = [line for line in before.splitlines() if line.split(" ")[0] in whole and not line.startswith("scaling")]
+    assert [line for line in texts if line in kept] == kept
+    assert [line.split(" ")[0] for line in texts] == [name for name in suite.SUITE for _ in suite.SUITE[name]]
+    assert after.split("## ")[0] == before.split("## ")[0]  # the machine, and when all of it was measured
+    assert after.count("load average") == len(suite.SUITE)
+
+
 def test_times_are_taken_in_turns_and_told_briefly() -> None:
     turns: list[str] = []
     seconds = timed({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, repeats=2, warm_up=1)
