@@ -10,13 +10,13 @@ from typing import Any
 
 from hooked_moe.analysis import analyse_run, analysis_fault
 from hooked_moe.cli.options import (
-    DTYPES,
     SEED,
     Spelling,
     as_option,
     check_memory,
     check_run_name,
     choose_device,
+    dtype_named,
     executor_of,
     first_documents,
     parse_layers,
@@ -46,13 +46,15 @@ def open_run(args: argparse.Namespace) -> Run:
     """
     check_run_name(args.run)
     check_memory(args.memory)
+    device = choose_device(args.device)
     share, executor = parse_share(args.shard), executor_of(args)
     model = HookedMoE.from_pretrained(
         args.model,
-        dtype=DTYPES[args.dtype or "float32"],
-        device=choose_device(args.device),
+        dtype=dtype_named(args.dtype or "float32", device),
+        device=device,
         revision=args.revision,
         stream=args.stream,
+        store=args.store,
     )
     corpus = read_documents(model, args.corpus, args.unit, args.documents, log=print)
     form = MeasuredForm(parse_layers(args.layers, model.cfg), args.removal, args.context, parse_tokens(args.tokens), args.bos)

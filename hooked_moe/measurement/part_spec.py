@@ -30,8 +30,6 @@ class PartSpec:
     """The orders of removal in part "progressive"; the other parts have none."""
     seed: int = 0
     """The seed of the random order."""
-    first_order: bool = True
-    """Whether part "position" measures its column of that name, which takes a backward pass and so all weights in memory."""
 
     def as_json(self) -> dict[str, Any]:
         """The manifest's record of the part."""
@@ -41,8 +39,6 @@ class PartSpec:
         }
         if self.positions is not None:
             record["positions_sha256"] = positions_sha256(self.positions)
-        if self.part == "position" and not self.first_order:
-            record["first_order"] = False
         if self.orders:
             record |= {"orders": list(self.orders), "seed": self.seed}
         return record
@@ -63,7 +59,6 @@ def record_fault(part: str, record: Any) -> str | None:
         "layers": lambda value: isinstance(value, list) and all(as_int_or_none(layer) is not None for layer in value),
         "positions": lambda value: not sampled or as_int_or_none(value) is not None,
         "positions_sha256": lambda value: isinstance(value, str) == sampled,
-        "first_order": lambda value: value in (None, False),
         "orders": lambda value: (value is None) == (part != "progressive") and set(value or ()) <= set(REMOVAL_ORDERS),
         "seed": lambda value: (as_int_or_none(value) is not None) == (part == "progressive"),
     }

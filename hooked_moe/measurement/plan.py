@@ -17,7 +17,7 @@ def measurement_plan(
     """A description as JSON values: two measurements with the same one give the same tables."""
     corpus = tokenized.corpus
     plan = {
-        "format": 3,
+        "format": 4,
         "model": model_fingerprint(model),
         "corpus": {
             "name": corpus.name,

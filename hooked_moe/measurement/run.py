@@ -45,8 +45,9 @@ from hooked_moe.transformer import Transformer
 _SCOPES: dict[Part, Scope] = {"position": "position", "sequence": "sequence", "progressive": "position"}
 _EFFECT_TABLES: dict[Part, str] = {"position": "effects", "sequence": "effects_sequence", "progressive": "progressive"}
 """The table of each part that has a row for every removal."""
+_WEIGHTS = "expert_weights.parquet"
 _TABLES_OF_THE_RUN: dict[Part, tuple[str, ...]] = {
-    "position": ("documents.parquet", "expert_weights.parquet", "token_texts.parquet"),
+    "position": ("documents.parquet", _WEIGHTS, "token_texts.parquet"),
     "sequence": ("documents.parquet",),
     "progressive": ("documents.parquet",),
 }
@@ -181,10 +182,8 @@ class Run:
         asked is measured again, for all that was ever asked of it.
 
         Raises `ValueError` for positions without a next token, for another seed than before, and if verification fails: then
-        nothing is measured. First-order effects are a column of "position" where weights are in memory, and nan where they are
-        streamed; a model in memory measures a part without them again, and only such a model can add to a part with them: a
-        streamed one raises `ValueError`. `memory_budget` bounds the memory beside the model's weights. `executor` takes the place
-        of the run's own.
+        nothing is measured. `memory_budget` bounds the memory beside the model's weights. `executor` takes the place of the run's
+        own.
         """
         if memory_budget is not None:
             parse_bytes(memory_budget)
@@ -194,15 +193,12 @@ class Run:
                 self._remove_shards(part)
             return
         spec = self._union_with_measured(spec)
-        if spec.first_order and self.model.streams:
-            raise ValueError(
-                f"part {part!r} of {self.directory} has first-order effects, and to measure more of them takes all weights in "
-                "memory: open the model without stream=True, or give another name to the run"
-            )
-        verify_once(self.manifest, self.model, self.tokenized, self.removal, _SCOPES[part], self._log)
+        wanted = self.share is None and _WEIGHTS in _TABLES_OF_THE_RUN[part]
+        weights = [expert_weights.steps(self.model, self.layers)] if wanted else []
+        tables = verify_once(self.manifest, self.model, self.tokenized, self.removal, _SCOPES[part], self._log, weights)
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
         if self.share is None:
-            self._write_tables_of_the_run(part)
+            self._write_tables_of_the_run(part, *tables)
         name = f"{part}-{identity['part'][:8]}"
         transfer = None
         if self._object_store is not None:
@@ -246,8 +242,7 @@ class Run:
             raise ValueError(f"part must be one of {', '.join(map(repr, TABLES))}, not {part!r}")
         chosen = checked_positions(positions, self.tokenized)
         if part != "progressive":
-            first_order = part == "position" and not self.model.streams
-            return PartSpec(part, self.layers, self.removal, chosen, first_order=first_order)
+            return PartSpec(part, self.layers, self.removal, chosen)
         asked = tuple(orders)
         if not asked or not set(asked) <= set(REMOVAL_ORDERS):
             raise ValueError(f"orders must be some of {REMOVAL_ORDERS}, not {asked}")
@@ -257,7 +252,7 @@ class Run:
         if outside or not measured_layers:
             raise ValueError(f"layers {outside} are not of this run, which measures {list(self.layers)}")
         seed = whole_number(seed, "seed")
-        return PartSpec(part, measured_layers, self.removal, chosen, _in_order(asked), seed, first_order=False)
+        return PartSpec(part, measured_layers, self.removal, chosen, _in_order(asked), seed)
 
     def _is_measured(self, spec: PartSpec) -> bool:
         """Whether the part has all that is asked of it."""
@@ -282,7 +277,6 @@ class Run:
             positions=positions,
             layers=tuple(sorted({*spec.layers, *recorded["layers"]})),
             orders=_in_order((*spec.orders, *recorded.get("orders", ()))),
-            first_order=spec.first_order or recorded.get("first_order", spec.part == "position"),
         )
 
     def _with_measured_positions(self, part: Part, positions: DocumentPositions) -> DocumentPositions | None:
@@ -293,11 +287,12 @@ class Run:
             return positions
         return checked_positions(positions | measured_positions(effects), self.tokenized)
 
-    def _write_tables_of_the_run(self, part: Part) -> None:
-        """The tables beside those of the part, which take no measurement."""
+    def _write_tables_of_the_run(self, part: Part, weights: pa.Table | None = None) -> None:
+        """The tables beside those of the part, which take no measurement. `weights` is that of the experts' weights, if there is
+        one already."""
         tables: dict[str, Callable[[], pa.Table]] = {
             "documents.parquet": self.tokenized.table,
-            "expert_weights.parquet": lambda: expert_weights(self.model, self.layers),
+            _WEIGHTS: lambda: expert_weights(self.model, self.layers) if weights is None else weights,
             "token_texts.parquet": self.tokenized.token_texts,
         }
         for name in _TABLES_OF_THE_RUN[part]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,8 +21,9 @@ import torch
 
 from hooked_moe.corpus import Window
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
-from hooked_moe.counterfactuals.engine.steps import Steps, run_without_grad, side_by_side
+from hooked_moe.counterfactuals.engine.steps import run_without_grad, side_by_side
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
+from hooked_moe.counterfactuals.first_order import waiting_bytes
 from hooked_moe.executors import Executor, ModelWork, Threads
 from hooked_moe.loading.spill import spill_directory
 from hooked_moe.loading.streaming import spill_of
@@ -46,7 +47,6 @@ ATTEMPTS = 2
 ARRIVAL_SECONDS = 90.0
 """How long shards that a worker has written may take until they are seen here: file systems remember what was not there."""
 
-Result = TypeVar("Result")
 Log = Callable[[str], object]
 
 
@@ -68,7 +68,7 @@ class MeasureDocuments:
     def do(self, resource: Transformer, unit: Sequence[int]) -> None:
         """Measure the documents of these numbers, and write their shards."""
         tasks = [measure_document(resource, self.documents[index], self.first, self.spec, self.budget) for index in unit]
-        for index, tables in zip(unit, _together(tasks), strict=True):
+        for index, tables in zip(unit, run_without_grad(side_by_side(tasks)), strict=True):
             self._write(unit_name(index), tables, computed_on(resource.cfg.device))
 
     def _write(self, unit: str, tables: dict[str, pa.Table], place: str) -> None:
@@ -137,6 +137,7 @@ class PartMeasurement:
             return [[index] for index in pending]
         each = model.cfg.experts_per_token if spec.part != "sequence" else max(map(model.cfg.experts_in, spec.layers))
         per_token = len(spec.layers) * each * variant_bytes(model.cfg)
+        per_token += waiting_bytes(model.cfg) if spec.part == "position" else 0
         room = shutil.disk_usage(spill_directory(spill.directory)).free // 2
         share = sum(self.lengths[index] for index in pending) * per_token / places
         groups: list[list[int]] = []
@@ -256,17 +257,6 @@ def missing_units(files: ShardFiles, units: Sequence[str]) -> Iterator[list[int]
         )
 
 
-def _together(tasks: list[Steps[Result]]) -> list[Result]:
-    """What each of several measurements returns, run side by side through the layers."""
-    results: list[Result | None] = [None] * len(tasks)
-
-    def keep(number: int, task: Steps[Result]) -> Steps[None]:
-        results[number] = yield from task
-
-    run_without_grad(side_by_side([keep(number, task) for number, task in enumerate(tasks)]))
-    return cast(list[Result], results)
-
-
 def workers_for(model: Transformer, documents: int) -> int:
     """How many groups to measure at once, from the number of all documents, measured before or not.
 
@@ -281,7 +271,7 @@ def _least_budget(model: Transformer, corpus: TokenizedCorpus, spec: PartSpec) -
     """The bytes that one document takes at least."""
     length = min(corpus.n_ctx, max(corpus.lengths()) + 1)  # a BOS token is no document's own
     least = demand_of(model.cfg, length, chunk_size=length).of_one_query(model.cfg.experts_per_token)
-    return max(least, least_budget_of_gradients(model.cfg, length)) if spec.first_order else least
+    return max(least, least_budget_of_gradients(model.cfg, length)) if spec.part == "position" else least
 
 
 def _merge(files: ShardFiles, units: Sequence[str], name: str, schema: pa.Schema, target: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -61,8 +63,10 @@ class Batch:
         return self.windows[self.numbers[row]].start + np.arange(own.stop - own.start)
 
 
-def effect_rows(batch: Batch, row: int, effects: ExpertEffects, schema: pa.Schema, first_order: Tensor | None = None) -> pa.Table:
-    """Rows (position, layer, slot) of one window."""
+def effect_rows(
+    batch: Batch, row: int, effects: ExpertEffects, schema: pa.Schema, estimates: Mapping[str, Tensor] = MappingProxyType({})
+) -> pa.Table:
+    """Rows (position, layer, slot) of one window. `estimates` are columns that are not those of the effects."""
     own, positions = batch.own(row), batch.positions(row)
 
     def per_slot(values: Tensor) -> np.ndarray:
@@ -76,7 +80,7 @@ def effect_rows(batch: Batch, row: int, effects: ExpertEffects, schema: pa.Schem
         "slot": lambda: np.arange(shape[-1])[None, None, :],
         "expert": lambda: per_slot(effects.expert_index),
         "baseline_loss": lambda: effects.baseline_loss[row, own].cpu().numpy()[:, None, None],
-        "first_order": lambda: per_slot(first_order) if first_order is not None else np.nan,
+        **{name: partial(per_slot, column) for name, column in estimates.items()},
     }
     columns = {name: values[name]() if name in values else per_slot(getattr(effects, name)) for name in schema.names}
     return _as_table({name: np.broadcast_to(column, shape).ravel() for name, column in columns.items()}, schema)

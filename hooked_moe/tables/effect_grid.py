@@ -42,6 +42,7 @@ class EffectGrid:
     rest_cosine: Float[np.ndarray, "P L K"] | None = None
     rest_norm: Float[np.ndarray, "P L K"] | None = None
     first_order: Float[np.ndarray, "P L K"] | None = None
+    first_order_curved: Float[np.ndarray, "P L K"] | None = None
     kl: Float[np.ndarray, "P L K"] | None = None
     """nats; KL divergence from the intact model's next-token distribution to the changed one's: the expected effect over next
     tokens drawn from the intact model. A number where delta_loss is one, and at times at a document's last token."""

@@ -71,6 +71,13 @@ EFFECTS = schema_of(
         "nats",
         "first-order estimate of delta_loss: -g E(x) . dloss/dy, y the block's routed output here; NaN if not measured",
     ),
+    (
+        "first_order_curved",
+        pa.float32(),
+        "nats",
+        "first_order plus what the change -g E(x) would do to the loss beyond its gradient if it reached the final residual "
+        "stream as it is: the softmax over the 64 most likely tokens and one token for the rest; NaN if not measured",
+    ),
 )
 EFFECTS_SEQUENCE = schema_of(
     _DOCUMENT,

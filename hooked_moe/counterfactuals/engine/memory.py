@@ -66,6 +66,7 @@ def demand_of(cfg: HookedMoEConfig, length: int, chunk_size: int | None = None) 
     kinds = 2 if on_cpu else 4  # the clean run's, a change; of a whole chunk, too, their sum and log-softmax
     logits = max(kinds * logit_chunk, 64 << 20)
     widened = wide * cfg.d_vocab * cfg.d_model if size < wide else 0  # the unembedding, in float32 whatever the model is in
+    widened += 3 * size * cfg.d_expert * cfg.d_model if cfg.store is not None else 0  # an expert
     return Demand(
         fixed=max(chunk_size, length) * token + logits + widened,
         row=length * token,
