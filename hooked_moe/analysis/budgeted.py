@@ -172,11 +172,11 @@ def _rows(
     for axis, layer in enumerate(tables.layers):
         own = SamplingVariance(variance.own[axis], variance.own_square[axis], variance.model[axis]).over(0)
         pooled.append((str(layer), total[:, axis].sum(axis=1), count[:, axis].sum(axis=1), own, n_drawn[axis].sum()))
-    for layer, by_document, n, own, drawn in pooled:
+    for name, by_document, n, own, drawn in pooled:
         yield {
             "effect": effect,
             "kind": "layer",
-            "layer": layer,
+            "layer": name,
             "name": "",
             **_mean(by_document, n, own.moderated()),
             "n_drawn": drawn,

@@ -66,6 +66,7 @@ class BudgetedTables:
         pieces = []
         for observed in self._observed():
             grid = observed.measured()
+            assert grid.first_order is not None  # among _COLUMNS
             at, picks = self._drawn.of(grid)
             pieces.append(
                 np.column_stack(
