@@ -26,6 +26,7 @@ SCRIPTS = {
     "compare_published": "compare",
     "compare_runs": "compare-runs",
     "paper": "paper",
+    "plan": "plan",
     "verify": "verify",
 }
 
