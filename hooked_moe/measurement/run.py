@@ -36,13 +36,13 @@ from hooked_moe.measurement.locks import Lock
 from hooked_moe.measurement.manifest import Manifest
 from hooked_moe.measurement.part_spec import BUDGETED_PARTS, Part, PartSpec, checked_positions, positions_sha256, record_fault
 from hooked_moe.measurement.plan import measurement_plan
-from hooked_moe.measurement.run_directory import claim, claim_share, digest
+from hooked_moe.measurement.run_directory import claim, claim_share
 from hooked_moe.measurement.shard_files import remove_shards
 from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions, TokenizedCorpus
-from hooked_moe.tables import REMOVAL_ORDERS, FileRecords, parquet_batches, write_parquet_atomic
+from hooked_moe.tables import REMOVAL_ORDERS, FileRecords, digest, parquet_batches, write_parquet_atomic
 from hooked_moe.transformer import Transformer
 
 _SCOPES: dict[Part, Scope] = {

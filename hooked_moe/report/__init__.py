@@ -53,7 +53,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     figures = _Figures(inputs, run / "figures")
     first = figures.drawn("savings.csv", verdict)
     title = f"Removing one expert at one token: {inputs.model_name}"
-    page = Page(title, (*opening(inputs, first), *explorer_links(inputs)), tuple(_sections(inputs, figures)))
+    page = Page(title, opening(inputs, first, tuple(explorer_links(inputs))), tuple(_sections(inputs, figures)))
     write_text_atomic(render_page(page), run / "report.html")
     Ledger(run).record(_REPORT, _INPUTS, ["report.html", *figures.files()], settings=_settings(inputs.reasons, inputs.explorer))
     return run / "report.html"
