@@ -158,7 +158,7 @@ class Transformer(HookedModule):
             new = torch.ones(batch, pos, dtype=torch.bool, device=resid.device) if attention_mask is None else attention_mask
             attention_mask = cache.extend_mask(new)
         self._note_length(before + pos)
-        positions, visible, visible_near = self._positions(batch, pos, before, attention_mask)
+        positions, visible, visible_near = self.positions_and_keys(batch, pos, before, attention_mask)
         rotate = rotation(positions, self.cfg)
         if expert_mask is not None:
             inputs.check_expert_mask(expert_mask, self.cfg)
@@ -205,7 +205,7 @@ class Transformer(HookedModule):
         """Final norm and unembedding of a residual stream, in float32 or wider."""
         return self.unembed(self.ln_final(at_least_float32(resid)))
 
-    def _positions(
+    def positions_and_keys(
         self, batch: int, pos: int, before: int, attention_mask: Tensor | None
     ) -> tuple[Int[Tensor, "#batch pos"], Visible, Visible]:
         """The position of every token, counted from the first real one, and the keys that every query may see: in layers without

@@ -68,7 +68,7 @@ def control_table(cells: list[Cell], rho: dict[str, dict[int, tuple[float, int]]
     rows = []
     for cell in cells:
         if cell.scope == "position" and cell.ranking in TOKEN_LADDER:
-            row = {name: getattr(cell, name) for name in (*names, "outcome", "verdict")}
+            row = {name: getattr(cell, name) for name in (*names, "outcome")}
             found = rho[cell.population].get(cell.layer) if cell.ranking == ROUTING_WEIGHT else None
             rows.append(row | {"rho_weight_ratio": float("nan") if found is None else found[0]})
     return pa.Table.from_pylist(rows)

@@ -18,6 +18,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.corpus import Corpus
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
 from hooked_moe.executors import Executor, RayExecutor
+from hooked_moe.measurement.budget import Budget
 from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
@@ -156,6 +157,14 @@ def check_memory(text: str | None) -> None:
         parse_bytes(1 if text is None else text)
     except ValueError as error:
         raise ValueError(f"--memory {quoted(text)}: {error}") from error
+
+
+def parse_budget(text: str) -> Budget:
+    """The budget that --budget names. Raises `ValueError` for anything else."""
+    try:
+        return Budget.parse(text)
+    except ValueError as error:
+        raise ValueError(f"--budget {error}") from error
 
 
 def choose_device(name: str | None) -> torch.device:

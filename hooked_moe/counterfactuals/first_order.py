@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -179,7 +179,8 @@ def _backward(model: Transformer, packed: Packed, lowest: int, keep: bool, shelf
         shelf.put(name, tensor)
     for layer in reversed(range(lowest, model.cfg.n_layers)):
         resid, gradient = shelf.take(layer), shelf.take("upstream")
-        head = replace(head, **{name: shelf.take(name) for name in head.tensors()})
+        kept_of_head: dict[str, Any] = {name: shelf.take(name) for name in head.tensors()}
+        head = replace(head, **kept_of_head)
         clean = kept.pop() if keep else run(layer, resid, differentiable=layer > lowest)
         visit(clean, head, gradient)
         if layer > lowest:

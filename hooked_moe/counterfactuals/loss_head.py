@@ -61,7 +61,8 @@ class LossHead:
         )
         weight = at_least_float32(model.unembed.W_U.detach())
         for rows in (targets >= 0).nonzero().split(LOSSES_PER_CHUNK):
-            head._fill(*rows.unbind(-1), weight)
+            batch, pos = rows.unbind(-1)
+            head._fill(batch, pos, weight)
         return head
 
     def _fill(self, batch: Int[Tensor, " n"], pos: Int[Tensor, " n"], weight: Float[Tensor, "d_vocab d_model"]) -> None:

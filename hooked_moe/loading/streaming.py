@@ -42,7 +42,7 @@ class StreamedBlocks(nn.ModuleList):
         self.bytes_read = 0
         """The bytes of their weights in the files."""
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._ahead: tuple[int, Future[tuple[dict[str, Tensor], list[str]]]] | None = None
         self._loaded: int | None = None
         self._order: dict[int, int] = {}
         self._checked: set[int] = set()
@@ -67,7 +67,8 @@ class StreamedBlocks(nn.ModuleList):
             for name, parameter in list(block.named_parameters()):
                 _set_parameter(block, name, torch.empty_like(parameter, device="meta"))
         ahead, self._ahead = self._ahead, None  # if reading failed, the next request tries again
-        tensors = ahead[1].result() if ahead is not None and ahead[0] == layer else self._read(layer)
+        tensors, broken = ahead[1].result() if ahead is not None and ahead[0] == layer else self._read(layer)
+        self.checkpoint.warn_of_non_finite(broken)  # here, where the caller's line is known, not where it was read ahead
         block = cast(Block, self._modules[str(layer)])
         for name, value in tensors.items():
             _set_parameter(block, name, value)
@@ -94,8 +95,8 @@ class StreamedBlocks(nn.ModuleList):
 
     @torch.no_grad()
     @torch.inference_mode(False)
-    def _read(self, layer: int) -> dict[str, Tensor]:
-        """The parameters of a block, by their names in it."""
+    def _read(self, layer: int) -> tuple[dict[str, Tensor], list[str]]:
+        """The parameters of a block, by their names in it, and which tensors have values that are not finite."""
         block = cast(Block, self._modules[str(layer)])
         likes = block.named_parameters()
         tensors = {name: torch.empty(like.shape, dtype=like.dtype, device=self.device) for name, like in likes}
@@ -104,11 +105,10 @@ class StreamedBlocks(nn.ModuleList):
         for hf_name, values in self.checkpoint.read_into(places):
             if layer not in self._checked and not all_finite(values):
                 broken[hf_name] = None
-        self.checkpoint.warn_of_non_finite(list(broken))
         self._checked.add(layer)
         self.blocks_read += 1
         self.bytes_read += sum(self.checkpoint.tensors[name].nbytes for name in places)
-        return tensors
+        return tensors, list(broken)
 
 
 def read_in_order(model: Transformer, layers: Sequence[int]) -> Iterator[int]:

@@ -23,13 +23,13 @@ from hooked_moe.corpus import Window
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
 from hooked_moe.counterfactuals.engine.steps import run_without_grad, side_by_side
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
-from hooked_moe.counterfactuals.first_order import waiting_bytes
+from hooked_moe.counterfactuals.first_order import waiting_bytes as gradient_waiting_bytes
 from hooked_moe.executors import Executor, ModelWork, Threads
 from hooked_moe.loading.spill import spill_directory
 from hooked_moe.loading.streaming import spill_of
 from hooked_moe.measurement.document_tables import TABLES, measure_document
 from hooked_moe.measurement.fingerprint import SameModel, computed_on
-from hooked_moe.measurement.part_spec import PartSpec
+from hooked_moe.measurement.part_spec import BUDGETED_PARTS, PartSpec
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.share import Share
@@ -135,15 +135,13 @@ class PartMeasurement:
         spill = spill_of(model)
         if spill is None:
             return [[index] for index in pending]
-        each = model.cfg.experts_per_token if spec.part != "sequence" else max(map(model.cfg.experts_in, spec.layers))
-        per_token = len(spec.layers) * each * variant_bytes(model.cfg)
-        per_token += waiting_bytes(model.cfg) if spec.part == "position" else 0
+        waiting = {index: _waiting_bytes(model, spec, index, self.lengths[index]) for index in pending}
         room = shutil.disk_usage(spill_directory(spill.directory)).free // 2
-        share = sum(self.lengths[index] for index in pending) * per_token / places
+        share = sum(waiting.values()) / places
         groups: list[list[int]] = []
         used = room
         for index in pending:
-            needed = self.lengths[index] * per_token
+            needed = waiting[index]
             if used >= share or used + needed > room:
                 groups.append([])
                 used = 0
@@ -223,7 +221,7 @@ def measure_part(
                 part.await_shards(group)
                 bar.update(sum(part.lengths[index] for index in group))
                 rate = bar.format_dict["rate"]
-                if rate and spec.positions is None:
+                if rate and spec.positions is None and spec.part not in BUDGETED_PARTS:
                     bar.set_postfix_str(f"{rate * per_token:,.0f} removals/s", refresh=False)
     if share is not None:
         return {}
@@ -255,6 +253,19 @@ def missing_units(files: ShardFiles, units: Sequence[str]) -> Iterator[list[int]
             f"{files.directory}: the shards of {', '.join(units[number] for number in pending[:5])} are damaged although they "
             f"were written {ATTEMPTS} times: check the disk, or give another directory for results"
         )
+
+
+def _waiting_bytes(model: Transformer, spec: PartSpec, document: int, length: int) -> int:
+    """What a document of this length keeps between layers while others take their turn."""
+    cfg = model.cfg
+    if spec.part == "estimates":
+        return length * gradient_waiting_bytes(cfg)
+    if spec.draw is not None:
+        picks = spec.draw.picks.get(document)
+        return (length + (0 if picks is None else len(picks.position))) * variant_bytes(cfg)
+    each = cfg.experts_per_token if spec.part != "sequence" else max(map(cfg.experts_in, spec.layers))
+    beside = gradient_waiting_bytes(cfg) if spec.part == "position" else 0
+    return length * (len(spec.layers) * each * variant_bytes(cfg) + beside)
 
 
 def workers_for(model: Transformer, documents: int) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from hooked_moe.counterfactuals import LossAfter, Scope, expert_effects
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, as_expert_block
 from hooked_moe.counterfactuals.engine.fan_out import fan_out
+from hooked_moe.counterfactuals.engine.lanes import Lanes
 from hooked_moe.counterfactuals.engine.padding import pack
 from hooked_moe.counterfactuals.engine.steps import Steps, in_turn, pausable
 from hooked_moe.counterfactuals.removals import Zero
@@ -96,7 +97,7 @@ def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> Steps[f
     packed = pack(tokens.to(model.cfg.device), None)
     runs = [(packed, model.cfg.moe_layers), *((row, []) for row in packed.split(1))]
     together, *alone = yield from in_turn(
-        [fan_out(model, part, layers, 1, nothing_removed) for part, layers in runs], model.streams
+        [fan_out(model, part, Lanes.of_variants(layers, 1), nothing_removed) for part, layers in runs], model.streams
     )
     return float((together.losses - torch.cat([one.baseline for one in alone]))[..., :-1].abs().max())
 
@@ -184,7 +185,7 @@ def _no_stale_state(model: Transformer, tokens: Tensor, before: Tensor) -> Steps
     )
 
 
-def _losses_differ(losses: Float[Tensor, " pos-1"]) -> Check:
+def _losses_differ(losses: Float[Tensor, " predicted"]) -> Check:
     """3. Different positions have different losses: a loss read at the wrong position would repeat."""
     share = len(losses[~losses.isnan()].unique()) / len(losses)
     return Check("losses differ", share > 0.5, share, 0.5, "share of positions whose loss no other position has")

@@ -102,8 +102,8 @@ def test_parts_of_other_measurements_are_refused(run, tmp_path):
 def test_what_is_too_small_for_any_statistic_is_analysed_and_says_so(options, tmp_path):
     run = synthetic_run(tmp_path / "tiny", parts=PARTS, **options)
     cells = analyse_run(run, n_experts=N_EXPERTS, n_positions=8)
-    assert {cell.verdict for cell in cells if cell.population == "all"} == {"refused"}
-    assert all(cell.note for cell in cells if cell.verdict == "refused")
+    assert {cell.outcome for cell in cells if cell.population == "all"} == {"refused"}
+    assert all(cell.note for cell in cells if cell.outcome == "refused")
     for name in ("ceiling.csv", "bayes.csv"):
         table = pd.read_csv(run / name).set_index("criterion").drop("chance", errors="ignore")
         assert table["note"].notna().all()

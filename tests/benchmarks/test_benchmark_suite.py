@@ -21,6 +21,7 @@ from hooked_moe import HookedMoE
 from hooked_moe.components import experts
 from hooked_moe.counterfactuals import expert_effects
 from hooked_moe.counterfactuals.engine import fan_out
+from hooked_moe.counterfactuals.work import ATTENTION, removal_work
 from hooked_moe.kernels.cpu.grouped_matmul import grouped_matmul_loop
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # as the scripts run it
@@ -179,15 +180,15 @@ def test_flops_are_those_that_torch_counts(
     with FlopCounterMode(display=False) as counter:
         expert_effects(model, tokens, layers)
     products = {str(op): count for op, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)}
-    work = roofline.flops(model.cfg, 9, layers)
-    assert sum(products.values()) == sum(work.values()) - work[roofline.ATTENTION]
+    work = removal_work(model.cfg, 9, layers)
+    assert sum(products.values()) == sum(work.values()) - work[ATTENTION]
 
 
 def test_flops_of_attention_count_each_pair_of_a_token_and_one_before_it(make_model: Callable[..., HookedMoE]) -> None:
     cfg = make_model().cfg
     runs = 3 + 3 * (1 + 2)  # the clean run in three layers, three variants from layer 0 on in two, those from layer 1 on in one
     pairs = sum(1 for token in range(9) for _ in range(token + 1))
-    assert roofline.flops(cfg, 9, [0, 1, 2])[roofline.ATTENTION] == runs * pairs * cfg.n_heads * 2 * (cfg.d_head + cfg.d_head)
+    assert removal_work(cfg, 9, [0, 1, 2])[ATTENTION] == runs * pairs * cfg.n_heads * 2 * (cfg.d_head + cfg.d_head)
 
 
 def test_scaling_has_an_exponent_for_every_quantity() -> None:
@@ -254,6 +255,23 @@ def test_the_page_says_where_it_was_measured(tmp_path: Path, capsys: pytest.Capt
         assert what in page
     assert "| context | 16 to 64 |" in page
     assert "is written" in capsys.readouterr().out
+
+
+def test_a_part_of_the_suite_leaves_the_rest_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(suite, "run", lambda name, given, threads: (0, f"{name} {measured.append(name) or len(measured)}\n"))
+    page = tmp_path / "page.md"
+    whole = [name for name in suite.SUITE if name != "routing"]
+    assert suite.main(["--only", *whole, "--out", str(page)]) == 0
+    before = page.read_text()
+    assert suite.main(["--only", "routing", "scaling", "--out", str(page)]) == 0
+    after = page.read_text()
+    texts = [line for line in after.splitlines() if line.split(" ")[0] in suite.SUITE]
+    kept = [line for line in before.splitlines() if line.split(" ")[0] in whole and not line.startswith("scaling")]
+    assert [line for line in texts if line in kept] == kept
+    assert [line.split(" ")[0] for line in texts] == [name for name in suite.SUITE for _ in suite.SUITE[name]]
+    assert after.split("## ")[0] == before.split("## ")[0]  # the machine, and when all of it was measured
+    assert after.count("load average") == len(suite.SUITE)
 
 
 def test_times_are_taken_in_turns_and_told_briefly() -> None:

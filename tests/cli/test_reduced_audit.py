@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,17 @@ def test_an_audit_is_made_once(audit: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in audit.iterdir() if path.suffix in (".csv", ".parquet")}
     reduced_audit(HookedMoE.from_pretrained("tiny-olmoe"), FORM, audit.parents[1], "one")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_a_changed_table_is_no_response_and_is_made_again(audit: Path, tmp_path: Path) -> None:
+    copy = tmp_path / audit.parent.name / audit.name
+    shutil.copytree(audit, copy)
+    content = (copy / "pruning.csv").read_text()
+    (copy / "pruning.csv").write_text(content.replace("reap", "none"))
+    with pytest.raises(ValueError, match=r"pruning\.csv is not what the run would give now"):
+        audit_responses(copy)
+    assert reduced_audit(HookedMoE.from_pretrained("tiny-olmoe"), FORM, tmp_path, "one") == copy
+    assert (copy / "pruning.csv").read_text() == content
 
 
 def test_shuffled_experts_leave_every_ranking_at_chance(

@@ -418,10 +418,11 @@ def test_broken_weights_are_named_once(directory: Path, tmp_path: Path, tokens: 
     weights[name][0, 0] = float("nan")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     streamed = HookedMoE.from_pretrained(tmp_path, stream=True)
-    with pytest.warns(UserWarning, match=f"NaN or infinite weights.*\n  {name}"):
+    with pytest.warns(UserWarning, match=f"NaN or infinite weights.*\n  {name}") as streamed_note:
         streamed(tokens)
-    with pytest.warns(UserWarning, match=name):
+    with pytest.warns(UserWarning, match=name) as note:
         HookedMoE.from_pretrained(tmp_path)
+    assert {one.filename for one in (*streamed_note, *note)} == {__file__}  # the line that did it, not one of the package
 
 
 def test_a_wrong_checkpoint_is_refused_before_anything_is_run(directory: Path, tmp_path: Path) -> None:

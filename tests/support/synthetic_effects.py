@@ -19,7 +19,7 @@ from hooked_moe.tables import (
     ROUTING,
     TOKEN_TEXTS,
     TOKENS,
-    write_json_atomic,
+    write_checked_json,
     write_parquet_atomic,
 )
 
@@ -222,7 +222,7 @@ def synthetic_run(
         "n_tokens": np.bincount(document).tolist(),
     }
     write_parquet_atomic(pa.table(documents, schema=DOCUMENTS), directory / "documents.parquet")
-    write_json_atomic(synthetic_manifest(n, len(document), parts), directory / "manifest.json")
+    write_checked_json(synthetic_manifest(n, len(document), parts), directory / "manifest.json")
     return directory
 
 

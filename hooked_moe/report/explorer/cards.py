@@ -103,14 +103,9 @@ class _Contexts:
         """The number of the context of a token."""
         key = document, position
         if key not in self._numbers:
-            before, token, after = (
-                "".join(self._texts.of(document, begin, end))
-                for begin, end in (
-                    (position - BEFORE, position),
-                    (position, position + 1),
-                    (position + 1, position + 1 + AFTER),
-                )
-            )
+            window = self._texts.of(document, position - BEFORE, position + 1 + AFTER)
+            at = min(position, BEFORE)
+            before, token, after = "".join(window[:at]), window[at], "".join(window[at + 1 :])
             self._numbers[key] = len(self.kept)
             self.kept.append([document, position, before, token, after])
         return self._numbers[key]

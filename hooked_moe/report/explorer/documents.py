@@ -32,7 +32,7 @@ SEED = 0
 """Of the sample of documents."""
 STEP = 1.15
 """From one value that the page can show to the next: what it shows is off by 7.3% at most."""
-RANGE = 15_000
+RANGE = 15_000.0
 """The largest effect over the smallest that is not shown as 0."""
 FULL_COLOUR = 0.99
 """The share of tokens whose largest effect is below the one with the strongest colour."""

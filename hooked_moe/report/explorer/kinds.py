@@ -28,7 +28,7 @@ class Kinds:
 
     def _by_kind(self, table: pa.Table, column: str) -> Float[np.ndarray, "layer expert kind"]:
         layer, expert, document = (table[name].to_numpy() for name in ("layer", "expert", "document"))
-        axis = np.array([self._axes[one] for one in layer.tolist()], np.int64)
+        axis = np.searchsorted(list(self._axes), layer)  # they rise
         key = np.ravel_multi_index((axis, expert.astype(np.int64), self._kind[document]), self._shape)
         return np.bincount(key, table[column].to_numpy(), int(np.prod(self._shape))).reshape(self._shape)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Int
 
 from hooked_moe.tables import read_parquet, required_file
@@ -20,16 +21,17 @@ class Texts:
     names: list[str]
     domains: list[str]
     starts: Int[np.ndarray, " document_and_end"]
-    _tokens: list[str]
+    _tokens: pa.Array
 
     def of(self, document: int, begin: int = 0, end: int | None = None) -> list[str]:
         """The tokens of a document from one position to another."""
         start, stop = (int(at) for at in self.starts[document : document + 2])
-        return self._tokens[start + max(0, begin) : stop if end is None else min(stop, start + end)]
+        first, last = start + max(0, begin), stop if end is None else min(stop, start + end)
+        return self._tokens.slice(first, max(0, last - first)).to_pylist()
 
     def at(self, place: int) -> str:
         """A token by its place among those of all documents."""
-        return self._tokens[place]
+        return self._tokens[place].as_py()
 
     def length(self, document: int) -> int:
         """Tokens of a document."""
@@ -47,4 +49,5 @@ def read_texts(run: Path) -> Texts:
     if [row["document"] for row in documents] != list(range(len(documents))) or sum(lengths) != rows.num_rows:
         raise ValueError(f"{run}: token_texts.parquet does not have the tokens of documents.parquet; they are of other runs")
     names = [row["title"] or row["id"] for row in documents]
-    return Texts(names, [row["domain"] for row in documents], np.cumsum([0, *lengths]), rows["text"].to_pylist())
+    tokens = rows["text"].cast(pa.large_string()).combine_chunks()  # Arrow's, for a large corpus is many texts
+    return Texts(names, [row["domain"] for row in documents], np.cumsum([0, *lengths]), tokens)

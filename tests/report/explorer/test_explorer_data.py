@@ -86,7 +86,7 @@ def frame(run: Path, name: str) -> Any:
 
 def test_a_scale_reads_back_within_half_a_step() -> None:
     random = np.random.default_rng(0)
-    scale = LogScale.up_to(20.0, 15_000, 1.15)
+    scale = LogScale.up_to(20.0, 15_000.0, 1.15)
     values = random.choice([-1, 1], 5000) * 20.0 * 10 ** random.uniform(-7, 0, 5000)
     read = scale.values(scale.codes(values))
     small = np.abs(values) < scale.floor / math.sqrt(1.15)
