@@ -7,8 +7,8 @@
 
 The work is counted from the model's config.json: those of published models come with the package, and a directory needs no
 weights. A device by name is taken to reach 30% of the peak that its maker publishes, an assumption that --utilisation replaces;
-of a rate that was measured or given, 50%. The time is that of matrix products: reading weights, writing tables and the analysis come
-on top, and are most of it for the small models that ship. Memory is what is taken at most, without --memory.
+of a rate that was measured or given, 50%. The time is that of matrix products: reading weights, writing tables and the
+analysis come on top, and are most of it for the small models that ship. Memory is what is taken at most, without --memory.
 """
 
 from __future__ import annotations
