@@ -139,8 +139,8 @@ def _peaks(effect: Float[np.ndarray, "P L K"] | None) -> Float[np.ndarray, " tok
     return sizes[~np.isnan(sizes)]
 
 
-def _top(peaks: list[Float[np.ndarray, " token"]]) -> float | None:
-    """The effect with the strongest colour, to one digit; None where none was measured."""
+def _top(peaks: list[np.ndarray]) -> float | None:
+    """The effect with the strongest colour, of one array for each document, to one digit; None where none was measured."""
     sizes = np.concatenate(peaks) if peaks else np.zeros(0)
     if not len(sizes):
         return None
