@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import socket
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,3 +118,34 @@ def test_no_units_start_no_workers_and_too_large_ones_are_refused(notes: list[st
     with pytest.raises(ValueError, match="no machine of the Ray cluster has 9 CPUs and 0 GPUs for a worker: give it fewer"):
         list(RayExecutor(cpus=9).run(PlainWork(Noted()), units()))
     assert RayExecutor(cpus=1).places(PlainWork(Noted())) == 4
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str | None]:
+    """The addresses that ray is asked to join; the machine's last cluster is noted in `tmp_path`, if anywhere."""
+    asked: list[str | None] = []
+    ray = SimpleNamespace(is_initialized=lambda: False, init=lambda address, **_: asked.append(address))
+    monkeypatch.setattr(ray_cluster, "import_ray", lambda: ray)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return asked
+
+
+def test_auto_is_the_cluster_that_runs_here_or_this_machine_alone(
+    joined: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ray_cluster.connect("auto")
+    (tmp_path / "ray").mkdir()
+    note = tmp_path / "ray" / "ray_current_cluster"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        note.write_text(address)
+        ray_cluster.connect("auto")
+        ray_cluster.connect(address)
+    ray_cluster.connect("auto")  # the note of a cluster that was killed
+    assert joined == [None, address, address, "local"]
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    for given in ("auto", address):
+        with pytest.raises(ConnectionError, match=rf"no Ray cluster can be joined at '{address}' \(nothing answers there\)"):
+            ray_cluster.connect(given)
