@@ -1,7 +1,7 @@
 """Runs every benchmark in a process of its own and writes benchmarks/RESULTS.md, one page.
 
 python -m benchmarks.all                    # a quarter of an hour on two quiet cores
-python -m benchmarks.all --only removals roofline --threads 1
+python -m benchmarks.all --only removals roofline --threads 1      # these anew, the page's others as they are
 python -m benchmarks.all --small            # a minute; shows that it works, and prints what it finds instead
 """
 
@@ -11,11 +11,12 @@ import argparse
 import ast
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,12 +30,15 @@ HERE = Path(__file__).resolve().parent
 OLMOE = ["--d-model", "2048", "--d-expert", "1024", "--vocabulary", "50304", "--layers", "2"]
 SUITE: dict[str, list[list[str]]] = {
     "circuits": [["--tokens", "12", "48"]],
-    "tracing": [[]],
+    "tracing": [["--repeats", "3"]],
     "removals": [["--contexts", "256", "512", "1024", "2048", "--batches", "1", "4", "--repeats", "3"]],
     "forward": [["--repeats", "5"]],
     "roofline": [["--repeats", "5"], ["--repeats", "3", *OLMOE]],
     "scaling": [["--repeats", "2"]],
-    "streaming": [["--documents", "4", "--tokens", "64"]],
+    "streaming": [
+        ["--documents", "4", "--tokens", "64"],
+        ["--layers", "full", "--documents", "1", "--tokens", "64", "--only-streamed", "--precisions", "stored-bfloat16"],
+    ],
     "routing": [["--repeats", "3"]],
 }
 """What each is given, run by run."""
@@ -47,14 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options().parse_args(argv)
     out = args.out if args.out is not None or args.small else HERE / "RESULTS.md"
     started, code = time.perf_counter(), 0
-    sections = []
+    sections = {}
     for name in args.only:
-        sections.append(f"## {title(HERE / f'{name}.py')}\n")
+        texts, begun = [], when()
         for given in [["--small"]] if args.small else SUITE[name]:
             found, text = run(name, given, args.threads)
             code = code or found
-            sections.append(text)
-    page = "\n".join([*heading(time.perf_counter() - started), *sections])
+            texts.append(text)
+        sections[name] = "\n".join([f"## {title(HERE / f'{name}.py')}\n", f"{begun}\n", *texts])
+    if out is not None and out.is_file() and set(args.only) < set(SUITE):
+        page = with_sections(out.read_text(encoding="utf-8"), sections)
+    else:
+        page = "\n".join([*heading(time.perf_counter() - started), *sections.values()])
     if out is None:
         print_page(page)
     else:
@@ -80,6 +88,20 @@ def run(name: str, given: Sequence[str], threads: int) -> tuple[int, str]:
     done = subprocess.run([sys.executable, *command], cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, encoding="utf-8")
     printed = done.stdout if done.returncode == 0 else f"It failed with code {done.returncode}.\n"
     return done.returncode, f"`python {shlex.join(command)}`\n\n{printed}"
+
+
+def with_sections(page: str, sections: Mapping[str, str]) -> str:
+    """A page with some of its sections replaced or added, all in the order of `SUITE`."""
+    head, *others = re.split(r"^(?=## )", page, flags=re.MULTILINE)
+    names = {f"## {title(HERE / f'{name}.py')}": name for name in SUITE}
+    kept = {names[text.partition("\n")[0]]: text.rstrip("\n") + "\n" for text in others if text.partition("\n")[0] in names}
+    both = {**kept, **sections}
+    return head + "\n".join(both[name] for name in SUITE if name in both)
+
+
+def when() -> str:
+    """At which commit a section is made, when, and how busy the machine is with other work."""
+    return f"Commit {commit()}, {datetime.now(UTC):%Y-%m-%d}, load average {os.getloadavg()[0]:.1f} before it began."
 
 
 def title(script: Path) -> str:
@@ -112,9 +134,13 @@ def machine() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     packages = {package: version_of(package) for package in PACKAGES}
-    return {"python": platform.python_version(), **packages, "commit": described.stdout.strip() or "unknown"}
+    return {"python": platform.python_version(), **packages, "commit": commit()}
+
+
+def commit() -> str:
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    return described.stdout.strip() or "unknown"
 
 
 def version_of(package: str) -> str:

@@ -41,8 +41,8 @@ started = time.perf_counter()
 cells = analyse_run(sys.argv[1], n_experts=int(sys.argv[2]))
 seconds = time.perf_counter() - started
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-verdicts = {name: sum(cell.verdict == name for cell in cells) for name in {cell.verdict for cell in cells}}
-print(json.dumps({"seconds": seconds, "before": before * 1024, "peak": peak * 1024, "verdicts": verdicts}))
+outcomes = {name: sum(cell.outcome == name for cell in cells) for name in {cell.outcome for cell in cells}}
+print(json.dumps({"seconds": seconds, "before": before * 1024, "peak": peak * 1024, "outcomes": outcomes}))
 """
 
 
@@ -180,6 +180,7 @@ def document_effects(
         "delta_loss": delta,
         "kl": 0.02 * random.gamma(0.5, size=shape) * weight,
         "first_order": 0.7 * delta + 0.01 * random.normal(size=shape),
+        "first_order_curved": 0.9 * delta + 0.005 * random.normal(size=shape),
     }
 
 

@@ -211,7 +211,7 @@ def equivalence(blind: Runs, seeing: Runs) -> Table:
         rows.append([f"{effect:g}", *shown, *(_judged(rate, ALPHA) for rate in misses)])
     return Table(
         f"TOST on d, bound {BOUND:g} in d over positions",
-        "p_tost of cells.csv, from which no verdict follows. "
+        "`statistics.equivalence`, from which no verdict follows. "
         f"At the bound itself it may be declared in {ALPHA:.0%} of runs, at 0 it should be. The intervals may miss the planted d "
         f"in {ALPHA:.0%}.",
         [

@@ -46,6 +46,16 @@ def printable(text: object, most: int = SHOWN) -> str:
     return _cut("".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in kept), most)
 
 
+def as_unicode(name: str) -> str:
+    """The name of a file as Unicode text: bytes in another encoding, which Python keeps as halves of surrogate pairs and cannot
+    write, are spelled out.
+
+    >>> as_unicode("na\u00efve.txt"), as_unicode("na\udcefve.txt")
+    ('na\u00efve.txt', 'na\\\\udcefve.txt')
+    """
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _cut(text: str, most: int = SHOWN) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -17,6 +16,7 @@ from torch import Tensor
 from hooked_moe.chat import ChatTemplate
 from hooked_moe.checks import WrongTypeError, as_int_or_none, check_text, described, in_list, quoted, whole_number, whole_numbers
 from hooked_moe.tokenizer_file import named_failures, read_backend
+from hooked_moe.warn_user import warn_user
 
 AFTER = "a"
 """What a text is put after where only a tokenizer can say what it is in the middle of another."""
@@ -191,5 +191,5 @@ def _without_sampling(backend: tokenizers.Tokenizer) -> None:
     """Switch off segmentations that are drawn at random (BPE-dropout, subword regularisation), which are for training."""
     for name in ("dropout", "alpha", "nbest_size"):
         if getattr(backend.model, name, None):
-            warnings.warn(f"this tokenizer segments at random ({name}), which is for training: it is switched off", stacklevel=4)
+            warn_user(f"this tokenizer segments at random ({name}), which is for training: it is switched off")
             setattr(backend.model, name, None)

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted(p for folder in ("hooked_moe", "weights_conversion") for p in (ROOT / folder).rglob("*.py"))
 FAMILIES = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "gpt_oss")
-READERS = ("caching.py", "logit_lens.py", "residual_stack.py", "terms.py")
+READERS = ("caching.py", "lens_rows.py", "logit_lens.py", "residual_stack.py", "terms.py")
 """What is kept of activations and made of them afterwards: no logit depends on these files of `hooks`."""
 CORE = [
     ROOT / "hooked_moe/config.py",

@@ -9,10 +9,6 @@ import pyarrow as pa
 
 from hooked_moe.analysis.rankings import family_of
 
-EQUIVALENCE_BOUND = 0.1
-"""d_position that `p_tost` is about. It decides nothing: d is in standard deviations of single loss changes, whose tails are
-heavy, and a small d can be a large saving (savings.csv)."""
-
 
 def _column(unit: str, meaning: str) -> Any:
     return field(metadata={"meaning": meaning, "unit": unit})
@@ -63,14 +59,6 @@ class Cell:
         "agreement rule on the Bonferroni-adjusted p: positive or negative (both tests pass, one sign), tests_disagree, "
         "not_detected, or refused (see note)",
     )
-    equivalence_bound: float = _column("1", "d_position that p_tost is about")
-    p_tost: float = _column(
-        "1", "p of d_position outside the bound, the larger of two one-sided tests; no verdict follows from it"
-    )
-    verdict: str = _column(
-        "text",
-        "the paper's agreement rule: valid or reversed (outcome positive or negative), else undecided; refused as outcome",
-    )
     spearman: float = _column("1", "within-position rank correlation of ranking and loss change, mean over documents; all")
     spearman_low: float = _column("1", "lower end of its 95% interval, bootstrap over documents")
     spearman_high: float = _column("1", "upper end")
@@ -95,9 +83,7 @@ def refused_cell(scope: str, population: str, ranking: str, layer: int, n_tests:
         "unit": "position" if population == "sample" else "document",
         "n_tests": n_tests,
         "alpha": alpha,
-        "equivalence_bound": EQUIVALENCE_BOUND,
         "outcome": "refused",
-        "verdict": "refused",
         "note": "",
     }
     return Cell(**{**empty, **known})

@@ -26,8 +26,7 @@ def sample_cell(blank: Cell, picked: Picked) -> Cell:
     cell = _tested(cell, picked.high[kept], picked.low[kept])
     if cell.outcome == "refused":
         return cell
-    cell = replace(cell, d_position=cell.d_z, d_position_low=cell.d_z_low, d_position_high=cell.d_z_high)
-    return _judged(cell, statistics.equivalence_dz(cell.t, cell.n, cell.equivalence_bound))
+    return replace(cell, d_position=cell.d_z, d_position_low=cell.d_z_low, d_position_high=cell.d_z_high)
 
 
 def document_cell(blank: Cell, sums: ContrastSums) -> Cell:
@@ -62,7 +61,7 @@ def document_cell(blank: Cell, sums: ContrastSums) -> Cell:
         power_at_d02=np.nan,
         minimal_detectable_d=np.nan,
     )
-    return _judged(_with_slopes(cell, sums), statistics.equivalence(single, cell.equivalence_bound))
+    return _with_slopes(cell, sums)
 
 
 def _tested(cell: Cell, high: Float[np.ndarray, " unit"], low: Float[np.ndarray, " unit"]) -> Cell:
@@ -91,11 +90,6 @@ def _tested(cell: Cell, high: Float[np.ndarray, " unit"], low: Float[np.ndarray,
         power_at_d02=statistics.power_paired_t(0.2, t_test.n, level),
         minimal_detectable_d=statistics.minimal_detectable_d(t_test.n, level),
     )
-
-
-def _judged(cell: Cell, equivalence: statistics.Equivalence) -> Cell:
-    outcome: Any = cell.outcome
-    return replace(cell, p_tost=equivalence.p, verdict=statistics.verdict(outcome))
 
 
 def _with_slopes(cell: Cell, sums: ContrastSums) -> Cell:

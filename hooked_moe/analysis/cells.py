@@ -25,7 +25,7 @@ from jaxtyping import Int
 from hooked_moe import statistics
 from hooked_moe.analysis.accumulators.contrasts import ContrastAccumulator
 from hooked_moe.analysis.accumulators.survey import Survey
-from hooked_moe.analysis.cell import EQUIVALENCE_BOUND, Cell, cells_from_table, cells_table, refused_cell
+from hooked_moe.analysis.cell import Cell, cells_from_table, cells_table, refused_cell
 from hooked_moe.analysis.cell_tests import document_cell, sample_cell, with_corrections, with_sign_flips, with_spearman
 from hooked_moe.analysis.rankings import TOKEN_LADDER, Scores, corrected_together, rankings
 from hooked_moe.checks import whole_numbers
@@ -33,7 +33,6 @@ from hooked_moe.tables.effect_grid import EFFECT_VALUES, EffectGrid
 
 __all__ = [
     "AUDIT_COLUMNS",
-    "EQUIVALENCE_BOUND",
     "POPULATIONS",
     "Cell",
     "CellAudit",

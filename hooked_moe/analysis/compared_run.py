@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from hooked_moe.analysis.saving_table import ALL_LAYERS, SAVINGS
-from hooked_moe.tables import Ledger, read_csv, read_json, read_parquet
+from hooked_moe.tables import Ledger, read_checked_json, read_csv, read_parquet
 
 _NEEDED = ("effects.parquet", "documents.parquet", "experts.parquet", "savings.csv")
 
@@ -56,7 +56,7 @@ def read_compared_run(directory: Path) -> ComparedRun:
         raise FileNotFoundError(
             f"{directory} is no finished run: it has no manifest.json. Give the directory that `hooked-moe audit` names"
         )
-    manifest = read_json(manifest_path)
+    manifest = read_checked_json(manifest_path)
     if not (isinstance(manifest.get("model"), dict) and isinstance(manifest["model"].get("config"), dict)):
         raise ValueError(f"{manifest_path} does not say what model it is of; it was not written by `hooked-moe audit`")
     absent = [name for name in _NEEDED if not (directory / name).is_file()]

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from hooked_moe.analysis.summed_effects import SummedEffects
 from hooked_moe.checks import by_number, whole_number, whole_numbers
 from hooked_moe.statistics import ratio_bootstrap
-from hooked_moe.tables import read_csv
+from hooked_moe.tables import Ledger, read_csv
 
 Effect = Literal["kl", "delta_loss"]
 Half = Literal["even", "odd"]
@@ -44,7 +44,7 @@ class PruningForecast:
     """Lower end of the 95% interval of the sum, bootstrap over documents, times the factor; NaN with fewer than three."""
     high: float
     factor: float
-    """Median of measured over summed, at this share of experts, from pruning.csv; 1 where that was not measured."""
+    """Median of measured over summed, at this share of experts, from pruning.csv; 1 where that was not measured, or is stale."""
     share: float
     """Of the experts of the layers named, the largest share removed from one."""
     n_documents: int
@@ -52,6 +52,8 @@ class PruningForecast:
     """What limits the forecast; empty where nothing is known to."""
 
 
+PRUNING_FILE = "pruning.csv"
+_AS_IT_IS = "the sum of single removals as it is, which falls short by a tenth to a third at 25%"
 BLIND = ("criterion", "random")
 """Kinds of prunings in pruning.csv that no effect had a part in."""
 
@@ -66,8 +68,11 @@ def predict_pruning(
     """What removing these experts ({layer: experts}) will add to the loss, by the sum of their single-token effects.
 
     `run` is the directory of an analysed run, or the table expert_effect_sums.parquet of one. `half` takes every other document,
-    so that experts chosen by one half are judged by the other. Raises ValueError for layers that were not measured, for
-    experts out of range or named twice, and for an effect that the run lacks.
+    so that experts chosen by one half are judged by the other. Files of a run are compared with their checksums at every call:
+    give the table to ask often.
+
+    Raises ValueError for layers that were not measured, for experts out of range or named twice, for an effect that the run
+    lacks, and for a run that must be analysed again because its tables have changed since.
     """
     sums = SummedEffects.read(run, effect, half)
     chosen = np.zeros(sums.total.shape[1:], bool)
@@ -104,7 +109,7 @@ def choose_experts(
 
     An expert's cost is its shrunk mean effect (`statistics.shrunk_means`) times how often it is active, from one half of the
     documents by default: judge the choice by the other (`predict_pruning(..., half="odd")`). `keep` experts remain in every
-    layer at the least (default: as many as a token goes to).
+    layer at the least (default: as many as a token goes to). `run` and errors are as in `predict_pruning`.
 
     per="model" takes the cheapest of all layers together. It empties layers whose single removals are cheap, where removals
     interact, and was worse than the same share of every layer on the shipped models: check it on other documents before use.
@@ -141,9 +146,12 @@ def _factor(run: str | os.PathLike[str] | pa.Table, share: float, effect: str) -
     experts were chosen without seeing effects (by criteria and at random), the same share of every layer: sums that a mask was
     chosen by are too low.
     """
-    path = None if isinstance(run, pa.Table) else Path(run) / "pruning.csv"
+    path = None if isinstance(run, pa.Table) else Path(run) / PRUNING_FILE
     if path is None or not path.is_file():
-        return 1.0, ["no pruning.csv: the sum of single removals as it is, which falls short by a tenth to a third at 25%"]
+        return 1.0, [f"no {PRUNING_FILE}: {_AS_IT_IS}"]
+    fault = Ledger(path.parent).fault_of(PRUNING_FILE)
+    if fault is not None:
+        return 1.0, [f"{PRUNING_FILE} is not used ({fault}): {_AS_IT_IS}"]
     table = read_csv(path)
     measured, rise, predicted = (table[name].to_numpy().astype(float) for name in ("share", "rise", f"predicted_{effect}"))
     usable = (predicted > 0) & np.isin(table["kind"].to_numpy(), BLIND) & (table["per"].to_numpy() == "layer")

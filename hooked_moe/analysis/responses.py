@@ -15,8 +15,9 @@ from jaxtyping import Float
 
 from hooked_moe.analysis.accumulators.rows import row_batches
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
+from hooked_moe.analysis.rankings import TOLD_THE_TOKEN
 from hooked_moe.statistics import ratio_bootstrap
-from hooked_moe.tables import ROUTED_PARTS, read_csv, required_file
+from hooked_moe.tables import ROUTED_PARTS, current_file, read_csv
 
 ALL_LAYERS = "all"
 STUDIED = (*PAPER_CRITERIA, "reap")
@@ -63,7 +64,7 @@ def _with_summaries(layered: Sequence[Response], whole_model: Sequence[Response]
 
 
 def _rows(run: Path, name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = read_csv(required_file(run, name, "a reduced audit writes it")).to_pylist()
+    rows: list[dict[str, Any]] = read_csv(current_file(run, name, "a reduced audit writes it")).to_pylist()
     return rows
 
 
@@ -81,8 +82,8 @@ def _savings(run: Path) -> Iterator[Response]:
             yield Response(layer, f"spearman_{name}{suffix}", row["spearman"], row["spearman_low"], row["spearman_high"])
             if not suffix:
                 yield Response(layer, f"helps_{name}", float(row["outcome"] == "helps"))
-        elif name == "first_order" and not suffix:
-            yield Response(layer, "first_order_rho", row["spearman"], row["spearman_low"], row["spearman_high"])
+        elif name in TOLD_THE_TOKEN and not suffix:
+            yield Response(layer, f"{name}_rho", row["spearman"], row["spearman_low"], row["spearman_high"])
     for layer in dict.fromkeys(str(row["layer"]) for row in rows):
         own = [row for row in rows if str(row["layer"]) == layer]
         criteria = [row for row in own if row["effect"] == "kl" and row["family"] in ("paper", "extended")]
@@ -163,7 +164,7 @@ def _progressive(run: Path) -> Iterator[Response]:
 
 def _routed(run: Path) -> Iterator[Response]:
     """Rise of the loss without the whole routed part of a layer, at every token."""
-    table = read_csv(required_file(run, "routed_parts.csv", "a reduced audit writes it"), ROUTED_PARTS)
+    table = read_csv(current_file(run, "routed_parts.csv", "a reduced audit writes it"), ROUTED_PARTS)
     layers = sorted(set(table["layer"].to_pylist()))
     shape = (-1, len(layers))
     order = np.lexsort((table["layer"].to_numpy(), table["document"].to_numpy()))

@@ -47,7 +47,7 @@ from hooked_moe.tables import (
     MEASURED_TABLES,
     FileRecord,
     Ledger,
-    read_json,
+    read_checked_json,
     required_file,
     write_csv_atomic,
     write_parquet_atomic,
@@ -273,6 +273,6 @@ class _SecondPass:
 def _noise_floor(run: Path) -> float | None:
     """In nats, as the manifest records it; None where it does not."""
     path = run / "manifest.json"
-    floor = read_json(path).get("noise_floor") if path.is_file() else None
+    floor = read_checked_json(path).get("noise_floor") if path.is_file() else None
     value = floor.get("max_abs_nats") if isinstance(floor, dict) else None
     return float(value) if isinstance(value, int | float) and value > 0 else None

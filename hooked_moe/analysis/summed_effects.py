@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from hooked_moe.checks import whole_number, whole_numbers
 from hooked_moe.statistics import shrunk_means
-from hooked_moe.tables import read_parquet, required_file
+from hooked_moe.tables import current_file, read_parquet
 
 SUMS_FILE = "expert_effect_sums.parquet"
 
@@ -35,11 +35,13 @@ class SummedEffects:
 
     @classmethod
     def read(cls, run: str | os.PathLike[str] | pa.Table, effect: str, half: str | None) -> "SummedEffects":
-        """From expert_effect_sums.parquet or the directory of an analysed run. Raises ValueError for an effect that it lacks."""
-        if isinstance(run, pa.Table):
-            table = run
-        else:
-            table = read_parquet(required_file(Path(run), SUMS_FILE, "analysing the run writes it"))
+        """From expert_effect_sums.parquet or the directory of an analysed run.
+
+        Raises ValueError for an effect that it lacks, and for a file that is damaged, or of other tables than the run's.
+        """
+        table = (
+            run if isinstance(run, pa.Table) else read_parquet(current_file(Path(run), SUMS_FILE, "analysing the run writes it"))
+        )
         column = f"sum_{effect}"
         if column not in table.column_names:
             raise ValueError(f"this run has not measured {effect!r}; it has {', '.join(_measured(table))}")

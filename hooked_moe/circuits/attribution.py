@@ -18,20 +18,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_moe.circuits.atp_star import atp_star, with_pattern_terms
 from hooked_moe.circuits.expert_patches import aligned, as_patches, asked_positions, with_slot_per_expert
+from hooked_moe.circuits.gradients import Gradients, along, direct_gradients, residual_gradients
 from hooked_moe.circuits.metrics import Metric, check_metric, differentiable_value, require_slope
 from hooked_moe.circuits.pairs import Clean, Part, PromptPair, check_part, expert_deltas, prompt_pair
 from hooked_moe.circuits.results import ExpertPatches
 from hooked_moe.circuits.route_fix import rerouting_terms
-from hooked_moe.components.precision import at_least_float32, without_autocast
+from hooked_moe.components.precision import without_autocast
 from hooked_moe.counterfactuals import At
-from hooked_moe.counterfactuals.engine.padding import pack
 from hooked_moe.counterfactuals.engine.requests import Mask, Positions, Tokens, checked_layers
-from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
-Method = Literal["atp", "ig", "routefix", "direct"]
+Method = Literal["atp", "ig", "routefix", "qkfix", "atp*", "direct"]
 
 
 @torch.inference_mode(False)
@@ -55,8 +55,10 @@ def attribution_patch_experts(
 
     `method` "atp" takes the gradient of the corrupted run; "ig" its mean over `steps` runs whose routed outputs of the layer are
     on the way from the corrupted to the clean run's, where asked for; "routefix" is "atp" with the routing of later layers at the
-    patched token computed exactly, from the patch's direct path; "direct" is direct logit attribution of the patch, what it adds
-    to the logits by itself, the final norm's scale held fixed (for a readout only). `metric` is a function of the logits or
+    patched token computed exactly, from the patch's direct path, and "qkfix" with their attention patterns instead; "atp*" is the
+    mean size of "qkfix" without each other layer in turn, an importance that is never negative; "direct" is direct logit
+    attribution of the patch, what it adds to the logits by itself, the final norm's scale held fixed (for a readout only).
+    `metric` is a function of the logits or
     `At(position, LogitDifference(...))`. Raises `ValueError` as `get_act_patch_expert` does, for other readouts, and for a model
     whose weights are streamed.
     """
@@ -74,57 +76,27 @@ def attribution_patch_experts(
         raise ValueError(f"method='direct' takes At(position, LogitDifference(...)), not {metric!r}")
     asked = asked_positions(pair, positions)
     by_layer = aligned({layer: expert_deltas(pair, layer, part).where(asked) for layer in chosen})
+    gradients: Gradients = {}
     if method == "direct":
         gradients = dict.fromkeys(chosen, direct_gradients(pair, metric))
     elif method in ("atp", "routefix"):
         gradients = residual_gradients(pair, metric)
-    else:
+    elif method == "ig":
         moved = {layer: deltas.delta.sum(2) for layer, deltas in by_layer.items()}
         with progress_bar(len(moved) * steps, "gradients", "run", shown=progress) as bar:
             gradients = {layer: _mean_gradient(pair, metric, layer, change, steps, bar) for layer, change in moved.items()}
     with torch.no_grad():
-        first_order = {layer: _along(deltas.delta, gradients[layer]) for layer, deltas in by_layer.items()}
+        if method in ("qkfix", "atp*"):
+            estimates = (atp_star if method == "atp*" else with_pattern_terms)(pair, metric, by_layer)
+        else:
+            estimates = {layer: along(deltas.delta, gradients[layer]) for layer, deltas in by_layer.items()}
         if method == "routefix":
             terms = rerouting_terms(pair, by_layer, gradients)
-            first_order = {layer: values + terms[layer] for layer, values in first_order.items()}
-        values = torch.stack(list(first_order.values()))
+            estimates = {layer: values + terms[layer] for layer, values in estimates.items()}
+        values = torch.stack(list(estimates.values()))
         active = {layer: deltas.active() for layer, deltas in by_layer.items()}
         patches = as_patches(pair, active, values, metric, part, method)
     return with_slot_per_expert(patches) if dense else patches
-
-
-def residual_gradients(
-    pair: PromptPair, metric: Any, where: Literal["mid", "post"] = "post"
-) -> dict[int, Float[Tensor, "batch pos d_model"]]:
-    """d metric / d (residual stream after each block, or between attention and experts), in the corrupted run.
-
-    What is added to the stream there has the same gradient: the routed output, or what heads write.
-    """
-    streams: dict[int, Tensor] = {}
-
-    def keep(x: Tensor, hook: HookPoint) -> None:
-        streams[hook.layer()] = x
-
-    embed = pair.activations("corrupt")["hook_embed"].detach().clone().requires_grad_()
-    n_layers = pair.model.cfg.n_layers
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        pair.model.hooks([(f"blocks.{layer}.hook_resid_{where}", keep) for layer in range(n_layers)]),
-    ):
-        final = pair.model(embed, start_at_layer=0, stop_at_layer=n_layers, attention_mask=pair.attention_mask)
-        value = differentiable_value(pair, metric, final)
-        return dict(zip(streams, torch.autograd.grad(value, list(streams.values())), strict=True))
-
-
-def direct_gradients(pair: PromptPair, metric: Any) -> Float[Tensor, "batch pos d_model"]:
-    """What the logit difference is multiplied by at the position that is read, the final norm's scale held fixed; 0 elsewhere."""
-    packed = pack(pair.tokens, pair.attention_mask)
-    final = at_least_float32(pair.resid_post("corrupt"))
-    scale = (final.square().mean(-1, keepdim=True) + pair.model.ln_final.eps).sqrt()
-    along = metric.readout.direction(pair.model, packed.rows)[:, None] * at_least_float32(pair.model.ln_final.w) / scale
-    read = torch.zeros_like(pair.tokens).scatter_(1, metric.original_positions(packed)[:, None], 1)
-    return along * read[..., None]
 
 
 def _mean_gradient(
@@ -145,9 +117,3 @@ def _mean_gradient(
         total += gradient
         bar.update()
     return total / steps
-
-
-def _along(
-    delta: Float[Tensor, "batch pos slot d_model"], gradient: Float[Tensor, "batch pos d_model"]
-) -> Float[Tensor, "batch pos slot"]:
-    return (at_least_float32(delta) * at_least_float32(gradient).unsqueeze(2)).sum(-1)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_moe.circuits.attribution import direct_gradients, residual_gradients
+from hooked_moe.circuits.gradients import block_gradients, direct_gradients
 from hooked_moe.circuits.metrics import metric_changes
 from hooked_moe.circuits.pairs import PromptPair
 from hooked_moe.circuits.paths import sent
@@ -40,7 +40,7 @@ def scores_of_nodes(
     if direct:
         after = middle = dict.fromkeys(range(pair.model.cfg.n_layers), direct_gradients(pair, metric))
     else:
-        after, middle = residual_gradients(pair, metric), residual_gradients(pair, metric, "mid")
+        after, middle = block_gradients(pair, metric)
     scores = [
         ((sent(pair, node) * (middle if node[0] == "head" else after)[node[1]]).sum(-1) * asked).sum(-1).mean() for node in nodes
     ]

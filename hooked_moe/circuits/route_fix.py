@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_moe.circuits.gradients import Gradients
 from hooked_moe.circuits.pairs import ExpertDeltas, PromptPair
 from hooked_moe.components.precision import at_least_float32
 from hooked_moe.kernels import routing
-
-Gradients = dict[int, Float[Tensor, "batch pos d_model"]]
 
 
 def rerouting_terms(

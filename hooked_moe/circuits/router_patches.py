@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_moe.circuits.attribution import residual_gradients
 from hooked_moe.circuits.expert_patches import asked_positions
+from hooked_moe.circuits.gradients import residual_gradients
 from hooked_moe.circuits.metrics import Metric, check_metric, effects_of_deltas, name_of, require_slope, total_effect
 from hooked_moe.circuits.pairs import Clean, PromptPair, prompt_pair
 from hooked_moe.circuits.results import RouterAttribution, TokenPatches

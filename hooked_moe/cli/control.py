@@ -5,7 +5,8 @@
     hooked-moe control --model olmoe --corpus wikitext-2 --protocol as_released
 
 Beside the paper's routing weight stands a ladder of scores that know more: the gap norm g ||E||, and the first-order estimate of
-the loss change. This command uses the measurement of `hooked-moe audit`, or makes it, and writes control.csv. Tables 4-6.
+the loss change, without and with the softmax's curvature. This command uses the measurement of `hooked-moe audit`, or makes it,
+and writes control.csv. Tables 4-6.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def control_table(cells: list[Cell], rho: dict[str, dict[int, tuple[float, int]]
     rows = []
     for cell in cells:
         if cell.scope == "position" and cell.ranking in TOKEN_LADDER:
-            row = {name: getattr(cell, name) for name in (*names, "outcome", "verdict")}
+            row = {name: getattr(cell, name) for name in (*names, "outcome")}
             found = rho[cell.population].get(cell.layer) if cell.ranking == ROUTING_WEIGHT else None
             rows.append(row | {"rho_weight_ratio": float("nan") if found is None else found[0]})
     return pa.Table.from_pylist(rows)

@@ -5,6 +5,7 @@ Studies ask it of each model, and compare what `hooked_moe.analysis.responses` r
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from hooked_moe.analysis.cells import sample_positions
 from hooked_moe.analysis.pruning_orders import PruningOrders, random_ranking
 from hooked_moe.analysis.pruning_table import PRUNING, MeasuredLosses, pruning_table
 from hooked_moe.analysis.run import analyse_run
+from hooked_moe.analysis.summed_effects import SUMS_FILE
 from hooked_moe.cli.options import SEED, first_documents
 from hooked_moe.corpus import load_corpus
 from hooked_moe.expert_mask import ExpertMask
@@ -24,7 +26,7 @@ from hooked_moe.measurement import Run, open_measurement
 from hooked_moe.measurement.document_losses import document_losses, predicted_tokens
 from hooked_moe.measurement.pruned_losses import PrunedLosses
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
-from hooked_moe.tables import ROUTED_PARTS, table_with_schema, write_csv_atomic
+from hooked_moe.tables import ROUTED_PARTS, Ledger, table_with_schema, write_csv_atomic
 from hooked_moe.transformer import Transformer
 
 REFERENCE = "reap"
@@ -56,9 +58,16 @@ def reduced_audit(model: Transformer, form: AuditForm, results: Path, name: str)
     corpus = first_documents(load_corpus(form.corpus), form.documents)
     tokenized = TokenizedCorpus(model, corpus, min(model.cfg.n_ctx, 512), form.tokens)
     with open_measurement(model, tokenized, form.layers, results=results, name=name) as run:
-        if not (run.directory / "pruning.csv").is_file():  # the last to be written
+        settings = dataclasses.asdict(form)
+        if Ledger(run.directory, run.known_files()).fault(_REDUCED, _INPUTS, settings) is not None:
             _measure(run, form)
+            Ledger(run.directory).record(_REDUCED, _INPUTS, ["routed_parts.csv", "pruning.csv"], settings=settings)
         return run.directory
+
+
+_REDUCED = "reduced audit"
+_INPUTS = ("effects.parquet", "routing.parquet", "expert_weights.parquet", "progressive.parquet", "savings.csv", SUMS_FILE)
+"""What the tables beside the analysis are learned from, or are compared with."""
 
 
 def _measure(run: Run, form: AuditForm) -> None:

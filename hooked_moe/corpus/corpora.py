@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from hooked_moe.checks import check_text, expanded_path, quoted
+from hooked_moe.checks import as_unicode, check_text, expanded_path, quoted
 from hooked_moe.json_text import JsonError, parse_json
 from hooked_moe.loading.hub import download_file
 
@@ -170,7 +170,7 @@ def _file_corpus(name: str) -> Corpus:
         raise ValueError(f"There is no corpus {name!r}; expected {known} or a .jsonl or .txt file. {hint}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{name} ends in {path.suffix!r}; expected .jsonl (one JSON object per line) or .txt (plain text).")
-    return corpus_of(name, file_documents(path, path.stem))
+    return corpus_of(as_unicode(name), file_documents(path, as_unicode(path.stem)))
 
 
 def file_documents(path: Path, stem: str) -> Iterator[Document]:

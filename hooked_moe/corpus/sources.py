@@ -10,7 +10,7 @@ from itertools import chain
 from os import PathLike
 from typing import Any
 
-from hooked_moe.checks import expanded_path
+from hooked_moe.checks import as_unicode, expanded_path
 from hooked_moe.corpus import corpora
 from hooked_moe.corpus.corpora import Corpus, Document, corpus_of, file_documents
 
@@ -51,7 +51,7 @@ def load_corpus(
         if source in corpora.CORPUS_NAMES or not expanded_path(source).is_dir():
             corpus = corpora.read_corpus(source, unit="article" if in_pieces else unit, **hub)
             return corpus_of(corpus.name, _paragraphs(corpus.documents)) if in_pieces else corpus
-        name, documents = source, _directory_documents(source)
+        name, documents = as_unicode(source), _directory_documents(source)
     else:
         name = name or _name_of(source)
         documents = _given_documents(source, field, name)
@@ -77,7 +77,8 @@ def _directory_documents(name: str) -> Iterator[Document]:
     files = sorted(path for path in root.rglob("*") if path.suffix in corpora.SUFFIXES and path.is_file())
     if not files:
         raise FileNotFoundError(f"{name} is a directory without text: it has no .txt or .jsonl file. Check the path.")
-    return chain.from_iterable(file_documents(path, path.relative_to(root).with_suffix("").as_posix()) for path in files)
+    stems = [as_unicode(path.relative_to(root).with_suffix("").as_posix()) for path in files]
+    return chain.from_iterable(map(file_documents, files, stems))
 
 
 def _name_of(source: Any) -> str:

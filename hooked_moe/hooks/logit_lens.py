@@ -26,9 +26,13 @@ class LogitLens:
     values: Float[Tensor, "layer *batch_and_pos selected"]
     """Logits, log-probabilities or probabilities of the selected tokens: targets, `vocab`, the `top_k`, or all."""
     entropy: Float[Tensor, "layer *batch_and_pos"]
+    token_ids: Int[Tensor, "layer *batch_and_pos selected"]
+    """Which token each value is of."""
     top_ids: Int[Tensor, "layer *batch_and_pos k"] | None = None
     target_ids: Int[Tensor, "*targets"] | None = None
     target_ranks: Int[Tensor, "layer *batch_and_pos targets"] | None = None
+    axes: tuple[str, ...] = ("batch", "pos")
+    """Which of "batch" and "pos" there are."""
 
     def rank_trajectory(self, target: int = 0) -> Int[Tensor, "layer *batch_and_pos"]:
         """The rank of the n-th target at every layer; 0 is the most probable token."""
@@ -41,6 +45,26 @@ class LogitLens:
         if self.top_ids is None:
             raise ValueError("top tokens are those of a top_k: call logit_lens(top_k=5)")
         return {label: _decoded(ids, tokenizer) for label, ids in zip(self.labels, self.top_ids, strict=True)}
+
+    def table(self) -> Any:
+        """A pyarrow table in long form: a row for every stream, row, position and selected token."""
+        return self._rows().table()
+
+    def to_dataframe(self) -> Any:
+        """`table()` as a pandas DataFrame. Raises `ImportError` where pandas is not installed."""
+        return self._rows().to_dataframe()
+
+    def plot(self, **options: Any) -> Any:
+        """A heat map of streams by positions; see `hooked_moe.tables.GridResult.plot`."""
+        return self._rows().plot(**({"across": "pos"} | options))
+
+    def _repr_html_(self) -> str:
+        return str(self._rows()._repr_html_())
+
+    def _rows(self) -> Any:
+        from hooked_moe.hooks.lens_rows import lens_rows  # pyarrow is not for everyone who runs a model
+
+        return lens_rows(self)
 
     def __repr__(self) -> str:
         return f"LogitLens({self.return_type} {list(self.values.shape)} of {', '.join(self.labels)})"
@@ -60,6 +84,7 @@ def read_logits(
     top_k: int | None = None,
     return_type: ReturnType = "logits",
     chunk_size: int = 64,
+    axes: tuple[str, ...] = ("batch", "pos"),
 ) -> LogitLens:
     """Unembed normalised vectors, `chunk_size` at a time, and keep what is selected. See `ActivationCache.logit_lens`."""
     if return_type not in get_args(ReturnType):
@@ -99,14 +124,22 @@ def read_logits(
             values.append(quantity.gather(-1, tops[-1]))
         else:
             values.append(quantity if shown is None else quantity[:, shown])
+    if wanted is not None:
+        token_ids = wanted.unflatten(0, lead)
+    elif tops:
+        token_ids = torch.cat(tops).unflatten(0, lead)
+    else:
+        token_ids = (torch.arange(model.cfg.d_vocab, device=device) if shown is None else shown).expand(*lead, -1)
     return LogitLens(
         labels=labels,
         return_type=return_type,
         values=torch.cat(values).unflatten(0, lead),
         entropy=torch.cat(entropies).unflatten(0, lead),
-        top_ids=torch.cat(tops).unflatten(0, lead) if tops else None,
+        top_ids=token_ids if tops else None,
         target_ids=target_ids,
         target_ranks=torch.cat(ranks).unflatten(0, lead) if ranks else None,
+        token_ids=token_ids,
+        axes=axes,
     )
 
 

@@ -225,13 +225,15 @@ class ResidualStack(Mapping[Any, Tensor]):
         except IndexError:
             raise ValueError(f"layers={layers} are out of range: there are {len(labels)} streams, {', '.join(labels)}") from None
         labels, stack = [labels[layer] for layer in kept], stack[kept]
+        axes = ["batch"] * self.has_batch_dim + ["pos"] * (stack.dim() - 2 - self.has_batch_dim)
         if self.has_batch_dim:
             stack = take(stack, options.pop("batch_slice", None), 1)
+            axes = axes[len(axes) + 2 - stack.dim() :]  # without the batch, where one row of it was taken
         if (lens := options.pop("lens", None)) is not None:
             stack = torch.stack([lens(stream, layer) for stream, layer in zip(stack, kept, strict=True)])
         if options.pop("apply_ln", True):
             stack = self.apply_ln_to_stack(stack, recompute_ln=True, has_batch_dim=False)
-        return read_logits(self.model, stack, labels, **options)
+        return read_logits(self.model, stack, labels, axes=tuple(axes), **options)
 
     @property
     def _n_layers(self) -> int:

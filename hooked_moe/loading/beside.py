@@ -7,7 +7,6 @@ was: a chat model with its template and its end tokens.
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.loading.chat_files import chat_template_of
 from hooked_moe.loading.checkpoint import present, read_json
 from hooked_moe.tokenizer import Tokenizer, TokenizerFiles
+from hooked_moe.warn_user import warn_user
 from weights_conversion import CheckpointError, HFConfig
 
 TOKENIZER = "tokenizer.json"
@@ -48,10 +48,9 @@ def read_tokenizer(directory: Path, cfg: HookedMoEConfig) -> Tokenizer | None:
     if pad is not None and not 0 <= pad < cfg.d_vocab:
         pad = None
         if cfg.pad_token_id != -1:  # as some write that there is none
-            warnings.warn(
+            warn_user(
                 f"{directory / 'config.json'}: pad_token_id={cfg.pad_token_id} is not in the vocabulary, 0 to {cfg.d_vocab - 1}. "
-                "Padding is masked, and is filled with another token",
-                stacklevel=4,
+                "Padding is masked, and is filled with another token"
             )
     end = next((end for end in cfg.end_tokens if 0 <= end < cfg.d_vocab), None)
     files = TokenizerFiles(config, _others(directory), directory)

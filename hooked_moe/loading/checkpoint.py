@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from io import RawIOBase
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from hooked_moe.checks import printable, quoted
 from hooked_moe.json_text import JsonError, parse_json
 from hooked_moe.loading.quantised import STORED, QuantisedTensor, StoredTensor, widened
+from hooked_moe.warn_user import warn_user
 from weights_conversion.errors import CheckpointError, abbreviated
 
 SINGLE_FILE = "model.safetensors"
@@ -123,14 +123,13 @@ class Checkpoint:
 
     def warn_of_what_was_left(self) -> None:
         for note in self.notes:
-            warnings.warn(note, stacklevel=4)
+            warn_user(note)
 
     def warn_of_non_finite(self, names: Sequence[str]) -> None:
         """Warn that these tensors have NaN or infinite values, if there are any."""
         if names:
-            warnings.warn(
-                f"{self.directory} has NaN or infinite weights, and what they touch will be NaN. Tensors:{abbreviated(names)}",
-                stacklevel=5,
+            warn_user(
+                f"{self.directory} has NaN or infinite weights, and what they touch will be NaN. Tensors:{abbreviated(names)}"
             )
 
 

@@ -10,7 +10,6 @@ A full commit hash cannot come to mean anything else: that is loaded from the ca
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 from hooked_moe.checks import expanded_path
 from hooked_moe.loading.beside import refuse_adapter
 from hooked_moe.loading.hub_errors import ANSWERS, HubError, explained, is_outage, one_line, reason, root
+from hooked_moe.warn_user import warn_user
 
 NEEDED_FILES = ["*.safetensors", "*.json"]
 ALLOWED_FILES = [*NEEDED_FILES, "*.jinja"]
@@ -121,10 +121,9 @@ class Repository:
             except ANSWERS as error:
                 if not (is_outage(error) and REGEX_COMMIT_HASH.fullmatch(self.revision or "") and self.cached_commit()):
                     raise
-                warnings.warn(
+                warn_user(
                     f"could not ask the hub for {self} ({reason(error)}); a commit never changes, so it is loaded from the "
-                    "local cache",
-                    stacklevel=5,
+                    "local cache"
                 )
                 return replace(self, offline=True)
         if info.sha is None:
@@ -177,10 +176,9 @@ class Repository:
             ref.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(snapshot.name, ref)
         except OSError as error:
-            warnings.warn(
+            warn_user(
                 f"could not note in the cache that {self} is commit {snapshot.name} ({one_line(error)}): to load it offline, "
-                f"give revision={snapshot.name!r}",
-                stacklevel=4,
+                f"give revision={snapshot.name!r}"
             )
 
     def cached_commit(self) -> str | None:

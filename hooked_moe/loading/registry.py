@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from hooked_moe.checks import expanded_path, unknown_name
+from hooked_moe.checks import as_unicode, expanded_path, unknown_name
 from hooked_moe.loading.beside import names_in, refuse_adapter
 from hooked_moe.loading.checkpoint import present
 
@@ -102,7 +102,7 @@ def locate(name: str | PathLike[str]) -> Location:
             f"{path} is a link to {os.readlink(path)}, which is not there: make the link again, or give a path"
         )
     if path.exists():
-        return Location(model_name=path.resolve().name, directory=_checked(path))
+        return Location(model_name=as_unicode(path.resolve().name), directory=_checked(path))
     if isinstance(name, str) and _HUB_ID.fullmatch(text):
         return Location(model_name=text, hub_id=text)
     if not isinstance(name, str) or "/" in text or os.sep in text:

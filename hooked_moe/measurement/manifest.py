@@ -1,7 +1,7 @@
 """manifest.json of a run: its plan, which parts have been measured, what verification found, and the checksums of the tables.
 
-It is written last, in one step, so what it says was so. Read back, it must be of the plan beside it and of the types that are
-written here; anything else is refused with the way out.
+It is written last, in one step, so what it says was so. Read back, it must have its checksum, and be of the plan beside it and of
+the types that are written here; anything else is refused with the way out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hooked_moe.tables import file_fault, file_records, is_record, read_json, set_aside, write_json_atomic
+from hooked_moe.tables import file_fault, file_records, is_record, read_checked_json, set_aside, write_checked_json
 
 MANIFEST = "manifest.json"
 _REMEDY = "remove it, and the same command measures again what it lists"
@@ -29,7 +29,7 @@ class Manifest:
         path = directory / MANIFEST
         if not path.exists():
             return
-        written = read_json(path, _REMEDY)
+        written = read_checked_json(path, _REMEDY)
         other = sorted(key for key in plan if written.get(key) != plan[key])
         if other:
             raise ValueError(f"{path} is of another {' and '.join(other)} than this run: {_REMEDY}")
@@ -70,7 +70,7 @@ class Manifest:
     def write(self, names: Iterable[str]) -> None:
         """Record the named files as they are now, and write the manifest."""
         self.values["files"] |= file_records(self.directory, names)
-        write_json_atomic(self.values, self.directory / MANIFEST)
+        write_checked_json(self.values, self.directory / MANIFEST)
 
 
 def _shape_fault(values: dict[str, Any], part_fault: Callable[[str, Any], str | None]) -> str | None:
@@ -94,4 +94,7 @@ def _shape_fault(values: dict[str, Any], part_fault: Callable[[str, Any], str | 
         return "'computed_on' is no object"
     if not isinstance(floor, dict) or not isinstance(floor.get("max_abs_nats"), int | float):
         return "'noise_floor' has no number max_abs_nats"
+    budget = values.get("budget", {"share": 1.0})
+    if not isinstance(budget, dict) or not isinstance(budget.get("share"), float) or not 0 < budget["share"] <= 1:
+        return "'budget' has no share of the removals"
     return None

@@ -21,12 +21,12 @@ from hooked_moe.checks import by_number, whole_numbers
 from hooked_moe.components.precision import without_autocast
 from hooked_moe.executors import Executor, ModelWork, Threads
 from hooked_moe.measurement.fingerprint import SameModel
-from hooked_moe.measurement.run_directory import digest
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shards import missing_units
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.progress import progress_bar
 from hooked_moe.surgery import without_experts
+from hooked_moe.tables import digest
 from hooked_moe.transformer import Transformer
 
 TOKENS_PER_BATCH = 1024

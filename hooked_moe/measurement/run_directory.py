@@ -6,8 +6,6 @@ write shards alone, which appear whole and say what they are of, share the direc
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +15,11 @@ import filelock
 
 from hooked_moe.measurement.locks import Lock, Locks, SharedLock
 from hooked_moe.measurement.share import Share
-from hooked_moe.tables import read_json, remove_temporaries, write_json_atomic
+from hooked_moe.tables import read_checked_json, remove_temporaries, write_checked_json
 
 WRITER_LOCK = "writer.lock"
 WAIT_SECONDS = 60.0
 """How long the writer of a share waits while another prepares the directory."""
-
-
-def digest(value: dict[str, Any]) -> str:
-    """SHA-256 of a JSON object; the order of its keys does not matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def claim(directory: Path, plan: dict[str, Any]) -> filelock.BaseFileLock:
@@ -117,8 +110,8 @@ def _prepare(directory: Path, plan: dict[str, Any]) -> None:
 def _check_plan(path: Path, plan: dict[str, Any]) -> None:
     """Write the plan, or compare it with the one that was written before."""
     if not path.exists():
-        write_json_atomic(plan, path)
-    existing = read_json(path, "remove the directory to begin again")
+        write_checked_json(plan, path)
+    existing = read_checked_json(path, "give another name to the run, or remove the directory to begin again")
     if existing != plan:
         changed = sorted(key for key in {*existing, *plan} if existing.get(key) != plan.get(key))
         raise ValueError(

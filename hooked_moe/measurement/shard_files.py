@@ -16,10 +16,10 @@ import pyarrow as pa
 from hooked_moe.tables import (
     file_fault,
     file_record,
-    read_json,
+    read_checked_json,
     read_parquet,
     set_aside,
-    write_json_atomic,
+    write_checked_json,
     write_parquet_atomic,
 )
 
@@ -59,7 +59,7 @@ class ShardFiles:
         for name, table in tables.items():
             write_parquet_atomic(table.replace_schema_metadata(metadata), self._path(unit, name))
         files = {name: file_record(self._path(unit, name)) for name in tables}
-        write_json_atomic(notes | {"identity": self.identity, "unit": unit, "files": files}, self._record_path(unit))
+        write_checked_json(notes | {"identity": self.identity, "unit": unit, "files": files}, self._record_path(unit))
 
     def names_of(self, unit: str) -> list[str]:
         """A unit's files, the record last."""
@@ -71,7 +71,7 @@ class ShardFiles:
 
     def note(self, unit: str, name: str) -> str:
         """A note of a unit's record; empty where it has none of that name."""
-        return str(read_json(self._record_path(unit)).get(name, ""))
+        return str(read_checked_json(self._record_path(unit)).get(name, ""))
 
     def read(self, unit: str, name: str) -> pa.Table:
         """A table of a unit, without the metadata of its shard."""
@@ -81,9 +81,9 @@ class ShardFiles:
         """What is wrong with the record of a unit; None if it is of this measurement."""
         path = self._record_path(unit)
         try:
-            record = read_json(path)
+            record = read_checked_json(path)
         except ValueError:
-            return f"{path.name} is not readable JSON"
+            return f"{path.name} is not as it was written"
         if (record.get("identity"), record.get("unit")) != (self.identity, unit):
             return f"{path.name} is of another measurement ({record.get('identity')!s:.200}, unit {record.get('unit')!r:.50})"
         files = record.get("files")
@@ -92,7 +92,7 @@ class ShardFiles:
 
     def _table_faults(self, unit: str) -> dict[Path, str]:
         """What is wrong with the tables of a unit, against its record."""
-        files = read_json(self._record_path(unit))["files"]
+        files = read_checked_json(self._record_path(unit))["files"]
         faults = {self._path(unit, name): file_fault(self._path(unit, name), files[name]) for name in self.names}
         return {path: fault for path, fault in faults.items() if fault is not None}
 

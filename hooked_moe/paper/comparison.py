@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from hooked_moe.paper.published import CONTROL_RANKING, PublishedModel, PublishedValue, published_model, published_values
-from hooked_moe.tables import Ledger, read_csv, read_json
+from hooked_moe.tables import Ledger, read_checked_json, read_csv
 
 Key = tuple[str, int, int, str]
 """(ranking, removed, layer, statistic), as in `PublishedValue`."""
@@ -75,7 +75,7 @@ def read_run(directory: Path) -> RunValues:
     path = directory / "manifest.json"
     if not path.is_file():
         raise ValueError(f"{directory} is not the directory of a run: it has no manifest.json")
-    manifest = read_json(path)
+    manifest = read_checked_json(path)
     model_type, n_layers = (_value(manifest, "model", "config", key) for key in ("model_type", "n_layers"))
     if not isinstance(model_type, str) or not isinstance(n_layers, int) or n_layers < 1:
         raise ValueError(

@@ -27,7 +27,7 @@ from hooked_moe.checks import whole_numbers
 from hooked_moe.corpus import Corpus
 from hooked_moe.measurement.fingerprint import model_fingerprint, versions
 from hooked_moe.measurement.manifest import Manifest
-from hooked_moe.measurement.run_directory import claim, digest
+from hooked_moe.measurement.run_directory import claim
 from hooked_moe.measurement.shard_files import ShardFiles, remove_shards
 from hooked_moe.paper.metrics import released_redistribution
 from hooked_moe.paper.padded_rows import LayerRows, PaddedTexts, observe_rows
@@ -50,6 +50,7 @@ from hooked_moe.tables import (
     RELEASED_EXPERTS,
     RELEASED_PROGRESSIVE,
     RELEASED_REDISTRIBUTION,
+    digest,
     read_parquet,
     table_with_schema,
     write_parquet_atomic,

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from hooked_moe.report.derived_files import DERIVED_FILES
-from hooked_moe.tables import FileRecord, Ledger, read_csv, read_json, read_parquet
+from hooked_moe.tables import FileRecord, Ledger, read_checked_json, read_csv, read_parquet
 
 EXPLORER_PAGES = ("documents.html", "experts.html")
 
@@ -92,7 +92,7 @@ def read_inputs(run: Path) -> Inputs:
             f"{os.fspath(run)} has none of the derived tables {', '.join(DERIVED_FILES)}{why}; analyse the run first"
         )
     manifest = run / "manifest.json"
-    return Inputs(tables, read_json(manifest) if manifest.is_file() else {}, reasons, explorer_pages(run))
+    return Inputs(tables, read_checked_json(manifest) if manifest.is_file() else {}, reasons, explorer_pages(run))
 
 
 def explorer_pages(run: Path) -> tuple[str, ...]:

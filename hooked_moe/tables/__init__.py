@@ -1,5 +1,6 @@
 """The tables that a run leaves behind: what measurement writes and analysis reads, and all that passes between the two."""
 
+from hooked_moe.tables.checked_json import digest, read_checked_json, write_checked_json
 from hooked_moe.tables.checksums import FileRecord, FileRecords, file_fault, file_record, file_records, is_record, set_aside
 from hooked_moe.tables.files import (
     atomic_path,
@@ -10,7 +11,7 @@ from hooked_moe.tables.files import (
     write_text_atomic,
 )
 from hooked_moe.tables.grid_result import Axis, Column, GridResult
-from hooked_moe.tables.ledger import LEDGER, NOT_MADE, Ledger, write_derived
+from hooked_moe.tables.ledger import LEDGER, NOT_MADE, Ledger, current_file, write_derived
 from hooked_moe.tables.reading import parquet_batches, parquet_schema, read_csv, read_json, read_parquet, required_file
 from hooked_moe.tables.result import Result
 from hooked_moe.tables.schemas import (
@@ -18,8 +19,10 @@ from hooked_moe.tables.schemas import (
     COALITION_SHARES,
     COMPARISONS,
     DOCUMENTS,
+    DRAW,
     EFFECTS,
     EFFECTS_SEQUENCE,
+    ESTIMATES,
     EXPERT_WEIGHTS,
     GRAFTS,
     MEASURED_TABLES,
@@ -30,6 +33,7 @@ from hooked_moe.tables.schemas import (
     REMOVAL_ORDERS,
     ROUTED_PARTS,
     ROUTING,
+    SAMPLED_EFFECTS,
     TOKEN_TEXTS,
     TOKENS,
     schema_of,
@@ -41,8 +45,10 @@ __all__ = [
     "COALITION_SHARES",
     "COMPARISONS",
     "DOCUMENTS",
+    "DRAW",
     "EFFECTS",
     "EFFECTS_SEQUENCE",
+    "ESTIMATES",
     "EXPERT_WEIGHTS",
     "GRAFTS",
     "LEDGER",
@@ -55,6 +61,7 @@ __all__ = [
     "REMOVAL_ORDERS",
     "ROUTED_PARTS",
     "ROUTING",
+    "SAMPLED_EFFECTS",
     "TOKENS",
     "TOKEN_TEXTS",
     "Axis",
@@ -65,12 +72,15 @@ __all__ = [
     "Ledger",
     "Result",
     "atomic_path",
+    "current_file",
+    "digest",
     "file_fault",
     "file_record",
     "file_records",
     "is_record",
     "parquet_batches",
     "parquet_schema",
+    "read_checked_json",
     "read_csv",
     "read_json",
     "read_parquet",
@@ -79,6 +89,7 @@ __all__ = [
     "schema_of",
     "set_aside",
     "table_with_schema",
+    "write_checked_json",
     "write_csv_atomic",
     "write_derived",
     "write_json_atomic",

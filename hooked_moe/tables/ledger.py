@@ -14,9 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from hooked_moe.tables.checked_json import read_checked_json, write_checked_json
 from hooked_moe.tables.checksums import FileRecord, FileRecords, file_fault, file_record
-from hooked_moe.tables.files import write_csv_atomic, write_json_atomic
-from hooked_moe.tables.reading import read_json
+from hooked_moe.tables.files import write_csv_atomic
+from hooked_moe.tables.reading import required_file
 from hooked_moe.version import __version__
 
 LEDGER = "analysis.json"
@@ -29,7 +30,7 @@ class Ledger:
     def __init__(self, run: Path, known: Mapping[str, FileRecord | None] | None = None) -> None:
         """`known` are records of files that need not be read again, for they have just been compared with their checksums.
 
-        A ledger that cannot be read counts as none: all that it could say is made again.
+        A ledger that cannot be read, or was changed, counts as none: all that it could say is made again.
         """
         self.run = run
         self.not_measured: dict[str, str] = {}
@@ -40,7 +41,7 @@ class Ledger:
         if not (run / LEDGER).is_file():
             return
         try:
-            written = read_json(run / LEDGER)
+            written = read_checked_json(run / LEDGER)
         except ValueError:
             self._absent = f"{LEDGER} is damaged"
             return
@@ -75,19 +76,24 @@ class Ledger:
         """Every derived file that is not what it says it is, by name, with the reason and the command that makes it again."""
         found: dict[str, str] = {}
         for entry in self._derivations.values():
-            stale = self._fault(entry)
-            damaged = self._damage(entry) if stale is None else dict.fromkeys(entry["outputs"], stale)
-            again = f"; `{entry['command']}` makes it again" if entry.get("command") else ""
-            found |= {name: f"{fault}{again}" for name, fault in damaged.items()}
+            found |= self._faults_of(entry)
         return found
 
+    def fault_of(self, name: str) -> str | None:
+        """Why one derived file is not what it says it is, as in `faults` and `unrecorded`; None where it is."""
+        for entry in self._derivations.values():
+            if name in entry["outputs"]:
+                return self._faults_of(entry).get(name)
+        return self.unrecorded([name]).get(name)
+
     def unrecorded(self, names: Iterable[str]) -> dict[str, str]:
-        """Files of an analysed run of which the ledger does not say what they were made of, by name, with these words."""
-        if "analysis" not in self:
+        """Files of an analysed run of which the ledger does not say what they were made of, by name, with the reason."""
+        if "analysis" not in self and self._absent == NOT_MADE:
             return {}
         recorded = {name for entry in self._derivations.values() for name in entry["outputs"]}
         there = {name for name in names if (self.run / name).is_file()}
-        return dict.fromkeys(sorted(there - recorded), f"{LEDGER} does not say of what it was made")
+        reason = f"{LEDGER} does not say of what it was made" if self._absent == NOT_MADE else self._absent
+        return dict.fromkeys(sorted(there - recorded), reason)
 
     def record(
         self,
@@ -118,7 +124,7 @@ class Ledger:
         self._derivations = {name: entry for name, entry in self._derivations.items() if entry["outputs"]}
         if not_measured is not None:
             self.not_measured = dict(not_measured)
-        write_json_atomic({"derivations": self._derivations, "not_measured": self.not_measured}, self.run / LEDGER)
+        write_checked_json({"derivations": self._derivations, "not_measured": self.not_measured}, self.run / LEDGER)
 
     def _fault(self, entry: dict[str, Any]) -> str | None:
         """What has changed since of all that the outputs were made from."""
@@ -126,6 +132,13 @@ class Ledger:
             return f"made by hooked_moe {entry['version']}, and this is {__version__}"
         changed = [name for name, record in entry["inputs"].items() if self._record(name) != record]
         return f"made of another {' and '.join(changed)} than there is now" if changed else None
+
+    def _faults_of(self, entry: dict[str, Any]) -> dict[str, str]:
+        """The outputs that are stale or damaged, with the reason and the command that makes them again."""
+        stale = self._fault(entry)
+        damaged = self._damage(entry) if stale is None else dict.fromkeys(entry["outputs"], stale)
+        again = f"; `{entry['command']}` makes it again" if entry.get("command") else ""
+        return {name: f"{fault}{again}" for name, fault in damaged.items()}
 
     def _damage(self, entry: dict[str, Any]) -> dict[str, str]:
         """The outputs that are not as they were written."""
@@ -136,6 +149,19 @@ class Ledger:
         if name not in self._known:
             self._known[name] = file_record(self.run / name)
         return self._known[name]
+
+
+def current_file(run: Path, name: str, origin: str) -> Path:
+    """The path of a derived file that may be read.
+
+    Raises FileNotFoundError, which says where the file comes from, if it is missing, and ValueError if it is damaged, or was made
+    of other files than the run has now.
+    """
+    path = required_file(run, name, origin)
+    fault = Ledger(run).fault_of(name)
+    if fault is not None:
+        raise ValueError(f"{path} is not what the run would give now: {fault}")
+    return path
 
 
 def write_derived(run: Path, derivation: str, tables: Mapping[str, pa.Table], inputs: Iterable[str], command: str) -> None:

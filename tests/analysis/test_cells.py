@@ -1,4 +1,4 @@
-"""Cells against slow loops over positions; planted effects found, verdicts as the rule says, undefined cells refused by name."""
+"""Cells against slow loops over positions; planted effects found, outcomes as the rule says, undefined cells refused by name."""
 
 from dataclasses import asdict
 
@@ -10,7 +10,7 @@ import scipy.stats
 from hooked_moe import statistics, tables
 from hooked_moe.analysis.cells import Cell, cells_from_table, cells_table
 from hooked_moe.analysis.criteria import CRITERIA
-from hooked_moe.analysis.rankings import ROUTING_WEIGHT, TOKEN_LADDER
+from hooked_moe.analysis.rankings import ROUTING_WEIGHT, TOKEN_LADDER, TOLD_THE_TOKEN
 from hooked_moe.tables.effect_grid import effect_chunks
 from tests.support.synthetic_effects import PLANTED_LAYER, synthetic_effects, synthetic_expert_weights
 from tests.support.whole_tables import audit_cells, expert_criteria, frozen_positions, read_effects
@@ -31,12 +31,11 @@ def cells() -> list[Cell]:
 
 def test_the_planted_effect_is_found_and_nothing_else(cells):
     for cell in cells:
-        planted = cell.ranking == "first_order" or (cell.ranking in TOKEN_LADDER and cell.layer == PLANTED_LAYER)
+        planted = cell.ranking in TOLD_THE_TOKEN or (cell.ranking in TOKEN_LADDER and cell.layer == PLANTED_LAYER)
         if cell.note:
-            assert cell.outcome == cell.verdict == "refused"
+            assert cell.outcome == "refused"
         else:
             assert cell.outcome == ("positive" if planted else "not_detected"), cell
-            assert cell.verdict == ("valid" if planted else "undecided"), cell
 
 
 def test_a_reversed_effect_is_called_negative():
@@ -47,7 +46,7 @@ def test_a_reversed_effect_is_called_negative():
 
 
 def test_cells_come_in_order_with_their_families_counted(cells):
-    rankings = [*CRITERIA, "routing_weight", "gap_norm", "first_order", "oracle"]
+    rankings = [*CRITERIA, "routing_weight", "gap_norm", *TOLD_THE_TOKEN, "oracle"]
     assert [key(cell) for cell in cells] == [(p, r, layer) for p in ("sample", "all") for r in rankings for layer in (0, 1, 2)]
     for cell in cells:
         assert cell.n_tests == {"paper": 12, "extended": 36, "token": 3, "oracle": 3}[cell.family]
@@ -236,18 +235,6 @@ def test_chunks_of_any_size_give_the_same_cells(cells, tmp_path, monkeypatch):
             assert asdict(other)[name] == expected, (key(one), name)
 
 
-def test_the_verdict_is_the_rule_applied_to_what_the_cell_says(cells):
-    for cell in cells:
-        if cell.verdict == "refused":
-            assert cell.note
-            continue
-        inside = cell.p_tost <= 0.05  # a number like others: it decides nothing
-        assert cell.verdict == {"positive": "valid", "negative": "reversed"}.get(cell.outcome, "undecided")
-        if cell.population == "sample":  # the exact 90% interval
-            low, high = statistics.dz_interval(cell.t, cell.n, 0.9)
-            assert inside == (low >= -0.1 and high <= 0.1)
-
-
 @pytest.mark.parametrize("ranking", ["activation_norm", "aimer", ROUTING_WEIGHT])
 def test_rank_correlation_and_slopes_equal_the_slow_loop(cells, ranking):
     layer = PLANTED_LAYER
@@ -299,7 +286,7 @@ def test_what_was_not_measured_is_refused_and_says_so(cells):
     for cell in audit_cells(without, CRITERIA_TABLE, layers=[0]):
         if cell.ranking in ("first_order", "gap_norm"):
             assert cell.note == f"not measured: the effect table has no column {cell.ranking}"
-            assert cell.verdict == "refused"
+            assert cell.outcome == "refused"
     unsampled = EFFECTS.set_column(
         EFFECTS.schema.get_field_index("first_order"), "first_order", pa.nulls(EFFECTS.num_rows, pa.float32()).fill_null(np.nan)
     )
@@ -315,4 +302,4 @@ def test_the_oracle_ranks_by_other_documents_and_finds_experts_that_matter():
     delta = EFFECTS["delta_loss"].to_numpy() + 0.05 * helpful[EFFECTS["expert"].to_numpy()].astype(np.float32)
     effects = EFFECTS.set_column(EFFECTS.schema.get_field_index("delta_loss"), "delta_loss", pa.array(delta))
     cells = audit_cells(effects, CRITERIA_TABLE, layers=[0, 1])
-    assert {cell.verdict for cell in cells if cell.ranking == "oracle"} == {"valid"}
+    assert {cell.outcome for cell in cells if cell.ranking == "oracle"} == {"positive"}

@@ -52,7 +52,7 @@ def test_a_measured_factor_is_applied_and_large_shares_are_marked(tmp_path):
         "rise": [1.0, 1.2, 9.0, 1.5, 7.0, 8.0, 6.0],  # the last three count for nothing
         "predicted_kl": [1.0] * 7,
     }
-    tables.write_csv_atomic(pa.table(rows), run / "pruning.csv")
+    tables.write_derived(run, "pruning", {"pruning.csv": pa.table(rows)}, ["effects.parquet"], "hooked-moe prune")
     forecast = predict_pruning(run, {0: [1, 2]})
     assert (forecast.factor, forecast.note) == (1.2, "")
     assert forecast.rise == pytest.approx(1.2 * plain.rise)
@@ -62,6 +62,26 @@ def test_a_measured_factor_is_applied_and_large_shares_are_marked(tmp_path):
     beyond = predict_pruning(run, {0: range(6)})
     assert "removals interact" in beyond.note
     assert "measured 12.5% to 25.0%" in beyond.note
+
+
+def test_stale_and_damaged_tables_are_not_forecast_from(tmp_path):
+    run = synthetic_run(tmp_path / "run", n_documents=12, n_tokens=20)
+    analyse_run(run, n_experts=N_EXPERTS)
+    rows = {"kind": ["criterion"], "per": ["layer"], "share": [0.125], "rise": [1.2], "predicted_kl": [1.0]}
+    tables.write_derived(run, "pruning", {"pruning.csv": pa.table(rows)}, [], "hooked-moe prune")
+    plain = predict_pruning(run, {0: [1, 2]})
+    pruning = (run / "pruning.csv").read_bytes()
+    (run / "pruning.csv").write_bytes(pruning.replace(b"1.2", b"2.1"))
+    changed = predict_pruning(run, {0: [1, 2]})
+    assert (plain.factor, changed.factor) == (1.2, 1.0)
+    assert "pruning.csv is not used (pruning.csv does not have the checksum" in changed.note
+    assert "`hooked-moe prune` makes it again" in changed.note
+    tables.write_parquet_atomic(synthetic_effects(n_documents=12, n_tokens=21), run / "effects.parquet")
+    for ask in (lambda: predict_pruning(run, {0: [1, 2]}), lambda: choose_experts(run, 0.25)):
+        with pytest.raises(ValueError, match=r"expert_effect_sums\.parquet .*made of another effects\.parquet"):
+            ask()
+    table = tables.read_parquet(run / "expert_effect_sums.parquet")
+    assert predict_pruning(table, {0: [1, 2]}).rise == pytest.approx(changed.rise)
 
 
 def test_the_cheapest_of_every_layer_are_chosen_and_enough_remain():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -25,7 +24,7 @@ SHAPE = {"name": "made-up", "config": {"n_layers": 3, "num_experts": 16, "d_voca
 def made(directory: Path, seed: int = 0, **options: object) -> Path:
     """An analysed run of a made-up corpus."""
     run = synthetic_run(directory, seed=seed, **options)
-    tables.write_json_atomic(
+    tables.write_checked_json(
         {"model": SHAPE, "corpus": {"name": "text", "sha256": "same"}, "measurement": {}}, run / "manifest.json"
     )
     analyse_run(run, n_experts=16, n_positions=50)
@@ -99,9 +98,9 @@ def test_a_run_against_a_copy_of_itself_is_the_same_and_ranks_correlate_fully(ru
 
 def test_documents_of_another_text_are_not_paired(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "copy")
-    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest = tables.read_checked_json(copy / "manifest.json")
     manifest["corpus"]["sha256"] = "another"
-    tables.write_json_atomic(manifest, copy / "manifest.json")
+    tables.write_checked_json(manifest, copy / "manifest.json")
     one, other = read_compared_run(run), read_compared_run(copy)
     tokens_agree = pair_documents(one, other)
     assert "whose tokens agree" in tokens_agree.note
@@ -116,9 +115,9 @@ def test_documents_of_another_text_are_not_paired(run: Path, tmp_path: Path) -> 
 
 def test_models_of_another_shape_have_no_counterparts(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "copy")
-    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest = tables.read_checked_json(copy / "manifest.json")
     manifest["model"]["config"]["n_layers"] = 12
-    tables.write_json_atomic(manifest, copy / "manifest.json")
+    tables.write_checked_json(manifest, copy / "manifest.json")
     compared = compare_runs(read_compared_run(run), read_compared_run(copy))
     assert compared.ranks == []
     assert "differ in shape (3 layers of 16 experts against 12 layers of 16 experts)" in compared.notes[0]
@@ -133,7 +132,7 @@ def test_what_cannot_be_compared_says_what_to_do(run: Path, tmp_path: Path, caps
     for directory in (released, unfinished, lacking):
         directory.mkdir()
     for directory, more in ((released, {"protocol": {}}), (lacking, {})):
-        tables.write_json_atomic({"model": SHAPE} | more, directory / "manifest.json")
+        tables.write_checked_json({"model": SHAPE} | more, directory / "manifest.json")
     for second, words in (
         (tmp_path / "nothing", "is no directory"),
         (unfinished, "it has no manifest.json"),

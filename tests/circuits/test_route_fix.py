@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_moe import HookedMoE
 from hooked_moe.circuits import attribution_patch_experts, get_act_patch_expert
-from hooked_moe.circuits.attribution import residual_gradients
+from hooked_moe.circuits.gradients import residual_gradients
 from hooked_moe.circuits.pairs import PromptPair, expert_deltas, prompt_pair
 from hooked_moe.circuits.route_fix import rerouting_terms
 from tests.conftest import EVERY_ARCHITECTURE, random_model, without_type_checks

@@ -27,7 +27,7 @@ from hooked_moe.counterfactuals.engine.memory import parse_bytes
 from hooked_moe.kernels.cuda import nvrtc
 from hooked_moe.loading.spill import Spill, spill_directory
 from hooked_moe.paper.comparison import compare, read_run
-from hooked_moe.tables import write_json_atomic
+from hooked_moe.tables import write_checked_json
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURING = ("audit", "control", "progressive", "redistribution", "prune")
@@ -101,7 +101,7 @@ def test_memory_is_checked_when_nothing_is_left_to_measure_too(capsys: pytest.Ca
 
 def run_of(directory: Path, **config: Any) -> Path:
     directory.mkdir(exist_ok=True)
-    write_json_atomic({"model": {"config": config}, "protocol": {"name": "as_released"}}, directory / "manifest.json")
+    write_checked_json({"model": {"config": config}, "protocol": {"name": "as_released"}}, directory / "manifest.json")
     return directory
 
 
@@ -113,18 +113,23 @@ def test_a_run_of_one_layer_is_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("content", "said"),
     [
         ("[]", "holds no JSON object"),
         ("{", "is not readable JSON"),
-        ("{}", "does not say in model.config which model_type"),
-        ('{"model": 3}', "does not say in model.config"),
-        ('{"model": {"config": {"model_type": "olmoe", "n_layers": "six"}}}', "does not say in model.config"),
-        ('{"model": {"config": {"model_type": ["olmoe"], "n_layers": 6}}}', "does not say in model.config"),
+        ('{"model": {}}', "has no checksum: an earlier version or another program wrote it"),
+        ('{"model": {}, "checksum": "0"}', "was changed since it was written"),
+        ({}, "does not say in model.config which model_type"),
+        ({"model": 3}, "does not say in model.config"),
+        ({"model": {"config": {"model_type": "olmoe", "n_layers": "six"}}}, "does not say in model.config"),
+        ({"model": {"config": {"model_type": ["olmoe"], "n_layers": 6}}}, "does not say in model.config"),
     ],
 )
-def test_a_manifest_of_other_types_is_named(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "manifest.json").write_text(text)
+def test_a_manifest_of_other_types_is_named(
+    content: str | dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(content) if isinstance(content, str) else write_checked_json(content, path)
     line = answer(capsys, "compare", str(tmp_path))
     assert said in line
     assert str(tmp_path / "manifest.json") in line

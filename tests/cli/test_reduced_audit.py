@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,15 @@ def test_the_routed_part_is_the_rise_without_a_layers_experts(values: dict[tuple
 def test_every_response_is_there_and_intervals_hold_their_values(values: dict[tuple[str, str], Response]) -> None:
     names = {name for _, name in values}
     expected = {f"{kind}_{name}{effect}" for kind in ("saving", "spearman", "z") for name in STUDIED for effect in ("", "_kl")}
-    expected |= {"log_kl_ceiling", "loss_ceiling", "first_order_rho", "half_removed", "all_removed", "best_share_of_oracle"}
+    expected |= {
+        "log_kl_ceiling",
+        "loss_ceiling",
+        "first_order_rho",
+        "first_order_curved_rho",
+        "half_removed",
+        "all_removed",
+        "best_share_of_oracle",
+    }
     expected |= {"prune_reap_over_random", "last_layer_control_d", "helps_reap", "d_reap", "p_control"}
     assert expected <= names
     for response in values.values():
@@ -77,6 +86,17 @@ def test_an_audit_is_made_once(audit: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in audit.iterdir() if path.suffix in (".csv", ".parquet")}
     reduced_audit(HookedMoE.from_pretrained("tiny-olmoe"), FORM, audit.parents[1], "one")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_a_changed_table_is_no_response_and_is_made_again(audit: Path, tmp_path: Path) -> None:
+    copy = tmp_path / audit.parent.name / audit.name
+    shutil.copytree(audit, copy)
+    content = (copy / "pruning.csv").read_text()
+    (copy / "pruning.csv").write_text(content.replace("reap", "none"))
+    with pytest.raises(ValueError, match=r"pruning\.csv is not what the run would give now"):
+        audit_responses(copy)
+    assert reduced_audit(HookedMoE.from_pretrained("tiny-olmoe"), FORM, tmp_path, "one") == copy
+    assert (copy / "pruning.csv").read_text() == content
 
 
 def test_shuffled_experts_leave_every_ranking_at_chance(
@@ -95,6 +115,7 @@ def test_shuffled_experts_leave_every_ranking_at_chance(
     assert abs(chance["all", "spearman_reap_kl"]) < 0.06
     assert abs(chance["all", "first_order_rho"]) < 0.06
     assert values["all", "first_order_rho"].value > 0.7
+    assert values["all", "first_order_curved_rho"].value > 0.7
     assert values["all", "d_control"].value > 0.1 > abs(chance["all", "d_control"])
     assert chance["all", "top_slot_share"] == pytest.approx(1 / 8, abs=0.03)
     assert not any(name.startswith("last_layer") for _, name in chance)

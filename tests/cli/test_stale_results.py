@@ -17,7 +17,7 @@ from hooked_moe.cli import compare, measured_run
 from hooked_moe.cli.main import main
 from hooked_moe.report import write_report
 from hooked_moe.report.figures.drawing import Drawing
-from hooked_moe.tables import ledger, read_csv
+from hooked_moe.tables import ledger, read_checked_json, read_csv, write_checked_json
 from tests.support.damage import cut_short, delete, flip_bit, overwrite
 from tests.support.kills import contents
 from tests.support.number_text import number_reader, write_corpus
@@ -138,9 +138,9 @@ def test_derived_tables_of_another_version_are_made_again(
 def test_a_manifest_of_another_model_is_refused(
     finished: Path, make_model: Callable[..., HookedMoE], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = json.loads((finished / "manifest.json").read_text())
+    manifest = read_checked_json(finished / "manifest.json")
     manifest["model"]["weights_sha256"] = "0" * 64
-    (finished / "manifest.json").write_text(json.dumps(manifest))
+    write_checked_json(manifest, finished / "manifest.json")
     assert main(["audit", *settings(finished)]) == 1
     assert "manifest.json is of another model than this run: remove it" in capsys.readouterr().err
 
@@ -168,6 +168,17 @@ def test_tables_of_other_commands_that_went_stale_are_left_out_and_named(
     assert "made of another effects.parquet" not in (directory / "report.html").read_text()
     assert compare.main([str(directory), "--brief"]) == 0
     assert "without" not in capsys.readouterr().out
+
+
+def test_what_analysis_json_says_is_not_believed_when_it_was_changed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(finished)
+    values = json.loads((finished / "analysis.json").read_text())
+    values["not_measured"]["progressive.csv"] = "it was not worth it"
+    (finished / "analysis.json").write_text(json.dumps(values))
+    with pytest.raises(FileNotFoundError, match=r"has none of the derived tables .*savings\.csv: analysis\.json is damaged"):
+        write_report(finished)
+    assert audited_again(finished) == before
+    assert "analysed again: analysis.json is damaged" in capsys.readouterr().out
 
 
 def test_a_table_of_unknown_origin_is_not_reported(finished: Path) -> None:

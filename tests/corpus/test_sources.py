@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from hooked_moe.corpus import Corpus, Document, load_corpus
+from hooked_moe.loading.registry import locate
 
 TEXTS = ["One fish.", "Two\n\nfish,  \n \t\nred fish.\n\n\n", "Blue fish."]
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -68,6 +70,19 @@ def test_a_directory_gives_its_files_in_order(tmp_path: Path) -> None:
     assert [document.id for document in corpus.documents] == ["a-1", "b/two-1", "b/two-2", "own"]
     assert load_corpus(str(tmp_path)) == corpus
     assert texts(load_corpus(tmp_path / "a.txt")) == ["First."]
+
+
+def test_names_of_files_that_are_not_unicode_are_spelled_out(tmp_path: Path) -> None:
+    """An old Latin-1 file system; Python keeps the byte as half of a surrogate pair, which no file of a run could hold."""
+    for name, text in ((b"caf\xe9.txt", "One fish."), (b"na\xefve.jsonl", '{"text": "Two fish."}')):
+        (tmp_path / os.fsdecode(name)).write_text(text)
+    corpora = [load_corpus(tmp_path), *(load_corpus(path) for path in sorted(tmp_path.iterdir()))]
+    assert [document.id for document in corpora[0].documents] == [r"caf\udce9-1", r"na\udcefve-1"]
+    assert [corpus.name for corpus in corpora[1:]] == [rf"{tmp_path}/caf\udce9.txt", rf"{tmp_path}/na\udcefve.jsonl"]
+    model = tmp_path / "models" / os.fsdecode(b"caf\xe9")
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    assert locate(model).model_name == r"caf\udce9"
 
 
 def test_paragraphs_stand_between_blank_lines(tmp_path: Path) -> None:

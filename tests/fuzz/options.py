@@ -1,4 +1,4 @@
-"""Fuzzing of command lines: every option that says what is measured, up to where an audit would begin to measure."""
+"""Fuzzing of command lines: every option of the commands that measure a run, up to where they would begin to measure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import contextlib
 import io
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
+from unittest import mock
 
-from hooked_moe.cli import audit
-from hooked_moe.cli.measured_run import open_run
-from hooked_moe.cli.options import parse_sample
+from hooked_moe.cli import audit, control, progressive, prune, redistribution
+from hooked_moe.measurement import Run
+from hooked_moe.paper.run import ReleasedRun
 from tests.fuzz.checkpoints import small_checkpoints
 from tests.fuzz.json_mutations import NUMBERS, STRINGS
 
@@ -26,12 +29,31 @@ _VALUES = {
     "--revision": ("main",),
     "--run": ("a", ".", "..", "a/b", "a b", "-a"),
     "--positions": ("all", "3", "5", "2"),
-    "--scope": ("position", "both"),
     "--corpus": ("held-out", "wikitext-2", "nothing.jsonl", "/dev"),
     "--model": ("tiny-olmo", "/", "config.json"),
     "--protocol": ("defined", "as_released"),
     "--nothing": ("x",),
 }
+_COMMANDS: dict[str, tuple[Any, dict[str, tuple[str, ...]]]] = {
+    "audit": (audit, {"--scope": ("position", "both")}),
+    "control": (control, {}),
+    "progressive": (progressive, {}),
+    "redistribution": (redistribution, {}),
+    "prune": (
+        prune,
+        {
+            "--shares": ("0.5", "0", "1", "-0.1", "nan", "inf", "1e-320", "0.25 0.5"),
+            "--criteria": ("reap", "rep", "random-0", "random-99999", "oracle"),
+            "--random": ("1", "0", "1000", "1001"),
+            "--per": ("layer", "model"),
+            "--evaluate": ("1", "2", "3", "100"),
+            "--evaluate-tokens": ("1", "2", "64"),
+            "--save": ("pruned", "/", "model"),
+            "--criterion": ("reap", "rep"),
+        },
+    ),
+}
+"""The module of each command, and its own options."""
 _FLAGS = ("--stream", "--bos", "--no-bos", "--", "-h", "--version", "-x")
 
 
@@ -44,33 +66,60 @@ class Options:
         self.checkpoint = small_checkpoints()[0]
 
     def write(self, rng: random.Random, directory: Path) -> str:
+        command = rng.choice(list(_COMMANDS))
+        values = {option: known for option, known in _VALUES.items() if command != "prune" or option != "--positions"}
+        values |= _COMMANDS[command][1]
         (directory / "model").mkdir()
         for name, data in self.checkpoint.items():
             (directory / "model" / name).write_bytes(data)
         (directory / "text.txt").write_text("The whale swam past the ship.\n\x1e\nThe ship followed the whale.\n")
         chosen = {"--model": "MODEL", "--corpus": "TEXT", "--results": "RESULTS"}
-        for option in rng.sample(list(_VALUES), rng.choice((1, 1, 2, 4))):
+        for option in rng.sample(list(values), rng.choice((1, 1, 2, 4))):
             hostile = str(rng.choice((*STRINGS, *NUMBERS, "--", "-1", "9" * 400, "9" * 5000)))
-            chosen[option] = rng.choice(_VALUES[option]) if rng.random() < 0.5 else hostile
+            chosen[option] = rng.choice(values[option]) if rng.random() < 0.5 else hostile
         line = [f"{key}={value}" if rng.random() < 0.5 else [key, value] for key, value in chosen.items()]
         flat = [part for item in line for part in ([item] if isinstance(item, str) else item)]
         if rng.random() < 0.2:
             flat.insert(rng.randrange(len(flat) + 1), rng.choice(_FLAGS))
-        (directory / "arguments.json").write_text(json.dumps(flat))
-        return str(flat)[:400]
+        (directory / "arguments.json").write_text(json.dumps([command, *flat]))
+        return f"{command} {flat}"[:400]
 
     def run(self, directory: Path) -> str:
         places = {"MODEL": str(directory / "model"), "TEXT": str(directory / "text.txt"), "RESULTS": str(directory / "results")}
-        arguments = json.loads((directory / "arguments.json").read_text())
+        command, *arguments = json.loads((directory / "arguments.json").read_text())
         for key, place in places.items():
             arguments = [argument.replace(key, place) for argument in arguments]
         said = io.StringIO()
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(directory):
+        module = _COMMANDS[command][0]
+        with contextlib.ExitStack() as block:
+            for target, name, instead in (
+                (module, "run_command", _judged_here),
+                (Run, "require", _begin),
+                (ReleasedRun, "_part", _begin),
+            ):
+                block.enter_context(mock.patch.object(target, name, instead))
+            block.enter_context(contextlib.redirect_stderr(said))
+            block.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            block.enter_context(contextlib.chdir(directory))
             try:
-                args = audit.parse_arguments(arguments)
+                module.main(arguments)
+            except _MeasurementBegins:
+                return ""
             except SystemExit as ended:
                 harmless = said.getvalue().replace("\n", "").isprintable()
                 return "" if ended.code in (0, 2) and harmless else f"exit code {ended.code}, with {said.getvalue()[-200:]!r}"
-            with open_run(args) as run:
-                parse_sample(args.positions, run.tokenized.valid_positions())
-        return ""
+        return "the command ended before it measured anything"
+
+
+class _MeasurementBegins(Exception):
+    """All options were accepted."""
+
+
+def _begin(*arguments: Any, **options: Any) -> NoReturn:
+    raise _MeasurementBegins
+
+
+def _judged_here(work: Callable[[Any], object], args: Any, resumes: bool = True) -> int:
+    """In place of the console, which would turn every error into an exit code."""
+    work(args)
+    return 0

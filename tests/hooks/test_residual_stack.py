@@ -206,6 +206,34 @@ def test_a_logit_lens_is_that_of_transformer_lens(options: dict[str, Any], model
         assert torch.equal(lens.rank_trajectory(), expected.rank_trajectory())
 
 
+@pytest.mark.parametrize("options", [*OPTIONS, {"positions": None}])
+def test_a_logit_lens_in_long_form_has_every_value(options: dict[str, Any], model: HookedMoE, tokens: Tensor) -> None:
+    _, cache = model.run_with_cache(tokens)
+    lens = cache.logit_lens(**options)
+    axes = [axis for axis in ("batch", "pos") if axis in lens.axes]
+    table = lens.table()
+    more = [] if lens.target_ranks is None else ["rank"]
+    assert table.column_names == ["stream", *axes, "choice", "token", "value", "entropy", *more]
+    assert table.num_rows == lens.values.numel() == lens.to_dataframe().shape[0]
+    for row in table.to_pylist()[:: max(1, table.num_rows // 50)]:
+        place = (lens.labels.index(row["stream"]), *(row[axis] for axis in axes))
+        assert row["value"] == float(lens.values[place][row["choice"]])
+        assert row["entropy"] == float(lens.entropy[place])
+        assert lens.target_ranks is None or row["rank"] == int(lens.target_ranks[place][row["choice"]])
+    tokens_there = table["token"].to_numpy().reshape(lens.values.shape)
+    if "top_k" in options:
+        assert (tokens_there == lens.top_ids.numpy()).all()
+    elif "vocab" in options:
+        assert (tokens_there == options["vocab"]).all()
+    elif "targets" not in options:
+        assert (tokens_there == range(model.cfg.d_vocab)).all()
+    elif isinstance(options["targets"], Tensor):
+        assert (tokens_there[..., 0] == options["targets"].numpy()).all()
+    else:
+        assert (tokens_there == options["targets"]).all()
+    assert all(field.metadata[b"meaning"] for field in table.schema)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_arguments_are_answered(model: HookedMoE, tokens: Tensor) -> None:
     _, cache = model.run_with_cache(tokens)

@@ -18,7 +18,7 @@ from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
-from hooked_moe.tables import file_record
+from hooked_moe.tables import file_record, read_checked_json, write_checked_json
 from tests.support.damage import DAMAGES, cut_short, delete, flip_bit
 from tests.support.number_text import number_corpus, number_reader
 
@@ -201,9 +201,9 @@ def test_a_run_of_before_a_table_was_thought_of_gets_it_when_it_is_opened_again(
         run.require("position", SOME, progress=False)
     before, path = contents(run.directory), run.directory / "manifest.json"
     (run.directory / "token_texts.parquet").unlink()
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_checked_json(path)
     del manifest["files"]["token_texts.parquet"]
-    path.write_text(json.dumps(manifest), encoding="utf-8")
+    write_checked_json(manifest, path)
     with opened() as run:
         assert run.has("position")
         assert opened.notes == []
@@ -278,9 +278,9 @@ def test_a_manifest_of_another_run_or_of_other_types_is_refused(opened: Any, cha
     with opened() as run:
         run.require("position", progress=False)
     path = run.directory / "manifest.json"
-    values = json.loads(path.read_text())
+    values = read_checked_json(path)
     change(values)
-    path.write_text(json.dumps(values))
+    write_checked_json(values, path)
     for _ in range(2):  # and the run is not left locked
         with pytest.raises(ValueError, match=message) as refused:
             opened()
@@ -288,10 +288,34 @@ def test_a_manifest_of_another_run_or_of_other_types_is_refused(opened: Any, cha
         assert "remove it, and the same command measures again what it lists" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("manifest.json", lambda values: values["noise_floor"].update(max_abs_nats=1e-3)),
+        ("manifest.json", lambda values: values["noise_floor"].update(tokens_per_window=7)),
+        ("manifest.json", lambda values: values["verification"].pop()),
+        ("manifest.json", lambda values: values.pop("checksum")),
+        ("plan.json", lambda values: values["model"].update(revision="main")),
+        ("plan.json", lambda values: values.update(format=3.0)),  # which equals 3 in Python
+    ],
+)
+def test_a_plan_or_manifest_that_was_changed_is_refused(opened: Any, name: str, change: Any) -> None:
+    with opened() as run:
+        run.require("position", progress=False)
+    path = run.directory / name
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values))  # in another layout, it says the same
+    opened().close()
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"{name} (was changed since|has no checksum).*remove (it|the directory)"):
+        opened()
+
+
 @pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '"text"', "[" * 100_000, "\ud800"])
 def test_a_plan_or_manifest_that_is_no_json_object_is_refused(opened: Any, name: str, text: str) -> None:
     opened().close()
     (opened().directory / name).write_text(text, errors="surrogatepass")
-    with pytest.raises(ValueError, match=rf"{name} .*; remove (it|the directory)"):
+    with pytest.raises(ValueError, match=rf"{name} .*remove (it|the directory)"):
         opened()

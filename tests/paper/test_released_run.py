@@ -24,7 +24,7 @@ from hooked_moe.paper import open_released, ranked_removals, released_cells
 from hooked_moe.paper.cells import released_cells_table
 from hooked_moe.paper.comparison import compare, counterpart, read_run
 from hooked_moe.paper.published import METRICS, MODELS
-from hooked_moe.tables import COMPARISONS, write_csv_atomic, write_json_atomic
+from hooked_moe.tables import COMPARISONS, write_checked_json, write_csv_atomic
 from tests.support.number_text import number_reader, token_ids, write_corpus
 
 LENGTHS = (40, 90, 61, 75, 52, 48)  # tokens of the texts, long enough for every rule: two or three characters a token
@@ -208,7 +208,7 @@ def test_layers_stand_beside_their_own_in_the_published_model_and_beside_the_nea
 def finished(directory: Path, protocol: str, n_layers: int = 16) -> Path:
     directory.mkdir(parents=True)
     manifest = {"model": {"config": {"model_type": "olmoe", "n_layers": n_layers}}, "protocol": {"name": protocol}}
-    write_json_atomic(manifest, directory / "manifest.json")
+    write_checked_json(manifest, directory / "manifest.json")
     return directory
 
 

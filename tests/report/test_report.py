@@ -2,7 +2,6 @@
 
 import html.parser
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -193,7 +192,7 @@ def test_the_report_is_read_and_written_without_torch():
 def test_what_was_not_measured_is_named_with_the_command_that_measures_it(measured, tmp_path, name):
     run = shutil.copytree(measured, tmp_path / "run")
     (run / name).unlink()
-    tables.write_json_atomic({"not_measured": {name: "this run has no such part"}}, run / "analysis.json")
+    tables.write_checked_json({"not_measured": {name: "this run has no such part"}}, run / "analysis.json")
     write_report(run)
     text = page_of(run).text
     assert f"Not measured: {DERIVED_FILES[name].about} (this run has no such part)" in text
@@ -239,10 +238,10 @@ def test_numbers_of_csv_files_are_what_was_written(measured, tmp_path):
 @pytest.mark.usefixtures("unpainted")
 def test_failed_checks_are_shown_as_such(measured, tmp_path):
     run = shutil.copytree(measured, tmp_path / "run")
-    manifest = json.loads((run / "manifest.json").read_text())
+    manifest = tables.read_checked_json(run / "manifest.json")
     manifest["verification"][0] |= {"passed": False, "value": 0.5}
     manifest["verification"][1] |= {"passed": None}
-    tables.write_json_atomic(manifest, run / "manifest.json")
+    tables.write_checked_json(manifest, run / "manifest.json")
     write_report(run)
     rows = page_of(run).rows
     assert ["inactive expert", "FAILED", "0.5000", "0.0000", "64 removals"] in rows
@@ -334,9 +333,9 @@ def test_the_summary_reads_ceiling_scope_and_progressive_off_their_tables(measur
 @pytest.mark.usefixtures("unpainted")
 def test_names_from_files_are_escaped(measured, tmp_path):
     run = shutil.copytree(measured, tmp_path / "run")
-    manifest = json.loads((run / "manifest.json").read_text())
+    manifest = tables.read_checked_json(run / "manifest.json")
     manifest["model"]["name"] = "<script>moe</script>"
-    tables.write_json_atomic(manifest, run / "manifest.json")
+    tables.write_checked_json(manifest, run / "manifest.json")
     body = write_report(run).read_text(encoding="utf-8")
     assert "<script" not in body
     assert "made-up <corpus>" not in body
@@ -361,12 +360,13 @@ def test_every_text_of_a_block_stays_text():
         blocks.Table((markup,), (cells, blocks.TableRow(heading=markup))),
         picture := blocks.Figure(1, "name", markup, markup, "data:wide", "data:narrow"),
         blocks.Opening(markup, (picture,), (blocks.Action(markup, markup),), markup),
+        blocks.Links(markup, (blocks.Link(markup, "#anchor"),)),
     )
     assert {block.kind for block in every} | {"folded"} == {kind.kind for kind in get_args(blocks.Block)}
     page = blocks.Page(markup, every, (blocks.Section("anchor", markup, (blocks.Folded(markup, every, on_paper=True),)),))
     rendered = render_page(page)
     assert "<b>bold" not in rendered
-    titles, texts_of_blocks = 2 + 2 + 1, 27  # titles of the page and the section, twice each, and of the fold
+    titles, texts_of_blocks = 2 + 2 + 1, 29  # titles of the page and the section, twice each, and of the fold
     assert Page(rendered).text.count(markup) == titles + 2 * texts_of_blocks
 
 

@@ -19,7 +19,7 @@ from hooked_moe.tables import (
     ROUTING,
     TOKEN_TEXTS,
     TOKENS,
-    write_json_atomic,
+    write_checked_json,
     write_parquet_atomic,
 )
 
@@ -95,6 +95,7 @@ def synthetic_effects(
         "baseline_loss": baseline,
         "delta_loss": delta,
         "first_order": first_order,
+        "first_order_curved": 0.9 * delta + 0.1 * first_order,
         "kl": kl,  # also at a document's end, as measured
     }
     columns = [every[field.name].ravel().astype(field.type.to_pandas_dtype()) for field in EFFECTS]
@@ -221,7 +222,7 @@ def synthetic_run(
         "n_tokens": np.bincount(document).tolist(),
     }
     write_parquet_atomic(pa.table(documents, schema=DOCUMENTS), directory / "documents.parquet")
-    write_json_atomic(synthetic_manifest(n, len(document), parts), directory / "manifest.json")
+    write_checked_json(synthetic_manifest(n, len(document), parts), directory / "manifest.json")
     return directory
 
 

@@ -19,9 +19,9 @@ from hooked_moe.circuits.tracing.patches import SITES
 from hooked_moe.circuits.tracing.places import PLACES
 from hooked_moe.circuits.tracing.protocol import Protocol
 from hooked_moe.circuits.tracing.selection import Candidate, Estimate, ExpertGrid, best_first, candidates, estimate
+from hooked_moe.tables.checked_json import read_checked_json, write_checked_json
 from hooked_moe.tables.checksums import FileRecords, file_fault, file_record
-from hooked_moe.tables.files import atomic_path, write_json_atomic
-from hooked_moe.tables.reading import read_json
+from hooked_moe.tables.files import atomic_path
 from hooked_moe.tables.result import Result
 
 TABLES = ("cases", "blocks", "experts")
@@ -175,7 +175,7 @@ class TracingResult(Result):
             with atomic_path(directory / f"{name}.parquet") as temporary:
                 pq.write_table(getattr(self, name), temporary, compression="zstd")
             records[name] = file_record(directory / f"{name}.parquet")
-        write_json_atomic({"kind": "TracingResult", "files": records, **self.identity}, directory / METADATA)
+        write_checked_json({"kind": "TracingResult", "files": records, **self.identity}, directory / METADATA)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TracingResult:
@@ -184,7 +184,7 @@ class TracingResult(Result):
         for name in (*(f"{name}.parquet" for name in TABLES), METADATA):
             if not (directory / name).is_file():
                 raise FileNotFoundError(f"{directory / name} does not exist; expected a directory that TracingResult.save wrote")
-        identity = read_json(directory / METADATA, "trace again")
+        identity = read_checked_json(directory / METADATA, "trace again")
         if identity.pop("kind", None) != "TracingResult":
             raise ValueError(f"{directory / METADATA} is not of a TracingResult; expected what TracingResult.save wrote")
         records = identity.pop("files", {})

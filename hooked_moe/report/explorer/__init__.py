@@ -21,7 +21,7 @@ from hooked_moe.report.explorer.packing import packed
 from hooked_moe.report.explorer.texts import Texts, read_texts
 from hooked_moe.report.inputs import EXPLORER_PAGES
 from hooked_moe.report.page import template_environment
-from hooked_moe.tables import FileRecord, Ledger, read_json, read_parquet, required_file, write_text_atomic
+from hooked_moe.tables import FileRecord, Ledger, read_checked_json, read_parquet, required_file, write_text_atomic
 
 __all__ = ["explorer_fault", "write_explorer"]
 
@@ -39,7 +39,7 @@ def write_explorer(run: Path) -> None:
     Raises FileNotFoundError where it lacks one of them, ValueError where they are not of one measurement.
     """
     texts = read_texts(run)
-    manifest = read_json(run / "manifest.json") if (run / "manifest.json").is_file() else {}
+    manifest = read_checked_json(run / "manifest.json") if (run / "manifest.json").is_file() else {}
     names = {"model": _name(manifest, "model"), "corpus": _name(manifest, "corpus")}
     cards = card_data(run, texts)
     documents = document_data(run, texts, largest_effect(read_parquet(run / "expert_tokens.parquet")), _baseline(run, texts))
