@@ -92,7 +92,7 @@ def with_sections(page: str, sections: Mapping[str, str]) -> str:
     head, *others = re.split(r"^(?=## )", page, flags=re.MULTILINE)
     names = {f"## {title(HERE / f'{name}.py')}": name for name in SUITE}
     kept = {names[text.partition("\n")[0]]: text.rstrip("\n") + "\n" for text in others if text.partition("\n")[0] in names}
-    both = kept | sections
+    both = {**kept, **sections}
     return head + "\n".join(both[name] for name in SUITE if name in both)
 
 

@@ -7,6 +7,7 @@ no longer. What comes out is an importance, never negative.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def atp_star(pair: PromptPair, metric: Any, by_layer: dict[int, ExpertDeltas]) -
 
 
 def _estimates(
-    pair: PromptPair, metric: Any, by_layer: dict[int, ExpertDeltas], dropped: list[int | None] | list[int]
+    pair: PromptPair, metric: Any, by_layer: dict[int, ExpertDeltas], dropped: Sequence[int | None]
 ) -> dict[int, Float[Tensor, "dropped batch pos slot"]]:
     passes = [block_gradients(pair, metric, one) for one in dropped]
     written = {
