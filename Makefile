@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable
 # Torch's own switch: large pages (Linux) for tensors from 2 MB on, which spares most page faults of large products.
 export THP_MEM_ALLOC_ENABLE ?= 1
-SOURCES := $(wildcard hooked_moe weights_conversion experiments benchmarks tests)
+SOURCES := $(wildcard hooked_moe weights_conversion experiments benchmarks tests docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help audit paper test test-all check format bench calibrate fuzz gpu clean
+.PHONY: help audit paper test test-all check format docs bench calibrate fuzz gpu clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ check: $(VENV)/.development ## formatter, linter, type checker, and what may imp
 format: $(VENV)/.development ## format the sources and apply the linter's safe fixes
 	@$(BIN)/python -m ruff format $(SOURCES)
 	@$(BIN)/python -m ruff check --fix $(SOURCES)
+
+docs: $(VENV)/.docs ## build the documentation's site, warnings as errors: open build/site/index.html
+	@PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "The site is in build/site: open build/site/index.html"
 
 bench: $(VENV)/.development ## measure speed and memory against named peers, into benchmarks/RESULTS.md; ARGS=--small is a trial
 	@$(BIN)/python -m benchmarks.all $(ARGS)
@@ -79,4 +83,9 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/.created
 $(VENV)/.development: $(VENV)/.runtime
 	@echo "Installing what tests and checks need into $(VENV) ..."
 	@$(INSTALL) '.[test,dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runtime
+	@echo "Installing what builds the documentation into $(VENV) ..."
+	@$(INSTALL) '.[docs]'
 	@touch $@

@@ -35,7 +35,10 @@ SUITE: dict[str, list[list[str]]] = {
     "forward": [["--repeats", "5"]],
     "roofline": [["--repeats", "5"], ["--repeats", "3", *OLMOE]],
     "scaling": [["--repeats", "2"]],
-    "streaming": [["--documents", "4", "--tokens", "64"]],
+    "streaming": [
+        ["--documents", "4", "--tokens", "64"],
+        ["--layers", "full", "--documents", "1", "--tokens", "64", "--only-streamed", "--precisions", "stored-bfloat16"],
+    ],
     "routing": [["--repeats", "3"]],
 }
 """What each is given, run by run."""

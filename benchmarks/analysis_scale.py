@@ -180,6 +180,7 @@ def document_effects(
         "delta_loss": delta,
         "kl": 0.02 * random.gamma(0.5, size=shape) * weight,
         "first_order": 0.7 * delta + 0.01 * random.normal(size=shape),
+        "first_order_curved": 0.9 * delta + 0.005 * random.normal(size=shape),
     }
 
 

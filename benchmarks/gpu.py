@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.all import versions
-from benchmarks.roofline import flops
 from benchmarks.tables import Table, parse, parser, print_page, show
 from benchmarks.timing import seconds_of, summary
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.counterfactuals import expert_effects
+from hooked_moe.counterfactuals.work import removal_work
 from hooked_moe.kernels import dispatch
 from hooked_moe.kernels.prefix_attention import window_attention
 from hooked_moe.kernels.routing import RoutingRule, group_by_expert, route
@@ -248,7 +248,7 @@ def audit(bench: Bench) -> Table:
     seconds = bench.seconds(lambda: expert_effects(model, tokens))
     del model
     removals = (args.context - 1) * args.active * args.layers
-    work = sum(flops(cfg, args.context, range(cfg.n_layers)).values())
+    work = sum(removal_work(cfg, args.context, range(cfg.n_layers)).values())
     rate = work / median(seconds)
     forward = median(seconds_of_forward(bench, tokens)) * removals
     corpus = PAPER_TEXTS * median(seconds)

@@ -6,7 +6,7 @@
 
 The machine's rate is what torch.mm keeps up for a second, at the square size that it likes best, before and after each
 measurement: a single product of some milliseconds, which is given too, is often faster than a machine can go on for. The work is
-counted exactly (`flops`). Phases are timed in a run of their own, for the clocks take time too.
+counted exactly (`removal_work`). Phases are timed in a run of their own, for the clocks take time too.
 
 Weights are random, and embeddings large beside what the blocks add, so that tokens go to all experts alike, as in trained models.
 
@@ -36,6 +36,7 @@ import hooked_moe.kernels.cpu.expert_mlp
 from benchmarks.tables import Table, count, parse, parser, show, threads
 from benchmarks.timing import seconds_of, summary, timed
 from hooked_moe import HookedMoE, HookedMoEConfig
+from hooked_moe.cli.device_rates import products_per_second
 from hooked_moe.components.attention import Attention
 from hooked_moe.components.experts import ExpertGroups, Experts
 from hooked_moe.components.gated_mlp import GatedMLP
@@ -44,15 +45,20 @@ from hooked_moe.components.moe import MoE
 from hooked_moe.components.norm import HookedRMSNorm, RMSNorm
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.counterfactuals import expert_effects
+from hooked_moe.counterfactuals.work import ATTENTION, EXPERTS, PROJECTIONS, ROUTING, UNEMBEDDING, removal_work
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALL: dict[str, float] = {"d_model": 64, "layers": 2, "experts": 8, "active": 2, "d_expert": 32, "vocabulary": 256}
 SMALL |= {"context": 32, "repeats": 1, "seconds": 0.01}
 TARGET = 0.4
 
-PROJECTIONS, ATTENTION, ROUTING = "projections", "prefix attention", "routing and grouping"
-EXPERTS, COMBINE, UNEMBEDDING = "expert products", "combine", "unembedding"
-ACTIVATION, NORMS, OBSERVE, REST = "expert activation", "norms and rotations", "observation", "everything else"
+COMBINE, ACTIVATION, NORMS, OBSERVE, REST = (
+    "combine",
+    "expert activation",
+    "norms and rotations",
+    "observation",
+    "everything else",
+)
 PHASES = (PROJECTIONS, ATTENTION, ROUTING, EXPERTS, ACTIVATION, COMBINE, NORMS, OBSERVE, UNEMBEDDING, REST)
 
 WRAPPED: tuple[tuple[Any, str, str], ...] = (
@@ -163,7 +169,7 @@ def measure(cfg: HookedMoEConfig, args: argparse.Namespace) -> Measured:
     runs = sorted((under_clocks(effects) for _ in range(args.repeats)), key=lambda spent: sum(spent.values()))
     return Measured(
         cfg,
-        flops(cfg, args.context, range(cfg.n_layers)),
+        removal_work(cfg, args.context, range(cfg.n_layers)),
         seconds,
         [mean(two) for two in pairwise(around)],
         machine[cfg.dtype].best,
@@ -186,12 +192,7 @@ class Products:
 
     def sustained(self, seconds: float) -> float:
         """Operations per second while they go on for so long."""
-        a, b = self.factors
-        done, started = 0, time.perf_counter()
-        while (spent := time.perf_counter() - started) < seconds or not done:
-            torch.mm(a, b.T)
-            done += 1
-        return done * 2 * self.size**3 / spent
+        return 2 * self.size**3 * products_per_second(*self.factors, seconds)
 
 
 def under_clocks(run: Callable[[], object]) -> dict[str, float]:
@@ -257,52 +258,6 @@ def dtype_of(phase: str, cfg: HookedMoEConfig) -> torch.dtype:
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def flops(cfg: HookedMoEConfig, length: int, layers: Sequence[int]) -> dict[str, float]:
-    """Floating-point operations in the matrix products of `expert_effects` over one text, all its positions, by phase.
-
-    A product [n, i] x [i, o] is 2 n i o. One text of N tokens and K active experts is measured in these layers:
-
-    - Block b runs on the N clean tokens, and on K N variant tokens for each measured layer before b.
-    - Token t attends to t + 1 keys, its own among them: N (N + 1) / 2 pairs in each run over the text, each with one product of a
-      query and a key and one of a weight and a value in every head.
-    - The router runs once more on the clean tokens of a measured layer, to note the probabilities of all experts.
-    - Losses are of N - 1 positions, of the clean run and of K variants for each measured layer. The clean run is unembedded once
-      more for its variants to be compared with, and its probabilities are multiplied with the unembedding.
-
-    Norms, activations, softmax and the weighting of expert outputs are no matrix products and not counted.
-    """
-    runs = [1 + cfg.experts_per_token * sum(layer < block for layer in layers) for block in range(cfg.n_layers)]
-    pairs = length * (length + 1) / 2
-    attention = 2 * cfg.n_heads * (cfg.d_head + cfg.value_width) * pairs
-    ends = (3 + cfg.experts_per_token * len(layers)) * (length - 1)
-    return {
-        PROJECTIONS: sum(runs) * length * 2.0 * projection_weights(cfg),
-        ATTENTION: sum(runs) * attention,
-        ROUTING: sum((run + (b in layers)) * length * 2.0 * cfg.d_model * cfg.experts_in(b) for b, run in enumerate(runs)),
-        EXPERTS: sum(run * length * 2.0 * active_weights(cfg, b) for b, run in enumerate(runs)),
-        UNEMBEDDING: ends * 2.0 * cfg.d_model * cfg.d_vocab,
-    }
-
-
-def projection_weights(cfg: HookedMoEConfig) -> int:
-    """Weights that a token meets on its way into attention and out of it."""
-    out = cfg.n_heads * cfg.value_width * cfg.d_model
-    if cfg.kv_lora_rank is None:
-        return out + cfg.d_model * (cfg.n_heads * cfg.d_head + cfg.n_key_value_heads * (cfg.d_head + cfg.value_width))
-    query = cfg.n_heads * cfg.d_head * (cfg.q_lora_rank or cfg.d_model) + cfg.d_model * (cfg.q_lora_rank or 0)
-    down = cfg.d_model * (cfg.kv_lora_rank + cfg.rotary_width)
-    up = cfg.kv_lora_rank * cfg.n_heads * (cfg.d_head - cfg.rotary_width + cfg.value_width)
-    return out + query + down + up
-
-
-def active_weights(cfg: HookedMoEConfig, layer: int) -> int:
-    """Weights of the experts that serve a token, shared ones with their gate among them; or of the dense MLP."""
-    if not cfg.experts_in(layer):
-        return 3 * cfg.d_model * (cfg.d_mlp or 0)
-    width = cfg.experts_per_token * cfg.d_expert + (cfg.d_shared or 0)
-    return 3 * cfg.d_model * width + cfg.d_model * cfg.shared_gate
 
 
 @contextmanager

@@ -5,7 +5,7 @@
     python -m benchmarks.scaling --small            # seconds; shows that it works, measures nothing
 
 One quantity varies, the others stay at those of the base. The exponent a of time ~ x^a is the slope of a least-squares line
-through the logarithms of the medians, with its standard error; beside it, that of the work, as `roofline.flops` counts it.
+through the logarithms of the medians, with its standard error; beside it, that of the work, as `removal_work` counts it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from scipy.stats import linregress
 
-from benchmarks.roofline import flops
 from benchmarks.tables import Table, count, parse, parser, show, threads
 from benchmarks.timing import summary, timed
 from hooked_moe import HookedMoE, HookedMoEConfig
 from hooked_moe.counterfactuals import expert_effects
+from hooked_moe.counterfactuals.work import removal_work
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def exponent(values: Sequence[int], y: Sequence[float]) -> tuple[float, float]:
 
 def work(size: Size) -> float:
     """Floating-point operations in matrix products."""
-    return size.documents * sum(flops(config(size), size.context, range(size.layers)).values())
+    return size.documents * sum(removal_work(config(size), size.context, range(size.layers)).values())
 
 
 def points(measured: Mapping[str, Mapping[Size, list[float]]]) -> Table:

@@ -1,20 +1,23 @@
-"""Every removal in a model that is read from disk block by block: time, bytes read and peak memory, against all of it in memory.
+"""A whole audit of a model that is read from disk block by block: time, bytes read and peak memory, against one in memory.
 
     python -m benchmarks.streaming                                    # DeepSeek-V2-Lite cut to 4 layers: 4.5 GB on disk
-    python -m benchmarks.streaming --dir /scratch/lite --layers max   # all 27, or as many as the disk has room for
-    python -m benchmarks.streaming --memory-limit 6GB --dtypes bfloat16
+    python -m benchmarks.streaming --layers full --documents 1 --tokens 64 --precisions stored-bfloat16
+    python -m benchmarks.streaming --memory-limit 6GB --precisions bfloat16
     python -m benchmarks.streaming --small                            # seconds; shows that it works, measures nothing
 
-A random checkpoint of DeepSeek-V2-Lite's real widths is written in bfloat16. Fresh processes, by turns, load it with and without
-`stream=True` and run `expert_effects` over some documents of random tokens, all of them in one sweep over the layers. Peak memory
-is what the process had resident at most, less what it had before loading. Both have to find the same effects, to the bit.
-`--memory-limit` is set on the data of the process (RLIMIT_DATA), weights and activations among it. Linux only.
+A random checkpoint of DeepSeek-V2-Lite's real widths is written in bfloat16, and removed in the end (`--dir` leaves it): all 27
+layers, 31.4 GB, with `--layers full`, which is skipped where the disk has no room for them. Fresh processes, by turns, run
+`hooked-moe audit` over documents of random tokens with and without `--stream`: checksum of the weights, verification, noise
+floor, every removal, first-order effects, analysis and report. Both have to find the same effects. "reads" are bytes of weights
+read by bytes of weights on disk; "GB read" is what the process read in all, residual streams that waited in files included. Peak
+memory is what the process had resident at most, Python, torch and the report's figures among it. `--memory-limit` is set on the
+data of the process (RLIMIT_DATA), weights and activations among it. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import io
 import json
 import os
 import resource
@@ -24,24 +27,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
+import tokenizers
 import torch
 
 from benchmarks import checkpoints
 from benchmarks.tables import Table, count, parse, parser, show
 from benchmarks.timing import summary
-from hooked_moe import HookedMoE, HookedMoEConfig
-from hooked_moe.counterfactuals import expert_effects
+from hooked_moe import HookedMoEConfig
+from hooked_moe.cli.audit import parse_arguments
+from hooked_moe.cli.measured_run import analyse, open_run
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
+from hooked_moe.measurement.verification import LOSS_TOLERANCE
 
 ROOT = Path(__file__).resolve().parents[1]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": (torch.float32, ["--dtype", "float32"]),
+    "stored-bfloat16": (torch.float32, ["--store", "bfloat16"]),
+    "bfloat16": (torch.bfloat16, ["--dtype", "bfloat16"]),
+}
+"""Each precision's dtype of products, and its options."""
 SMALL = {"layers": 3, "documents": 2, "tokens": 16}
-HEADER = ["dtype", "weights", "time", "of it loading", "blocks read", "GB read", "from disk", "peak, GB"]
+HEADER = ["precision", "weights", "time", "of it opening", "of it analysing", "reads", "GB read", "from disk"]
 
 
 def main(argv: Sequence[str] | None = None) -> list[Table]:
@@ -52,9 +65,15 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
     place: AbstractContextManager[Any] = tempfile.TemporaryDirectory() if args.dir is None else nullcontext(args.dir)
     with place as directory:
         args.dir = Path(directory)
+        args.dir.mkdir(parents=True, exist_ok=True)
+        why = lacking_disk(args)
+        if why is not None:
+            print(why)
+            return []
         args.layers = layers_that_fit(args)
         cfg = checkpoints.deepseek_v2_lite(args.layers, args.small)
         checkpoints.write(cfg, args.dir)
+        write_texts(cfg, args)
         tables = [table(cfg, args, compare(cfg, args))]
     show(tables)
     return tables
@@ -64,34 +83,65 @@ def options() -> argparse.ArgumentParser:
     result = parser(__doc__)
     result.set_defaults(repeats=1)
     result.add_argument("--dir", type=Path, help="write the checkpoint there and leave it (default: a temporary directory)")
-    result.add_argument("--layers", type=layers, default=4, help="2 or more, the first is dense; or max (default: %(default)s)")
+    result.add_argument(
+        "--layers",
+        type=layers,
+        default=4,
+        help="2 or more, the first is dense; max: as many as the disk has room for; full: all 27 or none (default: %(default)s)",
+    )
     result.add_argument("--documents", type=int, default=4)
     result.add_argument("--tokens", type=int, default=256, help="of each document (default: %(default)s)")
-    result.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    result.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="PRECISION")
+    result.add_argument("--only-streamed", action="store_true", help="nothing in memory to compare with")
     result.add_argument("--memory-limit", type=parse_bytes, help='of each measuring process, as "8GB"')
-    result.add_argument("--measure", nargs=2, metavar=("DTYPE", "WEIGHTS"), help=argparse.SUPPRESS)  # in a fresh process
+    result.add_argument("--results", type=Path, help=argparse.SUPPRESS)
+    result.add_argument("--measure", nargs=2, metavar=("PRECISION", "WEIGHTS"), help=argparse.SUPPRESS)  # in a fresh process
     return result
 
 
-def layers(text: str) -> int | None:
-    """None for "max"."""
-    if text == "max":
-        return None
+def layers(text: str) -> int | str:
+    if text in ("max", "full"):
+        return text
     if int(text) < 2:
         raise argparse.ArgumentTypeError("the first layer has no experts: give 2 or more")
     return int(text)
 
 
+def lacking_disk(args: argparse.Namespace) -> str | None:
+    """Why all layers cannot be measured, where they are asked for and the disk has no room for them."""
+    fitting = layers_that_fit(argparse.Namespace(**{**vars(args), "layers": "max"}))
+    if args.layers != "full" or fitting == checkpoints.LAYERS_OF_LITE:
+        return None
+    return f"skipped: {args.dir} has room for {fitting} of the {checkpoints.LAYERS_OF_LITE} layers"
+
+
 def layers_that_fit(args: argparse.Namespace) -> int:
     """As many as asked for; with "max" as many as the disk has room for, and the model has."""
-    if args.layers is not None:
-        return int(args.layers)
+    if isinstance(args.layers, int):
+        return args.layers
+    if args.layers == "full":
+        return checkpoints.LAYERS_OF_LITE
     cfg = checkpoints.deepseek_v2_lite(2, args.small)
     sizes = {part: checkpoints.nbytes(shapes, cfg.dtype) for part, shapes in checkpoints.tensors_of(cfg).items()}
-    args.dir.mkdir(parents=True, exist_ok=True)
-    there = sum(file.stat().st_size for file in args.dir.iterdir())
+    there = sum(file.stat().st_size for file in args.dir.iterdir() if file.is_file())
     room = 0.9 * (shutil.disk_usage(args.dir).free + there) - sizes["rest"] - sizes["blocks.0"]
     return min(checkpoints.LAYERS_OF_LITE, 1 + int(room // sizes["blocks.1"]))
+
+
+def write_texts(cfg: HookedMoEConfig, args: argparse.Namespace) -> None:
+    """A tokenizer whose tokens are the numbers of tokens, and documents of random ones."""
+    words = tokenizers.models.WordLevel({str(token): token for token in range(cfg.d_vocab)}, unk_token="0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(args.dir / "tokenizer.json"))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, cfg.d_vocab, (args.documents, args.tokens), generator=generator).tolist()
+    records = [{"id": str(number), "text": " ".join(map(str, row))} for number, row in enumerate(tokens)]
+    texts(args).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def texts(args: argparse.Namespace) -> Path:
+    return args.dir / "documents.jsonl"
 
 
 # --- one measurement, in a process of its own --------------------------------------------------------------------------------
@@ -99,41 +149,45 @@ def layers_that_fit(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    loading: float
-    """Seconds."""
+    opening: float
+    """Seconds for loading and the checksum of the weights."""
     measuring: float
-    """Seconds."""
+    """Seconds for verification and removals."""
+    analysing: float
+    """Seconds for analysis and report."""
     peak: int
-    """Bytes resident at most, above those before loading."""
-    blocks_read: int | None
-    """None where blocks are in memory."""
+    """Bytes resident at most."""
+    of_blocks: int | None
+    """Bytes of blocks' weights read after loading; None where blocks are in memory."""
     read: int
     """Bytes, in calls that read."""
     from_disk: int
     """Bytes; those of the page cache are not."""
-    digest: str
-    """Of all effects."""
 
 
-def measure(args: argparse.Namespace, dtype: str, weights: str) -> Measured:
+def measure(args: argparse.Namespace, precision: str, weights: str) -> Measured:
     torch.set_num_threads(args.threads)
     if args.memory_limit:
         resource.setrlimit(resource.RLIMIT_DATA, (args.memory_limit, args.memory_limit))
-    resident, io = proc("status")["VmRSS"] * 1024, proc("io")
-    started = time.perf_counter()
-    model = HookedMoE.from_pretrained(args.dir, dtype=DTYPES[dtype], stream=weights == "streamed")
-    loaded = time.perf_counter()
-    tokens = torch.randint(0, model.cfg.d_vocab, (args.documents, args.tokens), generator=torch.Generator().manual_seed(0))
-    effects = expert_effects(model, tokens)
-    ended, io_after = time.perf_counter(), proc("io")
+    words = ["--model", str(args.dir), "--corpus", str(texts(args)), "--results", str(args.results), "--device", "cpu"]
+    words += ["--tokens", "all", "--run", "run", *DTYPES[precision][1], *(["--stream"] if weights == "streamed" else [])]
+    read, times = proc("io"), [time.perf_counter()]
+    with redirect_stdout(io.StringIO()), open_run(parse_arguments(words)) as run:
+        times.append(time.perf_counter())
+        run.require("position", progress=False)
+        times.append(time.perf_counter())
+        analyse(run)
+    times.append(time.perf_counter())
+    opening, measuring, analysing = np.diff(times).tolist()
+    read_after = proc("io")
     return Measured(
-        loading=loaded - started,
-        measuring=ended - loaded,
-        peak=proc("status")["VmHWM"] * 1024 - resident,
-        blocks_read=getattr(model.blocks, "blocks_read", None),
-        read=io_after["rchar"] - io["rchar"],
-        from_disk=io_after["read_bytes"] - io["read_bytes"],
-        digest=hashlib.sha256(effects.delta_loss.nan_to_num(7.0).numpy().tobytes()).hexdigest(),
+        opening,
+        measuring,
+        analysing,
+        peak=proc("status")["VmHWM"] * 1024,
+        of_blocks=getattr(run.model.blocks, "bytes_read", None),
+        read=read_after["rchar"] - read["rchar"],
+        from_disk=read_after["read_bytes"] - read["read_bytes"],
     )
 
 
@@ -145,31 +199,36 @@ def proc(name: str) -> dict[str, int]:
 
 # --- the comparison ----------------------------------------------------------------------------------------------------------
 
+Found = Mapping[tuple[str, str], list[Measured] | str]
 
-def compare(cfg: HookedMoEConfig, args: argparse.Namespace) -> dict[tuple[str, str], list[Measured] | str]:
-    """Every dtype, streamed and in memory, by turns; or why one was not measured."""
+
+def compare(cfg: HookedMoEConfig, args: argparse.Namespace) -> Found:
+    """Every precision, streamed and in memory, by turns; or why one was not measured."""
     found: dict[tuple[str, str], list[Measured] | str] = {}
-    candidates = [(dtype, weights) for dtype in args.dtypes for weights in ("streamed", "in memory")]
+    effects: dict[str, np.ndarray] = {}
+    kinds = ("streamed",) if args.only_streamed else ("streamed", "in memory")
+    candidates = [(precision, weights) for precision in args.precisions for weights in kinds]
     for candidate in candidates * args.repeats:
         runs = found.setdefault(candidate, [])
         too_much = lacking(cfg, *candidate)
         if isinstance(runs, str) or too_much:
             found[candidate] = too_much or runs
             continue
-        one = measured_elsewhere(args, *candidate)
-        if one is None and candidate[1] == "in memory":
-            found[candidate] = "more memory than the limit allows"
-        elif one is None:
-            raise MemoryError(f"streamed in {candidate[0]}, it takes more than --memory-limit: give more")
-        else:
-            runs.append(one)
-    check_equal(found)
+        with tempfile.TemporaryDirectory() as results:
+            one = measured_elsewhere(args, Path(results), *candidate)
+            if one is not None:
+                runs.append(one)
+                check_equal(candidate[0], effects, read_effects(Path(results)))
+            elif candidate[1] == "in memory":
+                found[candidate] = "more memory than the limit allows"
+            else:
+                raise MemoryError(f"streamed in {candidate[0]}, it takes more than --memory-limit: give more")
     return found
 
 
-def lacking(cfg: HookedMoEConfig, dtype: str, weights: str) -> str | None:
+def lacking(cfg: HookedMoEConfig, precision: str, weights: str) -> str | None:
     """Why a model cannot be in memory, if it cannot."""
-    needed = total_bytes(cfg, DTYPES[dtype])
+    needed = total_bytes(cfg, DTYPES[precision][0])
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     if weights == "streamed" or needed + (2 << 30) < available:
@@ -181,62 +240,68 @@ def total_bytes(cfg: HookedMoEConfig, dtype: torch.dtype) -> int:
     return sum(checkpoints.nbytes(shapes, dtype) for shapes in checkpoints.tensors_of(cfg).values())
 
 
-def measured_elsewhere(args: argparse.Namespace, dtype: str, weights: str) -> Measured | None:
+def measured_elsewhere(args: argparse.Namespace, results: Path, precision: str, weights: str) -> Measured | None:
     """In a fresh process; None where it ran out of the memory it is allowed."""
-    passed = {"--dir": args.dir.resolve(), "--threads": args.threads, "--documents": args.documents, "--tokens": args.tokens}
+    passed = {"--dir": args.dir.resolve(), "--threads": args.threads, "--results": results}
     if args.memory_limit:
         passed["--memory-limit"] = args.memory_limit
     given = [str(word) for pair in passed.items() for word in pair]
-    command = [sys.executable, "-m", "benchmarks.streaming", *given, "--measure", dtype, weights]
+    command = [sys.executable, "-m", "benchmarks.streaming", *given, "--measure", precision, weights]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
     if done.returncode == 0:
         return Measured(**json.loads(done.stdout.splitlines()[-1]))
     if args.memory_limit and ("memory" in done.stderr or done.returncode < 0):
         return None
-    raise RuntimeError(f"{dtype}, {weights}: ended with code {done.returncode}\n{done.stderr[-2000:]}")
+    raise RuntimeError(f"{precision}, {weights}: ended with code {done.returncode}\n{done.stderr[-2000:]}")
 
 
-def check_equal(found: Mapping[tuple[str, str], list[Measured] | str]) -> None:
-    """Raise `ArithmeticError` if streaming changes a bit of the effects in a dtype."""
-    for dtype in {dtype for dtype, _ in found}:
-        runs = [one for (of, _), some in found.items() if of == dtype and not isinstance(some, str) for one in some]
-        if len({one.digest for one in runs}) > 1:
-            raise ArithmeticError(f"streamed and in memory, the effects differ in {dtype}")
+def read_effects(results: Path) -> np.ndarray:
+    (path,) = results.glob("*/run/effects.parquet")
+    columns = pq.read_table(path, columns=["delta_loss", "first_order_curved"])
+    return np.nan_to_num(np.stack([column.to_numpy() for column in columns]), nan=7.0)
 
 
-def table(cfg: HookedMoEConfig, args: argparse.Namespace, found: Mapping[tuple[str, str], list[Measured] | str]) -> Table:
+def check_equal(precision: str, known: dict[str, np.ndarray], found: np.ndarray) -> None:
+    """Raise `ArithmeticError` if streaming changes the effects of a precision by more than rounding."""
+    difference = float(np.abs(found - known.setdefault(precision, found)).max())
+    if not difference <= LOSS_TOLERANCE[DTYPES[precision][0]]:
+        raise ArithmeticError(f"streamed and in memory, the effects differ by {difference:.2g} nats in {precision}")
+
+
+def table(cfg: HookedMoEConfig, args: argparse.Namespace, found: Found) -> Table:
     parts = checkpoints.tensors_of(cfg)
-    size, block = total_bytes(cfg, cfg.dtype), checkpoints.nbytes(parts["blocks.1"], cfg.dtype)
+    sizes = {part: checkpoints.nbytes(shapes, cfg.dtype) for part, shapes in parts.items()}
     limit = f"; limit {args.memory_limit / 1e9:.1f} GB" if args.memory_limit else ""
     removals = args.documents * (args.tokens - 1) * len(cfg.moe_layers) * cfg.experts_per_token
     return Table(
-        f"Streamed weights: DeepSeek-V2-Lite's widths, {cfg.n_layers} layers, {args.documents} documents of {args.tokens} tokens "
+        f"A streamed audit: DeepSeek-V2-Lite's widths, {cfg.n_layers} layers, {args.documents} documents of {args.tokens} tokens "
         f"({removals:,} removals), {count(args.threads, 'thread')}{limit}",
-        f"The checkpoint has {size / 1e9:.1f} GB: {block / 1e9:.2f} GB in each block with experts and "
-        f"{checkpoints.nbytes(parts['rest'], cfg.dtype) / 1e9:.2f} GB beside the blocks, all in bfloat16. "
-        "The effects are the same to the bit, streamed and in memory.",
-        [*HEADER, "of the checkpoint", "of two blocks in that dtype"],
-        [row(dtype, weights, runs, size, block) for (dtype, weights), runs in found.items()],
+        f"The checkpoint has {sum(sizes.values()) / 1e9:.1f} GB: {sizes['blocks.1'] / 1e9:.2f} GB in each block with experts and "
+        f"{sizes['rest'] / 1e9:.2f} GB beside the blocks, all in bfloat16. Streamed and in memory, the effects are the same but "
+        "for rounding.",
+        [*HEADER, "peak, GB", "of the checkpoint"],
+        [row(*candidate, runs, sizes) for candidate, runs in found.items()],
     )
 
 
-def row(dtype: str, weights: str, runs: list[Measured] | str, size: int, block: int) -> list[str]:
-    """`size` of the checkpoint and of a `block` of it, in bytes."""
+def row(precision: str, weights: str, runs: list[Measured] | str, sizes: Mapping[str, int]) -> list[str]:
+    """`sizes` in bytes of every part of the checkpoint."""
     if isinstance(runs, str):
-        return [dtype, weights, runs, *[""] * 7]
+        return [precision, weights, runs, *[""] * 7]
     one = max(runs, key=lambda run: run.peak)
-    two_blocks = 2 * block * DTYPES[dtype].itemsize / torch.bfloat16.itemsize
+    size = sum(sizes.values())
+    weights_read = size if one.of_blocks is None else sizes["rest"] + one.of_blocks
     return [
-        dtype,
+        precision,
         weights,
-        summary([run.loading + run.measuring for run in runs]),
-        summary([run.loading for run in runs]),
-        "" if one.blocks_read is None else str(one.blocks_read),
+        summary([run.opening + run.measuring + run.analysing for run in runs]),
+        summary([run.opening for run in runs]),
+        summary([run.analysing for run in runs]),
+        f"{weights_read / size:.2f}",
         f"{one.read / 1e9:.2f}",
         f"{one.from_disk / 1e9:.2f}",
         f"{one.peak / 1e9:.2f}",
         f"{one.peak / size:.2f}",
-        f"{one.peak / two_blocks:.2f}",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Put two audits side by side: what differs, and which differences in savings their documents bear out.
+"""Put two audits side by side: what differs between them, and which differences in savings their documents bear out.
 
 The same as `hooked-moe compare-runs`; `--help` lists its options.
 """

@@ -166,6 +166,9 @@ class HookedMoEConfig:
     """The token that ends a text; several, where any of them does."""
     pad_token_id: int | None = None
     dtype: torch.dtype = torch.float32
+    store: torch.dtype | None = None
+    """The narrower dtype in which the weights of routed experts are kept, one expert's at a time widened to `dtype` for its
+    products; None: they are kept in `dtype`."""
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
@@ -181,6 +184,8 @@ class HookedMoEConfig:
             object.__setattr__(self, name, number)
         require_between(self, 0, 1e6, "eps", "initializer_range", "routed_scaling_factor", "clip_qkv")
         require_between(self, 2, 1e15, "rotary_base")
+        if self.store is not None and self.store.itemsize >= self.dtype.itemsize:
+            raise ValueError(f"store ({self.store}) must be narrower than dtype ({self.dtype}), or None")
         self._check_attention()
         self._check_experts()
 

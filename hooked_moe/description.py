@@ -19,6 +19,8 @@ def description(cfg: HookedMoEConfig, parameters: Mapping[str, nn.Parameter], ho
     )
     total = sum(sizes.values())
     dtype = str(cfg.dtype).removeprefix("torch.")
+    if cfg.store is not None:
+        dtype += f", experts stored in {str(cfg.store).removeprefix('torch.')},"
     lines = [
         f"{cfg.model_name} ({cfg.model_type}): {_short(total)} parameters, {_short(total - idle)} of them active for a token; "
         f"{dtype} on {cfg.device}",

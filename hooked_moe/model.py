@@ -64,6 +64,7 @@ class HookedMoE(Transformer, WeightViews):
         cache_dir: str | PathLike[str] | None = None,
         local_files_only: bool = False,
         stream: bool = False,
+        store: torch.dtype | str | None = None,
         adapter: str | PathLike[str] | None = None,
         hf_model: Any = None,
     ) -> Model:
@@ -74,9 +75,9 @@ class HookedMoE(Transformer, WeightViews):
         what is read, and the errors raised.
         """
         if hf_model is not None:
-            if stream or adapter is not None:
+            if stream or store is not None or adapter is not None:
                 raise ValueError(
-                    "with hf_model= the weights are in memory: leave out stream and adapter, and merge adapters in PEFT"
+                    "with hf_model= the weights are in memory: leave out stream, store and adapter, and merge adapters in PEFT"
                 )
             model = loading.from_hf_named(
                 cls, hf_model, name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
@@ -91,6 +92,7 @@ class HookedMoE(Transformer, WeightViews):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             stream=stream,
+            store=store,
             adapter=adapter,
         )
 

@@ -9,7 +9,7 @@ the weights, under `torch.autocast` too.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from hooked_moe import inputs
 from hooked_moe.components.block import Block
+from hooked_moe.components.experts import Experts
 from hooked_moe.components.key_value_cache import KeyValueCache
 from hooked_moe.components.losses import loss_of
+from hooked_moe.components.moe import MoE
 from hooked_moe.components.norm import HookedRMSNorm
 from hooked_moe.components.precision import at_least_float32, without_autocast
 from hooked_moe.components.rotary import rotation
@@ -89,6 +91,10 @@ class Transformer(HookedModule):
         if cfg.tie_word_embeddings:
             self.unembed.W_U = self.embed.W_E
         self.to(cfg.dtype)
+        if cfg.store is not None:
+            for experts in self._experts():
+                experts.to(cfg.store)
+            self.cfg = cfg
         self.name_hook_points()
         self.init_weights()
 
@@ -244,10 +250,16 @@ class Transformer(HookedModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
         self.require_weights("changing dtype or device")
         super()._apply(fn, recurse)
-        weight = self.embed.W_E
-        if (weight.device, weight.dtype) != (self.cfg.device, self.cfg.dtype):
-            self.cfg = self.cfg.replace(device=weight.device, dtype=weight.dtype)
+        weight, store = self.embed.W_E, self.cfg.store
+        for experts in self._experts():
+            store = None if experts.W_in.dtype == weight.dtype else experts.W_in.dtype
+        if (weight.device, weight.dtype, store) != (self.cfg.device, self.cfg.dtype, self.cfg.store):
+            self.cfg = self.cfg.replace(device=weight.device, dtype=weight.dtype, store=store)
         return self
+
+    def _experts(self) -> Iterator[Experts]:
+        """The routed experts of every layer that has any."""
+        return (block.mlp.experts for block in self.blocks if isinstance(block.mlp, MoE))
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; `ValueError` if there is none."""

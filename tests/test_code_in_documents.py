@@ -17,8 +17,12 @@ from hooked_moe import HookedMoE, figures, load_corpus, routing
 from hooked_moe.measurement import TokenizedCorpus, open_measurement
 from tests.support.code_blocks import python_blocks, run_blocks, run_example
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-RUN = ("routing.md",)
+ROOT = Path(__file__).resolve().parents[1]
+RUN = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("index", "guide", "cookbook", "experiments", "results", "adding_a_criterion", "routing")),
+)
+"""Pages whose blocks run from top to bottom, one after another."""
 FUNCTIONS = [function for name in routing.__all__ if inspect.isfunction(function := getattr(routing, name))]
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -27,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", RUN)
 def test_the_blocks_of_a_page_run_one_after_another(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_blocks(DOCS / name)
+    run_blocks(ROOT / name)
 
 
 def test_an_error_in_a_block_names_the_line_of_the_document(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     criteria        in their published direction; where none is published, the lowest goes first
     mean_effect     lowest mean effect of a removal, shrunk: the oracle of a fixed ranking
     sum_effect      lowest sum of effects, unshrunk
-    first_order     lowest sum of first-order estimates
+    first_order     lowest sum of first-order estimates; first_order_curved: of those with the softmax's curvature
     table           what `choose_experts` chooses: lowest sum of expected effects, shrunk
     random          dealt by a seed
 
@@ -11,6 +11,7 @@ An expert that was never active in these documents (or too seldom for the criter
 """
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,15 @@ from hooked_moe.analysis.accumulators.expert_statistics import ExpertAccumulator
 from hooked_moe.analysis.criteria import CRITERIA, criteria_table
 from hooked_moe.analysis.orders import oriented
 from hooked_moe.analysis.pruning import Effect, Half, Per, choose_experts, lowest_experts
-from hooked_moe.analysis.rankings import criterion_values
+from hooked_moe.analysis.rankings import TOLD_THE_TOKEN, criterion_values
 from hooked_moe.analysis.summed_effects import SUMS_FILE, SummedEffects, in_half
 from hooked_moe.tables import read_parquet, required_file
 from hooked_moe.tables.effect_grid import effect_chunks
 
-ORACLES = ("mean_effect", "sum_effect", "first_order")
+ORACLES = ("mean_effect", "sum_effect", *TOLD_THE_TOKEN)
 TABLE = "table"
 RANKINGS = (*CRITERIA, *ORACLES, TABLE)
-_COLUMNS = ("expert", "delta_loss", "routing_weight", "output_norm", "first_order")
+_COLUMNS = ("expert", "delta_loss", "routing_weight", "output_norm", *TOLD_THE_TOKEN)
 _RANDOM = "random_"
 
 
@@ -70,7 +71,7 @@ class PruningOrders:
         effects = SummedEffects.read(self.sums, "delta_loss", half)
         self.layers, self.n_active = effects.layers, effects.n_active
         self.effect: Effect = "kl" if "sum_kl" in self.sums.column_names else "delta_loss"
-        criteria, first_order = _statistics(run, n_experts, half)
+        criteria, estimates = _statistics(run, n_experts, half)
         self._scores: dict[str, Float[np.ndarray, "layer expert"]] = {}
         for name, values in criterion_values(criteria).items():
             by_layer = oriented(values, CRITERIA[name].direction == "prune highest")
@@ -78,7 +79,7 @@ class PruningOrders:
         means = np.stack([effects.means(axis) for axis in range(len(self.layers))])
         self._scores["mean_effect"] = np.where(effects.count.sum(axis=0) > 0, means, np.nan)
         self._scores["sum_effect"] = effects.total.sum(axis=0)
-        self._scores["first_order"] = first_order
+        self._scores |= estimates
 
     def missing(self, ranking: str) -> str:
         """Why nothing can be pruned by a ranking; empty where it can."""
@@ -117,30 +118,30 @@ class PruningOrders:
         return self._shape[1]
 
 
-def _statistics(run: Path, n_experts: int, half: Half | None) -> tuple[pa.Table, Float[np.ndarray, "layer expert"]]:
-    """The table of criteria, and the sum of first-order estimates (NaN without them), over these documents."""
+def _statistics(run: Path, n_experts: int, half: Half | None) -> tuple[pa.Table, dict[str, Float[np.ndarray, "layer expert"]]]:
+    """The table of criteria, and the sums of first-order estimates (NaN without them), over these documents."""
     experts: ExpertAccumulator | None = None
     path = required_file(run, "effects.parquet", "the measurement writes it")
     for whole in effect_chunks(path, _COLUMNS):
         chunk = whole.at_positions(in_half(whole.document, half))
         if experts is None:
             experts = ExpertAccumulator(whole.layers, n_experts)
-            first_order = np.zeros((len(whole.layers), n_experts))
+            sums = {name: np.zeros((len(whole.layers), n_experts)) for name in TOLD_THE_TOKEN}
         if not len(chunk.document):
             continue
         experts.update(chunk)
         measured = chunk.measured()
-        for axis in range(len(whole.layers)):
-            if measured.first_order is None:
-                first_order[axis] = np.nan
+        for name, axis in product(TOLD_THE_TOKEN, range(len(whole.layers))):
+            values = getattr(measured, name)
+            if values is None:
+                sums[name][axis] = np.nan
             else:
-                values = measured.first_order[:, axis].ravel()
-                first_order[axis] += np.bincount(measured.expert[:, axis].ravel(), values, n_experts)
+                sums[name][axis] += np.bincount(measured.expert[:, axis].ravel(), values[:, axis].ravel(), n_experts)
     assert experts is not None  # effect_chunks refuses an empty table
     routing = run / "routing.parquet"
     weights = run / "expert_weights.parquet"
     of_half = _rows_of(routing, half) if routing.is_file() else None
-    return criteria_table(experts.statistics(of_half, weights if weights.is_file() else None)), first_order
+    return criteria_table(experts.statistics(of_half, weights if weights.is_file() else None)), sums
 
 
 def _rows_of(path: Path, half: Half | None) -> pa.Table:

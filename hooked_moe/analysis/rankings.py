@@ -30,8 +30,11 @@ TOKEN_LADDER = {
     ROUTING_WEIGHT: "the token's own routing weight",
     "gap_norm": "the token's own gap norm",
     "first_order": "first-order estimate",
+    "first_order_curved": "first-order estimate with the softmax's curvature",
 }
-"""Columns of the effect table, each closer to the loss change than the one before: g, g ||E||, -g E . dloss/dy."""
+"""Columns of the effect table, each closer to the loss change than the one before: g, g ||E||, -g E . dloss/dy, that curved."""
+TOLD_THE_TOKEN = ("first_order", "first_order_curved")
+"""Scores that know the token that followed, which no criterion does."""
 ORACLE = "oracle"
 
 

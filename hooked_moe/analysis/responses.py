@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from hooked_moe.analysis.accumulators.rows import row_batches
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
+from hooked_moe.analysis.rankings import TOLD_THE_TOKEN
 from hooked_moe.statistics import ratio_bootstrap
 from hooked_moe.tables import ROUTED_PARTS, current_file, read_csv
 
@@ -81,8 +82,8 @@ def _savings(run: Path) -> Iterator[Response]:
             yield Response(layer, f"spearman_{name}{suffix}", row["spearman"], row["spearman_low"], row["spearman_high"])
             if not suffix:
                 yield Response(layer, f"helps_{name}", float(row["outcome"] == "helps"))
-        elif name == "first_order" and not suffix:
-            yield Response(layer, "first_order_rho", row["spearman"], row["spearman_low"], row["spearman_high"])
+        elif name in TOLD_THE_TOKEN and not suffix:
+            yield Response(layer, f"{name}_rho", row["spearman"], row["spearman_low"], row["spearman_high"])
     for layer in dict.fromkeys(str(row["layer"]) for row in rows):
         own = [row for row in rows if str(row["layer"]) == layer]
         criteria = [row for row in own if row["effect"] == "kl" and row["family"] in ("paper", "extended")]

@@ -199,8 +199,8 @@ def _cost(effect: str, one: Row, other: Row, paired: bool) -> Row:
         most = int(run["n"].sum(axis=0).argmax())
         ratios.append(Ratios(run["random"][:, [most]], run["n"][:, [most]]))
     row: Row = {"effect": effect, "quantity": RANDOM_COST, "unit": "nats"}
-    for side, own in zip(("first", "second"), ratios, strict=True):
-        interval = ratio_bootstrap(own.numerator, own.denominator)
+    for side, ratio in zip(("first", "second"), ratios, strict=True):
+        interval = ratio_bootstrap(ratio.numerator, ratio.denominator)
         ends = (interval.estimate, interval.low, interval.high)
         row |= {f"{side}{end}": float(x[0]) for end, x in zip(("", "_low", "_high"), ends, strict=True)}
     row |= _difference(ratio_differences(*ratios, paired=paired), 0)

@@ -96,10 +96,13 @@ class SavingAudit:
             at = measured.layer_axis(layer)
             expert = np.ascontiguousarray(measured.expert[:, at].T)
             effects = {name: np.ascontiguousarray(columns[name][:, at].T) for name in self.effects}
-            self.savings.update(axis, measured.document, effects, self._keys(measured, axis, at, expert))
+            self.savings.update(axis, measured.document, effects, self.rankings_at(measured, axis, at, expert))
             self.orders.update(axis, measured.document, expert, effects)
 
-    def _keys(self, measured: EffectGrid, axis: int, at: int, expert: Int[np.ndarray, "slot position"]) -> Iterator[Ranking]:
+    def rankings_at(
+        self, measured: EffectGrid, axis: int, at: int, expert: Int[np.ndarray, "slot position"]
+    ) -> Iterator[Ranking]:
+        """Every ranking in the layer of this number, which is number `at` of the measured ones."""
         number = {name: i for i, name in enumerate(self.rankings)}
         for name, ranks in self._ranks.items():
             if (name, axis) not in self.constant:

@@ -2,6 +2,7 @@
 
     hooked-moe audit                                     # the shipped model on the shipped corpus
     hooked-moe audit --model olmoe --corpus wikitext-2 --layers 0,4,7,11,15 --positions 200
+    hooked-moe audit --model olmoe --budget 1%           # a sample of the removals; the others are estimated, without bias
     hooked-moe audit --model olmoe --corpus wikitext-2 --protocol as_released
 
 It verifies, measures, analyses and reports. Results go to results/<model>/<run>/: tables as parquet and csv, report.html with
@@ -37,6 +38,7 @@ from hooked_moe.cli.options import (
     check_run_name,
     choose_device,
     draw_sample,
+    parse_budget,
     parse_sample,
 )
 from hooked_moe.cli.released_run import (
@@ -67,12 +69,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--scope", choices=["position", "both"], default="position", help="both: also remove experts sequence-wide"
     )
+    parser.add_argument(
+        "--budget",
+        metavar="SHARE|TIME",
+        help="make a sample of the removals and estimate the others without bias: 1%% of them, or what takes 90s, 10min or 2h",
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    return run_command(released_audit if args.protocol == "as_released" else audit_as_asked, args)
+    work = released_audit if args.protocol == "as_released" else audit_as_asked if args.budget is None else budgeted_audit
+    return run_command(work, args)
 
 
 @dataclass(frozen=True)
@@ -215,8 +223,31 @@ def few_documents_note(corpus: Corpus, measured: int, needed: int) -> str:
     )
 
 
+def budgeted_audit(args: argparse.Namespace) -> Path:
+    """The audit of a sample of the removals; returns the run's directory. Raises as `audit` does."""
+    if args.positions != "all" or args.scope != "position" or args.shard is not None:
+        raise ValueError(
+            "--budget draws from the removals of single experts at all positions of all documents: leave out --positions, "
+            "--scope and --shard"
+        )
+    budget, started = parse_budget(args.budget), time.perf_counter()
+    with open_run(args, budget) as run:
+        total = len(run.tokenized.valid_positions()) * len(run.layers) * run.model.cfg.experts_per_token
+        print(f"removals, of which a sample is made: {total:,}\nresults: {run.directory}\n")
+        draw = run.require_sample(memory_budget=args.memory)
+        report = analyse(run)
+        savings = read_csv(run.directory / "savings.csv")
+    print(terminal_savings(savings, None))
+    made = int(draw.n_drawn.sum())
+    print(f"\n{made:,} removals made, {made / total:.2%} of all, drawn with seed {draw.seed}; the others are estimated")
+    print(f"{time.perf_counter() - started:.0f} s in all\nreport: {report}")
+    return run.directory
+
+
 def released_audit(args: argparse.Namespace) -> Path:
     """Four metrics and the control, by the paper's code; returns the run's directory."""
+    if args.budget is not None:
+        raise ValueError("--budget is of the defined protocol: leave out --protocol as_released")
     n = released_positions(args.positions)
     with open_released_run(args) as run:
         run.experts()

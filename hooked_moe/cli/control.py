@@ -5,7 +5,8 @@
     hooked-moe control --model olmoe --corpus wikitext-2 --protocol as_released
 
 Beside the paper's routing weight stands a ladder of scores that know more: the gap norm g ||E||, and the first-order estimate of
-the loss change. This command uses the measurement of `hooked-moe audit`, or makes it, and writes control.csv. Tables 4-6.
+the loss change, without and with the softmax's curvature. This command uses the measurement of `hooked-moe audit`, or makes it,
+and writes control.csv. Tables 4-6.
 """
 
 from __future__ import annotations

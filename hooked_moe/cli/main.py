@@ -15,6 +15,7 @@ from hooked_moe.version import __version__
 
 COMMANDS = {
     "audit": "remove every routed expert at every token, and report what the routing statistics knew about it",
+    "plan": "say what an audit of a model takes: operations, memory, disk and time, before a download",
     "control": "rank the active experts by the token's own scores: routing weight, gap norm, first-order estimate",
     "progressive": "remove one, two, ... all active experts at one token, in three orders",
     "redistribution": "compare each expert's contribution with the rest of the routed sum",

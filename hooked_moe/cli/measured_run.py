@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from hooked_moe.analysis import analyse_run, analysis_fault
+from hooked_moe.analysis.budgeted import analyse_budgeted, budgeted_fault
 from hooked_moe.cli.options import (
-    DTYPES,
     SEED,
     Spelling,
     as_option,
     check_memory,
     check_run_name,
     choose_device,
+    dtype_named,
     executor_of,
     first_documents,
     parse_layers,
@@ -28,34 +29,39 @@ from hooked_moe.corpus.corpora import corpus_of
 from hooked_moe.executors import Executor
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement import Run, open_measurement
+from hooked_moe.measurement.budget import Budget
 from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 from hooked_moe.model import HookedMoE
 from hooked_moe.report import report_fault, write_report
 from hooked_moe.report.explorer import explorer_fault, write_explorer
-from hooked_moe.tables import NOT_MADE, required_file
+from hooked_moe.tables import NOT_MADE, FileRecords, required_file
 
 SAMPLE_SIZE = 200
 
 
-def open_run(args: argparse.Namespace) -> Run:
+def open_run(args: argparse.Namespace, budget: Budget | None = None) -> Run:
     """The measurement that the arguments name, new or to be continued; says what it is.
 
     Raises `ValueError` and `OSError` that say what to do.
     """
     check_run_name(args.run)
     check_memory(args.memory)
+    device = choose_device(args.device)
     share, executor = parse_share(args.shard), executor_of(args)
     model = HookedMoE.from_pretrained(
         args.model,
-        dtype=DTYPES[args.dtype or "float32"],
-        device=choose_device(args.device),
+        dtype=dtype_named(args.dtype or "float32", device),
+        device=device,
         revision=args.revision,
         stream=args.stream,
+        store=args.store,
     )
     corpus = read_documents(model, args.corpus, args.unit, args.documents, log=print)
-    form = MeasuredForm(parse_layers(args.layers, model.cfg), args.removal, args.context, parse_tokens(args.tokens), args.bos)
+    form = MeasuredForm(
+        parse_layers(args.layers, model.cfg), args.removal, args.context, parse_tokens(args.tokens), args.bos, budget
+    )
     execution = Execution(share, executor, args.object_store)
     return open_run_of(model, corpus, form, args.results, args.run, execution=execution, log=print)
 
@@ -72,6 +78,8 @@ class MeasuredForm:
     tokens: int | None = 512
     """Of each document; None: all."""
     bos: bool | None = None
+    budget: Budget | None = None
+    """None: every removal that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,7 @@ def open_run_of(
         share=execution.share,
         executor=execution.executor,
         object_store=execution.object_store,
+        budget=form.budget,
         log=log,
     )
     shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"
@@ -160,6 +169,8 @@ def share_ends(run: Run, log: Callable[[str], object] = print) -> bool:
 def analyse(run: Run, log: Callable[[str], object] = print) -> Path:
     """Derive what the run's measured tables give, unless that was done of these very tables; returns the report's path."""
     directory, known = run.directory, run.known_files()
+    if run.budget is not None:
+        return _analyse_budgeted(directory, run.model.cfg.num_experts, known, log)
     required_file(directory, "effects.parquet", "no removals were measured yet")
     positions = run.manifest["parts"]["position"]["positions"]
     available = len(run.tokenized.valid_positions()) if positions == "all" else int(positions)
@@ -177,6 +188,19 @@ def analyse(run: Run, log: Callable[[str], object] = print) -> Path:
     if fault is not None:
         _say_why("explorer pages made again", fault, log)
         write_explorer(directory)
+    return _report(directory, known, log)
+
+
+def _analyse_budgeted(directory: Path, n_experts: int, known: FileRecords, log: Callable[[str], object]) -> Path:
+    """The same for a run with a budget, which has no removals to look at one by one."""
+    fault = budgeted_fault(directory, known, n_experts=n_experts, seed=SEED)
+    if fault is not None:
+        _say_why("analysed again", fault, log)
+        analyse_budgeted(directory, n_experts=n_experts, seed=SEED)
+    return _report(directory, known, log)
+
+
+def _report(directory: Path, known: FileRecords, log: Callable[[str], object]) -> Path:
     fault = report_fault(directory, known)
     if fault is None:
         return directory / "report.html"

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from hooked_moe.checks import quoted
 from hooked_moe.cli.console import int_or_none
-from hooked_moe.cli.options import DTYPES, check_run_name, choose_device, first_documents, parse_layers
+from hooked_moe.cli.options import check_run_name, choose_device, dtype_named, first_documents, parse_layers
 from hooked_moe.corpus import load_corpus
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.pretrained import read_config
@@ -30,6 +30,7 @@ FIXED = {
     "tokens": "512",
     "bos": None,
     "stream": False,
+    "store": None,
     "memory": None,
     "scope": "position",
     "shard": None,
@@ -59,7 +60,8 @@ def open_released_run(args: argparse.Namespace) -> ReleasedRun:
     check_run_name(args.run)
     released = released_family(args.model, args.revision)
     dtype = args.dtype or released.dtype
-    model = HookedMoE.from_pretrained(args.model, dtype=DTYPES[dtype], device=choose_device(args.device), revision=args.revision)
+    device = choose_device(args.device)
+    model = HookedMoE.from_pretrained(args.model, dtype=dtype_named(dtype, device), device=device, revision=args.revision)
     unit = "row" if args.corpus == "wikitext-2" else "article"
     corpus = first_documents(load_corpus(args.corpus, unit=unit), args.documents)
     layers = None if args.layers == "all" else parse_layers(args.layers, model.cfg)

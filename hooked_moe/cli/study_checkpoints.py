@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from hooked_moe.analysis.responses import audit_responses
-from hooked_moe.cli.options import DTYPES, choose_device, parse_layers
+from hooked_moe.cli.options import DTYPES, choose_device, dtype_named, parse_layers
 from hooked_moe.cli.reduced_audit import AuditForm, reduced_audit
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.loading.registry import locate
@@ -78,12 +78,13 @@ def run(args: argparse.Namespace) -> Path:
         if any(row["checkpoint"] == checkpoint.label for row in rows):
             print(f"{checkpoint.label}: audited before")
             continue
+        device = choose_device(args.device)
         model = HookedMoE.from_pretrained(
             checkpoint.name,
             revision=checkpoint.revision,
             stream=args.stream,
-            dtype=DTYPES[args.dtype],
-            device=choose_device(args.device),
+            dtype=dtype_named(args.dtype, device),
+            device=device,
         )
         first = first or model.cfg
         check_same_architecture(first, model.cfg)

@@ -30,7 +30,7 @@ from hooked_moe.circuits.tracing.places import PLACES
 from hooked_moe.circuits.tracing.protocol import DEFINED, PROTOCOLS
 from hooked_moe.circuits.tracing.published import compare_published, published_cases, published_models
 from hooked_moe.cli.console import parser_of, run_command, whole_number
-from hooked_moe.cli.options import DTYPES, check_run_name, choose_device
+from hooked_moe.cli.options import DTYPES, check_run_name, choose_device, dtype_named
 from hooked_moe.corpus import FACT_SETS, load_facts
 from hooked_moe.loading.registry import locate
 from hooked_moe.model import HookedMoE
@@ -96,8 +96,9 @@ def trace(args: argparse.Namespace) -> Path:
     if args.published_cases:
         discovery, validation = published_cases(_published_name(args.model))
         records = [record for record in records if record.case_id in discovery | validation]
+    device = choose_device(args.device)
     model = HookedMoE.from_pretrained(
-        args.model, dtype=DTYPES[args.dtype], device=choose_device(args.device), revision=args.revision, stream=args.stream
+        args.model, dtype=dtype_named(args.dtype, device), device=device, revision=args.revision, stream=args.stream
     )
     result = trace_facts(
         model,

@@ -135,8 +135,8 @@ class Experts(nn.Module):
 
     def _by_block(self, groups: ExpertGroups, x: Tensor) -> bool:
         # named here: parameters() would walk through the hook points of all experts
-        weights = [w for w in (self.W_in, self.W_out, self.b_in, self.b_out) if w is not None]
-        return runs_by_block(len(groups.order), self.W_out, *weights, x)
+        weights = [w for w in (self.W_in, self.b_in, self.b_out) if w is not None]
+        return runs_by_block(len(groups.order), self.W_out, x, *weights)
 
     def _product(
         self,

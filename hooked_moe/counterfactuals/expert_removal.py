@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_moe.counterfactuals.engine.answer import answer
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, CleanExperts, as_expert_block
 from hooked_moe.counterfactuals.engine.padding import Packed
+from hooked_moe.counterfactuals.engine.picks import PickQuestion
 from hooked_moe.counterfactuals.engine.question import Question, SequenceQuestion, Variants
 from hooked_moe.counterfactuals.engine.readout import Readout
 from hooked_moe.counterfactuals.engine.requests import Embeddings, Layers, Mask, Positions, Tokens, make_request
@@ -35,6 +37,7 @@ from hooked_moe.counterfactuals.results import ExpertEffects, as_expert_effects
 from hooked_moe.transformer import Transformer
 
 Scope = Literal["position", "sequence", "from_position"]
+Picks = Bool[Tensor, "layer batch pos slot"]
 
 
 @pausable
@@ -50,6 +53,7 @@ def expert_effects(
     readouts: Iterable[Readout] = (),
     embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
+    picks: Picks | None = None,
     progress: bool = False,
 ) -> Steps[ExpertEffects]:
     """Remove every active expert at every token, one at a time, and measure the loss there.
@@ -61,7 +65,9 @@ def expert_effects(
     `layers` None means all that have experts; `positions` restricts what is measured, as indices valid in every row or as a
     bool mask [batch, pos]. Padding may be anywhere in `attention_mask` and enters nothing. `readouts`, such as `KL()`, are
     further columns. `embeddings` [batch, pos, d_model] are what the run begins with, in place of the tokens' own: noised ones,
-    say.
+    say. `picks` measures single removals only, at about the cost of one forward and of their own tokens: a bool mask
+    [layer, batch, pos, slot] of the layers measured; what is not picked is nan. A pick of padding, or where there is no next
+    token, is passed over.
 
     Exact: equals a full forward with the same `ExpertMask` (float32: within 1e-5 nats). The cost of all removals of a sequence
     is about that of `slots * (layers - 1) / 2` forwards over it and `slots * layers` unembeddings; with scope="sequence", of a
@@ -80,6 +86,15 @@ def expert_effects(
     removal = as_removal(removal)
     removal.check_layers(request.layers)
     slots, most = model.cfg.experts_per_token, most_experts(model)
+    if picks is not None:
+        if scope != "position" or positions is not None or request.readouts:
+            raise ValueError(
+                "picks say themselves what is measured, the loss and the KL divergence at the token: leave out scope, "
+                "positions and readouts"
+            )
+        chosen = _checked_picks(picks, (len(request.layers), len(request.packed.rows), request.packed.original_length, slots))
+        question = PickedRemovals(chosen.to(model.cfg.device), removal, most)
+        return as_expert_effects((yield from answer(question, request)))
     if scope == "sequence":
         return as_expert_effects((yield from answer(RemovedFromSequences(slots, removal, most), request)))
     return as_expert_effects((yield from answer(RemovedAtTokens(slots, removal, scope, most), request)))
@@ -102,6 +117,31 @@ class RemovedAtTokens(Question):
 
     def observe(self, clean: CleanBlock) -> dict[str, Tensor]:
         return observe(as_expert_block(clean), self.most_experts)
+
+
+@dataclass(frozen=True, eq=False)
+class PickedRemovals(PickQuestion):
+    """Single removals at one token: a way is a slot."""
+
+    picks: Bool[Tensor, "layer batch pos slot"]
+    removal: Removal
+    most_experts: int
+
+    def branch(self, clean: CleanBlock, ways: Int[Tensor, "batch query"]) -> Variants:
+        experts = as_expert_block(clean)
+        slots = torch.arange(self.picks.shape[-1], device=ways.device)
+        return self.removal.without(experts, (slots != ways[..., None])[None])
+
+    def observe(self, clean: CleanBlock) -> dict[str, Tensor]:
+        return observe(as_expert_block(clean), self.most_experts)
+
+
+def _checked_picks(picks: Any, expected: tuple[int, ...]) -> Bool[Tensor, "layer batch pos slot"]:
+    """The mask. Raises `ValueError` for what is none of this shape."""
+    if not isinstance(picks, Tensor) or picks.dtype != torch.bool or picks.shape != expected:
+        got = f"{picks.dtype} {list(picks.shape)}" if isinstance(picks, Tensor) else type(picks).__name__
+        raise ValueError(f"picks must be a bool mask [layer, batch, pos, slot] = {list(expected)}, not {got}")
+    return picks
 
 
 @dataclass(frozen=True)

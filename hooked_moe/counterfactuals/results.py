@@ -85,7 +85,7 @@ class ExpertEffects(EffectsResult):
     """Observations of the clean run and the effect of each removal, for every active expert.
 
     Slot j of a position is its j-th expert by routing weight. Values are nan (`expert_index` -1) where there is no token, and
-    `delta_loss` also where the position was not asked for or has no next token.
+    `delta_loss` also where the removal was not asked for or has no next token.
     """
 
     layers: list[int]
@@ -165,6 +165,10 @@ class ExpertEffects(EffectsResult):
                 "removing any other expert has an effect of exactly 0"
             )
         slot = (*where, routed.index(expert))
+        if bool(self.delta_loss[slot].isnan()):
+            raise ValueError(
+                f"expert {expert} was not removed at layer {layer}, batch {batch}, pos {pos}: it was not among the picks"
+            )
         values = {name: float(getattr(self, name)[slot]) for name in PER_SLOT if name != "expert_index"}
         return {"slot": slot[-1], **values, "baseline_loss": float(self.baseline_loss[batch, pos])}
 

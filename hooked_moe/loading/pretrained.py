@@ -40,6 +40,7 @@ def from_pretrained(
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
     stream: bool = False,
+    store: torch.dtype | str | None = None,
     adapter: str | PathLike[str] | None = None,
 ) -> Model:
     """A trained model by short name, name of a shipped model, local directory, or hub id: the first that `name` is.
@@ -51,7 +52,9 @@ def from_pretrained(
     commit that was loaded. What was downloaded once is found by the same name with `local_files_only` or HF_HUB_OFFLINE=1;
     without them the hub is asked what the branch is now, and it is an error if it does not answer. With `stream`, the weights of
     one block at a time are in memory, read when the block is run, the next ones ahead: for models larger than memory, to be run
-    and measured, not trained or edited. `adapter` is the directory of a PEFT LoRA adapter, which is merged into the weights. Only
+    and measured, not trained or edited. With `store="bfloat16"`, the weights of routed experts are kept in that dtype and widened
+    to `dtype` one expert at a time: half the memory, and the same products where the checkpoint has no more bits than that; for
+    models to be run and measured, too. `adapter` is the directory of a PEFT LoRA adapter, which is merged into the weights. Only
     safetensors and json files and chat templates are downloaded or read; nothing downloaded is ever executed, except that a chat
     template makes text in a sandbox, when it is asked to.
 
@@ -60,6 +63,7 @@ def from_pretrained(
     that are missing, superfluous, mis-shaped, or unreadable.
     """
     dtype, target = as_dtype(dtype), as_device(device)
+    stored = None if store is None or as_dtype(store) == dtype else as_dtype(store)
     if adapter is not None:
         if stream:
             raise ValueError(
@@ -68,8 +72,10 @@ def from_pretrained(
         read_adapter_config(expanded_path(adapter))  # before anything is downloaded
     directory, location, commit = find(name, revision, cache_dir, local_files_only)
     conversion, cfg = read_config(directory / "config.json")
-    cfg = cfg.replace(model_name=location.model_name, revision=commit, dtype=dtype)
+    cfg = cfg.replace(model_name=location.model_name, revision=commit, dtype=dtype, store=stored)
     model = build_model(model_class, cfg, directory, Checkpoint(directory), target, stream)
+    if stored is not None:
+        model.requires_grad_(False)
     if adapter is not None:
         merge_adapter(model, conversion, adapter)
         model.cfg = model.cfg.replace(model_name=f"{model.cfg.model_name}+{Path(adapter).resolve().name}")
@@ -81,6 +87,7 @@ def from_pretrained(
         "cache_dir": None if cache_dir is None else Path(cache_dir).resolve(),
         "local_files_only": local_files_only,
         "stream": stream,
+        "store": stored,
         "adapter": None if adapter is None else expanded_path(adapter).resolve(),
     }
     return model.eval()

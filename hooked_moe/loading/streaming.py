@@ -1,13 +1,14 @@
 """A model larger than memory: one block's weights at a time, the next read ahead.
 
-Blocks are ordinary modules whose parameters are on the meta device until the block is asked for. A pass through the layers in
-order reads every weight once.
+Blocks are ordinary modules whose parameters are on the meta device until the block is asked for. A pass through the layers, up or
+down, reads every weight once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -38,9 +39,12 @@ class StreamedBlocks(nn.ModuleList):
         self.spill = Spill(WAITING_BYTES)
         self.blocks_read = 0
         """How often a block was read; a whole sweep over the layers reads each once."""
+        self.bytes_read = 0
+        """The bytes of their weights in the files."""
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: tuple[int, Future[tuple[dict[str, Tensor], list[str]]]] | None = None
         self._loaded: int | None = None
+        self._order: dict[int, int] = {}
         self._checked: set[int] = set()
 
     def __getitem__(self, layer: int) -> Block:  # type: ignore[override]
@@ -56,8 +60,9 @@ class StreamedBlocks(nn.ModuleList):
     def _load(self, layer: int) -> None:
         if not 0 <= layer < len(self):
             raise IndexError(f"layer {layer} is out of range: the model has layers 0 to {len(self) - 1}")
-        if self._loaded is not None:
-            block = cast(Block, self._modules[str(self._loaded)])
+        previous = self._loaded
+        if previous is not None:
+            block = cast(Block, self._modules[str(previous)])
             self._loaded = None  # before it loses the first weight: an interrupt may leave it with some of them
             for name, parameter in list(block.named_parameters()):
                 _set_parameter(block, name, torch.empty_like(parameter, device="meta"))
@@ -68,8 +73,25 @@ class StreamedBlocks(nn.ModuleList):
         for name, value in tensors.items():
             _set_parameter(block, name, value)
         self._loaded = layer
-        following = (layer + 1) % len(self)
-        self._ahead = (following, self._reader.submit(self._read, following))
+        following = self._following(previous, layer)
+        if following in range(len(self)):
+            self._ahead = (following, self._reader.submit(self._read, following))
+
+    def _following(self, previous: int | None, layer: int) -> int:
+        """The block that will be asked for next: the next in an order that was announced; else the one below on the way down
+        through the layers, and the one above on the way up. None such at the end, where a pass may turn round or begin again."""
+        if layer in self._order:
+            return self._order[layer]
+        down = previous is not None and layer == previous - 1
+        return layer - 1 if down else layer + 1
+
+    def in_order(self, layers: Sequence[int]) -> Iterator[int]:
+        """These layers, for whoever takes their blocks in this order: each is read ahead while the one before it is in use."""
+        self._order = dict(pairwise([*layers, -1]))
+        try:
+            yield from layers
+        finally:
+            self._order = {}
 
     @torch.no_grad()
     @torch.inference_mode(False)
@@ -85,7 +107,16 @@ class StreamedBlocks(nn.ModuleList):
                 broken[hf_name] = None
         self._checked.add(layer)
         self.blocks_read += 1
+        self.bytes_read += sum(self.checkpoint.tensors[name].nbytes for name in places)
         return tensors, list(broken)
+
+
+def read_in_order(model: Transformer, layers: Sequence[int]) -> Iterator[int]:
+    """These layers, each when its weights are there; of a streamed model, the next one's are read meanwhile."""
+    blocks: object = model.blocks
+    for layer in blocks.in_order(layers) if isinstance(blocks, StreamedBlocks) else layers:
+        model.blocks[layer]
+        yield layer
 
 
 def spill_of(model: Transformer) -> Spill | None:

@@ -10,18 +10,24 @@ import torch
 
 from hooked_moe.checks import whole_numbers
 from hooked_moe.components.moe import MoE
+from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.tables import EXPERT_WEIGHTS, table_with_schema
 from hooked_moe.transformer import Transformer
 
 
-@torch.inference_mode()
-def expert_weights(model: Transformer, layers: Iterable[int]) -> pa.Table:
+@pausable
+def expert_weights(model: Transformer, layers: Iterable[int]) -> Steps[pa.Table]:
     """Norms of every routed expert's router row and matrices, as in `tables.EXPERT_WEIGHTS`, in float64.
 
     An expert's three matrices (gate, up and down projection) count as one vector of weights.
     """
     layers = whole_numbers(layers, "layers", model.cfg.n_layers)
-    layer_columns = [_of_layer(model.blocks[layer].mlp, layer) for layer in layers]
+    layer_columns = []
+    for layer in range(max(layers) + 1):
+        if layer in layers:
+            layer_columns.append(_of_layer(model.blocks[layer].mlp, layer))
+        if layer < max(layers):
+            yield
     joined = {name: np.concatenate([columns[name] for columns in layer_columns]) for name in EXPERT_WEIGHTS.names}
     return table_with_schema(EXPERT_WEIGHTS, joined)
 

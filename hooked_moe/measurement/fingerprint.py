@@ -7,11 +7,13 @@ import hashlib
 import platform
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from hooked_moe.config import HookedMoEConfig
+from hooked_moe.loading.streaming import read_in_order
 from hooked_moe.transformer import Transformer
 from hooked_moe.version import __version__
 
@@ -21,13 +23,26 @@ _PACKAGES = ("torch", "numpy", "scipy", "pyarrow", "tokenizers", "safetensors")
 def weights_sha256(model: Transformer) -> str:
     """SHA-256 over every parameter's name, dtype, shape and bytes, in the order of their names."""
     digest = hashlib.sha256()
-    for name in sorted(name for name, _ in model.named_parameters()):
-        if name.startswith("blocks."):
-            model.blocks[int(name.split(".")[1])]  # reads its weights, where they are streamed
+
+    def add(name: str) -> None:
         parameter = model.get_parameter(name)
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+    names = sorted(name for name, _ in model.named_parameters())
+    by_layer = {layer: list(own) for layer, own in groupby(names, key=_layer_of)}  # layers 0, 1, 10, 11, ..., 2, 20, ...
+    outside = by_layer.pop(None)  # whose names come after those of blocks
+    for layer in read_in_order(model, [layer for layer in by_layer if layer is not None]):
+        for name in by_layer[layer]:
+            add(name)
+    for name in outside:
+        add(name)
     return digest.hexdigest()
+
+
+def _layer_of(parameter: str) -> int | None:
+    """The layer of a parameter; None for those outside of blocks."""
+    return int(parameter.split(".")[1]) if parameter.startswith("blocks.") else None
 
 
 def model_fingerprint(model: Transformer) -> dict[str, Any]:

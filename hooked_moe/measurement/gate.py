@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from hooked_moe.counterfactuals import Scope
+from hooked_moe.counterfactuals.engine.steps import Steps, in_turn, run_without_grad
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.measurement.verification import EXACTNESS, MINIMUM_TOKENS, Check, noise_floor, verify
 from hooked_moe.transformer import Transformer
+
+Done = TypeVar("Done")
 
 
 def verify_once(
@@ -23,21 +26,28 @@ def verify_once(
     removal: RemovalName,
     scope: Scope,
     log: Callable[[str], object],
-) -> None:
+    beside: Sequence[Steps[Done]] = (),
+) -> list[Done]:
     """Make the checks that gate a measurement in this scope, unless the manifest has them; what they find is added to it.
 
-    Raises `ValueError` if a check fails, and for a corpus without a document that is long enough.
+    Returns what the tasks `beside` them return, which share their pass through the layers where weights are streamed. Raises
+    `ValueError` if a check fails, and for a corpus without a document that is long enough.
     """
     known = [check["name"] for check in manifest.get("verification", [])]
     if EXACTNESS[scope] in known:
-        return
+        return run_without_grad(in_turn(beside, model.streams))
     windows = sorted((window.tokens for windows in tokenized.documents for window in windows), key=len, reverse=True)
     if len(windows[0]) < MINIMUM_TOKENS:
         raise ValueError(
             f"the longest document of {tokenized.corpus.name!r} has {len(windows[0])} tokens, and verifying the model "
             f"takes {MINIMUM_TOKENS}: give a corpus with longer documents"
         )
-    checks = verify(model, torch.from_numpy(windows[0][None]), removal, (scope,))
+    length = min(len(windows[0]), 128)
+    batch = np.stack([window[:length] for window in windows if len(window) >= length][:4])
+    tasks: list[Steps[Any]] = [verify.steps(model, torch.from_numpy(windows[0][None]), removal, (scope,)), *beside]
+    if "noise_floor" not in manifest:
+        tasks.append(noise_floor.steps(model, torch.from_numpy(batch)))
+    checks, *results = run_without_grad(in_turn(tasks, model.streams))
     checks = [check for check in checks if check.name not in known or not check.passed]
     for check in checks:
         log(_as_line(check))
@@ -48,11 +58,10 @@ def verify_once(
         )
     manifest["verification"] = manifest.get("verification", []) + [dataclasses.asdict(check) for check in checks]
     if "noise_floor" not in manifest:
-        length = min(len(windows[0]), 128)
-        batch = np.stack([window[:length] for window in windows if len(window) >= length][:4])
-        floor = noise_floor(model, torch.from_numpy(batch))
+        floor = results.pop()
         log(f"  noise floor: {floor:.3g} nats\n")
         manifest["noise_floor"] = {"max_abs_nats": floor, "windows": len(batch), "tokens_per_window": length}
+    return results
 
 
 def _as_line(check: Check) -> str:

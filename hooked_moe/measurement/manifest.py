@@ -94,4 +94,7 @@ def _shape_fault(values: dict[str, Any], part_fault: Callable[[str, Any], str | 
         return "'computed_on' is no object"
     if not isinstance(floor, dict) or not isinstance(floor.get("max_abs_nats"), int | float):
         return "'noise_floor' has no number max_abs_nats"
+    budget = values.get("budget", {"share": 1.0})
+    if not isinstance(budget, dict) or not isinstance(budget.get("share"), float) or not 0 < budget["share"] <= 1:
+        return "'budget' has no share of the removals"
     return None

@@ -11,10 +11,13 @@ from typing import Any, Literal, get_args
 from hooked_moe.checks import as_int_or_none, pairs_of_numbers
 from hooked_moe.counterfactuals import Order
 from hooked_moe.expert_mask import RemovalName
+from hooked_moe.measurement.draw import Draw
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions, TokenizedCorpus
 from hooked_moe.tables import REMOVAL_ORDERS
 
-Part = Literal["position", "sequence", "progressive"]
+Part = Literal["position", "sequence", "progressive", "estimates", "sampled"]
+BUDGETED_PARTS: tuple[Part, ...] = ("estimates", "sampled")
+"""What a budgeted run measures, in this order, in place of all others."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class PartSpec:
     """The orders of removal in part "progressive"; the other parts have none."""
     seed: int = 0
     """The seed of the random order."""
-    first_order: bool = True
-    """Whether part "position" measures its column of that name, which takes a backward pass and so all weights in memory."""
+    draw: Draw | None = None
+    """The removals of part "sampled"."""
 
     def as_json(self) -> dict[str, Any]:
         """The manifest's record of the part."""
@@ -41,10 +44,10 @@ class PartSpec:
         }
         if self.positions is not None:
             record["positions_sha256"] = positions_sha256(self.positions)
-        if self.part == "position" and not self.first_order:
-            record["first_order"] = False
         if self.orders:
             record |= {"orders": list(self.orders), "seed": self.seed}
+        if self.draw is not None:
+            record |= {"share": self.draw.share, "seed": self.draw.seed, "draw_sha256": self.draw.sha256()}
         return record
 
 
@@ -63,9 +66,10 @@ def record_fault(part: str, record: Any) -> str | None:
         "layers": lambda value: isinstance(value, list) and all(as_int_or_none(layer) is not None for layer in value),
         "positions": lambda value: not sampled or as_int_or_none(value) is not None,
         "positions_sha256": lambda value: isinstance(value, str) == sampled,
-        "first_order": lambda value: value in (None, False),
         "orders": lambda value: (value is None) == (part != "progressive") and set(value or ()) <= set(REMOVAL_ORDERS),
-        "seed": lambda value: (as_int_or_none(value) is not None) == (part == "progressive"),
+        "seed": lambda value: (as_int_or_none(value) is not None) == (part in ("progressive", "sampled")),
+        "share": lambda value: isinstance(value, float) == (part == "sampled"),
+        "draw_sha256": lambda value: isinstance(value, str) == (part == "sampled"),
     }
     for name, is_right in fields.items():
         try:

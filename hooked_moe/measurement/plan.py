@@ -6,18 +6,23 @@ import json
 from typing import Any
 
 from hooked_moe.expert_mask import RemovalName
+from hooked_moe.measurement.budget import Budget
 from hooked_moe.measurement.fingerprint import model_fingerprint, versions
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.transformer import Transformer
 
 
 def measurement_plan(
-    model: Transformer, tokenized: TokenizedCorpus, layers: tuple[int, ...], removal: RemovalName
+    model: Transformer,
+    tokenized: TokenizedCorpus,
+    layers: tuple[int, ...],
+    removal: RemovalName,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """A description as JSON values: two measurements with the same one give the same tables."""
     corpus = tokenized.corpus
-    plan = {
-        "format": 3,
+    plan: dict[str, Any] = {
+        "format": 4,
         "model": model_fingerprint(model),
         "corpus": {
             "name": corpus.name,
@@ -35,4 +40,6 @@ def measurement_plan(
         },
         "versions": versions(),
     }
+    if budget is not None:
+        plan["measurement"]["budget"] = budget.as_json()
     return json.loads(json.dumps(plan))  # tuples become lists, as in the plan that is read back

@@ -24,14 +24,17 @@ import pyarrow as pa
 from hooked_moe.checks import WrongTypeError, whole_number, whole_numbers
 from hooked_moe.counterfactuals import Order, Scope
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
+from hooked_moe.counterfactuals.observations import most_experts
 from hooked_moe.executors import Executor
 from hooked_moe.expert_mask import RemovalName, check_removal
+from hooked_moe.measurement.budget import Budget, share_of
 from hooked_moe.measurement.document_tables import TABLES
+from hooked_moe.measurement.draw import Draw, draw_removals
 from hooked_moe.measurement.expert_weights import expert_weights
 from hooked_moe.measurement.gate import verify_once
 from hooked_moe.measurement.locks import Lock
 from hooked_moe.measurement.manifest import Manifest
-from hooked_moe.measurement.part_spec import Part, PartSpec, checked_positions, positions_sha256, record_fault
+from hooked_moe.measurement.part_spec import BUDGETED_PARTS, Part, PartSpec, checked_positions, positions_sha256, record_fault
 from hooked_moe.measurement.plan import measurement_plan
 from hooked_moe.measurement.run_directory import claim, claim_share
 from hooked_moe.measurement.shard_files import remove_shards
@@ -42,15 +45,26 @@ from hooked_moe.measurement.tokenized_corpus import DocumentPositions, Tokenized
 from hooked_moe.tables import REMOVAL_ORDERS, FileRecords, digest, parquet_batches, write_parquet_atomic
 from hooked_moe.transformer import Transformer
 
-_SCOPES: dict[Part, Scope] = {"position": "position", "sequence": "sequence", "progressive": "position"}
+_SCOPES: dict[Part, Scope] = {
+    "position": "position",
+    "sequence": "sequence",
+    "progressive": "position",
+    "estimates": "position",
+    "sampled": "position",
+}
 _EFFECT_TABLES: dict[Part, str] = {"position": "effects", "sequence": "effects_sequence", "progressive": "progressive"}
-"""The table of each part that has a row for every removal."""
+"""The table of each part that has a row for every removal, of those that can be restricted to some positions."""
+_WEIGHTS = "expert_weights.parquet"
+_DRAW = "draw.parquet"
+_TEXTS = "token_texts.parquet"
 _TABLES_OF_THE_RUN: dict[Part, tuple[str, ...]] = {
-    "position": ("documents.parquet", "expert_weights.parquet", "token_texts.parquet"),
+    "position": ("documents.parquet", _WEIGHTS, _TEXTS),
     "sequence": ("documents.parquet",),
     "progressive": ("documents.parquet",),
+    "estimates": ("documents.parquet", _WEIGHTS, _TEXTS),
+    "sampled": (_DRAW,),
 }
-"""What is written beside the tables of each part, from the corpus and the weights alone."""
+"""What is written beside the tables of each part, without a measurement."""
 
 
 def open_measurement(
@@ -64,13 +78,14 @@ def open_measurement(
     share: Share | None = None,
     executor: Executor | None = None,
     object_store: str | None = None,
+    budget: Budget | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> Run:
     """The run of this measurement under `results`/<model>/, new or to be continued; nothing is measured yet.
 
     `layers` None means all that have experts. The `name` of the run's directory is made of the corpus and the plan where none is
     given, so that the same measurement finds its directory again. `log` is called with the lines that report on verification,
-    such as `print`.
+    such as `print`. A run with a `budget` makes a sample of the removals (`Run.require_sample`), and nothing else.
 
     `executor` says where documents are measured; None: in threads of this process. With a `share`, every `require` measures the
     documents of that share alone, beside other processes that measure theirs, and makes no tables: a run without a share finds
@@ -87,11 +102,11 @@ def open_measurement(
     without = [layer for layer in layers if layer not in model.cfg.moe_layers]
     if without or not layers:
         raise ValueError(f"layers {without or '()'} have no experts to remove; layers {model.cfg.moe_layers} have")
-    plan = measurement_plan(model, tokenized, layers, removal)
+    plan = measurement_plan(model, tokenized, layers, removal, budget)
     name = name or f"{Path(tokenized.corpus.name).stem}-{digest(plan)[:8]}"
     directory = results / Path(plan["model"]["name"]).name / name
     lock = claim(directory, plan) if share is None else claim_share(directory, plan, share)
-    return Run(directory, model, tokenized, layers, removal, plan, lock, log, share, executor, object_store)
+    return Run(directory, model, tokenized, layers, removal, plan, lock, log, share, executor, object_store, budget)
 
 
 class Run:
@@ -113,6 +128,7 @@ class Run:
         share: Share | None = None,
         executor: Executor | None = None,
         object_store: str | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.directory = directory
         self.model = model
@@ -123,6 +139,8 @@ class Run:
         self.share = share
         self.executor = executor
         self._object_store = object_store
+        self.budget = budget
+        self._draw: Draw | None = None
         self._lock = lock
         self._log = log
         try:
@@ -181,10 +199,8 @@ class Run:
         asked is measured again, for all that was ever asked of it.
 
         Raises `ValueError` for positions without a next token, for another seed than before, and if verification fails: then
-        nothing is measured. First-order effects are a column of "position" where weights are in memory, and nan where they are
-        streamed; a model in memory measures a part without them again, and only such a model can add to a part with them: a
-        streamed one raises `ValueError`. `memory_budget` bounds the memory beside the model's weights. `executor` takes the place
-        of the run's own.
+        nothing is measured. `memory_budget` bounds the memory beside the model's weights. `executor` takes the place of the run's
+        own.
         """
         if memory_budget is not None:
             parse_bytes(memory_budget)
@@ -194,15 +210,12 @@ class Run:
                 self._remove_shards(part)
             return
         spec = self._union_with_measured(spec)
-        if spec.first_order and self.model.streams:
-            raise ValueError(
-                f"part {part!r} of {self.directory} has first-order effects, and to measure more of them takes all weights in "
-                "memory: open the model without stream=True, or give another name to the run"
-            )
-        verify_once(self.manifest, self.model, self.tokenized, self.removal, _SCOPES[part], self._log)
+        wanted = self.share is None and _WEIGHTS in _TABLES_OF_THE_RUN[part]
+        weights = [expert_weights.steps(self.model, self.layers)] if wanted else []
+        tables = verify_once(self.manifest, self.model, self.tokenized, self.removal, _SCOPES[part], self._log, weights)
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
         if self.share is None:
-            self._write_tables_of_the_run(part)
+            self._write_tables_of_the_run(part, *tables)
         name = f"{part}-{identity['part'][:8]}"
         transfer = None
         if self._object_store is not None:
@@ -233,6 +246,34 @@ class Run:
         if transfer is not None:
             transfer.clear()
 
+    def require_sample(self, *, progress: bool = True, memory_budget: int | str | None = None) -> Draw:
+        """Measure a budgeted run: the estimates of all removals, then those that are drawn from them. Returns what was drawn.
+
+        A budget in seconds is turned into a share once, by a short timing, which the manifest records: a run that is resumed, or
+        opened again, draws the same. Raises `ValueError` in a run without a budget or of a share, and where the seconds are too
+        few.
+        """
+        if self.share is not None:
+            raise ValueError(
+                "a sample is drawn from the estimates of all documents, which a share does not have: leave the share out"
+            )
+        self.require("estimates", progress=progress, memory_budget=memory_budget)
+        self.require("sampled", progress=progress, memory_budget=memory_budget)
+        return self._drawn()
+
+    def _drawn(self) -> Draw:
+        """The removals to make, from the estimates."""
+        if not self.has("estimates"):
+            raise ValueError("a sample is drawn from the estimates of all removals: measure the part 'estimates' first")
+        if self._draw is None:
+            assert self.budget is not None
+            if "budget" not in self.manifest:
+                self.manifest["budget"] = share_of(self.budget, self.model, self.tokenized, self.layers, self.removal)
+                self._manifest.write([])
+            share, estimates = float(self.manifest["budget"]["share"]), self.directory / "estimates.parquet"
+            self._draw = draw_removals(estimates, most_experts(self.model), share, self.budget.seed)
+        return self._draw
+
     def _requested(
         self,
         part: Part,
@@ -244,10 +285,19 @@ class Run:
         """The arguments of `require`, checked."""
         if part not in TABLES:
             raise ValueError(f"part must be one of {', '.join(map(repr, TABLES))}, not {part!r}")
+        if (part in BUDGETED_PARTS) != (self.budget is not None):
+            raise ValueError(
+                f"part {part!r} is of a run {'without' if self.budget else 'with'} a budget: open_measurement(..., "
+                f"{'budget=None' if self.budget else 'budget=Budget(share=0.01)'}), which has a directory of its own"
+            )
+        if self.budget is not None and positions is not None:
+            raise ValueError("a budgeted run draws from the removals at all positions: leave out positions")
+        if part == "sampled":
+            draw = self._drawn()
+            return PartSpec(part, self.layers, self.removal, seed=draw.seed, draw=draw)
         chosen = checked_positions(positions, self.tokenized)
         if part != "progressive":
-            first_order = part == "position" and not self.model.streams
-            return PartSpec(part, self.layers, self.removal, chosen, first_order=first_order)
+            return PartSpec(part, self.layers, self.removal, chosen)
         asked = tuple(orders)
         if not asked or not set(asked) <= set(REMOVAL_ORDERS):
             raise ValueError(f"orders must be some of {REMOVAL_ORDERS}, not {asked}")
@@ -257,7 +307,7 @@ class Run:
         if outside or not measured_layers:
             raise ValueError(f"layers {outside} are not of this run, which measures {list(self.layers)}")
         seed = whole_number(seed, "seed")
-        return PartSpec(part, measured_layers, self.removal, chosen, _in_order(asked), seed, first_order=False)
+        return PartSpec(part, measured_layers, self.removal, chosen, _in_order(asked), seed)
 
     def _is_measured(self, spec: PartSpec) -> bool:
         """Whether the part has all that is asked of it."""
@@ -282,7 +332,6 @@ class Run:
             positions=positions,
             layers=tuple(sorted({*spec.layers, *recorded["layers"]})),
             orders=_in_order((*spec.orders, *recorded.get("orders", ()))),
-            first_order=spec.first_order or recorded.get("first_order", spec.part == "position"),
         )
 
     def _with_measured_positions(self, part: Part, positions: DocumentPositions) -> DocumentPositions | None:
@@ -293,12 +342,14 @@ class Run:
             return positions
         return checked_positions(positions | measured_positions(effects), self.tokenized)
 
-    def _write_tables_of_the_run(self, part: Part) -> None:
-        """The tables beside those of the part, which take no measurement."""
+    def _write_tables_of_the_run(self, part: Part, weights: pa.Table | None = None) -> None:
+        """The tables beside those of the part, which take no measurement. `weights` is that of the experts' weights, if there is
+        one already."""
         tables: dict[str, Callable[[], pa.Table]] = {
             "documents.parquet": self.tokenized.table,
-            "expert_weights.parquet": lambda: expert_weights(self.model, self.layers),
-            "token_texts.parquet": self.tokenized.token_texts,
+            _WEIGHTS: lambda: expert_weights(self.model, self.layers) if weights is None else weights,
+            _TEXTS: self.tokenized.token_texts,
+            _DRAW: lambda: self._drawn().table(),
         }
         for name in _TABLES_OF_THE_RUN[part]:
             write_parquet_atomic(tables[name](), self.directory / name)

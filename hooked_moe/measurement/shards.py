@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,14 +21,15 @@ import torch
 
 from hooked_moe.corpus import Window
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
-from hooked_moe.counterfactuals.engine.steps import Steps, run_without_grad, side_by_side
+from hooked_moe.counterfactuals.engine.steps import run_without_grad, side_by_side
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
+from hooked_moe.counterfactuals.first_order import waiting_bytes as gradient_waiting_bytes
 from hooked_moe.executors import Executor, ModelWork, Threads
 from hooked_moe.loading.spill import spill_directory
 from hooked_moe.loading.streaming import spill_of
 from hooked_moe.measurement.document_tables import TABLES, measure_document
 from hooked_moe.measurement.fingerprint import SameModel, computed_on
-from hooked_moe.measurement.part_spec import PartSpec
+from hooked_moe.measurement.part_spec import BUDGETED_PARTS, PartSpec
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.share import Share
@@ -46,7 +47,6 @@ ATTEMPTS = 2
 ARRIVAL_SECONDS = 90.0
 """How long shards that a worker has written may take until they are seen here: file systems remember what was not there."""
 
-Result = TypeVar("Result")
 Log = Callable[[str], object]
 
 
@@ -68,7 +68,7 @@ class MeasureDocuments:
     def do(self, resource: Transformer, unit: Sequence[int]) -> None:
         """Measure the documents of these numbers, and write their shards."""
         tasks = [measure_document(resource, self.documents[index], self.first, self.spec, self.budget) for index in unit]
-        for index, tables in zip(unit, _together(tasks), strict=True):
+        for index, tables in zip(unit, run_without_grad(side_by_side(tasks)), strict=True):
             self._write(unit_name(index), tables, computed_on(resource.cfg.device))
 
     def _write(self, unit: str, tables: dict[str, pa.Table], place: str) -> None:
@@ -135,14 +135,13 @@ class PartMeasurement:
         spill = spill_of(model)
         if spill is None:
             return [[index] for index in pending]
-        each = model.cfg.experts_per_token if spec.part != "sequence" else max(map(model.cfg.experts_in, spec.layers))
-        per_token = len(spec.layers) * each * variant_bytes(model.cfg)
+        waiting = {index: _waiting_bytes(model, spec, index, self.lengths[index]) for index in pending}
         room = shutil.disk_usage(spill_directory(spill.directory)).free // 2
-        share = sum(self.lengths[index] for index in pending) * per_token / places
+        share = sum(waiting.values()) / places
         groups: list[list[int]] = []
         used = room
         for index in pending:
-            needed = self.lengths[index] * per_token
+            needed = waiting[index]
             if used >= share or used + needed > room:
                 groups.append([])
                 used = 0
@@ -222,7 +221,7 @@ def measure_part(
                 part.await_shards(group)
                 bar.update(sum(part.lengths[index] for index in group))
                 rate = bar.format_dict["rate"]
-                if rate and spec.positions is None:
+                if rate and spec.positions is None and spec.part not in BUDGETED_PARTS:
                     bar.set_postfix_str(f"{rate * per_token:,.0f} removals/s", refresh=False)
     if share is not None:
         return {}
@@ -256,15 +255,17 @@ def missing_units(files: ShardFiles, units: Sequence[str]) -> Iterator[list[int]
         )
 
 
-def _together(tasks: list[Steps[Result]]) -> list[Result]:
-    """What each of several measurements returns, run side by side through the layers."""
-    results: list[Result | None] = [None] * len(tasks)
-
-    def keep(number: int, task: Steps[Result]) -> Steps[None]:
-        results[number] = yield from task
-
-    run_without_grad(side_by_side([keep(number, task) for number, task in enumerate(tasks)]))
-    return cast(list[Result], results)
+def _waiting_bytes(model: Transformer, spec: PartSpec, document: int, length: int) -> int:
+    """What a document of this length keeps between layers while others take their turn."""
+    cfg = model.cfg
+    if spec.part == "estimates":
+        return length * gradient_waiting_bytes(cfg)
+    if spec.draw is not None:
+        picks = spec.draw.picks.get(document)
+        return (length + (0 if picks is None else len(picks.position))) * variant_bytes(cfg)
+    each = cfg.experts_per_token if spec.part != "sequence" else max(map(cfg.experts_in, spec.layers))
+    beside = gradient_waiting_bytes(cfg) if spec.part == "position" else 0
+    return length * (len(spec.layers) * each * variant_bytes(cfg) + beside)
 
 
 def workers_for(model: Transformer, documents: int) -> int:
@@ -281,7 +282,7 @@ def _least_budget(model: Transformer, corpus: TokenizedCorpus, spec: PartSpec) -
     """The bytes that one document takes at least."""
     length = min(corpus.n_ctx, max(corpus.lengths()) + 1)  # a BOS token is no document's own
     least = demand_of(model.cfg, length, chunk_size=length).of_one_query(model.cfg.experts_per_token)
-    return max(least, least_budget_of_gradients(model.cfg, length)) if spec.first_order else least
+    return max(least, least_budget_of_gradients(model.cfg, length)) if spec.part == "position" else least
 
 
 def _merge(files: ShardFiles, units: Sequence[str], name: str, schema: pa.Schema, target: Path) -> None:

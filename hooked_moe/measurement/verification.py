@@ -6,23 +6,26 @@ could not make: that the fast counterfactuals equal full forward passes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_moe.components.precision import without_autocast
 from hooked_moe.counterfactuals import LossAfter, Scope, expert_effects
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, as_expert_block
-from hooked_moe.counterfactuals.engine.fan_out import FanOut, fan_out
-from hooked_moe.counterfactuals.engine.padding import Packed, pack
-from hooked_moe.counterfactuals.engine.steps import run_to_end
+from hooked_moe.counterfactuals.engine.fan_out import fan_out
+from hooked_moe.counterfactuals.engine.lanes import Lanes
+from hooked_moe.counterfactuals.engine.padding import pack
+from hooked_moe.counterfactuals.engine.steps import Steps, in_turn, pausable
 from hooked_moe.counterfactuals.removals import Zero
-from hooked_moe.counterfactuals.results import ExpertEffects
 from hooked_moe.expert_mask import ExpertMask, RemovalName
-from hooked_moe.transformer import Transformer
+from hooked_moe.transformer import LogitsAndLoss, Transformer
 
 MINIMUM_TOKENS = 8
 SEQUENCE_TOKENS = 64
@@ -50,34 +53,37 @@ class Check:
     detail: str
 
 
-@without_autocast()
+@pausable
 def verify(
     model: Transformer,
     tokens: Int[Tensor, "1 pos"],
     removal: RemovalName = "zero",
     scopes: Sequence[Scope] = ("position",),
     seed: int = 0,
-) -> list[Check]:
+) -> Steps[list[Check]]:
     """Run every check on one sequence of at least 8 tokens, the last with the removal and in each of the scopes to be measured.
 
-    Never raises for a failed check: look at `passed`.
+    Never raises for a failed check: look at `passed`. Where weights are streamed, they are read twice: for the loss before
+    anything is removed, and for all that comes after it, side by side.
     """
     if tokens.shape[0] != 1 or tokens.shape[1] < MINIMUM_TOKENS:
         raise ValueError(f"verification takes one sequence [1, pos] of {MINIMUM_TOKENS} tokens or more, not {list(tokens.shape)}")
     tokens = tokens.to(model.cfg.device)
     generator = torch.Generator("cpu").manual_seed(seed)
-    with torch.inference_mode():
-        return [
-            _loss_matches_logits(model, tokens),
-            _no_stale_state(model, tokens),
-            _losses_differ(model, tokens),
-            _inactive_expert_has_no_effect(model, tokens, generator),
-            *(_effects_equal_full_forwards(model, tokens, generator, removal, scope) for scope in scopes),
-        ]
+    before = yield from _forward(model, tokens)
+    yield  # what goes beside it ends with the last block, before this begins again with the first
+    checks = [
+        _loss_matches_logits(model, tokens, before),
+        _no_stale_state(model, tokens, before.loss),
+        _inactive_expert_has_no_effect(model, tokens, generator),
+        *(_effects_equal_full_forwards(model, tokens, generator, removal, scope) for scope in scopes),
+    ]
+    loss, stale, inactive, *exact = yield from in_turn(checks, model.streams)
+    return [loss, stale, _losses_differ(before.loss[0]), inactive, *exact]
 
 
-@without_autocast()
-def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> float:
+@pausable
+def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> Steps[float]:
     """Largest "effect", in nats, of removing nothing: through the counterfactuals of every layer, in a batch, against the
     baseline of each sequence alone.
 
@@ -88,40 +94,89 @@ def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> float:
         experts = as_expert_block(clean)
         return Zero().without(experts, torch.ones_like(experts.routing.weights, dtype=torch.bool)[None])
 
-    def run(packed: Packed, layers: Sequence[int]) -> FanOut:
-        return run_to_end(fan_out(model, packed, layers, 1, nothing_removed))
-
-    with torch.inference_mode():
-        packed = pack(tokens.to(model.cfg.device), None)
-        together = run(packed, model.cfg.moe_layers).losses
-        alone = torch.cat([run(row, []).baseline for row in packed.split(1)])
-    return float((together - alone)[..., :-1].abs().max())
+    packed = pack(tokens.to(model.cfg.device), None)
+    runs = [(packed, model.cfg.moe_layers), *((row, []) for row in packed.split(1))]
+    together, *alone = yield from in_turn(
+        [fan_out(model, part, Lanes.of_variants(layers, 1), nothing_removed) for part, layers in runs], model.streams
+    )
+    return float((together.losses - torch.cat([one.baseline for one in alone]))[..., :-1].abs().max())
 
 
-def _losses(model: Transformer, tokens: Tensor, mask: ExpertMask | None = None) -> Tensor:
-    return model(tokens, return_type="loss", loss_per_token=True, expert_mask=mask)
+MaskOf = Callable[[Int[Tensor, "1 pos slot"]], ExpertMask]
+"""The removal in one layer, from the experts that serve the tokens there."""
 
 
-def _loss_matches_logits(model: Transformer, tokens: Tensor) -> Check:
+def _forward(model: Transformer, tokens: Tensor, removals: Mapping[int, MaskOf] = MappingProxyType({})) -> Steps[LogitsAndLoss]:
+    """An ordinary forward, layer by layer, with removals in some of them."""
+    stream, n_layers = tokens, model.cfg.n_layers
+    for layer in range(n_layers):
+        options: dict[str, Any] = {"start_at_layer": layer or None, "stop_at_layer": layer + 1}
+        mask = None
+        if layer in removals:
+            served: list[Tensor] = []
+            hook = (f"blocks.{layer}.mlp.hook_expert_indices", lambda indices, hook, served=served: served.append(indices))
+            model.run_with_hooks(stream, fwd_hooks=[hook], **options)
+            mask = removals[layer](served[0])
+        stream = model(stream, expert_mask=mask, **options)
+        if layer + 1 < n_layers:
+            yield
+    return model(stream, "both", loss_per_token=True, start_at_layer=n_layers, tokens=tokens)
+
+
+def _losses(
+    model: Transformer, tokens: Tensor, removals: Mapping[int, MaskOf] = MappingProxyType({})
+) -> Steps[Float[Tensor, "1 pos-1"]]:
+    return (yield from _forward(model, tokens, removals)).loss
+
+
+@dataclass
+class _Removed:
+    """The removal of the expert in one slot of a token, in a scope around it; or of the first that is in none of its slots."""
+
+    pos: int
+    slot: int | None
+    removal: RemovalName = "zero"
+    scope: Scope = "position"
+    expert: int = -1
+    """Which expert that was."""
+
+    def __call__(self, indices: Int[Tensor, "1 pos slot"], layer: int, n_experts: int) -> ExpertMask:
+        at_token = indices[0, self.pos].tolist()
+        self.expert = next(e for e in range(n_experts) if e not in at_token) if self.slot is None else at_token[self.slot]
+        removed = (indices[0] == self.expert).any(-1)
+        if self.scope == "position":
+            removed[:] = False
+            removed[self.pos] = True
+        if self.scope == "from_position":
+            removed[: self.pos] = False
+        keep = torch.ones(1, len(removed), n_experts, dtype=torch.bool, device=removed.device)
+        keep[0, removed, self.expert] = False
+        return ExpertMask({layer: keep}, self.removal)
+
+    def losses(self, model: Transformer, tokens: Tensor, layer: int) -> Steps[Float[Tensor, " pos-1"]]:
+        """Losses of a forward without it."""
+        mask = partial(self, layer=layer, n_experts=model.cfg.experts_in(layer))
+        return (yield from _losses(model, tokens, {layer: mask}))[0]
+
+
+def _loss_matches_logits(model: Transformer, tokens: Tensor, used: LogitsAndLoss) -> Steps[Check]:
     """1. The loss in use is the cross-entropy of the logits at the right token: recomputed in float64, by its definition."""
-    log_probabilities = model(tokens)[0, :-1].double().log_softmax(-1)
+    log_probabilities = used.logits[0, :-1].double().log_softmax(-1)
     by_definition = -log_probabilities[torch.arange(tokens.shape[1] - 1, device=tokens.device), tokens[0, 1:]]
-    engine = expert_effects(model, tokens, layers=model.cfg.moe_layers[-1:]).baseline_loss[0, :-1]
-    used = torch.stack([engine, _losses(model, tokens)[0]])
-    difference = float((used.double() - by_definition).abs().max())
+    engine = yield from expert_effects.steps(model, tokens, layers=model.cfg.moe_layers[-1:])
+    losses = torch.stack([engine.baseline_loss[0, :-1], used.loss[0]])
+    difference = float((losses.double() - by_definition).abs().max())
     threshold = LOSS_TOLERANCE[model.cfg.dtype]
     return Check(
         "loss", difference <= threshold, difference, threshold, "largest |losses used - cross-entropy of the logits|, nats"
     )
 
 
-def _no_stale_state(model: Transformer, tokens: Tensor) -> Check:
+def _no_stale_state(model: Transformer, tokens: Tensor, before: Tensor) -> Steps[Check]:
     """2. A removal leaves nothing behind: the loss before and after it is the same to the bit."""
-    before = _losses(model, tokens)
     nothing = torch.zeros(1, 1, 1, dtype=torch.bool, device=model.cfg.device)
-    everything = ExpertMask(dict.fromkeys(model.cfg.moe_layers, nothing))
-    removed = _losses(model, tokens, everything)
-    after = _losses(model, tokens)
+    everything = {layer: lambda indices, layer=layer: ExpertMask({layer: nothing}) for layer in model.cfg.moe_layers}
+    removed, after = yield from in_turn([_losses(model, tokens, everything), _losses(model, tokens)], model.streams)
     moved = float((removed - before).abs().max())
     left = float((after - before).abs().max())
     passed = left == 0 and moved > 0
@@ -130,59 +185,59 @@ def _no_stale_state(model: Transformer, tokens: Tensor) -> Check:
     )
 
 
-def _losses_differ(model: Transformer, tokens: Tensor) -> Check:
+def _losses_differ(losses: Float[Tensor, " predicted"]) -> Check:
     """3. Different positions have different losses: a loss read at the wrong position would repeat."""
-    losses = _losses(model, tokens)[0]
     share = len(losses[~losses.isnan()].unique()) / len(losses)
     return Check("losses differ", share > 0.5, share, 0.5, "share of positions whose loss no other position has")
 
 
-def _inactive_expert_has_no_effect(model: Transformer, tokens: Tensor, generator: torch.Generator) -> Check:
+def _inactive_expert_has_no_effect(model: Transformer, tokens: Tensor, generator: torch.Generator) -> Steps[Check]:
     """4. Removing an expert where it is not active changes no loss, to the bit; where it is, none before that position.
 
     Before that position, up to rounding: later tokens may be routed otherwise, and products over groups of other sizes round
     otherwise.
     """
     layer, pos = _random_place(model, tokens, generator)
-    effects = expert_effects(model, tokens, layers=[layer], positions=[pos])
-    active = effects.expert_index[0, 0, pos].tolist()
-    experts = model.cfg.experts_in(layer)
-    inactive = next(e for e in range(experts + 1) if e not in active)
-    clean = _losses(model, tokens)[0]
-    if inactive == experts:
-        of_inactive = 0.0  # every expert is active everywhere: there is no inactive one to remove
-    else:
-        of_inactive = float((_losses(model, tokens, ExpertMask.ablate([(layer, 0, pos, inactive)]))[0] - clean).abs().max())
-    of_active = (_losses(model, tokens, ExpertMask.ablate([(layer, 0, pos, active[0])]))[0] - clean).abs()
+    active, inactive = _Removed(pos, slot=0), _Removed(pos, slot=None)
+    every = model.cfg.experts_in(layer) <= model.cfg.experts_per_token  # is active everywhere: there is no inactive one
+    removals = [active] if every else [active, inactive]
+    forwards = [_losses(model, tokens), *(removed.losses(model, tokens, layer) for removed in removals)]
+    clean, without_active, *without_inactive = yield from in_turn(forwards, model.streams)
+    of_inactive = max((float((losses - clean[0]).abs().max()) for losses in without_inactive), default=0.0)
+    of_active = (without_active - clean[0]).abs()
     before = float(of_active[:pos].max()) if pos else 0.0
     passed = of_inactive == 0 and before <= LOSS_TOLERANCE[model.cfg.dtype] and float(of_active[pos:].max()) > 0
-    others = "every expert active" if inactive == experts else f"expert {inactive} inactive"
-    detail = f"layer {layer}, position {pos}: {others}; expert {active[0]} removed moves earlier losses by {before:.1g} nats"
+    others = "every expert active" if every else f"expert {inactive.expert} inactive"
+    detail = f"layer {layer}, position {pos}: {others}; expert {active.expert} removed moves earlier losses by {before:.1g} nats"
     return Check("inactive expert", passed, of_inactive, 0.0, detail)
 
 
 def _effects_equal_full_forwards(
     model: Transformer, tokens: Tensor, generator: torch.Generator, removal: RemovalName, scope: Scope, samples: int = 12
-) -> Check:
+) -> Steps[Check]:
     """5. The fast counterfactuals equal one full forward pass per removal; from the position on, at later tokens too."""
     layers = None
     if scope == "sequence":
         tokens = tokens[:, :SEQUENCE_TOKENS]
         layers = [_random_place(model, tokens, generator)[0]]
     readouts = [LossAfter(LATER_TOKENS)] if scope == "from_position" else []
-    effects = expert_effects(model, tokens, layers, scope, removal, readouts=readouts)
-    clean = _losses(model, tokens)[0]
-    differences = []
+    places: list[tuple[int, _Removed]] = []
     for _ in range(samples):
         layer, pos = _random_place(model, tokens, generator)
-        layer = layer if layers is None else layers[0]
         slot = _random_below(model.cfg.experts_per_token, generator)
-        entry = (effects.layers.index(layer), 0, pos, slot)
-        full = _losses(model, tokens, _removed(model, effects, entry, removal, scope))[0] - clean
-        differences.append(float((full[pos] - effects.delta_loss[entry]).abs()))
+        places.append((layer if layers is None else layers[0], _Removed(pos, slot, removal, scope)))
+    tasks: list[Steps[Any]] = [expert_effects.steps(model, tokens, layers, scope, removal, readouts=readouts)]
+    tasks += [_losses(model, tokens), *(removed.losses(model, tokens, layer) for layer, removed in places)]
+    effects, clean, *full_forwards = yield from in_turn(tasks, model.streams)
+    differences = []
+    for (layer, removed), losses in zip(places, full_forwards, strict=True):
+        full, pos, index = losses - clean[0], removed.pos, effects.layers.index(layer)
+        here = effects.expert_index[index, 0, pos] == removed.expert
+        fast = effects.delta_loss[index, 0, pos, here]
+        differences.append(float((full[pos] - fast).abs()) if len(fast) else math.inf)
         if readouts:
             expected = full[pos : pos + LATER_TOKENS + 1]  # fewer at the end of the sequence
-            later = effects.readouts[readouts[0].name][entry][: len(expected)]
+            later = effects.readouts[readouts[0].name][index, 0, pos, here, : len(expected)]
             differences[-1] = _largest([differences[-1], float((expected - later).abs().max())])
     # In half precision single removals differ by the rounding of every activation; their median must still be small.
     half = model.cfg.dtype.itemsize < 4
@@ -190,22 +245,6 @@ def _effects_equal_full_forwards(
     threshold = LOSS_TOLERANCE[model.cfg.dtype]
     detail = f"{'median' if half else 'largest'} |fast - full forward| over {len(differences)} random removals, nats"
     return Check(EXACTNESS[scope], value <= threshold, value, threshold, detail)
-
-
-def _removed(
-    model: Transformer, effects: ExpertEffects, entry: tuple[int, int, int, int], removal: RemovalName, scope: Scope
-) -> ExpertMask:
-    """The removal of one entry of the effects, for a full forward: of its expert, at the tokens in the scope that go to it."""
-    index, batch, pos, _ = entry
-    layer, expert = effects.layers[index], int(effects.expert_index[entry])
-    served = (effects.expert_index[index, batch] == expert).any(-1)
-    if scope == "position":
-        served[pos + 1 :] = False
-    if scope != "sequence":
-        served[:pos] = False
-    keep = torch.ones(1, len(served), model.cfg.experts_in(layer), dtype=torch.bool, device=served.device)
-    keep[0, served, expert] = False
-    return ExpertMask({layer: keep}, removal)
 
 
 def _largest(values: Sequence[float]) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,9 @@ from torch import Tensor
 from hooked_moe.corpus import Window
 from hooked_moe.counterfactuals import Order
 from hooked_moe.counterfactuals.results import ExpertEffects
+from hooked_moe.measurement.draw import DocumentPicks
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions
-from hooked_moe.tables import PROGRESSIVE, ROUTING, TOKENS
+from hooked_moe.tables import PROGRESSIVE, ROUTING, SAMPLED_EFFECTS, TOKENS
 from hooked_moe.transformer import Transformer
 
 
@@ -49,6 +52,21 @@ class Batch:
         ]
         return torch.tensor(rows, dtype=torch.bool, device="cpu")
 
+    def picked(self, picks: DocumentPicks, n_layers: int, n_slots: int) -> Bool[Tensor, "layer batch pos slot"]:
+        """Which removals of the windows are among those of the document."""
+        chosen = torch.zeros(n_layers, len(self.numbers), len(self.members[0].tokens), n_slots, dtype=torch.bool, device="cpu")
+        for row in range(len(self.numbers)):
+            here, pos = self.of_window(row, picks)
+            chosen[picks.axis[here], row, pos, picks.slot[here]] = True
+        return chosen
+
+    def of_window(self, row: int, picks: DocumentPicks) -> tuple[np.ndarray, np.ndarray]:
+        """Which picks are of a window, and their places in it. A window's last token is measured in the next one."""
+        window = self.windows[self.numbers[row]]
+        pos = picks.position - window.start + self.first
+        here = np.flatnonzero((pos >= self.first) & (pos < len(window.tokens) - 1))
+        return here, pos[here]
+
     def own(self, row: int) -> slice:
         """The tokens that a window reports: its own, without the one that the next window begins with."""
         number = self.numbers[row]
@@ -61,8 +79,10 @@ class Batch:
         return self.windows[self.numbers[row]].start + np.arange(own.stop - own.start)
 
 
-def effect_rows(batch: Batch, row: int, effects: ExpertEffects, schema: pa.Schema, first_order: Tensor | None = None) -> pa.Table:
-    """Rows (position, layer, slot) of one window."""
+def effect_rows(
+    batch: Batch, row: int, effects: ExpertEffects, schema: pa.Schema, estimates: Mapping[str, Tensor] = MappingProxyType({})
+) -> pa.Table:
+    """Rows (position, layer, slot) of one window. `estimates` are columns that are not those of the effects."""
     own, positions = batch.own(row), batch.positions(row)
 
     def per_slot(values: Tensor) -> np.ndarray:
@@ -76,10 +96,31 @@ def effect_rows(batch: Batch, row: int, effects: ExpertEffects, schema: pa.Schem
         "slot": lambda: np.arange(shape[-1])[None, None, :],
         "expert": lambda: per_slot(effects.expert_index),
         "baseline_loss": lambda: effects.baseline_loss[row, own].cpu().numpy()[:, None, None],
-        "first_order": lambda: per_slot(first_order) if first_order is not None else np.nan,
+        **{name: partial(per_slot, column) for name, column in estimates.items()},
     }
     columns = {name: values[name]() if name in values else per_slot(getattr(effects, name)) for name in schema.names}
     return _as_table({name: np.broadcast_to(column, shape).ravel() for name, column in columns.items()}, schema)
+
+
+def sampled_rows(batch: Batch, row: int, effects: ExpertEffects, picks: DocumentPicks) -> pa.Table:
+    """Rows of the removals that were drawn in one window."""
+    here, pos = batch.of_window(row, picks)
+    axis, slot = picks.axis[here], picks.slot[here]
+
+    def at_picks(values: Tensor) -> np.ndarray:
+        return values[:, row].cpu().numpy()[axis, pos, slot]
+
+    values = {
+        "document": np.full(len(here), batch.windows[0].document),
+        "position": picks.position[here],
+        "layer": np.asarray(effects.layers)[axis],
+        "slot": slot,
+        "expert": at_picks(effects.expert_index),
+        "inclusion_probability": picks.probability[here],
+        "delta_loss": at_picks(effects.delta_loss),
+        "kl": at_picks(effects.kl),
+    }
+    return _as_table(values, SAMPLED_EFFECTS)
 
 
 def token_rows(batch: Batch, row: int, baseline: Tensor) -> pa.Table:

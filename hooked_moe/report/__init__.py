@@ -13,6 +13,7 @@ from typing import Any
 
 from hooked_moe.report import sections
 from hooked_moe.report.blocks import Block, Figure, Page, Paragraph, Section
+from hooked_moe.report.budgeted_sections import budget_section, is_budgeted
 from hooked_moe.report.definitions import definitions
 from hooked_moe.report.derived_files import DERIVED_FILES
 from hooked_moe.report.figures.ceiling import static_ceiling
@@ -52,7 +53,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     figures = _Figures(inputs, run / "figures")
     first = figures.drawn("savings.csv", verdict)
     title = f"Removing one expert at one token: {inputs.model_name}"
-    page = Page(title, (*opening(inputs, first), *explorer_links(inputs)), tuple(_sections(inputs, figures)))
+    page = Page(title, opening(inputs, first, tuple(explorer_links(inputs))), tuple(_sections(inputs, figures)))
     write_text_atomic(render_page(page), run / "report.html")
     Ledger(run).record(_REPORT, _INPUTS, ["report.html", *figures.files()], settings=_settings(inputs.reasons, inputs.explorer))
     return run / "report.html"
@@ -117,7 +118,9 @@ def _verdict_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
     if prunings:
         summary = inputs.rows("pruning_summary.csv")
         yield pruning_section(prunings, summary, figures.drawn("pruning.csv", pruning))
-    yield from _section("order", "How well a ranking orders experts", figures.drawn("savings.csv", rank_correlation))
+    yield from budget_section(inputs)
+    if not is_budgeted(inputs):
+        yield from _section("order", "How well a ranking orders experts", figures.drawn("savings.csv", rank_correlation))
 
 
 def _protocol_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:

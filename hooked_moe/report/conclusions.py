@@ -7,6 +7,7 @@ pruning costs. None is an answer to another.
 import math
 from collections.abc import Callable, Iterable
 
+from hooked_moe.analysis.rankings import TOLD_THE_TOKEN
 from hooked_moe.report.blocks import Paragraph
 from hooked_moe.report.figures.names import label
 from hooked_moe.report.inputs import Inputs
@@ -113,8 +114,8 @@ def _rho(row: Row) -> str:
 
 
 def _most_correlated(savings: Savings, effect: str, families: tuple[str, ...] = ("paper", "extended")) -> Row | None:
-    """The first-order estimate is left out: it knows the token that followed."""
-    rows = [row for row in savings.totals(effect, families) if row["ranking"] != "first_order"]
+    """The first-order estimates are left out: they know the token that followed."""
+    rows = [row for row in savings.totals(effect, families) if row["ranking"] not in TOLD_THE_TOKEN]
     rows = [row for row in rows if not math.isnan(row["spearman"])]
     return max(rows, key=lambda row: float(row["spearman"]), default=None)
 

@@ -1,6 +1,7 @@
 """What the columns of a run's files mean: from the schemas that the files are written with."""
 
 from hooked_moe import tables
+from hooked_moe.analysis.budgeted import BUDGETED
 from hooked_moe.analysis.cells import cells_table
 from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.analysis.expert_tokens import EXPERT_TOKENS, TOKEN_SHARES
@@ -10,6 +11,10 @@ from hooked_moe.report.blocks import Folded, Section, Table, table_row
 _SCHEMAS = {
     "cells.csv": cells_table([]).schema,
     "effects.parquet": tables.EFFECTS,
+    "estimates.parquet": tables.ESTIMATES,
+    "sampled_effects.parquet": tables.SAMPLED_EFFECTS,
+    "draw.parquet": tables.DRAW,
+    "budgeted.csv": BUDGETED,
     "effects_sequence.parquet": tables.EFFECTS_SEQUENCE,
     "progressive.parquet": tables.PROGRESSIVE,
     "routing.parquet": tables.ROUTING,

@@ -10,6 +10,8 @@ class DerivedFile:
     about: str
     columns: tuple[str, ...]
     command: str
+    of_a_sample: bool = False
+    """Only a budgeted run has it, and none lacks it."""
 
 
 def _interval(*names: str) -> tuple[str, ...]:
@@ -34,6 +36,15 @@ DERIVED_FILES = {
             "note",
         ),
         _AUDIT,
+    ),
+    "budgeted.csv": DerivedFile(
+        "what is estimated from a sample of the removals, and how surely",
+        (
+            *("effect", "kind", "layer", "name", "estimate", "sampling_low", "sampling_high", "low", "high"),
+            "n_drawn",
+        ),
+        f"{_AUDIT} --budget 1%",
+        of_a_sample=True,
     ),
     "pruning.csv": DerivedFile(
         "what pruning for good costs, beside what the effect table predicts",

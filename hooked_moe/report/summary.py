@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from hooked_moe.analysis.rankings import ROUTING_WEIGHT
 from hooked_moe.report.actions import actions
-from hooked_moe.report.blocks import Block, Figure, Opening, Paragraph, Summary
+from hooked_moe.report.blocks import Block, Figure, Links, Opening, Paragraph, Summary
+from hooked_moe.report.budgeted_sections import budget_notice, is_budgeted
 from hooked_moe.report.conclusions import conclude
 from hooked_moe.report.figures.names import FIXED_FAMILIES, label
 from hooked_moe.report.inputs import Inputs
@@ -19,14 +20,17 @@ _MOST_NAMED = 5  # rankings named in a sentence; the others are counted
 _SMALLEST_CEILING = 0.001  # shares of a smaller ceiling are noise
 
 
-def opening(inputs: Inputs, figure: tuple[Figure, ...]) -> tuple[Block, ...]:
-    """The top of the page: the verdict, its picture, what to do; then what to conclude, what was measured and found."""
+def opening(inputs: Inputs, figure: tuple[Figure, ...], links: tuple[Links, ...] = ()) -> tuple[Block, ...]:
+    """The top of the page: the verdict, its picture, what to do, other pages; then conclusions, what was measured and found."""
     verdict = lead(read_savings(inputs))
     conclusions, findings = conclude(inputs), tuple(finding for find in FINDINGS for finding in find(inputs))
     blocks: list[Block] = [Opening(verdict.headline, figure, actions(inputs), verdict.text)] if verdict else [*figure]
+    blocks += budget_notice(inputs)
+    blocks += links
     if conclusions:
         blocks.append(Summary("What to conclude", conclusions, "conclusion"))
-    blocks.append(measured(inputs))
+    if not is_budgeted(inputs):
+        blocks.append(measured(inputs))
     if findings:
         blocks.append(Summary("What was found", findings))
     return tuple(blocks)

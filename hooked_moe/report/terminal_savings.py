@@ -16,8 +16,9 @@ WIDTH = 100
 _MOST_NAME = 31
 
 
-def terminal_savings(savings: pa.Table, cells: Sequence[Cell]) -> str:
-    """savings.csv in 100 columns, by falling saving, with the verdict above it and the paper's protocol below it."""
+def terminal_savings(savings: pa.Table, cells: Sequence[Cell] | None) -> str:
+    """savings.csv in 100 columns, by falling saving, with the verdict above it and the paper's protocol below it; `cells` None
+    where that was not asked."""
     read = Savings(savings.to_pylist())
     verdict = lead(read)
     if verdict is None:
@@ -32,7 +33,9 @@ def terminal_savings(savings: pa.Table, cells: Sequence[Cell]) -> str:
     ]
     lines += [_line(read, row) for row in read.totals()]
     lines += [_line(read, row) for row in read.totals(LOSS, ("token", "oracle")) if is_measured(row)]
-    return "\n".join([*lines, "", *textwrap.wrap(protocol_line(cells), WIDTH)]) + "\n"
+    if cells is not None:
+        lines += ["", *textwrap.wrap(protocol_line(cells), WIDTH)]
+    return "\n".join(lines) + "\n"
 
 
 def _line(savings: Savings, row: Row) -> str:

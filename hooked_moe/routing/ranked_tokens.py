@@ -24,7 +24,7 @@ from hooked_moe.tables.effect_grid import effect_chunks
 from hooked_moe.tokenizer import Tokenizer
 from hooked_moe.transformer import Transformer
 
-By = Literal["weight", "gap_norm", "delta_loss", "kl", "first_order"]
+By = Literal["weight", "gap_norm", "delta_loss", "kl", "first_order", "first_order_curved"]
 _COLUMN = {"weight": "routing_weight"}
 """The column of an effect table, where its name is another."""
 
@@ -104,9 +104,9 @@ def top_tokens(
 
     `by` is "weight", the routing weight as applied; "gap_norm", how far removing the expert would move the block's output; or
     what removing it there does: "delta_loss", the change of the loss (nats; `lowest` for tokens that it harms), "kl", that of the
-    prediction, "first_order", the estimate from one gradient. Of texts, the first two cost one forward pass, "first_order" one
-    backward pass, and the others what `expert_effects` does. A directory names a finished measurement, whose tables have all of
-    them; the model then only lends its tokenizer.
+    prediction, "first_order", the estimate from one gradient, "first_order_curved", the same with the softmax's curvature. Of
+    texts, the first two cost one forward pass, the last two one backward pass, and the others what `expert_effects` does. A
+    directory names a finished measurement, whose tables have all of them; the model then only lends its tokenizer.
 
     `context` tokens on both sides are shown; `progress` shows a bar that counts tokens of texts. Equal values are in the order of
     the texts. Beside the tokens, memory holds n entries an expert. Raises `ValueError` for another `by`, `n` below 1, layers
@@ -142,9 +142,9 @@ def _measured(
 def _asked(
     model: Transformer, tokens: Tensor, real: Tensor | None, by: By, layers: Sequence[int] | None, budget: int | str | None
 ) -> tuple[Any, Tensor]:
-    if by == "first_order":
+    if by in ("first_order", "first_order_curved"):
         estimates = first_order_effects(model, tokens, layers, real, memory_budget=budget)
-        return estimates, estimates.first_order
+        return estimates, getattr(estimates, by)
     if by in ("weight", "gap_norm"):
         observed = expert_observations(model, tokens, layers, real)
         return observed, observed.routing_weight if by == "weight" else observed.gap_norm

@@ -42,6 +42,7 @@ class EffectGrid:
     rest_cosine: Float[np.ndarray, "P L K"] | None = None
     rest_norm: Float[np.ndarray, "P L K"] | None = None
     first_order: Float[np.ndarray, "P L K"] | None = None
+    first_order_curved: Float[np.ndarray, "P L K"] | None = None
     kl: Float[np.ndarray, "P L K"] | None = None
     """nats; KL divergence from the intact model's next-token distribution to the changed one's: the expected effect over next
     tokens drawn from the intact model. A number where delta_loss is one, and at times at a document's last token."""
@@ -85,18 +86,21 @@ class EffectGrid:
 _VALUES = tuple(field.name for field in fields(EffectGrid) if field.name in _TYPES and field.name not in _KEYS)
 
 
-def effect_chunks(source: TableOrPath, columns: Sequence[str] = EFFECT_VALUES, rows: int = CHUNK_ROWS) -> Iterator[EffectGrid]:
+def effect_chunks(
+    source: TableOrPath, columns: Sequence[str] = EFFECT_VALUES, rows: int = CHUNK_ROWS, effect: str = "delta_loss"
+) -> Iterator[EffectGrid]:
     """Read an effect table (parquet file or pyarrow table) in order, as grids of about `rows` rows.
 
     A chunk holds whole positions; a document may continue in the next chunk. Two tables of the same positions, layers and
     slots are cut at the same positions. `columns` picks the values to keep; those the table lacks stay None, except
-    expert and delta_loss, which it must have.
+    expert and delta_loss, which it must have. `effect` is another column that takes the place of delta_loss: a table of
+    estimates has nothing measured.
 
     Raises ValueError that names the first offending row where the rows are not sorted by document, position, layer,
     slot, where a position lacks a layer or slot, where delta_loss is missing for part of a position or infinite, or
     where the routing weights rise from one slot to the next.
     """
-    names, batches = _open(source, dict.fromkeys((*_KEYS, "expert", "delta_loss", *columns)), rows)
+    names, batches = _open(source, dict.fromkeys((*_KEYS, "expert", effect, *columns)), rows, effect)
     layout: _Layout | None = None
     held: dict[str, list[np.ndarray]] = {name: [] for name in names}
     n_held = 0
@@ -109,7 +113,7 @@ def effect_chunks(source: TableOrPath, columns: Sequence[str] = EFFECT_VALUES, r
         size = 0 if layout is None else layout.chunk_rows(rows)
         while layout is not None and n_held >= size:
             joined = {name: np.concatenate(pieces) for name, pieces in held.items()}
-            yield layout.grid({name: values[:size] for name, values in joined.items()})
+            yield layout.grid({name: values[:size] for name, values in joined.items()}, effect)
             held = {name: [values[size:]] for name, values in joined.items()}
             n_held -= size
     if layout is None:
@@ -117,14 +121,16 @@ def effect_chunks(source: TableOrPath, columns: Sequence[str] = EFFECT_VALUES, r
             raise ValueError("the effect table has no rows")
         layout = _Layout.from_first_position(*(np.concatenate(held[name]) for name in _KEYS))
     if n_held:
-        yield layout.grid({name: np.concatenate(pieces) for name, pieces in held.items()})
+        yield layout.grid({name: np.concatenate(pieces) for name, pieces in held.items()}, effect)
 
 
 def _past_first_position(held: dict[str, list[np.ndarray]]) -> bool:
     return any(held[name][-1][-1] != held[name][0][0] for name in ("document", "position"))
 
 
-def _open(source: TableOrPath, wanted: dict[str, None], rows: int) -> tuple[list[str], Iterator[pa.Table | pa.RecordBatch]]:
+def _open(
+    source: TableOrPath, wanted: dict[str, None], rows: int, effect: str
+) -> tuple[list[str], Iterator[pa.Table | pa.RecordBatch]]:
     """The wanted columns that the table has, and its rows in batches."""
     batches: Iterator[pa.Table | pa.RecordBatch]
     if isinstance(source, pa.Table):
@@ -133,7 +139,7 @@ def _open(source: TableOrPath, wanted: dict[str, None], rows: int) -> tuple[list
     else:
         names = parquet_schema(source).names
         batches = parquet_batches(source, [name for name in wanted if name in names], rows)
-    missing = [name for name in (*_KEYS, "expert", "delta_loss") if name not in names]
+    missing = [name for name in (*_KEYS, "expert", effect) if name not in names]
     if missing:
         raise ValueError(f"not an effect table: column {', '.join(missing)} missing; it has {', '.join(names)}")
     return [name for name in wanted if name in names], batches
@@ -193,10 +199,11 @@ class _Layout:
         """The number of rows nearest below `rows` that makes whole positions, at least one."""
         return max(1, rows // self.position_rows) * self.position_rows
 
-    def grid(self, columns: dict[str, np.ndarray]) -> EffectGrid:
+    def grid(self, columns: dict[str, np.ndarray], effect: str) -> EffectGrid:
         """Checked, and without its keys."""
         document, position, shape = self._keys(*(columns.pop(name) for name in _KEYS))
         values = {name: array.reshape(shape) for name, array in columns.items()}
+        values["delta_loss"] = values[effect]
         valid = _valid_positions(values["delta_loss"], document, position)
         if "kl" in values:
             torn = np.flatnonzero(valid & ~np.isfinite(values["kl"]).all(axis=(1, 2)))

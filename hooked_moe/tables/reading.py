@@ -16,6 +16,11 @@ from hooked_moe.json_text import JsonError, parse_json
 def required_file(run: Path, name: str, origin: str) -> Path:
     """The path of a run's file. Raises FileNotFoundError, which says where the file comes from, if it is missing."""
     if not (run / name).is_file():
+        if name == "effects.parquet" and (run / "sampled_effects.parquet").is_file():
+            origin = (
+                "this is a budgeted run, which made a sample of the removals (sampled_effects.parquet): no mean over it is one "
+                "over all; budgeted.csv has the estimates; `hooked-moe audit` without --budget measures all, in another directory"
+            )
         raise FileNotFoundError(f"{run / name} does not exist; {origin}")
     return run / name
 

@@ -21,7 +21,8 @@ def table_with_schema(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table
 
 
 MEASURED_TABLES: Final = (
-    *("documents", "effects", "effects_sequence", "expert_weights", "progressive", "routing", "token_texts", "tokens"),
+    *("documents", "draw", "effects", "effects_sequence", "estimates", "expert_weights", "progressive", "routing"),
+    *("sampled_effects", "token_texts", "tokens"),
 )
 """The tables of a measurement, each a parquet file of its name; all else in a run is derived from them."""
 REMOVAL_ORDERS: Final = ("descending", "ascending", "random")
@@ -71,6 +72,45 @@ EFFECTS = schema_of(
         "nats",
         "first-order estimate of delta_loss: -g E(x) . dloss/dy, y the block's routed output here; NaN if not measured",
     ),
+    (
+        "first_order_curved",
+        pa.float32(),
+        "nats",
+        "first_order plus what the change -g E(x) would do to the loss beyond its gradient if it reached the final residual "
+        "stream as it is: the softmax over the 64 most likely tokens and one token for the rest; NaN if not measured",
+    ),
+)
+ESTIMATES = pa.schema([field for field in EFFECTS if field.name not in ("delta_loss", "kl")])
+"""What a budgeted run knows of every removal without making it."""
+SAMPLED_EFFECTS = schema_of(
+    _DOCUMENT,
+    _POSITION,
+    _LAYER,
+    _SLOT,
+    _EXPERT,
+    (
+        "inclusion_probability",
+        pa.float64(),
+        "1",
+        "how likely this removal was to be drawn. The table has those drawn alone, and what costs much was drawn more often: a "
+        "mean over its rows is no mean over removals, unless each row counts 1 / inclusion_probability",
+    ),
+    (
+        "delta_loss",
+        pa.float32(),
+        "nats",
+        "loss without the expert at this position minus the intact model's; above 0 where the expert helps",
+    ),
+    _KL,
+)
+DRAW = schema_of(
+    _LAYER,
+    ("expert", pa.int16(), "index", "routed expert"),
+    ("n_removals", pa.int64(), "removals", "removals of the expert that could be drawn"),
+    ("n_drawn", pa.int64(), "removals", "those of them that were drawn"),
+    ("least_probability", pa.float64(), "1", "the smallest inclusion probability of any of them"),
+    ("gap_scale", pa.float64(), "nats", "nats of size for the square of a gap norm, of the layer"),
+    ("factor", pa.float64(), "1 / nats", "what a nat of size adds to a removal's probability, the same for all"),
 )
 EFFECTS_SEQUENCE = schema_of(
     _DOCUMENT,

@@ -79,7 +79,7 @@ def test_the_size_of_the_chunks_changes_nothing(run, tmp_path, monkeypatch):
 
 def test_both_scopes_are_audited(analysed):
     _, cells = analysed
-    assert [cell.scope for cell in cells] == ["position"] * 120 + ["sequence"] * 120
+    assert [cell.scope for cell in cells] == ["position"] * 126 + ["sequence"] * 126
     last = [cell for cell in cells if cell.layer == PLANTED_LAYER]  # where both removals are the same
     for one, other in zip(last[: len(last) // 2], last[len(last) // 2 :], strict=True):
         assert (one.ranking, one.population) == (other.ranking, other.population)
@@ -144,13 +144,13 @@ def test_a_criterion_that_explains_the_loss_changes_reaches_the_ceiling(tmp_path
 
 def test_the_token_scores_are_recognised_and_the_criteria_are_not(run):
     table = pd.read_csv(run / "bayes.csv").set_index("criterion")
-    assert list(table.index) == [*CRITERIA, "routing_weight", "gap_norm", "first_order", "oracle", "chance"]
+    assert list(table.index) == [*CRITERIA, "routing_weight", "gap_norm", "first_order", "first_order_curved", "oracle", "chance"]
     assert (table.loc[list(CRITERIA), "pl_bf10"] < 3).all()
-    assert (table.loc[["routing_weight", "gap_norm", "first_order"], "pl_bf10"] > 1000).all()
+    assert (table.loc[["routing_weight", "gap_norm", "first_order", "first_order_curved"], "pl_bf10"] > 1000).all()
     lodo = table["lodo_score"]
     assert lodo["first_order"] > lodo["routing_weight"] > 0.01 > lodo[list(CRITERIA)].max()
     assert table["stacking_weight"].sum() == pytest.approx(1)
-    assert table.loc[["first_order", "oracle"], "stacking_weight"].isna().all()
+    assert table.loc[["first_order", "first_order_curved", "oracle"], "stacking_weight"].isna().all()
     assert (table["n_positions_available"] == 24 * 39).all()
 
 

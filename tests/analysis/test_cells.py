@@ -10,7 +10,7 @@ import scipy.stats
 from hooked_moe import statistics, tables
 from hooked_moe.analysis.cells import Cell, cells_from_table, cells_table
 from hooked_moe.analysis.criteria import CRITERIA
-from hooked_moe.analysis.rankings import ROUTING_WEIGHT, TOKEN_LADDER
+from hooked_moe.analysis.rankings import ROUTING_WEIGHT, TOKEN_LADDER, TOLD_THE_TOKEN
 from hooked_moe.tables.effect_grid import effect_chunks
 from tests.support.synthetic_effects import PLANTED_LAYER, synthetic_effects, synthetic_expert_weights
 from tests.support.whole_tables import audit_cells, expert_criteria, frozen_positions, read_effects
@@ -31,7 +31,7 @@ def cells() -> list[Cell]:
 
 def test_the_planted_effect_is_found_and_nothing_else(cells):
     for cell in cells:
-        planted = cell.ranking == "first_order" or (cell.ranking in TOKEN_LADDER and cell.layer == PLANTED_LAYER)
+        planted = cell.ranking in TOLD_THE_TOKEN or (cell.ranking in TOKEN_LADDER and cell.layer == PLANTED_LAYER)
         if cell.note:
             assert cell.outcome == "refused"
         else:
@@ -46,7 +46,7 @@ def test_a_reversed_effect_is_called_negative():
 
 
 def test_cells_come_in_order_with_their_families_counted(cells):
-    rankings = [*CRITERIA, "routing_weight", "gap_norm", "first_order", "oracle"]
+    rankings = [*CRITERIA, "routing_weight", "gap_norm", *TOLD_THE_TOKEN, "oracle"]
     assert [key(cell) for cell in cells] == [(p, r, layer) for p in ("sample", "all") for r in rankings for layer in (0, 1, 2)]
     for cell in cells:
         assert cell.n_tests == {"paper": 12, "extended": 36, "token": 3, "oracle": 3}[cell.family]

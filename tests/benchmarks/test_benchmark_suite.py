@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +21,7 @@ from hooked_moe import HookedMoE
 from hooked_moe.components import experts
 from hooked_moe.counterfactuals import expert_effects
 from hooked_moe.counterfactuals.engine import fan_out
+from hooked_moe.counterfactuals.work import ATTENTION, removal_work
 from hooked_moe.kernels.cpu.grouped_matmul import grouped_matmul_loop
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # as the scripts run it
@@ -178,15 +180,15 @@ def test_flops_are_those_that_torch_counts(
     with FlopCounterMode(display=False) as counter:
         expert_effects(model, tokens, layers)
     products = {str(op): count for op, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)}
-    work = roofline.flops(model.cfg, 9, layers)
-    assert sum(products.values()) == sum(work.values()) - work[roofline.ATTENTION]
+    work = removal_work(model.cfg, 9, layers)
+    assert sum(products.values()) == sum(work.values()) - work[ATTENTION]
 
 
 def test_flops_of_attention_count_each_pair_of_a_token_and_one_before_it(make_model: Callable[..., HookedMoE]) -> None:
     cfg = make_model().cfg
     runs = 3 + 3 * (1 + 2)  # the clean run in three layers, three variants from layer 0 on in two, those from layer 1 on in one
     pairs = sum(1 for token in range(9) for _ in range(token + 1))
-    assert roofline.flops(cfg, 9, [0, 1, 2])[roofline.ATTENTION] == runs * pairs * cfg.n_heads * 2 * (cfg.d_head + cfg.d_head)
+    assert removal_work(cfg, 9, [0, 1, 2])[ATTENTION] == runs * pairs * cfg.n_heads * 2 * (cfg.d_head + cfg.d_head)
 
 
 def test_scaling_has_an_exponent_for_every_quantity() -> None:
@@ -200,14 +202,17 @@ def test_scaling_has_an_exponent_for_every_quantity() -> None:
     assert 1 <= work[0] <= 2
 
 
-def test_streaming_finds_the_same_effects_in_one_sweep(tmp_path: Path) -> None:
-    (table,) = streaming.main(["--small", "--dtypes", "float32", "--dir", str(tmp_path), "--memory-limit", "8GB"])
+def test_a_streamed_audit_finds_the_same_effects_in_five_reads_of_the_checkpoint(tmp_path: Path) -> None:
+    (table,) = streaming.main(["--small", "--precisions", "float32", "--dir", str(tmp_path), "--memory-limit", "8GB"])
     assert column(table, "weights") == ["streamed", "in memory"]
-    assert column(table, "blocks read") == ["4", ""]  # each once, and the first ahead of a next sweep
+    streamed, in_memory = (float(cell) for cell in column(table, "reads"))
+    assert in_memory == 1
+    assert 4 < streamed <= 5
     assert all(float(cell) > 0 for cell in column(table, "of the checkpoint"))
-    digests = [streaming.Measured(1.0, 1.0, 1, None, 1, 1, digest) for digest in ("a", "b")]
-    with pytest.raises(ArithmeticError, match="effects differ in float32"):
-        streaming.check_equal({("float32", "streamed"): digests[:1], ("float32", "in memory"): digests[1:]})
+    known = {"float32": np.zeros(3)}
+    streaming.check_equal("float32", known, np.full(3, 1e-6))
+    with pytest.raises(ArithmeticError, match=r"the effects differ by 0\.001 nats in float32"):
+        streaming.check_equal("float32", known, np.array([0.0, 1e-3, 0.0]))
 
 
 def test_max_layers_are_those_of_the_model_or_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +221,8 @@ def test_max_layers_are_those_of_the_model_or_of_the_disk(tmp_path: Path, monkey
     usage = streaming.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(streaming.shutil, "disk_usage", lambda path: usage._replace(free=8_000_000))
     assert 2 <= streaming.layers_that_fit(args) < 8
+    args.layers = "full"
+    assert "skipped: " in str(streaming.lacking_disk(args))
 
 
 def test_a_checkpoint_is_written_once_and_loads(tmp_path: Path) -> None:

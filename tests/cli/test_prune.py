@@ -159,9 +159,10 @@ def test_criteria_are_of_the_even_documents_alone_and_in_their_published_directi
         highest = table[table["layer"] == layer].set_index("expert")["aimer"].sort_values(ascending=False).index[:2]
         assert removed == sorted(highest)
     measured = frame.dropna(subset=["delta_loss"])
-    for layer, removed in removed_by(workplace, "first_order").items():
-        sums = measured[measured["layer"] == layer].groupby("expert")["first_order"].sum().reindex(range(EXPERTS)).fillna(0)
-        assert removed == sorted(sums.sort_values().index[:2])
+    for estimate in ("first_order", "first_order_curved"):
+        for layer, removed in removed_by(workplace, estimate).items():
+            sums = measured[measured["layer"] == layer].groupby("expert")[estimate].sum().reindex(range(EXPERTS)).fillna(0)
+            assert removed == sorted(sums.sort_values().index[:2])
 
 
 def test_every_ranking_prunes_as_many_and_a_budget_for_the_model_leaves_enough(workplace):

@@ -66,7 +66,15 @@ def test_the_routed_part_is_the_rise_without_a_layers_experts(values: dict[tuple
 def test_every_response_is_there_and_intervals_hold_their_values(values: dict[tuple[str, str], Response]) -> None:
     names = {name for _, name in values}
     expected = {f"{kind}_{name}{effect}" for kind in ("saving", "spearman", "z") for name in STUDIED for effect in ("", "_kl")}
-    expected |= {"log_kl_ceiling", "loss_ceiling", "first_order_rho", "half_removed", "all_removed", "best_share_of_oracle"}
+    expected |= {
+        "log_kl_ceiling",
+        "loss_ceiling",
+        "first_order_rho",
+        "first_order_curved_rho",
+        "half_removed",
+        "all_removed",
+        "best_share_of_oracle",
+    }
     expected |= {"prune_reap_over_random", "last_layer_control_d", "helps_reap", "d_reap", "p_control"}
     assert expected <= names
     for response in values.values():
@@ -107,6 +115,7 @@ def test_shuffled_experts_leave_every_ranking_at_chance(
     assert abs(chance["all", "spearman_reap_kl"]) < 0.06
     assert abs(chance["all", "first_order_rho"]) < 0.06
     assert values["all", "first_order_rho"].value > 0.7
+    assert values["all", "first_order_curved_rho"].value > 0.7
     assert values["all", "d_control"].value > 0.1 > abs(chance["all", "d_control"])
     assert chance["all", "top_slot_share"] == pytest.approx(1 / 8, abs=0.03)
     assert not any(name.startswith("last_layer") for _, name in chance)

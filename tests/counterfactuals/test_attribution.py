@@ -16,7 +16,7 @@ from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.components.attention import Attention, QueriesKeysValues
 from hooked_moe.components.block import Block
 from hooked_moe.components.rotary import Rotation, rotation
-from hooked_moe.counterfactuals import expert_effects
+from hooked_moe.counterfactuals import expert_effects, loss_head
 from hooked_moe.counterfactuals import first_order as attribution
 from hooked_moe.counterfactuals.engine.memory import demand_of
 from hooked_moe.counterfactuals.first_order import first_order_effects
@@ -151,7 +151,7 @@ def test_rows_layers_and_losses_at_once_change_nothing_but_rounding(model: Hooke
     whole = first_order_effects(model, some_tokens())
     last = first_order_effects(model, some_tokens(), [2])
     torch.testing.assert_close(last.first_order, whole.first_order[2:], atol=2e-6, rtol=1e-4, equal_nan=True)
-    monkeypatch.setattr(attribution, "LOSSES_PER_CHUNK", 3)
+    monkeypatch.setattr(loss_head, "LOSSES_PER_CHUNK", 3)
     demand = demand_of(model.cfg, POSITIONS, chunk_size=POSITIONS)
     block, residuals = attribution.BACKWARD_ACTIVATIONS * demand.row, 5 * POSITIONS * demand.variant_token
     one_row, three_blocks = (demand.fixed + residuals + blocks * block for blocks in (1, 3))
@@ -177,9 +177,3 @@ def test_half_precision_follows_float32(make_model: Callable[..., HookedMoE], dt
     assert half.dtype == torch.float32
     assert (half - wide).abs().median() < 2e-2
     assert torch.corrcoef(torch.stack([half.flatten(), wide.flatten()]))[0, 1] > 0.9
-
-
-def test_a_streamed_model_is_refused(model: HookedMoE, tmp_path: Any) -> None:
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a gradient needs all weights in memory"):
-        first_order_effects(HookedMoE.from_pretrained(tmp_path, stream=True), some_tokens())

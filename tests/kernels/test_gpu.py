@@ -75,7 +75,7 @@ def test_variants_go_through_a_block_without_waiting_for_the_gpu(make_model: Cal
         clean: CleanBlock = clean_block(model.blocks[0], 0, resid, rotate)
         experts = as_expert_block(clean)
         variants = Zero().without(experts, each_slot_removed(experts))
-        advance(variants, clean_block(model.blocks[1], 1, clean.resid_post, rotate), rotate, Windows(None), None)
+        advance(variants, clean_block(model.blocks[1], 1, clean.resid_post, rotate), rotate, Windows(None), 4096)
 
     step()  # compiles
     torch.cuda.synchronize()

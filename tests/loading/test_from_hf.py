@@ -121,8 +121,8 @@ def test_from_pretrained_takes_the_weights_of_a_model(tmp_path: Path) -> None:
     assert hf.lm_head.weight.dtype == torch.float32
     for options, message in (
         ({"hf_model": tiny("olmoe-plain")}, r"of the family 'mixtral', and hf_model of 'olmoe'"),
-        ({"hf_model": hf, "stream": True}, r"leave out stream and adapter"),
-        ({"hf_model": hf, "adapter": "x"}, r"leave out stream and adapter"),
+        ({"hf_model": hf, "stream": True}, r"leave out stream, store and adapter"),
+        ({"hf_model": hf, "adapter": "x"}, r"leave out stream, store and adapter"),
     ):
         with pytest.raises(ValueError, match=message):
             HookedMoE.from_pretrained(tmp_path / "base", **options)

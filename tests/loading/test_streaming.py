@@ -23,15 +23,19 @@ from hooked_moe.corpus import Corpus, Document
 from hooked_moe.counterfactuals import Scope, expert_effects
 from hooked_moe.counterfactuals.engine import fan_out
 from hooked_moe.counterfactuals.engine.memory import demand_of, variant_bytes
+from hooked_moe.counterfactuals.first_order import first_order_effects
+from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
 from hooked_moe.counterfactuals.readouts import LossAfter
 from hooked_moe.loading import streaming
 from hooked_moe.loading.spill import Spill, Waiting
 from hooked_moe.loading.streaming import StreamedBlocks
+from hooked_moe.measurement import open_measurement
 from hooked_moe.measurement.document_tables import TABLES
 from hooked_moe.measurement.fingerprint import weights_sha256
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.measurement.verification import noise_floor, verify
 from hooked_moe.tokenizer import Tokenizer
 from tests.conftest import random_model
 
@@ -68,6 +72,13 @@ def blocks_of(model: HookedMoE) -> StreamedBlocks:
     blocks = model.blocks
     assert isinstance(blocks, StreamedBlocks)
     return blocks
+
+
+def read_so_far(blocks: StreamedBlocks) -> int:
+    """How many blocks were read, that ahead included."""
+    if blocks._ahead is not None:
+        blocks._ahead[1].result()
+    return blocks.blocks_read
 
 
 def in_memory(model: HookedMoE) -> set[int]:
@@ -149,6 +160,37 @@ def test_experts_removed_from_whole_sequences_take_one_sweep_too(
     assert torch.equal(found.delta_loss.nan_to_num(7.0), expected.delta_loss.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("allowance", [0, 1 << 30], ids=["on disk", "in memory"])
+def test_first_order_effects_are_equal_to_the_bit_and_read_each_weight_up_and_down_the_layers(
+    allowance: int, whole: HookedMoE, streamed: HookedMoE, tmp_path: Path
+) -> None:
+    tokens = torch.randint(0, 61, (3, 9), generator=torch.Generator().manual_seed(4))
+    blocks = blocks_of(streamed)
+    blocks.spill = Spill(allowance, tmp_path)
+    one_row = least_budget_of_gradients(whole.cfg, 9)
+    for budget in (None, one_row):
+        read = blocks.blocks_read
+        found = first_order_effects(streamed, tokens, memory_budget=budget)
+        assert blocks.blocks_read - read <= 2 * whole.cfg.n_layers + 1
+        expected = first_order_effects(whole, tokens, memory_budget=budget)
+        for name in ("first_order", "first_order_curved", "expert_index"):
+            assert torch.equal(getattr(found, name).nan_to_num(7.0), getattr(expected, name).nan_to_num(7.0)), name
+    assert blocks.spill.written > 0, "under a budget, nothing waits in memory"
+    assert blocks.spill.allowance == allowance
+    assert not list(tmp_path.iterdir())
+
+
+def test_blocks_are_read_ahead_in_the_order_in_which_they_are_taken(streamed: HookedMoE) -> None:
+    blocks, n_layers = blocks_of(streamed), streamed.cfg.n_layers
+    _ = blocks[0]
+    up, mixed = range(n_layers), [2, 0, 1, *range(3, n_layers)]
+    for order in (up, reversed(up), up, blocks.in_order(mixed)):
+        before = read_so_far(blocks)
+        for layer in order:
+            _ = blocks[layer]
+        assert read_so_far(blocks) - before <= n_layers + 1
+
+
 @REPEATED
 def test_all_that_waits_takes_one_file(streamed: HookedMoE, tmp_path: Path) -> None:
     blocks_of(streamed).spill = Spill(0, tmp_path)
@@ -206,6 +248,22 @@ def test_under_a_memory_budget_nothing_waits_in_memory(
     torch.testing.assert_close(within.delta_loss, without.delta_loss, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("scope", ["position", "sequence", "from_position"])
+def test_verification_reads_each_weight_twice_and_finds_what_it_finds_in_memory(
+    scope: Scope, whole: HookedMoE, streamed: HookedMoE
+) -> None:
+    tokens = torch.randint(0, 61, (1, 12), generator=torch.Generator().manual_seed(4))
+    before = read_so_far(blocks_of(streamed))
+    found = verify(streamed, tokens, scopes=[scope])
+    assert read_so_far(blocks_of(streamed)) - before <= 2 * whole.cfg.n_layers
+    assert found == verify(whole, tokens, scopes=[scope])
+    assert all(check.passed for check in found)
+    before = read_so_far(blocks_of(streamed))
+    rows = tokens.view(2, 6)
+    assert noise_floor(streamed, rows) == noise_floor(whole, rows)
+    assert read_so_far(blocks_of(streamed)) - before <= whole.cfg.n_layers
+
+
 # Measuring a corpus
 
 
@@ -227,21 +285,18 @@ def corpus_of(model: HookedMoE) -> TokenizedCorpus:
 
 
 def measure(model: HookedMoE, directory: Path) -> Path:
-    spec = PartSpec("position", tuple(model.cfg.moe_layers), first_order=not model.streams)
+    spec = PartSpec("position", tuple(model.cfg.moe_layers))
     measure_part(model, corpus_of(model), spec, directory / "shards", directory, {"plan": "p"}, progress=False)
     return directory
 
 
 def assert_same_tables(one: Path, other: Path) -> None:
-    """But for what takes a backward pass, which weights that are streamed do not allow."""
     for name in TABLES["position"]:
         found, expected = (pq.read_table(run / f"{name}.parquet") for run in (one, other))
-        if name == "effects":
-            found, expected = (table.drop_columns("first_order") for table in (found, expected))
         assert found.to_pandas().equals(expected.to_pandas()), name
 
 
-def test_a_corpus_is_measured_in_one_sweep_per_window_to_the_same_tables(
+def test_a_corpus_is_measured_up_and_down_the_layers_once_to_the_same_tables(
     whole: HookedMoE, streamed: HookedMoE, tmp_path: Path
 ) -> None:
     """To the bit on one thread, as the tests run: of several, a document has its share where weights are in memory and all where
@@ -249,13 +304,31 @@ def test_a_corpus_is_measured_in_one_sweep_per_window_to_the_same_tables(
     blocks = blocks_of(streamed)
     before = blocks.blocks_read
     measure(streamed, tmp_path / "streamed")
-    sweeps = max(len(windows) for windows in corpus_of(streamed).documents)
-    assert blocks.blocks_read - before <= sweeps * whole.cfg.n_layers + 1
+    assert max(len(windows) for windows in corpus_of(streamed).documents) > 1
+    assert blocks.blocks_read - before <= 2 * whole.cfg.n_layers + 1
     measure(whole, tmp_path / "whole")
     assert_same_tables(tmp_path / "whole", tmp_path / "streamed")
-    first_order = {name: pq.read_table(tmp_path / name / "effects.parquet")["first_order"] for name in ("whole", "streamed")}
-    assert np.isnan(first_order["streamed"]).all()
-    assert np.isfinite(first_order["whole"]).mean() > 0.9
+    estimates = pq.read_table(tmp_path / "streamed" / "effects.parquet").select(["first_order", "first_order_curved"])
+    assert all(np.isfinite(column).mean() > 0.9 for column in estimates)
+
+
+@pytest.mark.parametrize("scope", ["position", "sequence"])
+def test_a_run_reads_the_checkpoint_five_times_at_most_and_finds_what_it_finds_in_memory(
+    scope: Any, whole: HookedMoE, streamed: HookedMoE, tmp_path: Path
+) -> None:
+    """Checksum, verification (two), removals, and for first-order effects the way back; norms of weights beside verification."""
+    effects = {}
+    for model in (whole, streamed):
+        directory = tmp_path / ("streamed" if model.streams else "whole")
+        with open_measurement(model, corpus_of(model), results=directory, name="run") as run:
+            run.require(scope, progress=False)
+        names = [name for name in run.manifest["files"] if name != "documents.parquet"]
+        effects[model.streams] = {name: pq.read_table(run.directory / name).to_pandas() for name in names}
+    for name, table in effects[True].items():
+        assert table.equals(effects[False][name]), name
+    assert read_so_far(blocks_of(streamed)) < 5 * whole.cfg.n_layers
+    sizes = [tensor.nbytes for tensor in blocks_of(streamed).checkpoint.tensors.values()]
+    assert blocks_of(streamed).bytes_read < 5 * sum(sizes)
 
 
 FULL_DISK = OSError(28, "No space left on device")

@@ -92,9 +92,10 @@ def reference(
                         rest = contributions.sum(0) - contributions[slot]
                         norms = float(outputs[slot].norm()), float(contributions[slot].norm())
                         cosine = float(torch.cosine_similarity(contributions[slot], rest, dim=0))
-                        first_order = float(slopes.first_order[slopes.layers.index(layer), 0, j, slot])
+                        at = (slopes.layers.index(layer), 0, j, slot)
+                        estimates = float(slopes.first_order[at]), float(slopes.first_order_curved[at])
                         observed = float(weights[slot]), *norms, cosine, float(rest.norm())
-                        effects.append((document, position, layer, slot, expert, *observed, loss, delta, kl, first_order))
+                        effects.append((document, position, layer, slot, expert, *observed, loss, delta, kl, *estimates))
             start += N_CTX - 1
             number += 1
     return pd.DataFrame(effects, columns=EFFECTS.names), pd.DataFrame(tokens, columns=TOKENS.names)
@@ -187,7 +188,7 @@ def test_a_sample_is_removed_at_its_positions_only_and_routing_is_observed_every
     for name in ("effects", "effects_sequence"):
         asked = [place in sample for place in zip(every[name]["document"], every[name]["position"], strict=True)]
         expected = every[name].copy()
-        for column in expected.columns.intersection(["delta_loss", "kl", "first_order"]):
+        for column in expected.columns.intersection(["delta_loss", "kl", "first_order", "first_order_curved"]):
             expected[column] = expected[column].where(asked)
         assert_equal(some[name], expected)
     assert read_effects(tmp_path / "some" / "effects.parquet").valid.sum() == len(sample)

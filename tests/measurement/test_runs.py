@@ -15,6 +15,7 @@ import torch
 
 from hooked_moe import HookedMoE, measurement
 from hooked_moe.checks import pairs_of_numbers
+from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.measurement import Run, gate, measured_positions, open_measurement
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
@@ -143,7 +144,12 @@ def test_a_failure_to_open_leaves_the_run_unlocked(opened: Callable[..., Run], t
 
 def test_scopes_are_verified_before_they_are_measured_and_only_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, original = [], gate.verify
-    monkeypatch.setattr(gate, "verify", lambda *inputs: asked.append(inputs[-1]) or original(*inputs))
+
+    def recorded(*inputs: Any) -> Steps[Any]:
+        asked.append(inputs[-1])
+        return (yield from original.steps(*inputs))
+
+    monkeypatch.setattr(gate, "verify", pausable(recorded))
     run.require("progressive", SOME, progress=False)
     run.require("position", SOME, progress=False)
     run.require("sequence", SOME, progress=False)
@@ -154,13 +160,7 @@ def test_scopes_are_verified_before_they_are_measured_and_only_once(run: Run, mo
     assert len(set(names)) == len(names)
 
 
-def first_order_there(run: Run) -> float:
-    """The share of the rows with an effect that have a first-order effect."""
-    rows = table(run, "effects").dropna(subset="delta_loss")
-    return float(rows["first_order"].notna().mean())
-
-
-def test_streamed_and_in_memory_measurements_are_not_mixed(
+def test_a_streamed_run_takes_up_one_in_memory_and_the_other_way_round(
     make_model: Callable[..., HookedMoE], measured: list[PartSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model(n_layers=2, model_type="olmoe").save_pretrained(tmp_path / "model")
@@ -170,27 +170,17 @@ def test_streamed_and_in_memory_measurements_are_not_mixed(
         model = number_reader(lambda: HookedMoE.from_pretrained(tmp_path / "model", stream=stream))
         return open_measurement(model, TokenizedCorpus(model, corpus, 8), results=tmp_path / "results", name="run")
 
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, opened(stream=False) as run:
-        patch.setattr(measurement.shards, "_merge", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run.require("position", SOME)
-    with opened(stream=True) as run:  # takes up no shard of the other kind
-        run.require("position", SOME)
-        assert first_order_there(run) == 0
-    with opened(stream=False) as run:
-        run.require("position", SOME)
-        assert first_order_there(run) == 1
-    assert [spec.first_order for spec in measured] == [True, False, True]
     with opened(stream=True) as run:
+        run.require("position", SOME)
+        rows = table(run, "effects").dropna(subset="delta_loss")
+        assert rows[["first_order", "first_order_curved"]].notna().all(axis=None)
+    with opened(stream=False) as run:
         run.require("position", SOME)  # all there
-        with pytest.raises(ValueError, match=r"has first-order effects, .* open the model without stream=True, or give another"):
-            run.require("position", OTHERS)
+        run.require("position", OTHERS)
+    with opened(stream=True) as run:
+        run.require("position", OTHERS)  # all there
         run.require("sequence", SOME)
-    assert first_order_there(run) == 1
-    assert [spec.part for spec in measured[3:]] == ["sequence"]
+    assert [spec.part for spec in measured] == ["position", "position", "sequence"]
 
 
 @pytest.mark.parametrize(

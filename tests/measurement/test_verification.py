@@ -18,6 +18,7 @@ from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.components.moe import combine_onto
 from hooked_moe.counterfactuals import LossAfter, Zero, expert_removal, removals
 from hooked_moe.counterfactuals.engine import fan_out, losses
+from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.kernels import target_loss
 from hooked_moe.kernels.target_loss import LossAndLogSum
@@ -177,9 +178,10 @@ def test_an_effect_on_an_earlier_token_fails_the_fourth_check_alone(
 ) -> None:
     original = verification._losses
 
-    def backwards(model: HookedMoE, tokens: Tensor, mask: ExpertMask | None = None) -> Tensor:
-        losses = original(model, tokens, mask)
-        changed = (losses != original(model, tokens))[0].nonzero().flatten().tolist()
+    def backwards(model: HookedMoE, tokens: Tensor, *removals: Any) -> Steps[Tensor]:
+        losses = yield from original(model, tokens, *removals)
+        clean = yield from original(model, tokens)
+        changed = (losses != clean)[0].nonzero().flatten().tolist()
         if changed and changed[0] > 0:
             losses[0, changed[0] - 1] += 1e-4
         return losses
@@ -195,11 +197,11 @@ def test_fast_effects_that_are_off_fail_the_fifth_check_alone(
 ) -> None:
     original = verification.expert_effects
 
-    def off(*inputs: Any, **options: Any) -> Any:
-        effects = original(*inputs, **options)
+    def off(*inputs: Any, **options: Any) -> Steps[Any]:
+        effects = yield from original.steps(*inputs, **options)
         return dataclasses.replace(effects, delta_loss=effects.delta_loss + wrong)
 
-    monkeypatch.setattr(verification, "expert_effects", off)
+    monkeypatch.setattr(verification, "expert_effects", pausable(off))
     checks = verify(model, sequence)
     assert failed(checks) == ["effects are exact"]
     assert not checks[-1].value < 9e-4
@@ -223,12 +225,12 @@ def test_effects_are_compared_for_the_removal_and_the_scopes_to_be_measured(
     original = verification.expert_effects
 
     def off(
-        model: HookedMoE, tokens: Tensor, layers: Any = None, scope: str = "position", removal: str = "zero", **rest: Any
-    ) -> Any:
-        effects = original(model, tokens, layers, scope, removal, **rest)
+        model: HookedMoE, tokens: Tensor, layers: Any = None, scope: Any = "position", removal: str = "zero", **rest: Any
+    ) -> Steps[Any]:
+        effects = yield from original.steps(model, tokens, layers, scope, removal, **rest)
         return dataclasses.replace(effects, delta_loss=effects.delta_loss + (1e-3 if fault in (scope, removal) else 0))
 
-    monkeypatch.setattr(verification, "expert_effects", off)
+    monkeypatch.setattr(verification, "expert_effects", pausable(off))
     assert failed(verify(model, sequence)) == []
     asked = {"reroute": ("reroute", ("position",)), "sequence": ("zero", ("position", "sequence"))}[fault]
     found = {"reroute": "effects are exact", "sequence": "effects are exact, sequence-wide"}[fault]

@@ -360,12 +360,13 @@ def test_every_text_of_a_block_stays_text():
         blocks.Table((markup,), (cells, blocks.TableRow(heading=markup))),
         picture := blocks.Figure(1, "name", markup, markup, "data:wide", "data:narrow"),
         blocks.Opening(markup, (picture,), (blocks.Action(markup, markup),), markup),
+        blocks.Links(markup, (blocks.Link(markup, "#anchor"),)),
     )
     assert {block.kind for block in every} | {"folded"} == {kind.kind for kind in get_args(blocks.Block)}
     page = blocks.Page(markup, every, (blocks.Section("anchor", markup, (blocks.Folded(markup, every, on_paper=True),)),))
     rendered = render_page(page)
     assert "<b>bold" not in rendered
-    titles, texts_of_blocks = 2 + 2 + 1, 27  # titles of the page and the section, twice each, and of the fold
+    titles, texts_of_blocks = 2 + 2 + 1, 29  # titles of the page and the section, twice each, and of the fold
     assert Page(rendered).text.count(markup) == titles + 2 * texts_of_blocks
 
 

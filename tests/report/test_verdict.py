@@ -301,9 +301,12 @@ def test_the_figure_of_savings_draws_every_ranking_in_both_effects(narrow):
     axes = draw_savings(numbers, narrow).axes[0]
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert names[0] == "REAP"
-    assert len(names) == 21
-    assert [len(container.lines[0].get_xdata()) for container in axes.containers] == [21, 20]
-    np.testing.assert_allclose(sorted(axes.containers[0].lines[0].get_xdata()), sorted(numbers["saving_share"].to_pylist()[:21]))
+    every = len((*CRITERIA, *TOKEN_LADDER, "kl", ORACLE))
+    assert len(names) == every
+    assert [len(container.lines[0].get_xdata()) for container in axes.containers] == [every, every - 1]
+    np.testing.assert_allclose(
+        sorted(axes.containers[0].lines[0].get_xdata()), sorted(numbers["saving_share"].to_pylist()[:every])
+    )
 
 
 def test_without_expected_effects_the_report_speaks_of_realised_ones_alone(tmp_path):

@@ -21,7 +21,7 @@ from hooked_moe.routing import pieces as pieces_module
 from tests.conftest import ARCHITECTURES, random_model
 from tests.support.number_text import number_corpus, number_reader, token_ids
 
-BY = ("weight", "gap_norm", "delta_loss", "kl", "first_order")
+BY = ("weight", "gap_norm", "delta_loss", "kl", "first_order", "first_order_curved")
 LENGTHS = (20, 5, 13, 8, 2)
 
 
@@ -43,8 +43,11 @@ def entries(reader: HookedMoE) -> dict[str, Entries]:
         for start in starts:
             window = torch.tensor([ids[start : start + 8]])
             effects = expert_effects(reader, window)
-            tables = {by: getattr(effects, {"weight": "routing_weight"}.get(by, by)) for by in BY if by != "first_order"}
-            tables["first_order"] = first_order_effects(reader, window).first_order
+            tables = {
+                by: getattr(effects, {"weight": "routing_weight"}.get(by, by)) for by in BY if not by.startswith("first_order")
+            }
+            estimates = first_order_effects(reader, window)
+            tables |= {by: getattr(estimates, by) for by in BY if by.startswith("first_order")}
             own = window.shape[1] - (start != starts[-1])
             for layer, pos, slot in np.ndindex(3, own, 3):
                 key = layer, int(effects.expert_index[layer, 0, pos, slot])
@@ -156,7 +159,10 @@ def test_the_page_shows_tokens_in_context_and_escapes_them(tmp_path: Path) -> No
 
 
 def test_bad_requests_are_answered(reader: HookedMoE, tokens: Tensor, unchecked: None) -> None:
-    with pytest.raises(ValueError, match="by must be one of 'weight', 'gap_norm', 'delta_loss', 'kl', 'first_order', not 'loss'"):
+    with pytest.raises(
+        ValueError,
+        match="by must be one of 'weight', 'gap_norm', 'delta_loss', 'kl', 'first_order', 'first_order_curved', not 'loss'",
+    ):
         top_tokens(reader, tokens, "loss")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="n must be 1 or more and context 0 or more, not 0 and 16"):
         top_tokens(reader, tokens, n=0)

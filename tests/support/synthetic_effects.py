@@ -95,6 +95,7 @@ def synthetic_effects(
         "baseline_loss": baseline,
         "delta_loss": delta,
         "first_order": first_order,
+        "first_order_curved": 0.9 * delta + 0.1 * first_order,
         "kl": kl,  # also at a document's end, as measured
     }
     columns = [every[field.name].ravel().astype(field.type.to_pandas_dtype()) for field in EFFECTS]

@@ -61,7 +61,8 @@ def true_d(family: str, ranking: str, layer: int, n_layers: int) -> float:
     """The planted effect size over single positions."""
     depth = layer / max(n_layers - 1, 1)
     if family == "token":
-        return {"routing_weight": 0.12, "gap_norm": 0.15, "first_order": 0.3}[ranking] + 0.12 * depth
+        planted = {"routing_weight": 0.12, "gap_norm": 0.15, "first_order": 0.3, "first_order_curved": 0.35}
+        return planted[ranking] + 0.12 * depth
     if family == "oracle":
         return 0.13
     if ranking == "activation_norm":
@@ -234,7 +235,8 @@ def _ceiling(random: np.random.Generator, n_layers: int) -> list[dict[str, Any]]
 
 def _bayes(random: np.random.Generator) -> list[dict[str, Any]]:
     rows = []
-    betas = {"routing_weight": 0.21, "gap_norm": 0.26, "first_order": 0.55, "oracle": 0.24, "activation_norm": 0.07}
+    betas = {"routing_weight": 0.21, "gap_norm": 0.26, "first_order": 0.55, "first_order_curved": 0.6}
+    betas |= {"oracle": 0.24, "activation_norm": 0.07}
     weights = {"activation_norm": 0.72, "reap": 0.2}
     fixed = (*PAPER_CRITERIA, *EXTENDED_CRITERIA)
     for family, criteria in FAMILIES.items():

@@ -24,7 +24,7 @@ HELPFUL = {
     "activation_std": 0.4,
     "routing_entropy": -0.4,
 }
-PER_TOKEN = {"routing_weight": 0.98, "gap_norm": 0.99, "first_order": 0.9}
+PER_TOKEN = {"routing_weight": 0.98, "gap_norm": 0.99, "first_order": 0.9, "first_order_curved": 0.85}
 
 
 @dataclass(frozen=True)

@@ -134,13 +134,13 @@ def _is(one: Candidate, other: Candidate) -> bool:
 
 
 def conclusion(result: TracingResult) -> str:
-    """One sentence for each place that was patched: whether a single expert carries the facts there, by the intervals on the
-    validation cases."""
-    return " ".join(_conclusion(result.at(place)) for place in result.places)
+    """One sentence: whether a single expert carries the facts, by the intervals on the validation cases.
 
-
-def _conclusion(result: TracingResult) -> str:
-    layer, chosen = result.layer, result.selection
+    Where several tokens were patched, it is of the place where the best candidate is.
+    """
+    chosen = result.selection
+    result = result.at(result.places[-1] if chosen is None else chosen.place)
+    layer = result.layer
     block = result.validated(result.site("moe_out")[:, layer])
     opening = f"The MLP output of layer {layer} restores {block} logits of the margin"
     if result.places != ["final"]:
@@ -150,8 +150,8 @@ def _conclusion(result: TracingResult) -> str:
     rescue = result.validated(result.expert(chosen.layer, chosen.expert))
     specific = result.validated(result.specificity(chosen.layer, chosen.expert))
     name = f"expert {chosen.expert} of layer {chosen.layer}"
-    if specific.low > 0:
+    if specific.low > 0 and rescue.low > 0:
         return f"{opening}; {name} alone restores {rescue}, and more than the experts beside it: {specific}."
     if specific.high < 0:
         return f"{opening}; the best candidate, {name}, restores {rescue}, less than the experts beside it: {specific}."
-    return f"{opening}; no single expert stands out: {name} restores {rescue}, which the experts beside it match: {specific}."
+    return f"{opening}; no single expert stands out: {name} restores {rescue}, {specific} more than the experts beside it."

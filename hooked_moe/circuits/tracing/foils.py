@@ -78,6 +78,7 @@ def _matched_by_prior(model: Transformer, prompts: list[Prompt], protocol: Proto
     return found
 
 
+@torch.no_grad()
 def answer_logits(
     model: Transformer, prompts: Sequence[Prompt], protocol: Protocol, ids: list[int]
 ) -> Float[Tensor, "prompt answer"]:

@@ -7,32 +7,34 @@ from functools import partial
 
 from hooked_moe.counterfactuals.engine.clean_run import CleanBlock
 from hooked_moe.counterfactuals.engine.fan_out import fan_out
+from hooked_moe.counterfactuals.engine.lanes import Lanes
 from hooked_moe.counterfactuals.engine.memory import variant_bytes
 from hooked_moe.counterfactuals.engine.padding import Packed, Results
+from hooked_moe.counterfactuals.engine.picks import PickQuestion, measure_picks, pick_parts
 from hooked_moe.counterfactuals.engine.question import Question, SequenceQuestion
 from hooked_moe.counterfactuals.engine.requests import Request
 from hooked_moe.counterfactuals.engine.sequences import measure_sequences
-from hooked_moe.counterfactuals.engine.steps import Steps, counted, side_by_side
+from hooked_moe.counterfactuals.engine.steps import Steps, counted, in_turn
 from hooked_moe.progress import progress_bar
 
 
-def answer(question: Question | SequenceQuestion, request: Request) -> Steps[Results]:
+def answer(question: Question | SequenceQuestion | PickQuestion, request: Request) -> Steps[Results]:
     """What becomes of the loss under every change that the question makes, and what it observes.
 
     The results are the tables `delta_loss`, `kl`, `readouts/<name>`, one for each column observed, and the baseline. All
     parts are measured one after another; or, where weights are streamed, side by side through the layers.
     """
     results = Results(request.layers, (len(request.packed.tokens), request.packed.original_length))
-    n_variants, n_layers = max(1, question.n_variants), request.model.cfg.n_layers
-    tasks = (_measure_part(question, request, *part, results) for part in request.parts(n_variants))
-    together = request.model.streams or not request.progress  # the parts need not be counted
-    passes = 1 if together else sum(1 for _ in request.parts(n_variants))
+    n_layers = request.model.cfg.n_layers
+    tasks: list[Steps[None]]
+    if isinstance(question, PickQuestion):
+        tasks = [measure_picks(question, request, part, results) for part in pick_parts(question.picks, request)]
+    else:
+        parts = request.parts(max(1, question.n_variants))
+        tasks = [_measure_part(question, request, *part, results) for part in parts]
+    passes = 1 if request.model.streams else len(tasks)
     with progress_bar(passes * n_layers, "measuring", "layer", shown=request.progress) as bar:
-        if request.model.streams:
-            yield from counted(side_by_side(tasks), bar.update, n_layers)
-        else:
-            for task in tasks:
-                yield from counted(task, bar.update, n_layers)
+        yield from counted(in_turn(tasks, request.model.streams), bar.update, passes * n_layers)
     return results
 
 
@@ -66,8 +68,7 @@ def _fan_out_into(
         out = yield from fan_out(
             request.model,
             packed,
-            layers,
-            question.n_variants,
+            Lanes.of_variants(layers, question.n_variants),
             partial(question.branch, packed=packed, width=packed.width),
             {layer: partial(question.branch_again, packed=packed, width=packed.width) for layer in question.layers_again},
             request.readouts,

@@ -8,11 +8,12 @@ block of all variants that have entered by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hooked_moe.components.rotary import Rotation
@@ -24,6 +25,7 @@ from hooked_moe.counterfactuals.engine.clean_run import (
     gather_positions,
     rotation_of,
 )
+from hooked_moe.counterfactuals.engine.lanes import Lanes, Variants
 from hooked_moe.counterfactuals.engine.losses import loss_at, prediction_change
 from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.counterfactuals.engine.readout import Final, Readout
@@ -38,8 +40,6 @@ from hooked_moe.transformer import Transformer
 EXPERT_OUTPUTS = Scratch()
 """The experts' outputs of the variants that are in a block."""
 
-Variants = Float[Tensor, "variant batch token d_model"]
-"""Residual streams after a block, at every token of the windows."""
 Branch = Callable[[CleanBlock], Variants]
 """Makes the variants of one layer from the clean run at the tokens of the windows."""
 EditAgain = Callable[[CleanBlock, int], Float[Tensor, "row token d_model"]]
@@ -64,8 +64,7 @@ class FanOut(NamedTuple):
 def fan_out(
     model: Transformer,
     packed: Packed,
-    layers: Sequence[int],
-    n_variants: int,
+    lanes: Lanes,
     branch: Branch,
     edits_again: Mapping[int, EditAgain] | None = None,
     readouts: Mapping[str, Readout] | None = None,
@@ -73,7 +72,7 @@ def fan_out(
     visit: Callable[[CleanBlock], Any] | None = None,
     chunk_size: int | None = None,
 ) -> Steps[FanOut]:
-    """Run `n_variants` changes per layer of `layers` (in order) and query, each read at its own position.
+    """Run the variants that `branch` makes in each layer of `lanes`, each read at its own position.
 
     `edits_again`, by layer, change them in later layers too. Between layers the variants stay in memory, or in the file
     `waiting`; `visit` is shown every block of the clean run, at all positions. `chunk_size` is how many tokens of variants go
@@ -83,11 +82,11 @@ def fan_out(
     cfg, windows, again = model.cfg, Windows(packed.query_positions, packed.width), edits_again or {}
     positions = windows.token_positions(batch, length, cfg.device)
     rotate = rotation_of(model, length)
-    count = n_variants * len(layers)
     width = length if positions is None else positions.shape[1]
-    shape = (count, batch, width, cfg.d_model)
+    shape = (math.prod(lanes.split), batch, width, cfg.d_model)
+    chunk_size = chunk_size_on(cfg.device) if chunk_size is None else chunk_size
     variants: Tensor | None = None
-    entered, resid = 0, packed.embed(model)
+    resid = packed.embed(model)
     for layer in range(cfg.n_layers):
         if waiting is not None and layer:
             waiting.get(resid := torch.empty(batch, length, cfg.d_model, dtype=cfg.dtype, device=cfg.device))
@@ -97,29 +96,29 @@ def fan_out(
             visit(clean)
         if variants is None:
             variants = torch.empty(shape, dtype=cfg.dtype, device=cfg.device)
-            if waiting is not None and entered:
-                waiting.get(variants[:entered], place=resid.nbytes)
-        advance(variants[:entered], clean, rotate, windows, positions, chunk_size, again.get(layer))
-        if layer in layers and n_variants:
-            variants[entered : entered + n_variants] = branch(clean.at_positions(positions))
-            entered += n_variants
+            if waiting is not None and layer:
+                waiting.get(lanes.entered(variants, layer), place=resid.nbytes)
+        for part, own_windows in lanes.under_way(variants, windows, layer, max(1, chunk_size // batch)):
+            advance(part, clean, rotate, own_windows, chunk_size, again.get(layer))
+        if lanes.sizes.get(layer):
+            own_positions = None if positions is None else lanes.tokens_entering(positions, layer)
+            lanes.entering(variants, layer).copy_(branch(clean.at_positions(own_positions)))
         del clean  # while this task waits for others, it holds no more than it needs
         if layer + 1 == cfg.n_layers:
             break  # at once to the end: what waits here would wait in memory
         if waiting is not None:
             waiting.put(resid)
-            waiting.put(variants[:entered], place=resid.nbytes)
+            waiting.put(lanes.entered(variants, layer + 1), place=resid.nbytes)
             del resid
             variants = None
         yield
     assert variants is not None
     EXPERT_OUTPUTS.release()
     final = Final(model, variants, gather_positions(resid, positions), windows.targets(packed.targets), packed)
-    split = (len(layers), n_variants)
     streams = final.at_window_starts(variants), final.at_window_starts(final.clean)
     change = prediction_change(model, *streams, final.targets[:, :: packed.width])
-    losses, kl = (values.unflatten(0, split) for values in change)
-    readings = {name: readout(final).unflatten(0, split) for name, readout in (readouts or {}).items()}
+    losses, kl = (values.unflatten(0, lanes.split) for values in change)
+    readings = {name: readout(final).unflatten(0, lanes.split) for name, readout in (readouts or {}).items()}
     if use_kernels(model.unembed.W_U):  # the two ways to a loss differ in their last bits: the clean run takes its variants'
         baseline = prediction_change(model, resid[None], resid, packed.targets).losses[0]
     else:
@@ -132,16 +131,15 @@ def advance(
     clean: CleanBlock,
     rotate: Rotation,
     windows: Windows,
-    positions: Int[Tensor, "batch token"] | None,
-    chunk_size: int | None = None,
+    chunk_size: int,
     edit_again: EditAgain | None = None,
 ) -> None:
     """Take every variant through a block, in place, over the clean run's keys and values."""
-    if not len(variants):
+    if not variants.numel():
         return
     block = clean.block
     _, batch, tokens, _ = variants.shape
-    chunk_size = chunk_size_on(variants.device) if chunk_size is None else chunk_size
+    positions = windows.token_positions(batch, clean.qkv.k.shape[1], variants.device)
     at_once = max(1, chunk_size // (batch * tokens))
     for number, chunk in enumerate(variants.split(at_once)):
         count = len(chunk)

@@ -66,6 +66,7 @@ def demand_of(cfg: HookedMoEConfig, length: int, chunk_size: int | None = None) 
     kinds = 2 if on_cpu else 4  # the clean run's, a change; of a whole chunk, too, their sum and log-softmax
     logits = max(kinds * logit_chunk, 64 << 20)
     widened = wide * cfg.d_vocab * cfg.d_model if size < wide else 0  # the unembedding, in float32 whatever the model is in
+    widened += 3 * size * cfg.d_expert * cfg.d_model if cfg.store is not None else 0  # an expert
     return Demand(
         fixed=max(chunk_size, length) * token + logits + widened,
         row=length * token,
@@ -95,10 +96,7 @@ def divide(
     left = budget - demand.fixed - demand.row
     query = tokens_per_query * demand.variant_token
     if left < query:
-        needed = demand.of_one_query(tokens_per_query)
-        raise ValueError(
-            f"memory_budget is {budget:,} bytes, and rows of {packed.tokens.shape[1]} tokens take {needed:,} at least"
-        )
+        raise too_small(budget, packed, demand.of_one_query(tokens_per_query))
     queries = min(packed.queries, left // query)
     layers_per_part = min(len(layers), left // (query * queries)) if queries == packed.queries else 1
     rows = 1
@@ -108,3 +106,8 @@ def divide(
         for part in row_part.split_queries(queries):
             for start in range(0, len(layers), layers_per_part):
                 yield part, list(layers[start : start + layers_per_part])
+
+
+def too_small(budget: int, packed: Packed, needed: int) -> ValueError:
+    """The error of a budget in which not even one query has room."""
+    return ValueError(f"memory_budget is {budget:,} bytes, and rows of {packed.tokens.shape[1]} tokens take {needed:,} at least")

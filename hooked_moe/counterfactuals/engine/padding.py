@@ -154,6 +154,12 @@ class Results:
         self.kl_clamped += int(below.sum())
         self.put("kl", values.masked_fill(below, 0.0), packed, layers)
 
+    def put_at(self, name: str, values: Float[Tensor, " pick"], at: tuple[Tensor, ...], shape: tuple[int, ...]) -> None:
+        """Fill in single values of a table of this shape."""
+        if name not in self.tables:
+            self.tables[name] = empty_table(values, shape)
+        self.tables[name][at] = values
+
     def put_baseline(self, values: Float[Tensor, "batch packed"], packed: Packed) -> None:
         """Fill in the clean run's losses of a part."""
         if not hasattr(self, "baseline"):

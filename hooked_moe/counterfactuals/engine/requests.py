@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooked_moe.checks import as_int_or_none, described, whole_numbers
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
-from hooked_moe.counterfactuals.engine.memory import Demand, demand_of, demand_within, divide, parse_bytes
+from hooked_moe.counterfactuals.engine.memory import Demand, demand_of, demand_within, divide, parse_bytes, too_small
 from hooked_moe.counterfactuals.engine.padding import Packed, pack
 from hooked_moe.counterfactuals.engine.readout import Readout, by_name, window_widths
 from hooked_moe.loading.spill import Waiting
@@ -47,6 +47,16 @@ class Request:
             demand = self._demand(tokens_per_query)[0]
             budget = demand.fixed + demand.row + WAITING_BYTES if self.budget is None else self.budget
             yield from divide(packed, self.layers, demand, tokens_per_query, budget)
+
+    def room_for_picks(self, picks: int) -> tuple[int, int]:
+        """How many batch rows with up to `picks` single variants each are measured together, and how many of one row's."""
+        demand = self._demand(1)[0]
+        budget = demand.fixed + demand.row + WAITING_BYTES if self.budget is None else self.budget
+        left = budget - demand.fixed - demand.row
+        if left < demand.variant_token:
+            raise too_small(budget, self.packed, demand.of_one_query(1))
+        rows = 1 + max(0, left - picks * demand.variant_token) // (demand.row + picks * demand.variant_token)
+        return rows, left // demand.variant_token
 
     def chunk_size(self, tokens_per_query: int) -> int:
         """How many tokens of variants go through a block together."""

@@ -39,11 +39,42 @@ def run_to_end(task: Steps[Done]) -> Done:
             return stop.value
 
 
-def side_by_side(tasks: Iterable[Steps[Any]]) -> Steps[None]:
-    """Run several tasks through the layers together: each waits until all have done a layer. Their results are dropped."""
-    active = list(tasks)
+def side_by_side(tasks: Iterable[Steps[Done]]) -> Steps[list[Done]]:
+    """Run several tasks through the layers together: each waits until all have done a layer. What each of them returns."""
+    results: dict[int, Done] = {}
+
+    def keep(number: int, task: Steps[Done]) -> Steps[None]:
+        results[number] = yield from task
+
+    active = [keep(number, task) for number, task in enumerate(tasks)]
     while active:
         active = [task for task in active if advance_one_layer(task)]
+        if active:
+            yield
+    return [results[number] for number in range(len(results))]
+
+
+def one_by_one(tasks: Iterable[Steps[Done]]) -> Steps[list[Done]]:
+    """Run several tasks one after another. What each of them returns."""
+    results = []
+    for task in tasks:
+        results.append((yield from task))
+    return results
+
+
+def in_turn(tasks: Iterable[Steps[Done]], streamed: bool) -> Steps[list[Done]]:
+    """Run tasks one after another; side by side where weights are `streamed`, so that each block is read once for all."""
+    return side_by_side(tasks) if streamed else one_by_one(tasks)
+
+
+def with_gradients(task: Steps[Done]) -> Steps[Done]:
+    """The same task, able to take gradients where others that run beside it are in inference mode."""
+    while True:
+        with torch.inference_mode(False):
+            try:
+                next(task)
+            except StopIteration as stop:
+                return stop.value
         yield
 
 

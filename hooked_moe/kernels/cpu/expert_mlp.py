@@ -32,11 +32,11 @@ MIN_FLOPS_PER_EXPERT = 25e6
 """Floating-point operations of an average expert from which on the calls for each cost less than they spare."""
 
 
-def runs_by_block(rows: int, W_out: Float[Tensor, "expert d_model d_expert"], *others: Tensor) -> bool:
-    """Whether experts run one after another: on a CPU, with enough to do, where no gradient is wanted and products are in the
-    tensors' dtype."""
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (W_out, *others))
-    enough = 6 * rows * W_out.numel() >= MIN_FLOPS_PER_EXPERT * len(W_out) ** 2
+def runs_by_block(rows: int, W_out: Float[Tensor, "expert d_model d_expert"], x: Tensor, *others: Tensor) -> bool:
+    """Whether experts run one after another: on a CPU, with enough to do or with weights to widen, where no gradient is wanted
+    and products are in the tensors' dtype."""
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (W_out, x, *others))
+    enough = W_out.dtype != x.dtype or 6 * rows * W_out.numel() >= MIN_FLOPS_PER_EXPERT * len(W_out) ** 2
     plain = W_out.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     return enough and plain and not needs_gradient and not use_reference()
 
@@ -71,7 +71,7 @@ def expert_mlp(
     token = F.pad(token, (0, ROW_MULTIPLE))
     to_hidden, to_out = W_in.mT.unbind(0), W_out.mT.unbind(0)
     for expert, rows in blocks:
-        pre = x.index_select(0, token[rows]) @ to_hidden[expert]
+        pre = x.index_select(0, token[rows]) @ to_hidden[expert].to(x.dtype)  # weights may be stored in a narrower one
         post = swiglu(pre if b_in is None else pre + b_in[expert], clamp)
         _multiply(post, to_out[expert], out[rows])
         if b_out is not None:
@@ -106,7 +106,8 @@ def _rows_of(x: Float[Tensor, "n width"], rows: slice) -> Float[Tensor, "block w
 
 
 def _multiply(x: Float[Tensor, "block d_in"], factor: Float[Tensor, "d_in d_out"], out: Float[Tensor, "block d_out"]) -> None:
-    """`out = x @ factor`, rounded alike wherever in their matrices the two blocks begin."""
+    """`out = x @ factor`, in the dtype of x, rounded alike wherever in their matrices the two blocks begin."""
+    factor = factor.to(x.dtype)
     x = x if begins_aligned(x) else x.clone()
     if begins_aligned(out):
         torch.mm(x, factor, out=out)

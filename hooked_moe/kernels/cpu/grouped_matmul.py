@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -19,9 +21,12 @@ def grouped_matmul(
 ) -> Float[Tensor, "n d_out"]:
     """`out[r] = weight[e] @ x[r]` for the rows r of expert e, which are `ends[e-1] <= r < ends[e]`.
 
-    torch's `grouped_mm` takes float32, bfloat16 and float16 whose rows are whole numbers of 16 bytes; the loop takes the rest. On
-    a CPU it multiplies for every expert, also for those without rows, which are most of them while tokens are generated.
+    torch's `grouped_mm` takes float32, bfloat16 and float16 whose rows are whole numbers of 16 bytes; the loop takes the rest,
+    and weights stored in a narrower dtype than `x`, which take no gradient. On a CPU torch's multiplies for every expert, also
+    for those without rows, which are most of them while tokens are generated.
     """
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return grouped_matmul_loop(x, weight, ends)
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if x.device.type == "cpu" and len(x) * FEW <= len(weight) and not needs_gradient and not use_reference():
         return _of_experts_with_rows(x, weight, ends)
@@ -37,6 +42,9 @@ def grouped_matmul_loop(
     """The same, one expert after another: the reference."""
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     rows = x.split(counts)
+    if weight.dtype != x.dtype:
+        products = [_widened_product(rows_e, weight[e]) for e, rows_e in enumerate(rows) if len(rows_e)]
+        return torch.cat(products) if products else x.new_empty(0, weight.shape[1])
     # unbind once: indexing a stacked weight expert by expert would make a gradient of the whole stack for each
     return torch.cat([rows_e @ weight_e.T for rows_e, weight_e in zip(rows, weight.unbind(0), strict=True)])
 
@@ -51,3 +59,26 @@ def _of_experts_with_rows(
             pieces.append(x[start:end] @ weight[expert].T)
             start = end
     return torch.cat(pieces) if pieces else grouped_matmul_loop(x, weight, ends)
+
+
+class _WidenedProduct(torch.autograd.Function):
+    """`x @ weight.T` in the dtype of x. The weight is widened again for the gradient of x, not kept, and has none of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x @ weight.to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight.to(gradient.dtype), None
+
+
+def _widened_product(x: Float[Tensor, "n d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "n d_out"]:
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"experts stored in {weight.dtype} for products in {x.dtype} take no gradient: load the model without store= to "
+            "train it, or call model.requires_grad_(False)"
+        )
+    return _WidenedProduct.apply(x, weight)

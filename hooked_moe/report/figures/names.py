@@ -1,7 +1,7 @@
 """How rankings of experts are named and drawn, alike in every figure and table."""
 
 from hooked_moe.analysis.criteria import CRITERIA
-from hooked_moe.report.figures.drawing import BLACK, BLUE, GREEN, PURPLE, VERMILLION
+from hooked_moe.report.figures.drawing import BLACK, BLUE, GREEN, PURPLE, SKY, VERMILLION
 
 FIXED_FAMILIES = ("paper", "extended")
 """Families of rankings that are fixed for the corpus, which one can prune by."""
@@ -19,6 +19,7 @@ SCORE_LINES = {
     "routing_weight": (VERMILLION, "o"),
     "gap_norm": (BLUE, "s"),
     "first_order": (GREEN, "^"),
+    "first_order_curved": (SKY, "<"),
     "kl": (PURPLE, "v"),
     "oracle": (BLACK, "D"),
 }
@@ -28,6 +29,7 @@ _LABELS = {
     "routing_weight": "routing weight",
     "gap_norm": "gap norm",
     "first_order": "first order (told the token)",
+    "first_order_curved": "first order, curved (told the token)",
     "kl": "exact expected effect (KL)",
     "oracle": "oracle",
     "mean_effect": "mean effect in other documents",

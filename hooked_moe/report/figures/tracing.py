@@ -13,7 +13,6 @@ from hooked_moe.report.figures.drawing import (
     LEGEND_BELOW,
     PURPLE,
     SKY,
-    SMALL,
     VERMILLION,
     Drawing,
     layer_axis,
@@ -64,8 +63,7 @@ def tracing_places(findings: pa.Table) -> Drawing:
         "Where in the prompt the answer comes back",
         "Logits of the true answer over the wrong one, read at the last token, that a patch of the clean run restores in the "
         "corrupted one at a single token: mean over the validation cases with 95% intervals, by the layer and the place of the "
-        "patch. First panel: MLP outputs. Second: attention outputs. Third: of single experts, the one chosen in each place, at "
-        "its layer.",
+        "patch. First panel: MLP outputs. Second: attention outputs. Third: the single expert that is chosen at each place.",
         findings,
         draw_tracing_places,
     )
@@ -73,19 +71,19 @@ def tracing_places(findings: pa.Table) -> Drawing:
 
 def draw_tracing_places(numbers: pa.Table, narrow: bool) -> Figure:
     figure, panels = panel_row(narrow, 3, 2.6, (2, 3))
-    quantities = ("MLP output", "attention output", "rescue")
-    for axes, quantity, title in zip(panels, quantities, ("MLP outputs", "attention outputs", "single experts"), strict=True):
+    for axes, quantity, title in zip(
+        panels, ("MLP output", "attention output"), ("MLP outputs", "attention outputs"), strict=False
+    ):
         for place, (colour, marker) in _PLACES.items():
             rows = rows_where(numbers, quantity=quantity, place=place)
-            if quantity == "rescue":
-                _draw_chosen(axes, rows, colour, marker)
-            elif len(rows["mean"]):
+            if len(rows["mean"]):
                 values = (rows[column].astype(float) for column in ("mean", "low", "high"))
                 line_with_band(axes, rows["layer"].astype(int), *values, colour=colour, marker=marker, label=None)
-        layer_axis(axes, np.unique(rows_where(numbers, quantity="MLP output")["layer"].astype(int)))
+        layer_axis(axes, np.unique(rows_where(numbers, quantity=quantity)["layer"].astype(int)))
         zero_line(axes)
         axes.set_title(title)
     panels[0].set_ylabel("restored (logits)")
+    _draw_chosen(panels[2], numbers)
     found = set(numbers["place"].to_pylist())
     lines = [
         Line2D([], [], color=colour, marker=marker, label=WORDS[place])
@@ -96,12 +94,19 @@ def draw_tracing_places(numbers: pa.Table, narrow: bool) -> Figure:
     return figure
 
 
-def _draw_chosen(axes: Axes, rows: dict[str, np.ndarray], colour: str, marker: str) -> None:
-    if not len(rows["mean"]):
-        return
-    layer, mean, low, high = (float(rows[column][0]) for column in ("layer", "mean", "low", "high"))
-    axes.errorbar([layer], [mean], [[mean - low], [high - mean]], color=colour, marker=marker, capsize=3)
-    axes.annotate(f"E{rows['expert'][0]}", (layer, mean), xytext=(5, 3), textcoords="offset points", fontsize=SMALL)
+def _draw_chosen(axes: Axes, numbers: pa.Table) -> None:
+    """The first candidate of each place."""
+    candidates = [(rows_where(numbers, quantity="rescue", place=place), colour) for place, (colour, _) in _PLACES.items()]
+    candidates = [(rows, colour) for rows, colour in candidates if len(rows["mean"])]
+    for place, (rows, colour) in enumerate(candidates):
+        axes.barh(place, rows["mean"][0], color=colour, alpha=0.75, height=0.7)
+        axes.plot([rows["low"][0], rows["high"][0]], [place, place], color="black", linewidth=1.2)
+    names = [f"L{rows['layer'][0]}E{rows['expert'][0]}" for rows, _ in candidates]
+    axes.set_yticks(np.arange(len(names)), names)
+    axes.invert_yaxis()
+    axes.axvline(0, color="#222222", linewidth=0.8)
+    axes.set_xlabel("restored (logits)")
+    axes.set_title("single experts")
 
 
 def draw_tracing(numbers: pa.Table, narrow: bool) -> Figure:

@@ -122,26 +122,24 @@ def test_several_draws_are_averaged(planted: HookedMoE) -> None:
 
 def test_every_token_from_the_subject_on_is_patched_and_the_planted_expert_writes_at_the_last(planted: HookedMoE) -> None:
     """Attention of layer 0 takes the subject's class away; later layers at the subject's own token have nothing to give."""
-    result = trace_facts(planted, planted_records(), positions="all", **FEW)
+    few = {**FEW, "readouts": ["logit_difference"]}
+    result = trace_facts(planted, planted_records(), positions="all", **few)
     assert result.places == ["subject_last", "final"]
     chosen = result.selection
     assert chosen is not None
     assert (chosen.place, chosen.layer, chosen.expert) == ("final", LAYER, EXPERT)
     last, subject = result.at("final"), result.at("subject_last")
-    alone = trace_facts(planted, planted_records(), positions="final", **FEW)
+    alone = trace_facts(planted, planted_records(), positions="final", **few)
     np.testing.assert_allclose(last.site("moe_out"), alone.site("moe_out"), atol=1e-6)
     np.testing.assert_allclose(last.grid.rescue, alone.grid.rescue, atol=1e-6)
     assert np.abs(subject.site("moe_out")).max() < 0.05 * result.cases["drop"].to_numpy().mean()
-    by_itself = trace_facts(planted, planted_records(), positions="subject_last", **FEW)
+    by_itself = trace_facts(planted, planted_records(), positions="subject_last", **few)
     np.testing.assert_allclose(subject.grid.rescue, by_itself.grid.rescue, atol=1e-6)
     with pytest.raises(ValueError, match=r"choose with \.at\(place\), of subject_last, final"):
         result.site("moe_out")
     with pytest.raises(ValueError, match="patched were 'subject_last', 'final', not 'subject_first'"):
         result.at("subject_first")
-    text = conclusion(result)
-    assert text.startswith("At the last token of the subject, the MLP output of layer")
-    assert f"expert {EXPERT} of layer {LAYER} alone restores" in text
-    assert {row["place"] for row in findings(result).to_pylist()} == {None, "subject_last", "final"}
+    assert conclusion(result) == conclusion(last)
 
 
 @pytest.mark.parametrize("corruption", ["noise", "replace"])
@@ -156,6 +154,7 @@ def test_an_expert_that_works_at_the_subject_is_found_there_and_nowhere_else(cor
     assert not subject.expert(LAYER, EXPERT, "direct").any()
     assert (subject.expert(LAYER, EXPERT, "necessity") < -1).all()
     assert subject.validated(subject.expert(LAYER, EXPERT)).mean > 0.9 * result.cases["drop"].to_numpy().mean()
+    assert conclusion(result).startswith(f"At the last token of the subject, the MLP output of layer {LAYER} restores")
     elsewhere = result.at("final").ranking
     assert all(abs(other.rescue) < 0.05 * chosen.rescue for other in elsewhere)
 

@@ -1,0 +1,1 @@
+"""What makes parts of the documentation: pictures, tables, notebooks and the site."""

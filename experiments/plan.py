@@ -1,0 +1,11 @@
+"""Say what an audit of a model takes, before anything is downloaded: operations, memory, disk and time.
+
+The same as `hooked-moe plan`; `--help` lists its options.
+"""
+
+import sys
+
+from hooked_moe.cli.plan import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""How much of a measurement is paid for: a share of the removals, or a time from which a share follows."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hooked_moe.checks import quoted
+from hooked_moe.counterfactuals import expert_effects
+from hooked_moe.expert_mask import RemovalName
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.transformer import Transformer
+
+SEED = 42
+FEWEST_REMOVALS = 200
+"""Fewer say nothing of a model."""
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+_TIMED_SHARE = 0.05
+"""Of the removals of one document, in the timing."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Either a share of the removals, or the seconds that making them may take."""
+
+    share: float | None = None
+    seconds: float | None = None
+    seed: int = SEED
+
+    def __post_init__(self) -> None:
+        if (self.share is None) == (self.seconds is None):
+            raise ValueError("a budget is either a share of the removals or a time")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(
+                f"a budget is a share of the removals above 0 and below 1, not {self.share!r}; without one, all are made"
+            )
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
+            raise ValueError(f"a budget is a number of seconds above 0, not {self.seconds!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """The budget that "1%", "90s", "10min" or "2h" names. Raises `ValueError` for anything else."""
+        match = re.fullmatch(r"\s*([0-9]{0,12}\.?[0-9]{1,12})\s*(%|s|min|h)\s*", text)
+        if match is None:
+            raise ValueError(f"{quoted(text)}: give a share of the removals, as in 1%, or a time, as in 90s, 10min or 2h")
+        number = float(match[1])
+        return cls(share=number / 100) if match[2] == "%" else cls(seconds=number * _SECONDS[match[2]])
+
+    def as_json(self) -> dict[str, Any]:
+        """What the plan says of it."""
+        return ({"share": self.share} if self.seconds is None else {"seconds": self.seconds}) | {"seed": self.seed}
+
+
+def share_of(
+    budget: Budget, model: Transformer, corpus: TokenizedCorpus, layers: tuple[int, ...], removal: RemovalName
+) -> dict[str, float]:
+    """The share of the removals that a budget pays for, as a manifest records it; and what was timed where it is in seconds.
+
+    One window is run without removals and with some of them; the rest follows by the number of tokens and of removals. Raises
+    `ValueError` where the time is too short for `FEWEST_REMOVALS`.
+    """
+    if budget.share is not None:
+        return {"share": budget.share}
+    assert budget.seconds is not None
+    seconds = budget.seconds
+    windows = sorted((window.tokens for windows in corpus.documents for window in windows), key=len)
+    tokens = torch.from_numpy(windows[-1][None])
+    shape = (len(layers), 1, tokens.shape[1], model.cfg.experts_per_token)
+    chosen = np.random.default_rng(0).random(shape) < _TIMED_SHARE
+    some, none = torch.from_numpy(chosen), torch.zeros(shape, dtype=torch.bool)
+    expert_effects(model, tokens, layers, removal=removal, picks=some)  # the first run prepares kernels
+
+    def timed(picks: torch.Tensor) -> float:
+        started = time.perf_counter()
+        expert_effects(model, tokens, layers, removal=removal, picks=picks)
+        return time.perf_counter() - started
+
+    without, with_some = (min(timed(picks) for _ in range(2)) for picks in (none, some))
+    per_removal = max(with_some - without, 1e-9) / int(chosen.sum())
+    fixed = without / tokens.shape[1] * sum(len(window) for window in windows)
+    removals = len(corpus.valid_positions()) * len(layers) * model.cfg.experts_per_token
+    share = min((seconds - fixed) / per_removal / removals, 0.99)
+    if share * removals < FEWEST_REMOVALS:
+        needed = fixed + FEWEST_REMOVALS * per_removal
+        raise ValueError(
+            f"{seconds:g} s are too few: the forward passes alone take {fixed:.0f} s here, and with {FEWEST_REMOVALS} removals "
+            f"{needed:.0f} s; give more time, or fewer documents"
+        )
+    return {"share": float(f"{share:.3g}"), "seconds_of_forwards": fixed, "seconds_per_removal": per_removal}
