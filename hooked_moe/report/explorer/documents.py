@@ -51,7 +51,7 @@ class DocumentData:
     """For the sentences of the page."""
 
 
-def document_data(run: Path, texts: Texts, largest: float, baseline: Sequence[Float[np.ndarray, " token"]]) -> DocumentData:
+def document_data(run: Path, texts: Texts, largest: float, baseline: Sequence[np.ndarray]) -> DocumentData:
     """The documents of a run, or as many as the page has room for.
 
     `largest` is the size of the largest effect of the run, in nats, and `baseline` the loss of the intact model at every token of
