@@ -239,6 +239,10 @@ def test_dark_browsers_and_paper_get_their_colours(visit: Any) -> None:
     dark.emulate_media(media="print")
     assert dark.evaluate(background) == "rgb(255, 255, 255)"
     assert not dark.is_visible("#controls")
+    text = visit("documents.html#d1p4L2E3")
+    assert not text.is_visible("#title")
+    text.emulate_media(media="print")
+    assert text.inner_text("#title").startswith("1. Title <1> & more (address, 60 tokens) · layer: 2 · expert 3")
 
 
 def test_without_scripts_a_page_says_what_it_needs(browser: Any, run: Path) -> None:
