@@ -276,6 +276,9 @@ class Characters(Tokenizer):
     def encode(self, text: str, prepend_bos: bool | None = None) -> list[int]:
         return [ord(c) % 61 for c in text]
 
+    def decode(self, tokens: Any, special: bool = True) -> str:
+        return "".join(chr(61 + token) for token in tokens)
+
 
 def corpus_of(model: HookedMoE) -> TokenizedCorpus:
     model.tokenizer = Characters()
