@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 OLMOE = ["--d-model", "2048", "--d-expert", "1024", "--vocabulary", "50304", "--layers", "2"]
 SUITE: dict[str, list[list[str]]] = {
     "circuits": [["--tokens", "12", "48"]],
-    "tracing": [[]],
+    "tracing": [["--repeats", "3"]],
     "removals": [["--contexts", "256", "512", "1024", "2048", "--batches", "1", "4", "--repeats", "3"]],
     "forward": [["--repeats", "5"]],
     "roofline": [["--repeats", "5"], ["--repeats", "3", *OLMOE]],

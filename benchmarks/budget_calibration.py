@@ -240,6 +240,31 @@ def sampling_coverage(design: Design, draws: range, seed: int) -> Coverage:
     return result
 
 
+def relative_widths(audit: Audit, share: float, found: Coverage) -> list[list[str]]:
+    """How much wider an interval over documents is than that of an exhaustive audit: mean over layers, median over experts."""
+    rows = []
+    for effect, label in EFFECTS.items():
+        ratios = []
+        for group, n, kind in ((audit.axis, audit.n_layers, "layers"), (audit.cell, audit.n_cells, "experts")):
+            documents = int(audit.document.max()) + 1
+            key = audit.document.astype(np.int64) * n + group
+            total, count = (
+                np.bincount(key, weights, documents * n).reshape(documents, n)
+                for weights in (audit.effects[effect], np.ones(len(key)))
+            )
+            seen = count.sum(axis=0) > 0
+            mean = _ratio(total.sum(axis=0), count.sum(axis=0))
+            error = np.sqrt(((total - mean * count) ** 2).sum(axis=0) * documents / (documents - 1)) / np.maximum(
+                count.sum(axis=0), 1
+            )
+            sampling = np.mean(found.width[f"{label}: {kind}"], axis=0) / Z
+            ratios.append(
+                np.sqrt(1 + np.divide(sampling, error[seen], out=np.full(seen.sum(), np.nan), where=error[seen] > 0) ** 2)
+            )
+        rows.append([audit.name, f"{share:.0%}", label, f"{ratios[0].mean():.2f}", f"{np.nanmedian(ratios[1]):.2f}"])
+    return rows
+
+
 def document_coverage(design: Design, draws: range, seed: int) -> Coverage:
     """Of the intervals over documents, which are to hold what all documents of their kind would give."""
     audit, result = design.audit, Coverage({}, {})
@@ -315,7 +340,8 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
     parser.add_argument("--out", type=Path, default=HERE / "BUDGET.md")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    tables = []
+    tables: list[Table] = []
+    widths: list[list[str]] = []
     columns = ["intervals of", "groups", "hold the truth, %", "worst tenth of groups, %", "worst group, %"]
     for run in args.runs:
         audit = Audit.read(run)
@@ -324,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
             found = sampling_coverage(design, range(args.draws), args.seed)
             note = f"{args.draws:,} draws of {share:.0%} of {len(audit.size):,} removals. Nominal: 95%."
             tables.append(Table(f"{audit.name}, {share:.0%}: sampling intervals", note, columns, list(found.rows())))
+            widths += relative_widths(audit, share, found)
         if args.document_draws:
             found = document_coverage(Design(audit, args.shares[0]), range(args.document_draws), args.seed)
             note = (
@@ -333,6 +360,7 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
             tables.append(
                 Table(f"{audit.name}, {args.shares[0]:.0%}: intervals over documents", note, columns, list(found.rows()))
             )
+    tables.insert(0, width_table(widths))
     page = "\n".join([*_heading(args, time.perf_counter() - started), *map(str, tables)])
     if args.show:
         print_page(page)
@@ -340,6 +368,15 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
         write_text_atomic(page, args.out)
         print(f"{args.out} is written")
     return tables
+
+
+def width_table(rows: list[list[str]]) -> Table:
+    return Table(
+        "What a share buys",
+        "The width of an interval over documents, relative to that of an audit of all removals.",
+        ["model", "share", "effect", "means of layers", "means of experts (median)"],
+        rows,
+    )
 
 
 def _heading(args: argparse.Namespace, seconds: float) -> Iterator[str]:

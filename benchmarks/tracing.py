@@ -1,6 +1,6 @@
 """How long causal tracing takes: all patches of a batch of prompts in one call, against a forward for each.
 
-    python -m benchmarks.tracing                            # tiny-olmoe-facts, prompts of 8 to 64 tokens
+    python -m benchmarks.tracing                            # tiny-olmoe-facts, prompts of 8 to 32 tokens
     python -m benchmarks.tracing --tokens 12 --rows 32 --threads 1
     python -m benchmarks.tracing --small                    # seconds; shows that it works, measures nothing
 
@@ -64,11 +64,9 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
 def options() -> argparse.ArgumentParser:
     result = parser(__doc__)
     result.add_argument("--model", default="tiny-olmoe-facts", help="(default: %(default)s)")
-    result.add_argument(
-        "--tokens", type=int, nargs="+", default=[8, 16, 32, 64], help="lengths of the prompts (default: 8 to 64)"
-    )
-    result.add_argument("--rows", type=int, default=16, help="prompts that are traced together (default: %(default)s)")
-    result.add_argument("--patches", type=int, default=16, help="forwards of the peer in a turn (default: %(default)s)")
+    result.add_argument("--tokens", type=int, nargs="+", default=[8, 16, 32], help="lengths of the prompts (default: 8 16 32)")
+    result.add_argument("--rows", type=int, default=8, help="prompts that are traced together (default: %(default)s)")
+    result.add_argument("--patches", type=int, default=8, help="forwards of the peer in a turn (default: %(default)s)")
     return result
 
 

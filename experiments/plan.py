@@ -5,7 +5,7 @@ The same as `hooked-moe plan`; `--help` lists its options.
 
 import sys
 
-from hooked_moe.cli.plan import main
+from hooked_moe.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["plan", *sys.argv[1:]]))

@@ -62,7 +62,7 @@ def run_and_keep(notebooks: list[Path]) -> None:
     from jupyter_client.manager import KernelManager
     from nbclient import NotebookClient
 
-    kernel = KernelManager()
+    kernel = KernelManager(transport="ipc")
     kernel.start_kernel()
     try:
         for notebook in notebooks:

@@ -169,18 +169,12 @@ def _rows(
     variance = sampling.experts.variance(effect, tables.ratios[effect])
     n_drawn = sampling.experts.n_drawn
     pooled = [("all", total.sum(axis=(1, 2)), count.sum(axis=(1, 2)), variance.over(1).over(0), n_drawn.sum())]
-    for axis, layer in enumerate(tables.layers):
+    for axis, number in enumerate(tables.layers):
         own = SamplingVariance(variance.own[axis], variance.own_square[axis], variance.model[axis]).over(0)
-        pooled.append((str(layer), total[:, axis].sum(axis=1), count[:, axis].sum(axis=1), own, n_drawn[axis].sum()))
-    for name, by_document, n, own, drawn in pooled:
-        yield {
-            "effect": effect,
-            "kind": "layer",
-            "layer": name,
-            "name": "",
-            **_mean(by_document, n, own.moderated()),
-            "n_drawn": drawn,
-        }
+        pooled.append((str(number), total[:, axis].sum(axis=1), count[:, axis].sum(axis=1), own, n_drawn[axis].sum()))
+    for layer, by_document, n, own, drawn in pooled:
+        row = {"effect": effect, "kind": "layer", "layer": layer, "name": "", "n_drawn": int(drawn)}
+        yield row | _mean(by_document, n, own.moderated())
     documents = len(total)
     half = Z * np.sqrt(variance.moderated())
     quantile = float(scipy.stats.t.ppf(0.975, documents - 1)) if documents >= MINIMUM_PAIRS else np.nan

@@ -66,14 +66,10 @@ class BudgetedTables:
         pieces = []
         for observed in self._observed():
             grid = observed.measured()
-            assert grid.first_order is not None  # among _COLUMNS
-            at, picks = self._drawn.of(grid)
-            pieces.append(
-                np.column_stack(
-                    [grid.first_order[at], self._features(grid)[at], self._size(grid)[at], fold_of(grid.document)[at[0]]]
-                )
-            )
-            del picks
+            assert grid.first_order is not None
+            at, _ = self._drawn.of(grid)
+            columns = (grid.first_order[at], self._features(grid)[at], self._size(grid)[at], fold_of(grid.document)[at[0]])
+            pieces.append(np.column_stack(columns))
         base, bend, gap, size, fold = np.concatenate(pieces).T
         if len(base) != self.n_drawn:
             raise ValueError(f"{SAMPLED} has removals at positions that {ESTIMATES} lacks: they are not of one run")

@@ -180,7 +180,7 @@ def fit(nbytes: int, rate: Rate) -> str:
     return f"; {'fits into' if nbytes / 1e9 < rate.memory else 'more than'} {rate.memory:,.0f} GB"
 
 
-def gigabytes(nbytes: float) -> str:
+def gigabytes(nbytes: int | float) -> str:
     return f"{nbytes / 1e9:,.{0 if nbytes >= 1e11 else 1 if nbytes >= 1e9 else 2}f} GB"
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,14 +43,40 @@ def connect(address: str) -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of our own reports to nobody
+    joined = _known_address() if address == "auto" else address
     try:
-        ray.init(None if address == "auto" else address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        if joined is not None and not _answers(joined):
+            if address == "auto" and "RAY_ADDRESS" not in os.environ:
+                joined = "local"  # the cluster that was here has been killed, and ray.init would wait for it in vain
+            else:
+                raise ConnectionError("nothing answers there")
+        ray.init(joined, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConnectionError(
-            f"no Ray cluster can be joined at {address!r} ({str(error).splitlines()[0]}): give the address that `ray start` "
-            "showed, or auto"
+            f"no Ray cluster can be joined at {joined or address!r} ({str(error).splitlines()[0]}): give the address that "
+            "`ray start` showed, or auto"
         ) from error
     return True
+
+
+def _known_address() -> str | None:
+    """Where ray would look for a cluster of this machine; None: it has nowhere to look."""
+    if "RAY_ADDRESS" in os.environ:
+        return os.environ["RAY_ADDRESS"]
+    last = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    return last.read_text(encoding="utf-8").strip() if last.is_file() else None
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens at HOST:PORT; other kinds of addresses are left to ray."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return True
+    try:
+        with socket.create_connection((host, int(port)), timeout=5.0):
+            return True
+    except OSError:
+        return False
 
 
 def room(cpus: int, gpus: float) -> int:

@@ -33,7 +33,7 @@ class RayExecutor:
         *,
         workers: int | None = None,
         cpus: int | None = None,
-        gpus: float | None = None,
+        gpus: int | float | None = None,
         attempts: int = 3,
         log: Callable[[str], object] = lambda line: None,
     ) -> None:

@@ -15,7 +15,7 @@ from hooked_moe.report import sections
 from hooked_moe.report.blocks import Block, Figure, Page, Paragraph, Section
 from hooked_moe.report.budgeted_sections import budget_section, is_budgeted
 from hooked_moe.report.definitions import definitions
-from hooked_moe.report.derived_files import DERIVED_FILES
+from hooked_moe.report.derived_files import DERIVED_FILES, SAMPLE_FILES
 from hooked_moe.report.figures.ceiling import static_ceiling
 from hooked_moe.report.figures.drawing import FILES, Drawing
 from hooked_moe.report.figures.effect_size import effect_size
@@ -65,7 +65,7 @@ def report_fault(run: Path, known: Mapping[str, FileRecord | None] | None = None
 
 
 _REPORT = "report"
-_INPUTS = ("manifest.json", *DERIVED_FILES)
+_INPUTS = ("manifest.json", *DERIVED_FILES, *SAMPLE_FILES)
 
 
 def _settings(reasons: Mapping[str, str], explorer: Sequence[str]) -> dict[str, Any]:

@@ -10,8 +10,6 @@ class DerivedFile:
     about: str
     columns: tuple[str, ...]
     command: str
-    of_a_sample: bool = False
-    """Only a budgeted run has it, and none lacks it."""
 
 
 def _interval(*names: str) -> tuple[str, ...]:
@@ -36,15 +34,6 @@ DERIVED_FILES = {
             "note",
         ),
         _AUDIT,
-    ),
-    "budgeted.csv": DerivedFile(
-        "what is estimated from a sample of the removals, and how surely",
-        (
-            *("effect", "kind", "layer", "name", "estimate", "sampling_low", "sampling_high", "low", "high"),
-            "n_drawn",
-        ),
-        f"{_AUDIT} --budget 1%",
-        of_a_sample=True,
     ),
     "pruning.csv": DerivedFile(
         "what pruning for good costs, beside what the effect table predicts",
@@ -132,3 +121,15 @@ DERIVED_FILES = {
         "hooked-moe redistribution --model {model}",
     ),
 }
+
+SAMPLE_FILES = {
+    "budgeted.csv": DerivedFile(
+        "what is estimated from a sample of the removals, and how surely",
+        (
+            *("effect", "kind", "layer", "name", "estimate", "sampling_low", "sampling_high", "low", "high"),
+            "n_drawn",
+        ),
+        f"{_AUDIT} --budget 1%",
+    ),
+}
+"""What budgeted runs alone have: no other run lacks it."""

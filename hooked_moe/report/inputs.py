@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from hooked_moe.report.derived_files import DERIVED_FILES
+from hooked_moe.report.derived_files import DERIVED_FILES, SAMPLE_FILES
 from hooked_moe.tables import FileRecord, Ledger, read_checked_json, read_csv, read_parquet
 
 EXPLORER_PAGES = ("documents.html", "experts.html")
@@ -77,7 +77,7 @@ def read_inputs(run: Path) -> Inputs:
     """
     tables = {}
     reasons = left_out(run)
-    for name, file in DERIVED_FILES.items():
+    for name, file in (DERIVED_FILES | SAMPLE_FILES).items():
         path = run / name
         if name in reasons or not path.is_file():
             continue
@@ -103,7 +103,7 @@ def explorer_pages(run: Path) -> tuple[str, ...]:
 def left_out(run: Path, known: Mapping[str, FileRecord | None] | None = None) -> dict[str, str]:
     """Why tables are not in the report: not measured, or not what they say they are. `known` is as in `tables.Ledger`."""
     ledger = Ledger(run, known)
-    return ledger.not_measured | ledger.unrecorded(DERIVED_FILES) | ledger.faults()
+    return ledger.not_measured | ledger.unrecorded(DERIVED_FILES | SAMPLE_FILES) | ledger.faults()
 
 
 _COUNTS = {"layer", "slot", "expert", "removed", "n"}

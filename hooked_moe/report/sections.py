@@ -33,7 +33,7 @@ MOST_LAYERS_WITH_NUMBERS = 12
 
 def not_measured(inputs: Inputs) -> Section | None:
     """Every derived table that the run lacks, and the command that measures it; None where it lacks none."""
-    absent = [name for name, file in DERIVED_FILES.items() if name not in inputs.tables and not file.of_a_sample]
+    absent = [name for name in DERIVED_FILES if name not in inputs.tables]
     blocks = tuple(
         Missing(
             "Not measured",

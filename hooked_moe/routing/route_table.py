@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -197,9 +198,7 @@ def routing_table(
     `texts` is a corpus, a list of texts, or token ids [batch, pos]; a corpus and texts are cut into windows of `n_ctx` tokens
     (default: the model's context) as in a measurement, with the BOS token that the checkpoint wants, which has no row. `layers`
     None means all that have experts. Hooks on the model act: inside `steer_routes` the table is that of the steered model.
-    `progress` shows a bar that counts tokens.
-
-    Raises `ValueError` for layers that do not exist or are dense, and for texts and tokens that cannot be run.
+    `progress` shows a bar. Raises `ValueError` for layers that do not exist or are dense, and for texts that cannot be run.
     """
     layers = model.cfg.moe_layers if layers is None else list(dict.fromkeys(whole_numbers(layers, "layers")))
     wrong = [layer for layer in layers if layer not in model.cfg.moe_layers]
@@ -224,11 +223,7 @@ def routing_table(
 def _rows(model: Transformer, pieces: list[Piece], layers: list[int], progress: bool) -> Iterator[pa.Table]:
     """The table in parts of at least 2^17 rows, so that a file has few row groups."""
     held: list[pa.Table] = []
-    rule = rule_of(model)
-
-    def run(tokens: Tensor, real: Tensor | None) -> Any:
-        return _observed(model, tokens, real, layers, rule)
-
+    run = partial(_observed, model, layers=layers, rule=rule_of(model))
     for piece, columns in run_in_batches(model, pieces, run, progress):
         held.append(_piece_rows(piece, columns, layers))
         if sum(table.num_rows for table in held) >= 1 << 17:

@@ -66,7 +66,7 @@ def test_what_has_no_record_is_measured_again(
 
 @pytest.mark.parametrize("uri", ["", "nowhere", "ftp://host/path", "s3:/"])
 def test_what_is_no_store_is_refused(uri: str) -> None:
-    with pytest.raises(ValueError, match="names no file system of pyarrow"):
+    with pytest.raises(ValueError, match="names no file system that pyarrow knows"):
         ShardTransfer(uri)
 
 

@@ -17,11 +17,12 @@ from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.corpus import Corpus
 from hooked_moe.counterfactuals import Scope
 from hooked_moe.counterfactuals.first_order import first_order_effects
+from hooked_moe.executors import threads
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement import document_tables, shards
 from hooked_moe.measurement.document_tables import TABLES
 from hooked_moe.measurement.expert_weights import expert_weights
-from hooked_moe.measurement.part_spec import Part, PartSpec
+from hooked_moe.measurement.part_spec import BUDGETED_PARTS, Part, PartSpec
 from hooked_moe.measurement.shard_files import remove_shards
 from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
@@ -31,6 +32,7 @@ from tests.support.number_text import number_corpus, number_reader, number_token
 from tests.support.whole_tables import read_effects
 
 N_CTX = 8
+PARTS = tuple(part for part in TABLES if part not in BUDGETED_PARTS)
 KEYS = ["document", "position", "layer", "slot"]
 
 
@@ -150,10 +152,10 @@ def test_how_many_windows_run_together_changes_rounding_only(
     reader: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = number_corpus(tmp_path, (40, 9))
-    expected = run(reader, corpus, tmp_path / "four", *TABLES, orders=("descending",))
+    expected = run(reader, corpus, tmp_path / "four", *PARTS, orders=("descending",))
     for windows in (1, 3):
         monkeypatch.setattr(document_tables, "WINDOWS_PER_BATCH", windows)
-        found = run(reader, corpus, tmp_path / str(windows), *TABLES, orders=("descending",))
+        found = run(reader, corpus, tmp_path / str(windows), *PARTS, orders=("descending",))
         assert found.keys() == expected.keys()
         for name in expected:
             assert_equal(found[name], expected[name], atol=1e-5)
@@ -168,8 +170,8 @@ def test_documents_are_described(reader: HookedMoE, tmp_path: Path) -> None:
 
 
 def test_files_have_the_documented_columns(reader: HookedMoE, tmp_path: Path) -> None:
-    run(reader, number_corpus(tmp_path, (12, 3)), tmp_path, *TABLES, orders=("ascending",))
-    schemas = {name: schema for tables in TABLES.values() for name, schema in tables.items()}
+    run(reader, number_corpus(tmp_path, (12, 3)), tmp_path, *PARTS, orders=("ascending",))
+    schemas = {name: schema for part in PARTS for name, schema in TABLES[part].items()}
     assert {path.stem for path in tmp_path.glob("*.parquet")} == schemas.keys()
     for name, schema in schemas.items():
         written = pq.read_schema(tmp_path / f"{name}.parquet")
@@ -260,8 +262,8 @@ def test_a_small_budget_has_fewer_documents_measured_side_by_side(
     least = shards._least_budget(reader, tokenized, spec)
     set_threads(3)
     workers: list[int] = []
-    original = shards.ThreadPoolExecutor
-    monkeypatch.setattr(shards, "ThreadPoolExecutor", lambda n, **options: workers.append(n) or original(n, **options))
+    original = threads.ThreadPoolExecutor
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", lambda n, **options: workers.append(n) or original(n, **options))
     for times in (1, 2, 9):
         target = tmp_path / str(times)
         target.mkdir()
@@ -413,7 +415,7 @@ def test_a_bos_token_is_seen_by_the_model_and_is_in_no_table(reader: HookedMoE, 
     reader.tokenizer.bos_id = bos
     lengths = (12, 2, 7, 8)
     corpus = number_corpus(tmp_path, lengths)
-    tables = run(reader, corpus, tmp_path / "bos", *TABLES, prepend_bos=True, orders=("descending",))
+    tables = run(reader, corpus, tmp_path / "bos", *PARTS, prepend_bos=True, orders=("descending",))
     for document, length in enumerate(lengths):
         ids = token_ids(length, document)
         tokens = tables["tokens"][tables["tokens"]["document"] == document]

@@ -24,7 +24,7 @@ class SamplingSums:
         first: int,
         group: Int[np.ndarray, " removal"],
         chunk: EstimatedGrid,
-        chosen: tuple[slice | int | np.ndarray, ...],
+        chosen: tuple[slice | np.ndarray | int, ...],
     ) -> None:
         """Add the chosen removals of a chunk to groups of the last axis, at the flat number `first` of the other axes."""
         size = self.shape[-1]

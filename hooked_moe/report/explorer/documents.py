@@ -51,7 +51,7 @@ class DocumentData:
     """For the sentences of the page."""
 
 
-def document_data(run: Path, texts: Texts, largest: float, baseline: Sequence[Float[np.ndarray, " token"]]) -> DocumentData:
+def document_data(run: Path, texts: Texts, largest: float, baseline: Sequence[np.ndarray]) -> DocumentData:
     """The documents of a run, or as many as the page has room for.
 
     `largest` is the size of the largest effect of the run, in nats, and `baseline` the loss of the intact model at every token of
@@ -139,8 +139,8 @@ def _peaks(effect: Float[np.ndarray, "P L K"] | None) -> Float[np.ndarray, " tok
     return sizes[~np.isnan(sizes)]
 
 
-def _top(peaks: list[Float[np.ndarray, " token"]]) -> float | None:
-    """The effect with the strongest colour, to one digit; None where none was measured."""
+def _top(peaks: list[np.ndarray]) -> float | None:
+    """The effect with the strongest colour, of one array for each document, to one digit; None where none was measured."""
     sizes = np.concatenate(peaks) if peaks else np.zeros(0)
     if not len(sizes):
         return None

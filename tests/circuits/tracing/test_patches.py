@@ -280,8 +280,8 @@ def test_random_vectors_are_those_of_their_seeds(model: HookedMoE) -> None:
 
 def test_a_streamed_model_gives_the_same() -> None:
     whole, streamed = (HookedMoE.from_pretrained("tiny-olmoe", stream=stream) for stream in (False, True))
-    batch = random_batch(whole, noise=False, positions="all")
-    expected, found = (measure(model, batch, READINGS) for model in (whole, streamed))
+    batch = random_batch(whole, noise=False, positions="subject_last")
+    expected, found = (measure(model, batch, ["logit_difference"]) for model in (whole, streamed))
     for name in ("rescue", "all_moe", "direct", "first_order", "necessity"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-6, rtol=1e-5, equal_nan=True)
     assert found.first_order.abs().max() > 0

@@ -52,8 +52,8 @@ function nats(value, signed = true) {
 
 function percent(share) {
   if (share === null || share === undefined) return "–";
-  const value = 100 * share;
-  return `${Math.abs(value) >= 10 || value === 0 ? value.toFixed(0) : value.toPrecision(1).includes("e") ? value.toFixed(2) : value.toFixed(1)}%`;
+  const size = Math.abs(100 * share);
+  return `${(100 * share).toFixed(size >= 9.95 || size === 0 ? 0 : size >= 0.1 ? 1 : 2)}%`;
 }
 
 // Colour by size, on a logarithmic scale of two decades: orange above 0, purple below; blue for what has no sign.

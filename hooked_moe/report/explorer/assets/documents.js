@@ -63,6 +63,8 @@ function paint() {
     cell.dataset.value = value;
   });
   legend(top, signed);
+  const chosen = ["document", "layer", "expert"].map((name) => byId(name).selectedOptions[0].textContent);
+  byId("title").textContent = `${chosen[0]} · layer: ${chosen[1]} · ${chosen[2]}`;
   if (state.position !== null) describe();
   remember();
 }
@@ -102,7 +104,7 @@ function describe() {
   const last = position + 1 >= tokens.length;
   byId("panel").replaceChildren(
     element("h2", "", named(tokens[position]), ` at ${position}`),
-    element("p", "", "next: ", ...(last ? ["–"] : [named(tokens[position + 1])]), ` · its loss ${nats(loss, false)} nats`),
+    element("p", "", "next: ", ...(last ? ["–"] : [named(tokens[position + 1])]), ` · loss of the intact model ${nats(loss, false)} nats`),
     element("p", "facts", state.layer === -1 ? `all layers, by size of ${NAMES[state.effect]}` : `layer ${state.layer}, by routing weight`),
     element("table", "", element("thead", "", head), element("tbody", "", ...body)),
   );
