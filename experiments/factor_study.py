@@ -30,10 +30,10 @@ from experiments.support.factor_units import StudyTask
 from hooked_moe.analysis.factors import DESIGN
 from hooked_moe.cli.console import run_command
 from hooked_moe.cli.options import add_ray_arguments, executor_of
-from hooked_moe.cli.study_factors import analyse
+from hooked_moe.cli.study_factors import SHIPPED, analyse
 from hooked_moe.executors import Executor, PlainWork
 from hooked_moe.statistics.factorial import informative_order
-from hooked_moe.tables import write_csv_atomic
+from hooked_moe.tables import read_csv, write_csv_atomic
 
 PlannedRun = tuple[int, int, dict[str, int]]
 """(seed, run, levels)"""
@@ -58,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/factors"), help="where runs are kept (default: %(default)s)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--known", type=Path, default=SHIPPED, help="responses of runs that need not be made again (default: shipped)"
+    )
     parser.add_argument("--at-most", type=int, metavar="N", help="train N models, then stop")
     parser.add_argument("--threads", type=int, default=1, help="of every run (default: %(default)s)")
     add_ray_arguments(parser)
@@ -69,26 +72,29 @@ def main(arguments: list[str] | None = None) -> int:
 def study(args: argparse.Namespace) -> None:
     """The stages asked for, in order."""
     executor = executor_of(args)
-    planned = list(planned_runs(args.seeds))
+    planned, known = list(planned_runs(args.seeds)), known_rows(args.known)
+    missing = [run for run in planned if run[:2] not in known]
     args.out.mkdir(parents=True, exist_ok=True)
     if "plan" in args.stages:
         write_csv_atomic(
             pa.Table.from_pylist([{"seed": seed, "run": run, **levels} for seed, run, levels in planned]), args.out / "plan.csv"
         )
     if "train" in args.stages and executor is not None:
-        missing = [run for run in planned if not is_trained(args.out / run_name(*run[:2]), STEPS)]
-        do_elsewhere(executor, "train", missing[: args.at_most], args)
+        untrained = [run for run in missing if not is_trained(args.out / run_name(*run[:2]), STEPS)]
+        do_elsewhere(executor, "train", untrained[: args.at_most], args)
     elif "train" in args.stages:
         tokens = np.load(args.corpus / "train.npy", mmap_mode="r", allow_pickle=False)
-        train_missing(planned, tokens, args.out, args.at_most)
+        train_missing(missing, tokens, args.out, args.at_most)
     if "audit" in args.stages:
         rows: list[dict[str, Any]] = []
         if executor is not None:
-            trained = [run for run in planned if is_trained(args.out / run_name(*run[:2]), STEPS)]
+            trained = [run for run in missing if is_trained(args.out / run_name(*run[:2]), STEPS)]
             do_elsewhere(executor, "audit", trained, args)
         for seed, run, levels in planned:
             directory = args.out / run_name(seed, run)
-            if is_trained(directory, STEPS):
+            if (seed, run) in known:
+                rows += known[seed, run]
+            elif is_trained(directory, STEPS):
                 rows += audit_run(levels, seed, run, directory, args.corpus / "tokenizer.json")
         if not rows:
             raise ValueError(f"no run in {args.out} is trained yet: the stage train comes before audit")
@@ -96,6 +102,14 @@ def study(args: argparse.Namespace) -> None:
         print(f"{args.out / 'responses.csv'}: {len({(row['run'], row['seed']) for row in rows})} runs")
     if "effects" in args.stages:
         analyse(args.out / "responses.csv", args.out / "report")
+
+
+def known_rows(responses: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """The rows of every (seed, run) in a table of responses; none where there is no such file."""
+    rows: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in read_csv(responses).to_pylist() if responses.is_file() else []:
+        rows.setdefault((row["seed"], row["run"]), []).append(row)
+    return rows
 
 
 def do_elsewhere(executor: Executor, stage: str, runs: list[PlannedRun], args: argparse.Namespace) -> None:

@@ -18,6 +18,9 @@ from hooked_moe.report.factor_page import write_factor_report
 from hooked_moe.statistics import DegenerateSample
 from hooked_moe.tables import read_csv, write_csv_atomic
 
+SHIPPED = Path(str(resources.files("hooked_moe.analysis").joinpath("data", "factor_responses.csv")))
+"""Responses of the runs that were made so far."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--responses", type=Path, help="responses.csv of a study (default: those that ship with the package)")
@@ -26,12 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Path:
     """The study from its responses; returns the report's path."""
-    shipped = Path(str(resources.files("hooked_moe.analysis").joinpath("data", "factor_responses.csv")))
-    if args.responses is None and not shipped.is_file():
+    if args.responses is None and not SHIPPED.is_file():
         raise ValueError(
             "no responses ship with this version: give --responses, as `python -m experiments.factor_study` writes them"
         )
-    return analyse(args.responses or shipped, args.out)
+    return analyse(args.responses or SHIPPED, args.out)
 
 
 def analyse(responses: Path, out: Path) -> Path:
