@@ -1,4 +1,4 @@
-"""What an audit of a model takes, before anything is downloaded: operations, memory, disk and time.
+"""Say what an audit of a model takes, before anything is downloaded: operations, memory, disk and time.
 
     hooked-moe plan --model olmoe --device h100
     hooked-moe plan --model deepseek-v3 --device h200 --tokens 128 --layers 3,30,60

@@ -103,7 +103,7 @@ class SamplingVariance:
         return np.asarray((effective * self.own + PRIOR_REMOVALS * self.model) / (effective + PRIOR_REMOVALS))
 
     def with_documents(
-        self, total: Float[np.ndarray, "document *group"], count: Float[np.ndarray, "document *group"]
+        self, total: Float[np.ndarray, "document *group"], count: Int[np.ndarray, "document *group"]
     ) -> Float[np.ndarray, "*group"]:
         """Of a mean's total over documents and over what was drawn. The spread of documents' sums holds both; the part of it that
         is of what was drawn is replaced by the moderated one, for it is as uncertain there as anywhere."""

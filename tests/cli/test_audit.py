@@ -20,10 +20,12 @@ import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
+from torch import Tensor
 
 from hooked_moe import HookedMoE, measurement, tables
 from hooked_moe.cli import audit, measured_run
 from hooked_moe.corpus import load_corpus
+from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.measurement import gate, verification
 from hooked_moe.measurement.fingerprint import versions, weights_sha256
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
@@ -403,8 +405,9 @@ def test_a_model_that_fails_a_check_is_not_measured(
 ) -> None:
     original = verification.expert_effects
 
-    def off(*inputs: Any, **options: Any) -> Any:
-        effects = original(*inputs, **options)
+    @pausable
+    def off(*inputs: Any, **options: Any) -> Steps[Any]:
+        effects = yield from original.steps(*inputs, **options)
         return dataclasses.replace(effects, delta_loss=effects.delta_loss + 1e-3)
 
     with monkeypatch.context() as patch:
@@ -418,7 +421,14 @@ def test_checks_are_made_with_the_removal_and_the_scopes_of_the_run(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(gate, "verify", lambda model, tokens, *rest: asked.append((tokens.shape[1], *rest)) or [])
+
+    @pausable
+    def passed(model: HookedMoE, tokens: Tensor, *rest: Any) -> Steps[list[Any]]:
+        asked.append((tokens.shape[1], *rest))
+        yield from ()
+        return []
+
+    monkeypatch.setattr(gate, "verify", passed)
     run_audit(tmp_path, "--scope", "both", "--removal", "reroute")
     assert asked == [(16, "reroute", ("position",)), (16, "reroute", ("sequence",))]
 

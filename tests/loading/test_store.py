@@ -16,14 +16,15 @@ from hooked_moe.measurement.verification import verify
 from tests.conftest import EVERY_ARCHITECTURE, random_model
 
 
-def rounded(model: HookedMoE, directory: Path) -> tuple[HookedMoE, HookedMoE]:
+def rounded(model: HookedMoE) -> tuple[HookedMoE, HookedMoE]:
     """The model with experts that bfloat16 holds exactly: in float32, and stored in bfloat16."""
     with torch.no_grad():
         for layer in model.cfg.moe_layers:
             for parameter in model.blocks[layer].mlp.experts.parameters():
                 parameter.copy_(parameter.to(torch.bfloat16))
-    model.save_pretrained(directory)
-    return HookedMoE.from_pretrained(directory), HookedMoE.from_pretrained(directory, store="bfloat16")
+    stored = HookedMoE(model.cfg.replace(store=torch.bfloat16))
+    stored.load_state_dict(model.state_dict())
+    return model.requires_grad_(False), stored.requires_grad_(False)
 
 
 def assert_same(found: Any, expected: Any, *names: str) -> None:
@@ -32,8 +33,8 @@ def assert_same(found: Any, expected: Any, *names: str) -> None:
 
 
 @EVERY_ARCHITECTURE
-def test_effects_are_those_of_products_in_float32(architecture: str, tokens: Tensor, tmp_path: Path) -> None:
-    wide, stored = rounded(random_model(architecture), tmp_path)
+def test_effects_are_those_of_products_in_float32(architecture: str, tokens: Tensor) -> None:
+    wide, stored = rounded(random_model(architecture))
     experts = stored.blocks[stored.cfg.moe_layers[0]].mlp.experts
     assert {parameter.dtype for parameter in experts.parameters()} == {torch.bfloat16}
     assert {p.dtype for name, p in stored.named_parameters() if ".experts." not in name} == {torch.float32}
@@ -57,7 +58,8 @@ def test_a_shipped_model_that_is_rounded_is_off_by_less_than_the_stated_error() 
 
 
 def test_streamed_blocks_are_stored_as_narrow(tokens: Tensor, tmp_path: Path) -> None:
-    _, stored = rounded(random_model("deepseek"), tmp_path)
+    model, stored = rounded(random_model(architecture="deepseek", model_type="deepseek_v2", n_layers=4, d_shared=24))
+    model.save_pretrained(tmp_path)
     streamed = HookedMoE.from_pretrained(tmp_path, store="bfloat16", stream=True)
     assert {p.dtype for p in streamed.blocks[1].mlp.experts.parameters()} == {torch.bfloat16}
     assert torch.equal(
@@ -66,7 +68,8 @@ def test_streamed_blocks_are_stored_as_narrow(tokens: Tensor, tmp_path: Path) ->
 
 
 def test_it_goes_with_other_dtypes_of_the_model_and_is_said(tmp_path: Path) -> None:
-    _, stored = rounded(random_model("olmoe"), tmp_path)
+    random_model(architecture="olmoe", model_type="olmoe").save_pretrained(tmp_path)
+    stored = HookedMoE.from_pretrained(tmp_path, store="bfloat16")
     assert "float32, experts stored in bfloat16, on cpu" in repr(stored)
     assert stored.cfg.store == torch.bfloat16
     half = HookedMoE.from_pretrained(tmp_path, store="bfloat16").to(torch.bfloat16)

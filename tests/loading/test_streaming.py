@@ -353,7 +353,7 @@ def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
 ) -> None:
     spill = blocks_of(streamed).spill = Spill(0, tmp_path)
     measure(streamed, tmp_path / "straight")
-    monkeypatch.setattr(shards, "_groups", lambda model, lengths, spec, pending: [[index] for index in pending])
+    monkeypatch.setattr(shards.PartMeasurement, "groups", lambda part, pending, places: [[index] for index in pending])
     original, left = getattr(owner, name), iter(range(calls))
 
     def faulty(*inputs: Any, **options: Any) -> Any:

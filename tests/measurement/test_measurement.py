@@ -17,6 +17,7 @@ from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.corpus import Corpus
 from hooked_moe.counterfactuals import Scope
 from hooked_moe.counterfactuals.first_order import first_order_effects
+from hooked_moe.executors import threads
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement import document_tables, shards
 from hooked_moe.measurement.document_tables import TABLES
@@ -261,8 +262,8 @@ def test_a_small_budget_has_fewer_documents_measured_side_by_side(
     least = shards._least_budget(reader, tokenized, spec)
     set_threads(3)
     workers: list[int] = []
-    original = shards.ThreadPoolExecutor
-    monkeypatch.setattr(shards, "ThreadPoolExecutor", lambda n, **options: workers.append(n) or original(n, **options))
+    original = threads.ThreadPoolExecutor
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", lambda n, **options: workers.append(n) or original(n, **options))
     for times in (1, 2, 9):
         target = tmp_path / str(times)
         target.mkdir()

@@ -186,7 +186,7 @@ def test_a_streamed_run_takes_up_one_in_memory_and_the_other_way_round(
 @pytest.mark.parametrize(
     ("part", "options", "message"),
     [
-        ("tokens", {}, "part must be one of 'position', 'sequence', 'progressive', not 'tokens'"),
+        ("tokens", {}, "part must be one of 'position', 'sequence', 'progressive', 'estimates', 'sampled', not 'tokens'"),
         ("position", {"positions": [(0, 11)]}, r"positions \[\(0, 11\)\] have no next token"),
         ("position", {"positions": []}, "no positions to measure: positions is empty"),
         ("progressive", {"orders": ["upwards"]}, r"orders must be some of .* not \('upwards',\)"),

@@ -160,7 +160,7 @@ def test_variances_are_between_their_own_and_the_models_and_add_up() -> None:
 
 def test_the_variance_over_documents_holds_what_was_drawn_too() -> None:
     random = np.random.default_rng(2)
-    count = np.full((30, 1), 10.0)
+    count = np.full((30, 1), 10)
     total = random.normal(5, 2, (30, 1))
     none_drawn = SamplingVariance(np.zeros(1), np.zeros(1), np.zeros(1))
     plain = none_drawn.with_documents(total, count)[0]

@@ -125,7 +125,7 @@ def test_colours_follow_document_effect_layer_and_expert(visit: Any, run: Path) 
     page = visit("documents.html")
     effects = tables.read_parquet(run / "effects.parquet").to_pandas()
     page.select_option("#document", "3")
-    page.wait_for_function("location.hash.startsWith('#d3')")
+    page.wait_for_url(re.compile(r"#d3"))
     page.select_option("#layer", "2")
 
     def shown() -> list[float]:
@@ -169,7 +169,8 @@ def test_texts_are_shown_as_texts(visit: Any, run: Path) -> None:
     page = visit("documents.html")
     for text, row in hostile.items():
         page.evaluate(f"location.hash = '#d{row.document}p{row.position}'")
-        page.wait_for_function(f"state.document === {row.document} && state.position === {row.position}")
+        page.wait_for_selector(f"#text .t:nth-of-type({row.position + 1})[aria-selected=true]")
+        assert page.evaluate("[state.document, state.position]") == [row.document, row.position]
         named = {sign: f"\u2039U+{ord(sign):04X}\u203a" for sign in "\u202e\u2028\x00"} | {"\n": "↵\n", "\t": "⇥"}
         assert page.text_content("[aria-selected=true]") == "".join(named.get(sign, sign) for sign in text)
     assert "\u202egnp.exe" in hostile
