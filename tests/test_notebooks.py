@@ -33,6 +33,7 @@ def test_what_a_notebook_keeps_is_small_and_no_error(name: str) -> None:
     file = NOTEBOOKS / f"{name}.ipynb"
     cells = [cell for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     assert file.stat().st_size < 150_000
+    assert sum(bool(cell["outputs"]) for cell in cells) >= 2
     assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
     assert "/tmp/" not in json.dumps(cells)  # no path of the machine that ran it
 
