@@ -92,7 +92,7 @@ def test_a_restarted_schedule_warms_up_again_and_then_continues() -> None:
 
 
 def test_the_study_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert factor_study.main(["--stages", "plan", "audit", "--out", str(tmp_path)]) == 1
+    assert factor_study.main(["--stages", "plan", "audit", "--out", str(tmp_path), "--known", "none.csv"]) == 1
     assert "is trained yet" in capsys.readouterr().err
     plan = (tmp_path / "plan.csv").read_text(encoding="utf-8").splitlines()
     assert len(plan) == 17

@@ -123,6 +123,9 @@ class Numbers:
     def encode(self, text: str, prepend_bos: bool | None = None) -> list[int]:
         return [ord(letter) % 61 for letter in text[:40]]
 
+    def to_str_tokens(self, ids: list[int]) -> list[str]:
+        return [str(number) for number in ids]
+
 
 def pruned_losses(model: HookedMoE, path: Path) -> Any:
     model.tokenizer = Numbers()  # type: ignore[assignment]

@@ -117,13 +117,14 @@ def _tiles(logits: Float[Tensor, "n d_vocab"]) -> list[slice]:
 
 def _loss_by_tiles(tiles: Iterable[Float[Tensor, "*variant n tile"]], targets: Int[Tensor, " n"]) -> LossAndLogSum:
     """The loss from logits that come a tile at a time."""
-    log_sums, target_logits = [], torch.empty(0)
-    row = torch.arange(len(targets))
+    log_sums, own = [], []
+    row = torch.arange(len(targets), device=targets.device)
     for number, logits in enumerate(tiles):
         log_sums.append(logits.logsumexp(-1))
         place = targets - number * VOCABULARY_TILE
-        own = logits[..., row, place.clamp(0, logits.shape[-1] - 1)]
-        target_logits = own if number == 0 else torch.where((place >= 0) & (place < logits.shape[-1]), own, target_logits)
+        elsewhere = (place < 0) | (place >= logits.shape[-1])
+        own.append(logits[..., row, place.masked_fill(elsewhere, 0)].masked_fill(elsewhere, 0.0))
+    target_logits = torch.stack(own).sum(0)  # each is in one tile, and zero in the others
     log_sum = torch.stack(log_sums).double().logsumexp(0)
     return LossAndLogSum((log_sum - target_logits.double()).to(target_logits.dtype), log_sum)
 

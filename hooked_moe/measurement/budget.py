@@ -72,7 +72,8 @@ def share_of(
     tokens = torch.from_numpy(windows[-1][None])
     shape = (len(layers), 1, tokens.shape[1], model.cfg.experts_per_token)
     chosen = np.random.default_rng(0).random(shape) < _TIMED_SHARE
-    some, none = torch.from_numpy(chosen), torch.zeros(shape, dtype=torch.bool)
+    some = torch.from_numpy(chosen)
+    none = torch.zeros_like(some)
     expert_effects(model, tokens, layers, removal=removal, picks=some)  # the first run prepares kernels
 
     def timed(picks: torch.Tensor) -> float:

@@ -177,7 +177,7 @@ def test_lanes_of_variants_and_of_tokens() -> None:
     assert by_token.entering(variants[:1], 3).flatten().tolist() == [4.0, 5.0]
 
 
-@pytest.mark.parametrize("budget", [None, "20MB"], ids=["in memory", "in a file"])
+@pytest.mark.parametrize("budget", [None, "68MB"], ids=["in memory", "in a file"])
 def test_picks_of_a_streamed_model_wait_between_its_layers(budget: str | None, tmp_path: Path) -> None:
     whole, tokens = random_model("olmoe"), random_tokens(batch=2, pos=11)
     whole.save_pretrained(tmp_path)

@@ -216,7 +216,7 @@ def test_a_model_made_in_memory_or_with_hooks_cannot_be_loaded_elsewhere(opened:
 def test_a_model_changed_after_it_was_loaded_is_not_measured_elsewhere(opened: Opened) -> None:
     def edit(model: HookedMoE) -> None:
         with torch.no_grad():
-            model.blocks[0].mlp.experts.W_in[2, 3, 4] += 1e-3
+            model.blocks[0].mlp.experts.W_in[2, 1, 3, 4] += 1e-3
 
     with opened("run", edit=edit) as run, pytest.raises(ValueError, match="has loaded other weights by the name 'model'"):
         run.require("position", progress=False, executor=InAnotherProcess())

@@ -83,7 +83,8 @@ def _part(picks: Bool[Tensor, "layer batch pos way"], packed: Packed, layers: li
     queries = torch.cat([own[:, :count] for own, count in zip(order, counts, strict=True)], dim=1)
     asked = torch.cat([own.flatten(1).gather(1, at[:, :n]) for own, at, n in zip(by_position, order, counts, strict=True)], dim=1)
     ragged = replace(packed, query_positions=queries // n_ways, asked=asked)
-    numbers = torch.arange(len(layers), device=queries.device).repeat_interleave(torch.tensor(counts, device=queries.device))
+    per_layer = torch.tensor(counts, dtype=torch.int64, device=queries.device)
+    numbers = torch.arange(len(layers), device=queries.device).repeat_interleave(per_layer)
     return PickPart(ragged, Lanes(dict(zip(layers, counts, strict=True)), 2), queries % n_ways, numbers, observed)
 
 
