@@ -42,7 +42,7 @@ def test_every_table_is_written_and_nothing_is_missing(run):
     said = json.loads((run / "analysis.json").read_text())
     assert said["not_measured"] == {}
     assert all((run / name).is_file() for name in derived(run))
-    assert len(derived(run)) == 16
+    assert len(derived(run)) == 18
 
 
 def test_what_a_run_has_not_measured_is_said(tmp_path):
