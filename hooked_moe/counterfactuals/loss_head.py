@@ -68,7 +68,7 @@ class LossHead:
     def _fill(self, batch: Int[Tensor, " n"], pos: Int[Tensor, " n"], weight: Float[Tensor, "d_vocab d_model"]) -> None:
         x = at_least_float32(self.resid[batch, pos]).requires_grad_()
         with torch.enable_grad():
-            normalised = self.model.ln_final.forward(x)  # a leaf: torch's hooks that count operations cannot take one
+            normalised = self.model.ln_final(x)
         with torch.no_grad():
             p = (normalised @ weight.T).softmax(-1)
             p_likely, likely = p.topk(self.likely.shape[-1])
