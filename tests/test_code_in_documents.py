@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from hooked_moe import HookedMoE, figures, load_corpus, routing
+from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.measurement import TokenizedCorpus, open_measurement
 from tests.support.code_blocks import python_blocks, run_blocks, run_example
 
@@ -26,6 +29,12 @@ RUN = (
 FUNCTIONS = [function for name in routing.__all__ if inspect.isfunction(function := getattr(routing, name))]
 
 pytestmark = pytest.mark.usefixtures("unchecked")
+
+
+@pytest.fixture(autouse=True)
+def criteria_of_a_page_end_with_it() -> Iterator[None]:
+    with mock.patch.dict(CRITERIA):
+        yield
 
 
 @pytest.mark.parametrize("name", RUN)
