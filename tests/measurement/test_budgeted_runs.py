@@ -85,7 +85,6 @@ def test_the_draw_says_how_many_there_were_and_how_many_were_made(budgeted: Run,
         assert made.get((row.layer, row.expert), 0) == row.n_drawn
 
 
-@pytest.mark.xfail(reason="fails, the reason is not known yet: whether a killed run ends with the same bytes is open")
 def test_a_run_that_is_measured_again_has_the_same_bytes(
     opened: Callable[..., Run], budgeted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
