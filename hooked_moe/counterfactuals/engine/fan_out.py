@@ -9,7 +9,7 @@ block of all variants that have entered by then.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -98,8 +98,7 @@ def fan_out(
             variants = torch.empty(shape, dtype=cfg.dtype, device=cfg.device)
             if waiting is not None and layer:
                 waiting.get(lanes.entered(variants, layer), place=resid.nbytes)
-        for part, own_windows in lanes.under_way(variants, windows, layer, max(1, chunk_size // batch)):
-            advance(part, clean, rotate, own_windows, chunk_size, again.get(layer))
+        _advance_lanes(lanes.under_way(variants, windows, layer, max(1, chunk_size // batch)), clean, rotate, chunk_size, again)
         if lanes.sizes.get(layer):
             own_positions = None if positions is None else lanes.tokens_entering(positions, layer)
             lanes.entering(variants, layer).copy_(branch(clean.at_positions(own_positions)))
@@ -124,6 +123,18 @@ def fan_out(
     else:
         baseline = loss_at(model, resid[None], packed.targets)[0]
     return FanOut(losses, kl, baseline, readings, resid)
+
+
+def _advance_lanes(
+    under_way: Iterable[tuple[Tensor, Windows]],
+    clean: CleanBlock,
+    rotate: Rotation,
+    chunk_size: int,
+    edits_again: Mapping[int, EditAgain],
+) -> None:
+    """All variants that are under way, through a block. No name is left that would keep them in memory while their task waits."""
+    for variants, windows in under_way:
+        advance(variants, clean, rotate, windows, chunk_size, edits_again.get(clean.layer))
 
 
 def advance(
