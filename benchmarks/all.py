@@ -23,8 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.tables import print_page
-from hooked_moe.tables import write_text_atomic
+from benchmarks.tables import write_or_print
 
 HERE = Path(__file__).resolve().parent
 OLMOE = ["--d-model", "2048", "--d-expert", "1024", "--vocabulary", "50304", "--layers", "2"]
@@ -63,11 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = with_sections(out.read_text(encoding="utf-8"), sections)
     else:
         page = "\n".join([*heading(time.perf_counter() - started), *sections.values()])
-    if out is None:
-        print_page(page)
-    else:
-        write_text_atomic(page, out)
-        print(f"{out} is written")
+    write_or_print(page, out)
     return code
 
 

@@ -21,11 +21,10 @@ import numpy as np
 import scipy.stats
 from tqdm import tqdm
 
-from benchmarks.tables import Table, print_page
+from benchmarks.tables import Table, write_or_print
 from hooked_moe.statistics import ratio_bootstrap
 from hooked_moe.statistics.difference_estimates import N_BINS, SamplingVariance, Z, corrections, error_ratios, fold_of, size_bin
 from hooked_moe.statistics.removal_sample import RemovalSample, gap_term, least_probabilities, removal_size, sample_factor
-from hooked_moe.tables import write_text_atomic
 from hooked_moe.tables.effect_grid import effect_chunks
 
 HERE = Path(__file__).resolve().parent
@@ -362,11 +361,7 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
             )
     tables.insert(0, width_table(widths))
     page = "\n".join([*_heading(args, time.perf_counter() - started), *map(str, tables)])
-    if args.show:
-        print_page(page)
-    else:
-        write_text_atomic(page, args.out)
-        print(f"{args.out} is written")
+    write_or_print(page, None if args.show else args.out)
     return tables
 
 

@@ -26,11 +26,10 @@ from benchmarks import planted_effects as planted
 from benchmarks import saving_rules
 from benchmarks.decision_rules import ALPHA, BOUND, EVIDENCE, SAMPLE, Decisions, decisions
 from benchmarks.planted_effects import planted_table
-from benchmarks.tables import Table, print_page
+from benchmarks.tables import Table, write_or_print
 from hooked_moe import statistics as stat
 from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.statistics.choice_model import PRIOR_SD
-from hooked_moe.tables import write_text_atomic
 
 HERE = Path(__file__).resolve().parent
 DOCUMENTS, FEW, TOKENS, RANKINGS = 48, 12, 40, 3
@@ -99,11 +98,7 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
     started = time.perf_counter()
     tables = calibrate(runs, args.seed, args.processes)
     page = "\n".join([*_heading(runs, args.seed, time.perf_counter() - started, args.processes), *map(str, tables)])
-    if args.small:
-        print_page(page)
-    else:
-        write_text_atomic(page, args.out)
-        print(f"{args.out} is written")
+    write_or_print(page, None if args.small else args.out)
     return tables
 
 

@@ -6,11 +6,13 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hooked_moe.cli.console import tolerate_any_console
+from hooked_moe.tables import write_text_atomic
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,15 @@ def print_page(text: str) -> None:
     """On any console: one that lacks a sign, such as the plus-minus of errors, shows "?" in its place."""
     tolerate_any_console()
     print(text)
+
+
+def write_or_print(page: str, out: Path | None) -> None:
+    """A page of results into its file, or onto the console where it has none."""
+    if out is None:
+        print_page(page)
+    else:
+        write_text_atomic(page, out)
+        print(f"{out} is written")
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

@@ -8,7 +8,6 @@ the weights, under `torch.autocast` too.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -31,6 +30,7 @@ from hooked_moe.expert_mask import ExpertMask
 from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.hooks.hooked_module import HookedModule
 from hooked_moe.tokenizer import Tokenizer
+from hooked_moe.warn_user import warn_user
 
 ReturnType = Literal["logits", "loss", "both"]
 _RETURN_TYPES = ("logits", "loss", "both", None)
@@ -194,10 +194,9 @@ class Transformer(HookedModule):
         """Warn, once for each model, of a context longer than those that it was trained for."""
         if length > self.cfg.n_ctx and not self._noted_length:
             self._noted_length = True
-            warnings.warn(
+            warn_user(
                 f"a context of {length} tokens exceeds the {self.cfg.n_ctx} that {self.cfg.model_name} was trained for "
-                "(cfg.n_ctx): its predictions may be poor from there on. Noted once",
-                stacklevel=5,
+                "(cfg.n_ctx): its predictions may be poor from there on. Noted once"
             )
 
     @without_autocast()

@@ -89,27 +89,16 @@ def token_effects(
         token_effects(model, tokens, {2: steer, 4: steer}, n_variants=len(strengths))
     """
     n_variants = checked_n_variants(n_variants)
-    if not isinstance(edit, Mapping):
-        request = make_request(
-            model,
-            tokens,
-            layers,
-            positions,
-            attention_mask,
-            readouts,
-            memory_budget,
-            dense=True,
-            embeddings=embeddings,
-            progress=progress,
-        )
-        return as_variant_effects((yield from answer(Edited(n_variants, edit), request)))
-    if layers is not None:
-        raise ValueError("layers= goes with one edit for all layers; {layer: edit} says itself which layers are changed")
-    edits = by_number(edit, "layer")
+    edits: dict[int, VariantEdit] = {}
+    if isinstance(edit, Mapping):
+        if layers is not None:
+            raise ValueError("layers= goes with one edit for all layers; {layer: edit} says itself which layers are changed")
+        edits = by_number(edit, "layer")
+        layers = list(edits)
     request = make_request(
         model,
         tokens,
-        list(edits),
+        layers,
         positions,
         attention_mask,
         readouts,
@@ -118,6 +107,8 @@ def token_effects(
         embeddings=embeddings,
         progress=progress,
     )
+    if not isinstance(edit, Mapping):
+        return as_variant_effects((yield from answer(Edited(n_variants, edit), request)))
     first, *later = request.layers
     question = EditedTogether(n_variants, edits, later)
     return as_variant_effects((yield from answer(question, replace(request, layers=[first]))))

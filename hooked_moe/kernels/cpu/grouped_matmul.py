@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def grouped_matmul(
         return grouped_matmul_loop(x, weight, ends)
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if x.device.type == "cpu" and len(x) * FEW <= len(weight) and not needs_gradient and not use_reference():
-        return _of_experts_with_rows(x, weight, ends)
+        return _of_experts_with_rows(x, weight, ends, _product)  # bit for bit as torch's
     whole_rows = all(width * x.itemsize % 16 == 0 for width in weight.shape[1:])  # both: one is a row of the gradient
     if x.dtype in _FUSED_DTYPES and whole_rows and len(x) and x.stride(1) == 1 and not use_reference():
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
@@ -40,25 +41,31 @@ def grouped_matmul_loop(
     x: Float[Tensor, "n d_in"], weight: Float[Tensor, "expert d_out d_in"], ends: Int[Tensor, " expert"]
 ) -> Float[Tensor, "n d_out"]:
     """The same, one expert after another: the reference."""
+    if weight.dtype != x.dtype:
+        return _of_experts_with_rows(x, weight, ends, _widened_product)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     rows = x.split(counts)
-    if weight.dtype != x.dtype:
-        products = [_widened_product(rows_e, weight[e]) for e, rows_e in enumerate(rows) if len(rows_e)]
-        return torch.cat(products) if products else x.new_empty(0, weight.shape[1])
     # unbind once: indexing a stacked weight expert by expert would make a gradient of the whole stack for each
     return torch.cat([rows_e @ weight_e.T for rows_e, weight_e in zip(rows, weight.unbind(0), strict=True)])
 
 
 def _of_experts_with_rows(
-    x: Float[Tensor, "n d_in"], weight: Float[Tensor, "expert d_out d_in"], ends: Int[Tensor, " expert"]
+    x: Float[Tensor, "n d_in"],
+    weight: Float[Tensor, "expert d_out d_in"],
+    ends: Int[Tensor, " expert"],
+    product: Callable[[Tensor, Tensor], Tensor],
 ) -> Float[Tensor, "n d_out"]:
-    """The same, bit for bit as torch's, without a product for experts that have no rows."""
+    """`product(rows, weight)` of every expert that has rows, and none for the others."""
     pieces, start = [], 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
-            pieces.append(x[start:end] @ weight[expert].T)
+            pieces.append(product(x[start:end], weight[expert]))
             start = end
-    return torch.cat(pieces) if pieces else grouped_matmul_loop(x, weight, ends)
+    return torch.cat(pieces) if pieces else x.new_empty(0, weight.shape[1])
+
+
+def _product(x: Float[Tensor, "n d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "n d_out"]:
+    return x @ weight.T
 
 
 class _WidenedProduct(torch.autograd.Function):
