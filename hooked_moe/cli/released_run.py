@@ -35,6 +35,10 @@ FIXED = {
     "scope": "position",
     "shard": None,
     "object_store": None,
+    "ray": None,
+    "ray_workers": None,
+    "ray_cpus": None,
+    "ray_gpus": None,
 }
 """Options that the released protocol leaves no choice in, with their defaults."""
 

@@ -269,6 +269,8 @@ def test_every_script_runs_as_released_in_one_directory(script, results, capsys)
 def test_options_that_the_released_protocol_fixes_are_refused_by_name(capsys):
     assert audit.main(["--protocol", "as_released", "--removal", "reroute", "--scope", "both"]) == 1
     assert "--removal, --scope: --protocol as_released fixes that" in capsys.readouterr().err
+    assert audit.main(["--protocol", "as_released", "--ray", "auto"]) == 1
+    assert "--ray: --protocol as_released fixes that" in capsys.readouterr().err
     assert released_positions("all") == 200
     with pytest.raises(ValueError, match="give a number from 3"):
         released_positions("2")
