@@ -27,16 +27,19 @@ from benchmarks.tables import write_or_print
 
 HERE = Path(__file__).resolve().parent
 OLMOE = ["--d-model", "2048", "--d-expert", "1024", "--vocabulary", "50304", "--layers", "2"]
+WHOLE_LITE = ["--layers", "full", "--tokens", "64", "--only-streamed", "--precisions", "stored-bfloat16"]
 SUITE: dict[str, list[list[str]]] = {
     "circuits": [["--tokens", "12", "48"]],
     "tracing": [["--repeats", "3"]],
     "removals": [["--contexts", "256", "512", "1024", "2048", "--batches", "1", "4", "--repeats", "3"]],
     "forward": [["--repeats", "5"]],
+    "generation": [["--repeats", "5"]],
     "roofline": [["--repeats", "5"], ["--repeats", "3", *OLMOE]],
     "scaling": [["--repeats", "2"]],
     "streaming": [
         ["--documents", "4", "--tokens", "64"],
-        ["--layers", "full", "--documents", "1", "--tokens", "64", "--only-streamed", "--precisions", "stored-bfloat16"],
+        ["--documents", "1", *WHOLE_LITE],
+        ["--documents", "4", *WHOLE_LITE, "--budget", "1%"],
     ],
     "routing": [["--repeats", "3"]],
 }

@@ -2,6 +2,7 @@
 
     python -m benchmarks.streaming                                    # DeepSeek-V2-Lite cut to 4 layers: 4.5 GB on disk
     python -m benchmarks.streaming --layers full --documents 1 --tokens 64 --precisions stored-bfloat16
+    python -m benchmarks.streaming --layers full --documents 4 --tokens 64 --precisions stored-bfloat16 --budget 1%
     python -m benchmarks.streaming --memory-limit 6GB --precisions bfloat16
     python -m benchmarks.streaming --small                            # seconds; shows that it works, measures nothing
 
@@ -11,7 +12,7 @@ layers, 31.4 GB, with `--layers full`, which is skipped where the disk has no ro
 floor, every removal, first-order effects, analysis and report. Both have to find the same effects. "reads" are bytes of weights
 read by bytes of weights on disk; "GB read" is what the process read in all, residual streams that waited in files included. Peak
 memory is what the process had resident at most, Python, torch and the report's figures among it. `--memory-limit` is set on the
-data of the process (RLIMIT_DATA), weights and activations among it. Linux only.
+data of the process (RLIMIT_DATA), weights and activations among it. With `--budget` a sample of the removals is made. Linux only.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from hooked_moe import HookedMoEConfig
 from hooked_moe.cli.audit import parse_arguments
 from hooked_moe.cli.measured_run import analyse, open_run
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
+from hooked_moe.measurement.budget import Budget
 from hooked_moe.measurement.verification import LOSS_TOLERANCE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +94,7 @@ def options() -> argparse.ArgumentParser:
     result.add_argument("--documents", type=int, default=4)
     result.add_argument("--tokens", type=int, default=256, help="of each document (default: %(default)s)")
     result.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="PRECISION")
+    result.add_argument("--budget", help="of every audit, as hooked-moe audit takes it (default: all removals)")
     result.add_argument("--only-streamed", action="store_true", help="nothing in memory to compare with")
     result.add_argument("--memory-limit", type=parse_bytes, help='of each measuring process, as "8GB"')
     result.add_argument("--results", type=Path, help=argparse.SUPPRESS)
@@ -171,10 +174,14 @@ def measure(args: argparse.Namespace, precision: str, weights: str) -> Measured:
         resource.setrlimit(resource.RLIMIT_DATA, (args.memory_limit, args.memory_limit))
     words = ["--model", str(args.dir), "--corpus", str(texts(args)), "--results", str(args.results), "--device", "cpu"]
     words += ["--tokens", "all", "--run", "run", *DTYPES[precision][1], *(["--stream"] if weights == "streamed" else [])]
+    budget = None if args.budget is None else Budget.parse(args.budget)
     read, times = proc("io"), [time.perf_counter()]
-    with redirect_stdout(io.StringIO()), open_run(parse_arguments(words)) as run:
+    with redirect_stdout(io.StringIO()), open_run(parse_arguments(words), budget) as run:
         times.append(time.perf_counter())
-        run.require("position", progress=False)
+        if budget is None:
+            run.require("position", progress=False)
+        else:
+            run.require_sample(progress=False)
         times.append(time.perf_counter())
         analyse(run)
     times.append(time.perf_counter())
@@ -218,7 +225,7 @@ def compare(cfg: HookedMoEConfig, args: argparse.Namespace) -> Found:
             one = measured_elsewhere(args, Path(results), *candidate)
             if one is not None:
                 runs.append(one)
-                check_equal(candidate[0], effects, read_effects(Path(results)))
+                check_equal(candidate[0], effects, read_effects(Path(results), args.budget is not None))
             elif candidate[1] == "in memory":
                 found[candidate] = "more memory than the limit allows"
             else:
@@ -245,6 +252,8 @@ def measured_elsewhere(args: argparse.Namespace, results: Path, precision: str, 
     passed = {"--dir": args.dir.resolve(), "--threads": args.threads, "--results": results}
     if args.memory_limit:
         passed["--memory-limit"] = args.memory_limit
+    if args.budget is not None:
+        passed["--budget"] = args.budget
     given = [str(word) for pair in passed.items() for word in pair]
     command = [sys.executable, "-m", "benchmarks.streaming", *given, "--measure", precision, weights]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
@@ -255,9 +264,9 @@ def measured_elsewhere(args: argparse.Namespace, results: Path, precision: str, 
     raise RuntimeError(f"{precision}, {weights}: ended with code {done.returncode}\n{done.stderr[-2000:]}")
 
 
-def read_effects(results: Path) -> np.ndarray:
-    (path,) = results.glob("*/run/effects.parquet")
-    columns = pq.read_table(path, columns=["delta_loss", "first_order_curved"])
+def read_effects(results: Path, sampled: bool) -> np.ndarray:
+    (path,) = results.glob(f"*/run/{'sampled_effects' if sampled else 'effects'}.parquet")
+    columns = pq.read_table(path, columns=["delta_loss", *([] if sampled else ["first_order_curved"])])
     return np.nan_to_num(np.stack([column.to_numpy() for column in columns]), nan=7.0)
 
 
@@ -272,10 +281,11 @@ def table(cfg: HookedMoEConfig, args: argparse.Namespace, found: Found) -> Table
     parts = checkpoints.tensors_of(cfg)
     sizes = {part: checkpoints.nbytes(shapes, cfg.dtype) for part, shapes in parts.items()}
     limit = f"; limit {args.memory_limit / 1e9:.1f} GB" if args.memory_limit else ""
-    removals = args.documents * (args.tokens - 1) * len(cfg.moe_layers) * cfg.experts_per_token
+    removals = f"{args.documents * (args.tokens - 1) * len(cfg.moe_layers) * cfg.experts_per_token:,} removals"
+    removals = removals if args.budget is None else f"--budget {args.budget} of {removals}"
     return Table(
         f"A streamed audit: DeepSeek-V2-Lite's widths, {cfg.n_layers} layers, {args.documents} documents of {args.tokens} tokens "
-        f"({removals:,} removals), {count(args.threads, 'thread')}{limit}",
+        f"({removals}), {count(args.threads, 'thread')}{limit}",
         f"The checkpoint has {sum(sizes.values()) / 1e9:.1f} GB: {sizes['blocks.1'] / 1e9:.2f} GB in each block with experts and "
         f"{sizes['rest'] / 1e9:.2f} GB beside the blocks, all in bfloat16. Streamed and in memory, the effects are the same but "
         "for rounding.",

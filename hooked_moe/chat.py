@@ -18,7 +18,7 @@ import jinja2.utils
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hooked_moe.checks import unknown_name
+from hooked_moe.checks import quoted, unknown_name
 
 Message = Mapping[str, Any]
 """{"role": "user", "content": "..."}, and whatever else a template reads."""
@@ -69,7 +69,7 @@ class ChatTemplate:
         try:
             return _compiled(self.sources[name]).render(messages=said, add_generation_prompt=add_generation_prompt, **given)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise ValueError(f"the chat template {name!r} refuses these messages, or fails: {error}") from error
+            raise ValueError(f"the chat template {quoted(name)} refuses these messages, or fails: {error}") from error
 
 
 def rendered(templates: ChatTemplate | None, conversations: Any, chat_template: str | None = None, **options: Any) -> list[str]:
@@ -100,10 +100,10 @@ def checked(messages: Any) -> Sequence[Message]:
     """The messages of one conversation. Raises `ValueError` for what is none."""
     expected = "a conversation is a list of messages, as [{'role': 'user', 'content': 'Hello'}]"
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"{expected}, not {messages!r}")
+        raise ValueError(f"{expected}, not {quoted(messages)}")
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message:
-            raise ValueError(f"{expected}; this message has no role: {message!r}")
+            raise ValueError(f"{expected}; this message has no role: {quoted(message)}")
     return messages
 
 
@@ -150,7 +150,7 @@ class _Namespace(jinja2.utils.Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
-            raise SecurityError(f"a chat template may not set {name!r}")
+            raise SecurityError(f"a chat template may not set {quoted(name)}")
         super().__setitem__(name, value)
 
 

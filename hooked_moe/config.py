@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from hooked_moe.checks import as_int_or_none, described, require_between, whole_numbers
+from hooked_moe.checks import as_int_or_none, described, quoted, require_between, whole_numbers
 
 MOST = {"n_layers": 4_096, "num_experts": 16_384}
 """Every layer and every expert takes objects of its own, before there is a weight: bounds far beyond the families here."""
@@ -200,7 +200,7 @@ class HookedMoEConfig:
         if self.clip_qkv is not None and self.clip_qkv <= 0:
             raise ValueError(f"clip_qkv must be positive or None, not {self.clip_qkv}")
         if self.qk_norm not in ("full", "head", None):
-            raise ValueError(f"qk_norm must be 'full', 'head' or None, not {self.qk_norm!r}")
+            raise ValueError(f"qk_norm must be 'full', 'head' or None, not {quoted(self.qk_norm)}")
         self._check_layers("windowed_layers", "sliding_window", "the window of windowed layers")
         if self.rotary_width > self.d_head:
             raise ValueError(f"d_rotary ({self.d_rotary}) cannot exceed d_head ({self.d_head})")
@@ -222,7 +222,9 @@ class HookedMoEConfig:
             raise ValueError(f"experts_by_layer must have {self.n_layers} entries, not {len(self.experts_by_layer)}")
         for layer in range(self.n_layers):
             if (self.experts_in(layer) == 0) != (layer in self.dense_layers):
-                raise ValueError(f"layer {layer} has {self.experts_in(layer)} experts, and dense_layers are {self.dense_layers}")
+                raise ValueError(
+                    f"layer {layer} has {self.experts_in(layer)} experts, and dense_layers are {quoted(self.dense_layers)}"
+                )
         fewest = min(self.experts_in(layer) for layer in self.moe_layers)
         if self.experts_per_token > fewest:
             raise ValueError(f"experts_per_token ({self.experts_per_token}) cannot exceed num_experts ({fewest})")
@@ -237,9 +239,9 @@ class HookedMoEConfig:
                     f"experts_per_token ({self.experts_per_token}) cannot exceed the {reachable} of a token's groups"
                 )
         if self.router_score not in ("softmax", "sigmoid"):
-            raise ValueError(f"router_score must be 'softmax' or 'sigmoid', not {self.router_score!r}")
+            raise ValueError(f"router_score must be 'softmax' or 'sigmoid', not {quoted(self.router_score)}")
         if self.group_score not in ("max", "top2"):
-            raise ValueError(f"group_score must be 'max' or 'top2', not {self.group_score!r}")
+            raise ValueError(f"group_score must be 'max' or 'top2', not {quoted(self.group_score)}")
         if self.group_score == "top2" and 1 < self.n_expert_groups == self.num_experts:
             raise ValueError("group_score='top2' needs two experts in every group")
         if self.shared_gate and self.d_shared is None:
@@ -249,9 +251,9 @@ class HookedMoEConfig:
         """A tuple of layers, and the size that it goes with."""
         given, width = getattr(self, layers), getattr(self, size)
         if given != tuple(layer for layer in range(self.n_layers) if layer in given):
-            raise ValueError(f"{layers} must be ascending layers from 0 to {self.n_layers - 1}, not {given}")
+            raise ValueError(f"{layers} must be ascending layers from 0 to {self.n_layers - 1}, not {quoted(given)}")
         if bool(given) != (width is not None):
-            raise ValueError(f"{size} is {meaning}: got {layers}={given}, {size}={width}")
+            raise ValueError(f"{size} is {meaning}: got {layers}={quoted(given)}, {size}={width}")
 
     normalization_type: ClassVar[str] = "RMS"
     attn_only: ClassVar[bool] = False

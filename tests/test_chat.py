@@ -104,7 +104,7 @@ def test_wrong_conversations_are_answered() -> None:
         model.apply_chat_template(TALK)
     for messages, message in (
         ([], r"a conversation is a list of messages.*not \[\]"),
-        ({"role": "user", "content": "x"}, r"a conversation is a list of messages.*not \{'role'"),
+        ({"role": "user", "content": "x"}, r"a conversation is a list of messages.*not \{'content': 'x', 'role'"),
         ([{"content": "x"}], r"this message has no role: \{'content': 'x'\}"),
         ([{"role": "assistant", "content": "x"}], r"refuses these messages, or fails: roles must alternate"),
         ([{"role": "user", "content": torch.ones(1)}], r"are texts, numbers, lists and mappings, not Tensor"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from hooked_moe.checks import quoted
 from hooked_moe.config import HookedMoEConfig
 from weights_conversion.hf_config import HFConfig, rotary_entries
 from weights_conversion.weight_map import Weight
@@ -177,5 +178,5 @@ def layers_of_type(hf: HFConfig, kind: str, key: str = "layer_types") -> list[in
         return None
     n_layers = hf.integer("num_hidden_layers")
     if not isinstance(kinds, list) or len(kinds) != n_layers:
-        raise hf.error(f"{key} must be a list of {n_layers} kinds, one a layer, not {kinds!r}")
+        raise hf.error(f"{key} must be a list of {n_layers} kinds, one a layer, not {quoted(kinds)}")
     return [layer for layer, found in enumerate(kinds) if found == kind]

@@ -51,7 +51,7 @@ class Document:
             try:
                 check_text(getattr(self, name))
             except ValueError as error:
-                raise type(error)(f"{name!r} of document {quoted(self.id)}: {error}") from error
+                raise type(error)(f"{quoted(name)} of document {quoted(self.id)}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def read_corpus(
         rows = _parquet_rows(path)
         return corpus_of("wikitext-2", _wikitext_rows(rows) if unit == "row" else _wikitext_documents(rows, unit))
     if unit != "article" or revision is not None:
-        argument = f"unit={unit!r}" if unit != "article" else f"revision={revision!r}"
-        raise ValueError(f"{argument} is for 'wikitext-2'; {name_or_path!r} has only one form. Leave the argument out.")
+        argument = f"unit={quoted(unit)}" if unit != "article" else f"revision={quoted(revision)}"
+        raise ValueError(f"{argument} is for 'wikitext-2'; {quoted(name_or_path)} has only one form. Leave the argument out.")
     if name_or_path == "held-out":
         data = resources.files("hooked_moe.corpus").joinpath("data", "held_out.jsonl").read_bytes()
         return corpus_of("held-out", _jsonl_documents(_decode(data, "the shipped corpus"), "held-out", "the shipped corpus"))
@@ -141,10 +141,10 @@ def corpus_of(name: str, documents: Iterable[Document]) -> Corpus:
     """A corpus with its checksum, after the checks that hold for every source."""
     documents = list(documents)
     if not documents:
-        raise ValueError(f"Corpus {name!r} is empty: it has no text. Expected at least one document.")
+        raise ValueError(f"Corpus {quoted(name)} is empty: it has no text. Expected at least one document.")
     repeated = [quoted(key) for key, count in Counter(d.id for d in documents).items() if count > 1]
     if repeated:
-        raise ValueError(f"Corpus {name!r} gives the same id to several documents: {_listed(repeated)}. Make ids unique.")
+        raise ValueError(f"Corpus {quoted(name)} gives the same id to several documents: {_listed(repeated)}. Make ids unique.")
     text = f"\n{RECORD_SEPARATOR}\n".join(document.text for document in documents)
     return Corpus(name, documents, hashlib.sha256(text.encode("utf-8")).hexdigest())
 
@@ -167,7 +167,7 @@ def _file_corpus(name: str) -> Corpus:
         near = difflib.get_close_matches(name.lower(), CORPUS_NAMES, n=2, cutoff=0.4)
         hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give one of those, or a path."
         known = ", ".join(map(repr, CORPUS_NAMES))
-        raise ValueError(f"There is no corpus {name!r}; expected {known} or a .jsonl or .txt file. {hint}")
+        raise ValueError(f"There is no corpus {quoted(name)}; expected {known} or a .jsonl or .txt file. {hint}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{name} ends in {path.suffix!r}; expected .jsonl (one JSON object per line) or .txt (plain text).")
     return corpus_of(as_unicode(name), file_documents(path, as_unicode(path.stem)))
@@ -219,7 +219,7 @@ def _label(record: dict[str, Any], name: str, otherwise: str, where: str) -> str
     if value is None:
         return otherwise
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"{where}: {name!r} is {quoted(value)}; expected text, a whole number, or nothing at all.")
+        raise ValueError(f"{where}: {quoted(name)} is {quoted(value)}; expected text, a whole number, or nothing at all.")
     return str(value)
 
 

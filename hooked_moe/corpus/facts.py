@@ -25,7 +25,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from hooked_moe.checks import unknown_name
+from hooked_moe.checks import quoted, unknown_name
 from hooked_moe.json_text import JsonError, parse_json
 from hooked_moe.loading.hub import download_file
 
@@ -98,8 +98,8 @@ def _drawn(record: FactRecord, answers: dict[str, set[str]], true_of: dict[tuple
     others = sorted(answers[record.relation] - true_of[record.relation, record.subject])
     if not others:
         raise ValueError(
-            f"case {record.case_id} has no foil, and its relation {record.relation!r} no answer other than {record.true!r} "
-            "to draw one from. Give the record a foil, or give more records of the relation."
+            f"case {record.case_id} has no foil, and its relation {quoted(record.relation)} no answer other than "
+            f"{quoted(record.true)} to draw one from. Give the record a foil, or give more records of the relation."
         )
     return random.Random(record.case_id).choice(others)
 
@@ -116,7 +116,9 @@ def _country_facts(template: str) -> list[FactRecord]:
     contents = _data("country_facts.json")
     n_templates = min(map(len, contents["templates"].values()))
     if template not in map(str, range(n_templates)):
-        raise ValueError(f"facts about countries have the templates 0 to {n_templates - 1}, as in 'embedded/1', not {template!r}")
+        raise ValueError(
+            f"facts about countries have the templates 0 to {n_templates - 1}, as in 'embedded/1', not {quoted(template)}"
+        )
     held_out = set(contents["held_out_countries"])
     triples = [(country, relation, value) for country, values in contents["facts"].items() for relation, value in values.items()]
     return [

@@ -10,7 +10,7 @@ from itertools import chain
 from os import PathLike
 from typing import Any
 
-from hooked_moe.checks import as_unicode, expanded_path
+from hooked_moe.checks import as_unicode, expanded_path, quoted
 from hooked_moe.corpus import corpora
 from hooked_moe.corpus.corpora import Corpus, Document, corpus_of, file_documents
 
@@ -41,11 +41,11 @@ def load_corpus(
     that leads to no text, `HubError` (an OSError) where the hub does not give it.
     """
     if unit not in ("article", "paragraph", "row"):
-        raise ValueError(f"unit is {unit!r}; expected 'article', 'paragraph' or 'row'.")
+        raise ValueError(f"unit is {quoted(unit)}; expected 'article', 'paragraph' or 'row'.")
     if isinstance(source, str | PathLike):
         source = os.fspath(source)
         if field != "text" or name is not None:
-            raise ValueError(f"field and name are for documents in memory; {source!r} has its own. Leave them out.")
+            raise ValueError(f"field and name are for documents in memory; {quoted(source)} has its own. Leave them out.")
         hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         in_pieces = unit == "paragraph" and source != "wikitext-2"  # which has its own rule for them
         if source in corpora.CORPUS_NAMES or not expanded_path(source).is_dir():
@@ -56,7 +56,7 @@ def load_corpus(
         name = name or _name_of(source)
         documents = _given_documents(source, field, name)
     if unit == "row" or revision is not None:
-        raise ValueError(f"unit='row' and revision= are for 'wikitext-2', not for {name!r}. Leave them out.")
+        raise ValueError(f"unit='row' and revision= are for 'wikitext-2', not for {quoted(name)}. Leave them out.")
     return corpus_of(name, _paragraphs(documents) if unit == "paragraph" else documents)
 
 
@@ -95,7 +95,7 @@ def _given_documents(source: Any, field: str, name: str) -> Iterator[Document]:
     if not isinstance(source, Iterable) or isinstance(source, bytes):
         raise TypeError(f"A corpus is a name, a path or an iterable of documents, not {type(source).__name__}.")
     for number, item in enumerate(source, 1):
-        where = f"Document {number} of {name!r}"
+        where = f"Document {number} of {quoted(name)}"
         if isinstance(item, Document):
             document = item
         elif isinstance(item, str):
@@ -103,12 +103,13 @@ def _given_documents(source: Any, field: str, name: str) -> Iterator[Document]:
         elif isinstance(item, Mapping):
             if field not in item:
                 raise ValueError(
-                    f"{where} has the fields {list(item)}; expected its text in {field!r}. Name another with field=."
+                    f"{where} has the fields {quoted(list(item))}; expected its text in {quoted(field)}. "
+                    "Name another with field=."
                 )
             key = str(item.get("id", f"{name}-{number}"))
             document = Document(key, str(item.get("domain", name)), str(item.get("title", key)), item[field])
         else:
             raise TypeError(f"{where} is of type {type(item).__name__}; expected a text, a Document or a mapping with a text.")
         if not isinstance(document.text, str) or not document.text.strip():
-            raise ValueError(f"{where} is {document.text!r}; expected text that is not empty. Leave it out.")
+            raise ValueError(f"{where} is {quoted(document.text)}; expected text that is not empty. Leave it out.")
         yield document

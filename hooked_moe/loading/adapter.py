@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_moe.checks import expanded_path
+from hooked_moe.checks import expanded_path, printable, quoted
 from hooked_moe.loading.checkpoint import opened, read_json
 from hooked_moe.transformer import Transformer
 from weights_conversion import CheckpointError, Conversion, abbreviated
@@ -151,18 +151,20 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{directory} has no {WEIGHTS_FILE}{why}")
     config = read_json(directory / CONFIG_FILE)
     if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{directory}: peft_type={config.get('peft_type')!r} is not supported: LORA is")
+        raise CheckpointError(f"{directory}: peft_type={quoted(config.get('peft_type'))} is not supported: LORA is")
     begun = config.get("init_lora_weights", True)
     if isinstance(begun, str) and begun.lower().startswith(CHANGES_THE_BASE):
         raise CheckpointError(
-            f"{directory}: init_lora_weights={begun!r} trains against a base that it changes first: have PEFT convert the "
+            f"{directory}: init_lora_weights={quoted(begun)} trains against a base that it changes first: have PEFT convert the "
             "adapter to plain LoRA (save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
     if config.get("bias", "none") != "none":
-        raise CheckpointError(f"{directory}: bias={config['bias']!r} is not supported: only LoRA's factors are read, bias='none'")
+        raise CheckpointError(
+            f"{directory}: bias={quoted(config['bias'])} is not supported: only LoRA's factors are read, bias='none'"
+        )
     other = {key: value for key, value in config.items() if key not in HARMLESS and value not in (None, False, [], {})}
     if other:
-        stated = ", ".join(f"{key}={value!r}" for key, value in other.items())
+        stated = ", ".join(f"{printable(key)}={quoted(value)}" for key, value in other.items())
         raise CheckpointError(f"{directory} is not plain LoRA, which is what can be merged here: it has {stated}")
     return config
 

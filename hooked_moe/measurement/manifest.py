@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hooked_moe.checks import quoted
 from hooked_moe.tables import file_fault, file_records, is_record, read_checked_json, set_aside, write_checked_json
 
 MANIFEST = "manifest.json"
@@ -80,11 +81,11 @@ def _shape_fault(values: dict[str, Any], part_fault: Callable[[str, Any], str | 
         return "it lacks the objects 'parts' and 'files'"
     for name, record in files.items():
         if not is_record(record):
-            return f"'files' has no size and checksum for {name!r}"
+            return f"'files' has no size and checksum for {quoted(name)}"
     for part, record in parts.items():
         fault = part_fault(part, record)
         if fault is not None:
-            return f"part {part!r} {fault}"
+            return f"part {quoted(part)} {fault}"
     checks, floor = values.get("verification", []), values.get("noise_floor", {"max_abs_nats": 0})
     if not isinstance(checks, list) or not all(
         isinstance(check, dict) and isinstance(check.get("name"), str) for check in checks

@@ -123,6 +123,18 @@ def test_a_value_that_no_model_can_have_is_named_and_shown_without_harm(
     refusal(write(**change), "config.json", words)
 
 
+@pytest.mark.usefixtures("no_model")
+def test_a_list_of_another_length_is_cut_short(write: Callable[..., Path]) -> None:
+    directory = write(QWEN, layer_types=["full_attention"] * 2000)
+    assert len(refusal(directory, "layer_types must be a list of 2 kinds, one a layer, not [")) < 600
+
+
+def test_long_layers_of_a_config_are_cut_short() -> None:
+    with pytest.raises(ValueError, match="dense_layers must be ascending layers from 0 to 5") as caught:
+        HookedMoE.from_pretrained("tiny-olmoe").cfg.replace(dense_layers=(1,) * 4000, d_mlp=8)
+    assert len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
