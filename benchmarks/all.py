@@ -35,6 +35,7 @@ SUITE: dict[str, list[list[str]]] = {
     "forward": [["--repeats", "5"]],
     "generation": [["--repeats", "5"]],
     "roofline": [["--repeats", "5"], ["--repeats", "3", *OLMOE]],
+    "products": [["--context", "256", "--repeats", "5"], ["--random", "--context", "256", "--repeats", "3"]],
     "scaling": [["--repeats", "2"]],
     "streaming": [
         ["--documents", "4", "--tokens", "64"],

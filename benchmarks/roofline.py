@@ -95,15 +95,20 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
 def options() -> argparse.ArgumentParser:
     result = parser(__doc__)
     result.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    result.add_argument("--d-model", type=int, default=1024, help="in heads of 64 (default: %(default)s)")
-    result.add_argument("--layers", type=int, default=4)
-    result.add_argument("--experts", type=int, default=64)
-    result.add_argument("--active", type=int, default=8)
-    result.add_argument("--d-expert", type=int, default=512)
-    result.add_argument("--vocabulary", type=int, default=8192)
-    result.add_argument("--context", type=int, default=512)
+    add_sizes(result)
     result.add_argument("--seconds", type=float, default=1.0, help="that torch.mm is timed for (default: %(default)s)")
     return result
+
+
+def add_sizes(options: argparse.ArgumentParser) -> None:
+    """Of a model with random weights, and of its text."""
+    options.add_argument("--d-model", type=int, default=1024, help="in heads of 64 (default: %(default)s)")
+    options.add_argument("--layers", type=int, default=4)
+    options.add_argument("--experts", type=int, default=64)
+    options.add_argument("--active", type=int, default=8)
+    options.add_argument("--d-expert", type=int, default=512)
+    options.add_argument("--vocabulary", type=int, default=8192)
+    options.add_argument("--context", type=int, default=512)
 
 
 def config(args: argparse.Namespace, dtype: torch.dtype) -> HookedMoEConfig:
@@ -151,10 +156,15 @@ class Measured:
         return [ours / machine for ours, machine in zip(self.achieved, self.sustained, strict=True)]
 
 
-def measure(cfg: HookedMoEConfig, args: argparse.Namespace) -> Measured:
+def random_model(cfg: HookedMoEConfig) -> HookedMoE:
     torch.manual_seed(0)
     model = HookedMoE(cfg).eval()
     torch.nn.init.normal_(model.embed.W_E)
+    return model
+
+
+def measure(cfg: HookedMoEConfig, args: argparse.Namespace) -> Measured:
+    model = random_model(cfg)
     tokens = torch.randint(0, cfg.d_vocab, (1, args.context))
 
     def effects() -> None:

@@ -52,6 +52,7 @@ from hooked_moe.cli.released_run import (
 from hooked_moe.corpus import Corpus, count_paragraphs
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement import Run
+from hooked_moe.measurement.part_spec import ProductsName
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions
 from hooked_moe.model import HookedMoE
 from hooked_moe.report.terminal_savings import terminal_savings
@@ -129,6 +130,7 @@ def audit(
     bos: bool | None = None,
     unit: str = "article",
     documents: int | None = None,
+    products: ProductsName | None = None,
     results: str | os.PathLike[str] = "results",
     name: str | None = None,
     memory_budget: int | str | None = None,
@@ -144,8 +146,9 @@ def audit(
     `model` is a model, or a name or directory as `HookedMoE.from_pretrained` takes it; `corpus` what `load_corpus` takes, a
     document of which is what `unit` says, and of which the first `documents` are read. `positions` samples that many tokens in
     place of all, `scope="both"` also removes experts from whole sequences, `context` is the tokens of a window (None: the model's
-    context, 512 at most), `tokens` those of each document (None: all), `name` the run's directory. `log` is told what the command
-    prints on the way, such as `print`; `progress` shows a bar. An audit that was interrupted resumes where it stopped.
+    context, 512 at most), `tokens` those of each document (None: all), `products` as in `expert_effects`, `name` the
+    run's directory. `log` is told what the command prints on the way, such as `print`; `progress` shows a bar. An audit that was
+    interrupted resumes where it stopped.
 
     Raises what `open_measurement` raises, and `ValueError` for options that do not fit the model or the corpus.
     """
@@ -155,7 +158,7 @@ def audit(
     if scope not in ("position", "both"):
         raise ValueError(f"scope must be 'position' or 'both', not {scope!r}")
     read = read_documents(model, corpus, unit, documents, as_argument, log)
-    form = MeasuredForm(layers, removal, context, tokens, bos)
+    form = MeasuredForm(layers, removal, context, tokens, bos, products=products)
     with open_run_of(model, read, form, Path(results), name, as_argument, log=log) as run:
         valid = run.tokenized.valid_positions()
         sample = None if positions is None else draw_sample(whole_number(positions, "positions"), valid, f"{positions=}")

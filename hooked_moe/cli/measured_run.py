@@ -23,6 +23,7 @@ from hooked_moe.cli.options import (
     parse_layers,
     parse_share,
     parse_tokens,
+    products_named,
 )
 from hooked_moe.corpus import Corpus, load_corpus
 from hooked_moe.corpus.corpora import corpus_of
@@ -30,6 +31,7 @@ from hooked_moe.executors import Executor
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement import Run, open_measurement
 from hooked_moe.measurement.budget import Budget
+from hooked_moe.measurement.part_spec import ProductsName
 from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
@@ -60,7 +62,13 @@ def open_run(args: argparse.Namespace, budget: Budget | None = None) -> Run:
     )
     corpus = read_documents(model, args.corpus, args.unit, args.documents, log=print)
     form = MeasuredForm(
-        parse_layers(args.layers, model.cfg), args.removal, args.context, parse_tokens(args.tokens), args.bos, budget
+        parse_layers(args.layers, model.cfg),
+        args.removal,
+        args.context,
+        parse_tokens(args.tokens),
+        args.bos,
+        budget,
+        products_named(args.products, device),
     )
     execution = Execution(share, executor, args.object_store)
     return open_run_of(model, corpus, form, args.results, args.run, execution=execution, log=print)
@@ -80,6 +88,8 @@ class MeasuredForm:
     bos: bool | None = None
     budget: Budget | None = None
     """None: every removal that is asked for."""
+    products: ProductsName | None = None
+    """The dtype of products of a removal's change; None: all are as the clean run's."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,7 @@ def open_run_of(
         executor=execution.executor,
         object_store=execution.object_store,
         budget=form.budget,
+        products=form.products,
         log=log,
     )
     shared = "" if model.cfg.d_shared is None else ", and shared experts, which stay"

@@ -31,6 +31,7 @@ FIXED = {
     "bos": None,
     "stream": False,
     "store": None,
+    "products": None,
     "memory": None,
     "scope": "position",
     "shard": None,

@@ -54,6 +54,7 @@ def expert_effects(
     embeddings: Embeddings | None = None,
     memory_budget: int | str | None = None,
     picks: Picks | None = None,
+    products: torch.dtype | str | None = None,
     progress: bool = False,
 ) -> Steps[ExpertEffects]:
     """Remove every active expert at every token, one at a time, and measure the loss there.
@@ -67,7 +68,9 @@ def expert_effects(
     further columns. `embeddings` [batch, pos, d_model] are what the run begins with, in place of the tokens' own: noised ones,
     say. `picks` measures single removals only, at about the cost of one forward and of their own tokens: a bool mask
     [layer, batch, pos, slot] of the layers measured; what is not picked is nan. A pick of padding, or where there is no next
-    token, is passed over.
+    token, is passed over. `products="bfloat16"` makes the products of a removal's way through the later layers of its change
+    alone, in half precision, and adds them to the clean run's, which stays in float32: faster where a device multiplies bfloat16
+    faster, and off by some 1e-5 nats in the median; scope="sequence" has no such form.
 
     Exact: equals a full forward with the same `ExpertMask` (float32: within 1e-5 nats). The cost of all removals of a sequence
     is about that of `slots * (layers - 1) / 2` forwards over it and `slots * layers` unembeddings; with scope="sequence", of a
@@ -79,8 +82,21 @@ def expert_effects(
     if scope not in ("position", "sequence", "from_position"):
         raise ValueError(f"scope must be 'position', 'sequence' or 'from_position', not {scope!r}")
     request = make_request(
-        model, tokens, layers, positions, attention_mask, readouts, memory_budget, embeddings=embeddings, progress=progress
+        model,
+        tokens,
+        layers,
+        positions,
+        attention_mask,
+        readouts,
+        memory_budget,
+        embeddings=embeddings,
+        progress=progress,
+        products=products,
     )
+    if scope == "sequence" and request.products is not None:
+        raise ValueError(
+            "scope='sequence' runs whole sequences again, in the model's own dtype: leave out products, or choose another scope"
+        )
     if scope == "sequence" and request.readouts:
         raise ValueError("readouts are of single tokens; with scope='sequence' only the loss and the KL divergence are measured")
     removal = as_removal(removal)

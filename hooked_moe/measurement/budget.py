@@ -13,6 +13,7 @@ import torch
 from hooked_moe.checks import quoted
 from hooked_moe.counterfactuals import expert_effects
 from hooked_moe.expert_mask import RemovalName
+from hooked_moe.measurement.part_spec import ProductsName
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.transformer import Transformer
 
@@ -57,7 +58,12 @@ class Budget:
 
 
 def share_of(
-    budget: Budget, model: Transformer, corpus: TokenizedCorpus, layers: tuple[int, ...], removal: RemovalName
+    budget: Budget,
+    model: Transformer,
+    corpus: TokenizedCorpus,
+    layers: tuple[int, ...],
+    removal: RemovalName,
+    products: ProductsName | None = None,
 ) -> dict[str, float]:
     """The share of the removals that a budget pays for, as a manifest records it; and what was timed where it is in seconds.
 
@@ -74,11 +80,11 @@ def share_of(
     chosen = np.random.default_rng(0).random(shape) < _TIMED_SHARE
     some = torch.from_numpy(chosen)
     none = torch.zeros_like(some)
-    expert_effects(model, tokens, layers, removal=removal, picks=some)  # the first run prepares kernels
+    expert_effects(model, tokens, layers, removal=removal, picks=some, products=products)  # the first run prepares kernels
 
     def timed(picks: torch.Tensor) -> float:
         started = time.perf_counter()
-        expert_effects(model, tokens, layers, removal=removal, picks=picks)
+        expert_effects(model, tokens, layers, removal=removal, picks=picks, products=products)
         return time.perf_counter() - started
 
     without, with_some = (min(timed(picks) for _ in range(2)) for picks in (none, some))

@@ -80,7 +80,8 @@ def _effects(model: Transformer, batch: Batch, spec: PartSpec, scope: Scope, bud
     asked = batch.asked(spec.positions)
     if asked is not None and not asked.any():
         return (yield from expert_observations.steps(model, batch.tokens(), spec.layers))
-    return (yield from expert_effects.steps(model, batch.tokens(), spec.layers, scope, spec.removal, asked, memory_budget=budget))
+    options: dict[str, Any] = {"memory_budget": budget, "products": spec.products}
+    return (yield from expert_effects.steps(model, batch.tokens(), spec.layers, scope, spec.removal, asked, **options))
 
 
 def _position_rows(model: Transformer, batch: Batch, spec: PartSpec, budget: int | None) -> Steps[dict[str, list[pa.Table]]]:
@@ -147,7 +148,14 @@ def _sampled_rows(model: Transformer, batch: Batch, spec: PartSpec, budget: int 
     if picks is None or chosen is None or not chosen.any():
         return {"sampled_effects": [SAMPLED_EFFECTS.empty_table() for _ in batch.numbers]}
     effects = yield from expert_effects.steps(
-        model, batch.tokens(), spec.layers, "position", spec.removal, memory_budget=budget, picks=chosen
+        model,
+        batch.tokens(),
+        spec.layers,
+        "position",
+        spec.removal,
+        memory_budget=budget,
+        picks=chosen,
+        products=spec.products,
     )
     return {"sampled_effects": [sampled_rows(batch, row, effects, picks) for row in range(len(batch.numbers))]}
 

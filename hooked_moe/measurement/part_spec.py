@@ -20,6 +20,10 @@ BUDGETED_PARTS: tuple[Part, ...] = ("estimates", "sampled")
 """What a budgeted run measures, in this order, in place of all others."""
 
 
+ProductsName = Literal["bfloat16"]
+"""The dtype in which the products of removals may be made of their change (`expert_effects`)."""
+
+
 @dataclass(frozen=True)
 class PartSpec:
     """One part of a measurement, and how much of it."""
@@ -35,6 +39,8 @@ class PartSpec:
     """The seed of the random order."""
     draw: Draw | None = None
     """The removals of part "sampled"."""
+    products: ProductsName | None = None
+    """The dtype in which products are made of the change alone, in parts "position" and "sampled"; None: as the clean run's."""
 
     def as_json(self) -> dict[str, Any]:
         """The manifest's record of the part."""
@@ -46,6 +52,8 @@ class PartSpec:
             record["positions_sha256"] = positions_sha256(self.positions)
         if self.orders:
             record |= {"orders": list(self.orders), "seed": self.seed}
+        if self.products is not None:
+            record["products"] = self.products
         if self.draw is not None:
             record |= {"share": self.draw.share, "seed": self.draw.seed, "draw_sha256": self.draw.sha256()}
         return record
@@ -69,6 +77,7 @@ def record_fault(part: str, record: Any) -> str | None:
         "orders": lambda value: (value is None) == (part != "progressive") and set(value or ()) <= set(REMOVAL_ORDERS),
         "seed": lambda value: (as_int_or_none(value) is not None) == (part in ("progressive", "sampled")),
         "share": lambda value: isinstance(value, float) == (part == "sampled"),
+        "products": lambda value: value is None or value in get_args(ProductsName),
         "draw_sha256": lambda value: isinstance(value, str) == (part == "sampled"),
     }
     for name, is_right in fields.items():

@@ -8,6 +8,7 @@ from typing import Any
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement.budget import Budget
 from hooked_moe.measurement.fingerprint import model_fingerprint, versions
+from hooked_moe.measurement.part_spec import ProductsName
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.transformer import Transformer
 
@@ -18,6 +19,7 @@ def measurement_plan(
     layers: tuple[int, ...],
     removal: RemovalName,
     budget: Budget | None = None,
+    products: ProductsName | None = None,
 ) -> dict[str, Any]:
     """A description as JSON values: two measurements with the same one give the same tables."""
     corpus = tokenized.corpus
@@ -40,6 +42,8 @@ def measurement_plan(
         },
         "versions": versions(),
     }
+    if products is not None:
+        plan["measurement"]["products"] = products
     if budget is not None:
         plan["measurement"]["budget"] = budget.as_json()
     return json.loads(json.dumps(plan))  # tuples become lists, as in the plan that is read back

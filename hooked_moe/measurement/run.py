@@ -24,6 +24,7 @@ import pyarrow as pa
 from hooked_moe.checks import WrongTypeError, whole_number, whole_numbers
 from hooked_moe.counterfactuals import Order, Scope
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
+from hooked_moe.counterfactuals.engine.requests import checked_products
 from hooked_moe.counterfactuals.observations import most_experts
 from hooked_moe.executors import Executor
 from hooked_moe.expert_mask import RemovalName, check_removal
@@ -34,7 +35,15 @@ from hooked_moe.measurement.expert_weights import expert_weights
 from hooked_moe.measurement.gate import verify_once
 from hooked_moe.measurement.locks import Lock
 from hooked_moe.measurement.manifest import Manifest
-from hooked_moe.measurement.part_spec import BUDGETED_PARTS, Part, PartSpec, checked_positions, positions_sha256, record_fault
+from hooked_moe.measurement.part_spec import (
+    BUDGETED_PARTS,
+    Part,
+    PartSpec,
+    ProductsName,
+    checked_positions,
+    positions_sha256,
+    record_fault,
+)
 from hooked_moe.measurement.plan import measurement_plan
 from hooked_moe.measurement.run_directory import claim, claim_share
 from hooked_moe.measurement.shard_files import remove_shards
@@ -79,6 +88,7 @@ def open_measurement(
     executor: Executor | None = None,
     object_store: str | None = None,
     budget: Budget | None = None,
+    products: ProductsName | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> Run:
     """The run of this measurement under `results`/<model>/, new or to be continued; nothing is measured yet.
@@ -86,6 +96,7 @@ def open_measurement(
     `layers` None means all that have experts. The `name` of the run's directory is made of the corpus and the plan where none is
     given, so that the same measurement finds its directory again. `log` is called with the lines that report on verification,
     such as `print`. A run with a `budget` makes a sample of the removals (`Run.require_sample`), and nothing else.
+    `products` are those of removals at single tokens, as in `expert_effects`; all else has the model's own.
 
     `executor` says where documents are measured; None: in threads of this process. With a `share`, every `require` measures the
     documents of that share alone, beside other processes that measure theirs, and makes no tables: a run without a share finds
@@ -96,17 +107,18 @@ def open_measurement(
     another process writes there, `OSError` where the directory cannot be made.
     """
     check_removal(removal)
+    checked_products(model, products)
     if not isinstance(tokenized, TokenizedCorpus):
         raise WrongTypeError(f"expected a TokenizedCorpus(model, corpus, n_ctx), not {type(tokenized).__name__}")
     layers = tuple(model.cfg.moe_layers if layers is None else sorted(set(whole_numbers(layers, "layers", model.cfg.n_layers))))
     without = [layer for layer in layers if layer not in model.cfg.moe_layers]
     if without or not layers:
         raise ValueError(f"layers {without or '()'} have no experts to remove; layers {model.cfg.moe_layers} have")
-    plan = measurement_plan(model, tokenized, layers, removal, budget)
+    plan = measurement_plan(model, tokenized, layers, removal, budget, products)
     name = name or f"{Path(tokenized.corpus.name).stem}-{digest(plan)[:8]}"
     directory = results / Path(plan["model"]["name"]).name / name
     lock = claim(directory, plan) if share is None else claim_share(directory, plan, share)
-    return Run(directory, model, tokenized, layers, removal, plan, lock, log, share, executor, object_store, budget)
+    return Run(directory, model, tokenized, layers, removal, plan, lock, log, share, executor, object_store, budget, products)
 
 
 class Run:
@@ -129,6 +141,7 @@ class Run:
         executor: Executor | None = None,
         object_store: str | None = None,
         budget: Budget | None = None,
+        products: ProductsName | None = None,
     ) -> None:
         self.directory = directory
         self.model = model
@@ -140,6 +153,7 @@ class Run:
         self.executor = executor
         self._object_store = object_store
         self.budget = budget
+        self.products: ProductsName | None = products
         self._draw: Draw | None = None
         self._lock = lock
         self._log = log
@@ -212,7 +226,9 @@ class Run:
         spec = self._union_with_measured(spec)
         wanted = self.share is None and _WEIGHTS in _TABLES_OF_THE_RUN[part]
         weights = [expert_weights.steps(self.model, self.layers)] if wanted else []
-        tables = verify_once(self.manifest, self.model, self.tokenized, self.removal, _SCOPES[part], self._log, weights)
+        tables = verify_once(
+            self.manifest, self.model, self.tokenized, self.removal, _SCOPES[part], self._log, weights, self.products
+        )
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
         if self.share is None:
             self._write_tables_of_the_run(part, *tables)
@@ -268,7 +284,9 @@ class Run:
         if self._draw is None:
             assert self.budget is not None
             if "budget" not in self.manifest:
-                self.manifest["budget"] = share_of(self.budget, self.model, self.tokenized, self.layers, self.removal)
+                self.manifest["budget"] = share_of(
+                    self.budget, self.model, self.tokenized, self.layers, self.removal, self.products
+                )
                 self._manifest.write([])
             share, estimates = float(self.manifest["budget"]["share"]), self.directory / "estimates.parquet"
             self._draw = draw_removals(estimates, most_experts(self.model), share, self.budget.seed)
@@ -294,10 +312,10 @@ class Run:
             raise ValueError("a budgeted run draws from the removals at all positions: leave out positions")
         if part == "sampled":
             draw = self._drawn()
-            return PartSpec(part, self.layers, self.removal, seed=draw.seed, draw=draw)
+            return PartSpec(part, self.layers, self.removal, seed=draw.seed, draw=draw, products=self.products)
         chosen = checked_positions(positions, self.tokenized)
         if part != "progressive":
-            return PartSpec(part, self.layers, self.removal, chosen)
+            return PartSpec(part, self.layers, self.removal, chosen, products=self.products if part == "position" else None)
         asked = tuple(orders)
         if not asked or not set(asked) <= set(REMOVAL_ORDERS):
             raise ValueError(f"orders must be some of {REMOVAL_ORDERS}, not {asked}")

@@ -21,6 +21,7 @@ import torch
 
 from hooked_moe.corpus import Window
 from hooked_moe.counterfactuals.engine.memory import demand_of, parse_bytes, variant_bytes
+from hooked_moe.counterfactuals.engine.requests import checked_products
 from hooked_moe.counterfactuals.engine.steps import run_without_grad, side_by_side
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
 from hooked_moe.counterfactuals.first_order import waiting_bytes as gradient_waiting_bytes
@@ -281,7 +282,8 @@ def workers_for(model: Transformer, documents: int) -> int:
 def _least_budget(model: Transformer, corpus: TokenizedCorpus, spec: PartSpec) -> int:
     """The bytes that one document takes at least."""
     length = min(corpus.n_ctx, max(corpus.lengths()) + 1)  # a BOS token is no document's own
-    least = demand_of(model.cfg, length, chunk_size=length).of_one_query(model.cfg.experts_per_token)
+    products = checked_products(model, spec.products)
+    least = demand_of(model.cfg, length, chunk_size=length, products=products).of_one_query(model.cfg.experts_per_token)
     return max(least, least_budget_of_gradients(model.cfg, length)) if spec.part == "position" else least
 
 

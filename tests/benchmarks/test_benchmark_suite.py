@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import all as suite
-from benchmarks import checkpoints, circuits, forward, peers, removals, roofline, routing, scaling, streaming, tracing
+from benchmarks import checkpoints, circuits, forward, peers, products, removals, roofline, routing, scaling, streaming, tracing
 from benchmarks.tables import Table
 from benchmarks.timing import ratio, summary, timed
 from hooked_moe import HookedMoE
@@ -34,7 +34,7 @@ def column(table: Table, name: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "script",
-    [circuits, tracing, removals, forward, roofline, scaling, streaming, routing, suite],
+    [circuits, tracing, removals, forward, roofline, products, scaling, streaming, routing, suite],
     ids=lambda script: script.__name__,
 )
 def test_help_has_examples(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +146,14 @@ def test_roofline_has_every_phase_and_leaves_the_model_as_it_was() -> None:
     shares = [float(cell.rstrip("%")) for cell in column(phases, "of the time")]
     assert sum(shares) == pytest.approx(100, abs=1)
     assert min(shares) >= 0
+
+
+@pytest.mark.parametrize("random", [[], ["--random"]])
+def test_products_are_in_three_forms_and_half_of_the_change_is_nearer_than_half_of_all(random: list[str]) -> None:
+    (table,) = products.main(["--small", *random])
+    assert column(table, "form") == ["float32", "products in bfloat16", "all in bfloat16"]
+    off = [float(cell) for cell in column(table, "off by, median")]
+    assert off[0] == 0 <= off[1] < off[2]
 
 
 def test_clocks_give_each_second_to_the_innermost_function() -> None:

@@ -46,10 +46,10 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "VARIANT_TOKENS_PER_CHUNK", 64)
 
 
-def model_and_budget(dtype: torch.dtype) -> tuple[HookedMoE, int]:
+def model_and_budget(dtype: torch.dtype, products: torch.dtype | None = None) -> tuple[HookedMoE, int]:
     torch.manual_seed(0)
     model = HookedMoE(random_config("deepseek", **WIDE, dtype=dtype))
-    demand = demand_of(model.cfg, LENGTH)
+    demand = demand_of(model.cfg, LENGTH, products=products)
     return model, demand.fixed + demand.row + 4 * LENGTH * demand.variant_token
 
 
@@ -60,6 +60,16 @@ def test_a_measurement_stays_within_its_memory_budget(measurement: str, dtype: t
     model, budget = model_and_budget(dtype)
     tokens = torch.randint(2000, (3, LENGTH))
     assert peak_bytes(lambda: MEASUREMENTS[measurement](model, tokens, memory_budget=budget)) <= budget - UNUSED
+
+
+@pytest.mark.usefixtures("unchecked", "narrow")
+@pytest.mark.parametrize("share_picked", [None, 0.3])
+def test_so_does_one_by_products_of_the_change(share_picked: float | None) -> None:
+    model, budget = model_and_budget(torch.float32, torch.bfloat16)
+    tokens, options = torch.randint(2000, (3, LENGTH)), {"memory_budget": budget, "products": "bfloat16"}
+    if share_picked is not None:
+        options["picks"] = torch.rand(2, 3, LENGTH, model.cfg.experts_per_token) < share_picked
+    assert peak_bytes(lambda: expert_effects(model, tokens, **options)) <= budget - UNUSED
 
 
 @pytest.mark.usefixtures("unchecked", "narrow")

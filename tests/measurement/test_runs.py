@@ -145,9 +145,9 @@ def test_a_failure_to_open_leaves_the_run_unlocked(opened: Callable[..., Run], t
 def test_scopes_are_verified_before_they_are_measured_and_only_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, original = [], gate.verify
 
-    def recorded(*inputs: Any) -> Steps[Any]:
+    def recorded(*inputs: Any, **options: Any) -> Steps[Any]:
         asked.append(inputs[-1])
-        return (yield from original.steps(*inputs))
+        return (yield from original.steps(*inputs, **options))
 
     monkeypatch.setattr(gate, "verify", pausable(recorded))
     run.require("progressive", SOME, progress=False)

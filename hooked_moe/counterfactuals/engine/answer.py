@@ -75,6 +75,7 @@ def _fan_out_into(
             waiting,
             observe,
             request.chunk_size(question.n_variants * packed.width),
+            request.products,
         )
     question.see_end(out.final, packed)
     results.put_baseline(out.baseline, packed)

@@ -79,6 +79,8 @@ def as_expert_block(clean: CleanBlock) -> CleanExperts:
     return clean
 
 
+RunExperts = Callable[[MoE, Float[Tensor, "batch pos d_model"], Int[Tensor, "batch pos slot"], Scratch | None], ExpertOutputs]
+"""How the experts of a block run: `MoE.run_experts`, or something that gives nearly the same."""
 Attend = Callable[[Attention, QueriesKeysValues], Float[Tensor, "batch pos head d_value"]]
 
 
@@ -93,10 +95,12 @@ def clean_block(
     resid: Float[Tensor, "batch pos d_model"],
     rotate: Rotation,
     attend: Attend = attend_to_earlier,
+    run_experts: RunExperts = MoE.run_experts,
 ) -> CleanBlock:
     """One block of an ordinary forward over rows padded on the right only, and all that variants need of it."""
     qkv = block.attn.project(block.ln1(resid), rotate)
-    return block_after_attention(layer, block, qkv, resid + block.attn.output(attend(block.attn, qkv)))
+    resid_mid = resid + block.attn.output(attend(block.attn, qkv))
+    return block_after_attention(layer, block, qkv, resid_mid, run_experts=run_experts)
 
 
 def block_after_attention(
@@ -105,13 +109,14 @@ def block_after_attention(
     qkv: QueriesKeysValues,
     resid_mid: Float[Tensor, "batch pos d_model"],
     scratch: Scratch | None = None,
+    run_experts: RunExperts = MoE.run_experts,
 ) -> CleanBlock:
     """The rest of the block. Experts' outputs may lie in `scratch`, until that is used again."""
     mlp_input = block.ln2(resid_mid)
     if not isinstance(block.mlp, MoE):
         return CleanBlock(layer, block, qkv, resid_mid, mlp_input, resid_mid + block.mlp(mlp_input))
     routing = block.mlp.route(mlp_input)
-    outputs = block.mlp.run_experts(mlp_input, routing.indices, scratch)
+    outputs = run_experts(block.mlp, mlp_input, routing.indices, scratch)
     shared = block.mlp.run_shared(mlp_input)
     resid_post = combine_onto(resid_mid, outputs, routing.weights[None], shared)[0]
     return CleanExperts(layer, block, qkv, resid_mid, mlp_input, resid_post, block.mlp, routing, outputs, shared)

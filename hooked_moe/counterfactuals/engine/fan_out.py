@@ -28,6 +28,7 @@ from hooked_moe.counterfactuals.engine.clean_run import (
 from hooked_moe.counterfactuals.engine.lanes import Lanes, Variants
 from hooked_moe.counterfactuals.engine.losses import loss_at, prediction_change
 from hooked_moe.counterfactuals.engine.padding import Packed
+from hooked_moe.counterfactuals.engine.products import AS_WRITTEN, Products, products_in
 from hooked_moe.counterfactuals.engine.readout import Final, Readout
 from hooked_moe.counterfactuals.engine.steps import Steps
 from hooked_moe.counterfactuals.engine.windows import Windows
@@ -71,12 +72,13 @@ def fan_out(
     waiting: Waiting | None = None,
     visit: Callable[[CleanBlock], Any] | None = None,
     chunk_size: int | None = None,
+    products: torch.dtype | None = None,
 ) -> Steps[FanOut]:
     """Run the variants that `branch` makes in each layer of `lanes`, each read at its own position.
 
     `edits_again`, by layer, change them in later layers too. Between layers the variants stay in memory, or in the file
     `waiting`; `visit` is shown every block of the clean run, at all positions. `chunk_size` is how many tokens of variants go
-    through a block together.
+    through a block together; `products` the dtype of what variants add to the clean run's products (`engine.products`).
     """
     batch, length = packed.tokens.shape
     cfg, windows, again = model.cfg, Windows(packed.query_positions, packed.width), edits_again or {}
@@ -90,7 +92,9 @@ def fan_out(
     for layer in range(cfg.n_layers):
         if waiting is not None and layer:
             waiting.get(resid := torch.empty(batch, length, cfg.d_model, dtype=cfg.dtype, device=cfg.device))
-        clean = clean_block(model.blocks[layer], layer, resid, rotate)
+        made = products_in(products)
+        with made.of_clean_run() as run_experts:
+            clean = clean_block(model.blocks[layer], layer, resid, rotate, run_experts=run_experts)
         resid = clean.resid_post
         if visit is not None:
             visit(clean)
@@ -98,11 +102,12 @@ def fan_out(
             variants = torch.empty(shape, dtype=cfg.dtype, device=cfg.device)
             if waiting is not None and layer:
                 waiting.get(lanes.entered(variants, layer), place=resid.nbytes)
-        _advance_lanes(lanes.under_way(variants, windows, layer, max(1, chunk_size // batch)), clean, rotate, chunk_size, again)
+        under_way = lanes.under_way(variants, windows, layer, max(1, chunk_size // batch))
+        _advance_lanes(under_way, clean, rotate, chunk_size, again, made)
         if lanes.sizes.get(layer):
             own_positions = None if positions is None else lanes.tokens_entering(positions, layer)
             lanes.entering(variants, layer).copy_(branch(clean.at_positions(own_positions)))
-        del clean  # while this task waits for others, it holds no more than it needs
+        del clean, made, run_experts, under_way  # while this task waits for others, it holds no more than it needs
         if layer + 1 == cfg.n_layers:
             break  # at once to the end: what waits here would wait in memory
         if waiting is not None:
@@ -115,11 +120,11 @@ def fan_out(
     EXPERT_OUTPUTS.release()
     final = Final(model, variants, gather_positions(resid, positions), windows.targets(packed.targets), packed)
     streams = final.at_window_starts(variants), final.at_window_starts(final.clean)
-    change = prediction_change(model, *streams, final.targets[:, :: packed.width])
+    change = prediction_change(model, *streams, final.targets[:, :: packed.width], products)
     losses, kl = (values.unflatten(0, lanes.split) for values in change)
     readings = {name: readout(final).unflatten(0, lanes.split) for name, readout in (readouts or {}).items()}
     if use_kernels(model.unembed.W_U):  # the two ways to a loss differ in their last bits: the clean run takes its variants'
-        baseline = prediction_change(model, resid[None], resid, packed.targets).losses[0]
+        baseline = prediction_change(model, resid[None], resid, packed.targets, products).losses[0]
     else:
         baseline = loss_at(model, resid[None], packed.targets)[0]
     return FanOut(losses, kl, baseline, readings, resid)
@@ -131,10 +136,11 @@ def _advance_lanes(
     rotate: Rotation,
     chunk_size: int,
     edits_again: Mapping[int, EditAgain],
+    made: Products,
 ) -> None:
     """All variants that are under way, through a block. No name is left that would keep them in memory while their task waits."""
     for variants, windows in under_way:
-        advance(variants, clean, rotate, windows, chunk_size, edits_again.get(clean.layer))
+        advance(variants, clean, rotate, windows, chunk_size, edits_again.get(clean.layer), made)
 
 
 def advance(
@@ -144,22 +150,25 @@ def advance(
     windows: Windows,
     chunk_size: int,
     edit_again: EditAgain | None = None,
+    made: Products = AS_WRITTEN,
 ) -> None:
-    """Take every variant through a block, in place, over the clean run's keys and values."""
+    """Take every variant through a block, in place, over the clean run's keys and values, by products that are so `made`."""
     if not variants.numel():
         return
-    block = clean.block
+    block, attn = clean.block, clean.block.attn
     _, batch, tokens, _ = variants.shape
     positions = windows.token_positions(batch, clean.qkv.k.shape[1], variants.device)
     at_once = max(1, chunk_size // (batch * tokens))
-    for number, chunk in enumerate(variants.split(at_once)):
-        count = len(chunk)
-        own_rotation = rotate if positions is None else rotate.at(positions, count)
-        x = chunk.flatten(0, 1)
-        own = block.attn.project(block.ln1(x), own_rotation)
-        q, k, v = (part.unflatten(0, (count, batch)) for part in own)
-        prefix, scale, attn = (clean.qkv.k, clean.qkv.v), block.attn.cfg.attention_scale, block.attn
-        z = window_attention(q, k, v, *prefix, windows.starts, windows.width, scale, sink=attn.sink, sliding_window=attn.window)
-        after = block_after_attention(clean.layer, block, own, x + block.attn.output(z.flatten(0, 1)), EXPERT_OUTPUTS)
-        edited = after.resid_post if edit_again is None else edit_again(after, number * at_once)
-        chunk.copy_(edited.unflatten(0, (count, batch)))
+    with made.of_variants(positions) as run_experts:
+        for number, chunk in enumerate(variants.split(at_once)):
+            count = len(chunk)
+            own_rotation = rotate if positions is None else rotate.at(positions, count)
+            x = chunk.flatten(0, 1)
+            own = attn.project(block.ln1(x), own_rotation)
+            q, k, v = (part.unflatten(0, (count, batch)) for part in own)
+            prefix, reach = (clean.qkv.k, clean.qkv.v, windows.starts, windows.width), attn.window
+            z = window_attention(q, k, v, *prefix, attn.cfg.attention_scale, sink=attn.sink, sliding_window=reach)
+            resid_mid = x + attn.output(z.flatten(0, 1))
+            after = block_after_attention(clean.layer, block, own, resid_mid, EXPERT_OUTPUTS, run_experts)
+            edited = after.resid_post if edit_again is None else edit_again(after, number * at_once)
+            chunk.copy_(edited.unflatten(0, (count, batch)))

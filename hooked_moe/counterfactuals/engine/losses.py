@@ -64,15 +64,18 @@ def prediction_change(
     variants: Float[Tensor, "variant batch pos d_model"],
     clean: Float[Tensor, "batch pos d_model"],
     targets: Int[Tensor, "batch pos"],
+    products: torch.dtype | None = None,
 ) -> PredictionChange:
-    """Losses and KL divergences of many variants of the same tokens."""
+    """Losses and KL divergences of many variants of the same tokens, whose change is unembedded in the dtype `products`; None: in
+    the weights' own if that is bfloat16, else in float32."""
     wide = torch.promote_types(variants.dtype, torch.float32)
     losses, kl = (variants.new_full(variants.shape[:-1], float("nan"), dtype=wide) for _ in range(2))
     row, position = _measured(targets)
     if variants.numel() and len(row):
         chunk = rows_per_chunk(model.unembed.W_U, torch.float32)
+        narrow = None if products is None else model.unembed.W_U.to(products)
         for rows, positions in zip(row.split(chunk), position.split(chunk), strict=True):
-            prediction = CleanPrediction(model, clean[rows, positions], targets[rows, positions].clamp(min=0))
+            prediction = CleanPrediction(model, clean[rows, positions], targets[rows, positions].clamp(min=0), narrow)
             together = ROWS_TOGETHER if variants.device.type == "cpu" else chunk_size_on(variants.device)
             per_group = max(1, together // len(rows))
             for start in range(0, len(variants), per_group):  # not all in float32 at a time
@@ -90,15 +93,23 @@ class CleanPrediction:
     The clean run alone is unembedded. Of each variant, the change of its normalised stream is, and added to the clean logits: so
     both have the same rounding, which cancels. In bfloat16 the change is unembedded in the weights' own dtype, which rounds the
     change of a logit by one part in 2^9 of itself and not the logit. Where a kernel reads the loss without the logits in memory,
-    both are unembedded by it.
+    both are unembedded by it. `narrow` is the unembedding of changes in a narrower dtype than the model's, if it has one.
     """
 
-    def __init__(self, model: Transformer, resid: Float[Tensor, "n d_model"], targets: Int[Tensor, " n"]) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        resid: Float[Tensor, "n d_model"],
+        targets: Int[Tensor, " n"],
+        narrow: Float[Tensor, "d_vocab d_model"] | None = None,
+    ) -> None:
         unembedding = model.unembed.W_U
         wide = at_least_float32(unembedding)
         self.model, self.targets = model, targets
-        self.fused = use_kernels(unembedding) and unembedding.dtype != torch.bfloat16
-        self.weight = unembedding if self.fused or unembedding.dtype == torch.bfloat16 else wide
+        if narrow is None and unembedding.dtype == torch.bfloat16:
+            narrow = unembedding
+        self.fused = use_kernels(unembedding) and narrow is None
+        self.weight = unembedding if self.fused else wide if narrow is None else narrow
         self.x = model.ln_final(at_least_float32(resid))
         self.logits = F.linear(self.x, wide)
         self.mean_row = self.logits.softmax(-1) @ wide

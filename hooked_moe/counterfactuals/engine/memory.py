@@ -10,10 +10,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from hooked_moe.checks import as_int_or_none, quoted
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.counterfactuals.engine.padding import Packed
+from hooked_moe.counterfactuals.work import block_parameters
 from hooked_moe.kernels.target_loss import chunk_bytes
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -53,8 +56,9 @@ def variant_bytes(cfg: HookedMoEConfig) -> int:
     return cfg.d_model * cfg.dtype.itemsize
 
 
-def demand_of(cfg: HookedMoEConfig, length: int, chunk_size: int | None = None) -> Demand:
-    """An upper estimate, from the largest activations of a block. `chunk_size` tokens of variants go through it together."""
+def demand_of(cfg: HookedMoEConfig, length: int, chunk_size: int | None = None, products: torch.dtype | None = None) -> Demand:
+    """An upper estimate, from the largest activations of a block. `chunk_size` tokens of variants go through it together; their
+    `products` may be of their change, in a narrower dtype, for which a block's products are kept, and its weights in that."""
     chunk_size = chunk_size_on(cfg.device) if chunk_size is None else chunk_size
     size, wide, on_cpu = cfg.dtype.itemsize, 4, cfg.device.type == "cpu"
     attention = cfg.n_heads * (2 * cfg.d_head + 2 * cfg.value_width) + cfg.n_key_value_heads * (cfg.d_head + cfg.value_width)
@@ -67,21 +71,28 @@ def demand_of(cfg: HookedMoEConfig, length: int, chunk_size: int | None = None) 
     logits = max(kinds * logit_chunk, 64 << 20)
     widened = wide * cfg.d_vocab * cfg.d_model if size < wide else 0  # the unembedding, in float32 whatever the model is in
     widened += 3 * size * cfg.d_expert * cfg.d_model if cfg.store is not None else 0  # an expert
+    kept = copies = 0
+    if products is not None:
+        kept = token + size * cfg.experts_per_token * 2 * cfg.d_expert  # of every product of a token of the clean run
+        largest = max(block_parameters(cfg, layer) for layer in range(cfg.n_layers))
+        copies = products.itemsize * max(largest, cfg.d_vocab * cfg.d_model)  # of a block's weights, or of the unembedding
     return Demand(
-        fixed=max(chunk_size, length) * token + logits + widened,
-        row=length * token,
+        fixed=max(chunk_size, length) * (token + kept) + logits + widened + copies,
+        row=length * (token + kept),
         variant_token=variant_bytes(cfg),
     )
 
 
-def demand_within(cfg: HookedMoEConfig, length: int, tokens_per_query: int, budget: int) -> tuple[Demand, int]:
+def demand_within(
+    cfg: HookedMoEConfig, length: int, tokens_per_query: int, budget: int, products: torch.dtype | None = None
+) -> tuple[Demand, int]:
     """The demand, and how many tokens of variants go through a block together: fewer than go fastest, where a budget has no room
     for one query beside those."""
     chunk_size = chunk_size_on(cfg.device)
-    demand = demand_of(cfg, length, chunk_size)
+    demand = demand_of(cfg, length, chunk_size, products)
     while chunk_size > length and budget < demand.of_one_query(tokens_per_query):
         chunk_size //= 2
-        demand = demand_of(cfg, length, chunk_size)
+        demand = demand_of(cfg, length, chunk_size, products)
     return demand, chunk_size
 
 

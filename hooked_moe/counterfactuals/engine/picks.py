@@ -102,8 +102,8 @@ def measure_picks(question: PickQuestion, request: Request, part: PickPart, resu
 
     streams = packed.queries + packed.tokens.shape[1]
     with request.waiting_room(streams * len(packed.tokens) * variant_bytes(cfg)) as waiting:
-        chunk_size = request.chunk_size(1)
-        out = yield from fan_out(request.model, packed, lanes, branch, None, None, waiting, observe, chunk_size)
+        forms = request.chunk_size(1), request.products
+        out = yield from fan_out(request.model, packed, lanes, branch, None, None, waiting, observe, *forms)
     results.put_baseline(out.baseline, packed)
     row, query = packed.measured
     position = packed.original_query_positions()[row, query]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class Request:
     """Bytes beside the model's weights and the results; None: what it takes, and `WAITING_BYTES` for variants."""
     progress: bool = False
     """Whether a bar counts the layers as they are done."""
+    products: torch.dtype | None = None
+    """The narrower dtype in which variants' products are made of their change; None: they are made as the clean run's."""
 
     def parts(self, n_variants: int) -> Iterator[tuple[Packed, list[int]]]:
         """Parts of the work that fit into memory: some batch rows, layers and queries each, with windows of one width."""
@@ -65,8 +68,8 @@ class Request:
     def _demand(self, tokens_per_query: int) -> tuple[Demand, int]:
         cfg, length = self.model.cfg, self.packed.tokens.shape[1]
         if self.budget is None:
-            return demand_of(cfg, length), chunk_size_on(cfg.device)
-        return demand_within(cfg, length, tokens_per_query, self.budget)
+            return demand_of(cfg, length, products=self.products), chunk_size_on(cfg.device)
+        return demand_within(cfg, length, tokens_per_query, self.budget, self.products)
 
     @contextmanager
     def waiting_room(self, nbytes: int) -> Iterator[Waiting | None]:
@@ -96,6 +99,7 @@ def make_request(
     dense: bool = False,
     embeddings: Embeddings | None = None,
     progress: bool = False,
+    products: torch.dtype | str | None = None,
 ) -> Request:
     """Check what is asked for. `dense` allows layers without experts. Raises `ValueError` for what cannot be measured."""
     tokens, attention_mask = model.as_tokens(tokens, attention_mask)
@@ -103,7 +107,9 @@ def make_request(
     packed = pack(tokens, attention_mask, positions, _checked_embeddings(model, embeddings, tokens))
     named = by_name(readouts, model, packed)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    return Request(model, checked_layers(model, layers, dense), packed, named, budget, progress)
+    return Request(
+        model, checked_layers(model, layers, dense), packed, named, budget, progress, checked_products(model, products)
+    )
 
 
 def _checked_embeddings(
@@ -116,6 +122,20 @@ def _checked_embeddings(
         got = f"{embeddings.dtype} {list(embeddings.shape)}" if isinstance(embeddings, Tensor) else type(embeddings).__name__
         raise ValueError(f"embeddings must be a float tensor [batch, pos, d_model] = {expected}, as the tokens are, not {got}")
     return embeddings.detach().to(model.cfg.device, model.cfg.dtype)
+
+
+def checked_products(model: Transformer, products: Any) -> torch.dtype | None:
+    """The dtype. Raises `ValueError` for any but bfloat16 and None, and for a model in half precision."""
+    if products is None:
+        return None
+    if products not in ("bfloat16", torch.bfloat16):
+        raise ValueError(f"products must be 'bfloat16' or None, not {described(products)}")
+    if model.cfg.dtype.itemsize < 4:
+        raise ValueError(
+            f"products='bfloat16' rounds what a removal changes alone, and this model rounds everything to {model.cfg.dtype}: "
+            "load it with dtype='float32' (store='bfloat16' keeps the experts' weights as small)"
+        )
+    return torch.bfloat16
 
 
 def require_unhooked(model: Transformer) -> None:
