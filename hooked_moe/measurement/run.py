@@ -228,14 +228,16 @@ class Run:
     def require_sample(self, *, progress: bool = True, memory_budget: int | str | None = None) -> Draw:
         """Measure a budgeted run: the estimates of all removals, then those that are drawn from them. Returns what was drawn.
 
-        A budget in seconds is turned into a share once, by a short timing, which the manifest records: a run that is resumed, or
-        opened again, draws the same. Raises `ValueError` in a run without a budget or of a share, and where the seconds are too
-        few.
+        A budget in seconds is turned into a share once, by a short timing before anything else, which the manifest records: a run
+        that is resumed, or opened again, draws the same. Raises `ValueError` in a run without a budget or of a share, and where
+        the seconds are too few.
         """
         if self.share is not None:
             raise ValueError(
                 "a sample is drawn from the estimates of all documents, which a share does not have: leave the share out"
             )
+        PartRequest("estimates").check_part(self.budget is not None)
+        self._share_of_removals()
         self.require("estimates", progress=progress, memory_budget=memory_budget)
         self.require("sampled", progress=progress, memory_budget=memory_budget)
         return self._drawn()
@@ -246,12 +248,17 @@ class Run:
             raise ValueError("a sample is drawn from the estimates of all removals: measure the part 'estimates' first")
         if self._draw is None:
             assert self.budget is not None
-            if "budget" not in self.manifest:
-                self.manifest["budget"] = share_of(self.budget, self.model, self.tokenized, self.layers, self.removal)
-                self._manifest.write([])
-            share, estimates = float(self.manifest["budget"]["share"]), self.directory / "estimates.parquet"
+            share, estimates = self._share_of_removals(), self.directory / "estimates.parquet"
             self._draw = draw_removals(estimates, most_experts(self.model), share, self.budget.seed)
         return self._draw
+
+    def _share_of_removals(self) -> float:
+        """What the budget pays for, by the manifest, or by a timing that the manifest is told."""
+        assert self.budget is not None
+        if "budget" not in self.manifest:
+            self.manifest["budget"] = share_of(self.budget, self.model, self.tokenized, self.layers, self.removal)
+            self._manifest.write([])
+        return float(self.manifest["budget"]["share"])
 
     def _spec(self, request: PartRequest) -> PartSpec:
         """What is asked, checked."""
