@@ -58,7 +58,9 @@ class MeasurePrunings:
     """Where a window's own tokens begin."""
 
     def do(self, resource: Transformer, unit: Experts) -> None:
-        """Measure the losses without these experts, and write them."""
+        """Measure the losses without these experts, and write them, unless a worker has that died before it could say so."""
+        if self.files(unit).is_whole(self.name(unit)):
+            return
         with without_experts(resource, dict(unit)):
             losses = self._measured(resource)
         columns = {"document": self.documents, "n_positions": losses.n_positions, "loss": losses.total}

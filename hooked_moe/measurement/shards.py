@@ -66,7 +66,12 @@ class MeasureDocuments:
     """How shards get to `shards` from where they are measured; None: they are written there."""
 
     def do(self, resource: Transformer, unit: Sequence[int]) -> None:
-        """Measure the documents of these numbers, and write their shards."""
+        """Measure the documents of these numbers, and write their shards.
+
+        Those that are there stay: a worker may die between the last file of a unit and the news of it.
+        """
+        there = self.files(self.shards)
+        unit = [index for index in unit if self.transfer is not None or not there.is_whole(unit_name(index))]
         tasks = [measure_document(resource, self.documents[index], self.first, self.spec, self.budget) for index in unit]
         for index, tables in zip(unit, run_without_grad(side_by_side(tasks)), strict=True):
             self._write(unit_name(index), tables, computed_on(resource.cfg.device))

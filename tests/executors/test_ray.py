@@ -106,7 +106,7 @@ def test_a_worker_with_a_full_disk_is_set_aside(cluster: None, tmp_path: Path) -
     units = [("slow", "a"), ("full disk", "b"), *(("slow", f"{n}") for n in range(5))]
     assert sorted(RayExecutor(workers=2, log=notes.append).run(PlainWork(Files(tmp_path)), units)) == sorted(units)
     assert [note for note in notes if "is set aside" in note and "No space left" in note]
-    disks = [("full disk", "x"), ("full disk", "y"), ("slow", "z")]
+    disks = [("all disks are full", "x"), ("slow", "y"), ("slow", "z")]
     with pytest.raises(OSError, match="No space left"):  # where all are full, there is none to take over
         list(RayExecutor(workers=2).run(PlainWork(Files(tmp_path)), disks))
 
