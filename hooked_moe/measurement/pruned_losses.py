@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from hooked_moe.checks import by_number, whole_numbers
 from hooked_moe.components.precision import without_autocast
 from hooked_moe.executors import Executor, ModelWork, Threads
-from hooked_moe.measurement.fingerprint import SameModel
+from hooked_moe.loading.fingerprint import SameModel
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shards import missing_units
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus

@@ -25,10 +25,10 @@ from hooked_moe.counterfactuals.engine.steps import run_without_grad, side_by_si
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
 from hooked_moe.counterfactuals.first_order import waiting_bytes as gradient_waiting_bytes
 from hooked_moe.executors import Executor, ModelWork, Threads
+from hooked_moe.loading.fingerprint import SameModel, computed_on
 from hooked_moe.loading.spill import spill_directory
 from hooked_moe.loading.streaming import spill_of
 from hooked_moe.measurement.document_tables import TABLES, measure_document
-from hooked_moe.measurement.fingerprint import SameModel, computed_on
 from hooked_moe.measurement.part_spec import BUDGETED_PARTS, PartSpec
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shard_transfer import ShardTransfer
