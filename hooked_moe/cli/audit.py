@@ -243,7 +243,7 @@ def finish_audit(
         run.require("sequence", sample, memory_budget=memory_budget, progress=progress)
     if share_ends(run, log):
         return None
-    analyse(run, log)
+    analyse(run, log, progress)
     return Audit(run.directory, n_removals)
 
 
@@ -254,7 +254,7 @@ def finish_budgeted(run: Run, memory_budget: int | str | None, progress: bool, l
     draw = run.require_sample(memory_budget=memory_budget, progress=progress)
     made = int(draw.n_drawn.sum())
     log(f"{made:,} removals made, {made / total:.2%} of all, drawn with seed {draw.seed}; the others are estimated\n")
-    analyse(run, log)
+    analyse(run, log, progress)
     return Audit(run.directory, made, is_budgeted=True)
 
 

@@ -19,7 +19,7 @@ from hooked_moe.circuits.tracing.measure import measure
 from hooked_moe.circuits.tracing.protocol import Protocol
 from hooked_moe.circuits.tracing.rows import BatchRows, batch_rows
 from hooked_moe.executors import Executor, ModelWork
-from hooked_moe.loading.fingerprint import SameModel, model_fingerprint, versions
+from hooked_moe.loading.fingerprint import SameModel
 from hooked_moe.tables import atomic_path
 from hooked_moe.transformer import Transformer
 
@@ -93,7 +93,6 @@ def trace_batches(
         return parts
     with tempfile.TemporaryDirectory(prefix=".tracing-", dir=directory) as place:
         there = TraceBatches(**vars(task) | {"directory": Path(place).resolve()})
-        check = SameModel({"model": model_fingerprint(model), "versions": versions()})
-        for number in executor.run(ModelWork(model, there, check=check), numbers):
+        for number in executor.run(ModelWork(model, there, check=SameModel.of(model)), numbers):
             done(len(task.batches[number]))
         return [there.read(number) for number in numbers]
