@@ -270,12 +270,14 @@ def document_coverage(design: Design, draws: range, seed: int) -> Coverage:
     documents = int(audit.document.max()) + 1
     shape = (documents, audit.n_cells)
     key = audit.document.astype(np.int64) * audit.n_cells + audit.cell
-    count = np.bincount(key, minlength=documents * audit.n_cells).reshape(shape).astype(np.float64)
+    count = np.bincount(key, minlength=documents * audit.n_cells).reshape(shape)
     often = (count > 0).sum(axis=0) >= 10
     by_layer = np.repeat(np.arange(audit.n_layers), audit.n_experts)
     columns = (audit.base["delta_loss"], *audit.features.T)
     exact_sums = {effect: np.bincount(key, y, count.size).reshape(shape) for effect, y in audit.effects.items()}
     estimates = np.stack([np.bincount(key, column, count.size).reshape(shape) for column in columns], axis=2)
+    grouped = GroupSums(audit)
+    exact_grouped = {effect: grouped.of(y) for effect, y in audit.effects.items()}
     for number in tqdm(draws, desc=f"{audit.name}, documents", mininterval=5):
         random = np.random.default_rng([seed, 1, number])
         times = np.bincount(random.integers(0, documents, documents), minlength=documents)
@@ -283,7 +285,9 @@ def document_coverage(design: Design, draws: range, seed: int) -> Coverage:
         exact: dict[str, list[np.ndarray]] = {effect: [] for effect in EFFECTS}
         own = {effect: np.zeros((2, audit.n_cells)) for effect in EFFECTS}
         model = {effect: np.zeros(audit.n_cells) for effect in EFFECTS}
+        by_group: dict[str, list[np.ndarray]] = {effect: [] for effect in EFFECTS}
         counts = []
+        copies = [np.flatnonzero(times > copy) for copy in range(int(times.max()))]
         for copy in range(int(times.max())):  # each with removals of its own
             chosen = times > copy
             drawn = np.flatnonzero(random.random(len(design.p)) < design.p)
@@ -296,6 +300,7 @@ def document_coverage(design: Design, draws: range, seed: int) -> Coverage:
                 total = (estimates * weights[by_layer][:, fold_of(np.arange(documents))].swapaxes(0, 1)).sum(axis=2)
                 sums[effect].append((total + np.bincount(key[drawn], error / p, count.size).reshape(shape))[chosen])
                 exact[effect].append(exact_sums[effect][chosen])
+                by_group[effect].append(grouped.estimated(weights, drawn, error / p)[:, chosen])
                 v = np.where(chosen[audit.document[drawn]], error**2 * (1 - p) / p**2, 0.0)
                 own[effect] += [np.bincount(audit.cell[drawn], x, audit.n_cells) for x in (v, v**2)]
                 ratios = error_ratios(error, p, audit.size[drawn], axis, audit.n_layers)
@@ -311,12 +316,60 @@ def document_coverage(design: Design, draws: range, seed: int) -> Coverage:
             _add_bootstrap(result, f"{label}: layers", of_layers, n_layers, layer_truth)
             _add_bootstrap(result, f"{label}: experts, bootstrap alone", total[:, often], n[:, often], expert_truth)
             _add_bootstrap(result, f"{label}: experts, all removals made", everything[:, often], n[:, often], expert_truth)
+            group_truth = exact_grouped[effect].sum(axis=1), grouped.count.sum(axis=1)
+            again = np.concatenate(copies)
+            for group_sums, how in (
+                (np.concatenate(by_group[effect], axis=1), ""),
+                (exact_grouped[effect][:, again], ", all removals made"),
+            ):
+                _add_savings(result, label, group_sums, grouped.count[:, again], group_truth, audit.n_slots, how)
             sampling = SamplingVariance(own[effect][0], own[effect][1], model[effect])
             mean = _ratio(total.sum(0), n.sum(0))
             quantile = float(scipy.stats.t.ppf(0.975, documents - 1))
             half = quantile * np.sqrt(sampling.with_documents(total, n)) / np.maximum(n.sum(0), 1)
             result.add(f"{label}: experts", mean[often], expert_truth, half[often])
     return result
+
+
+class GroupSums:
+    """Sums by document and layer: of all removals, and of those that each ranking makes first, [group, document, layer]."""
+
+    def __init__(self, audit: Audit) -> None:
+        self.rows = np.stack([np.ones(len(audit.size), bool), *audit.first.values()])
+        self.shape = (int(audit.document.max()) + 1, audit.n_layers)
+        self.key = audit.document.astype(np.int64) * audit.n_layers + audit.axis
+        self.fold = fold_of(np.arange(self.shape[0]))
+        self.count = self.of(np.ones(len(audit.size)))
+        columns = (audit.base["delta_loss"], *audit.features.T)
+        self.estimates = np.stack([self.of(column) for column in columns], axis=-1)
+
+    def of(self, values: np.ndarray, drawn: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Of a value for each removal, or for each that was drawn."""
+        key, rows = self.key[drawn], self.rows[:, drawn]
+        size = self.shape[0] * self.shape[1]
+        return np.stack([np.bincount(key[own], values[own], size).reshape(self.shape) for own in rows])
+
+    def estimated(self, weights: np.ndarray, drawn: np.ndarray, missed: np.ndarray) -> np.ndarray:
+        """From the estimates' weights [layer, fold, column], and what they missed of the removals drawn, by probability."""
+        return (self.estimates * weights[:, self.fold].swapaxes(0, 1)).sum(axis=-1) + self.of(missed, drawn)
+
+
+def _add_savings(
+    result: Coverage, label: str, sums: np.ndarray, count: np.ndarray, truth: tuple[np.ndarray, np.ndarray], k: int, how: str = ""
+) -> None:
+    """Of savings and shares saved, in a layer and over all of them.
+
+    `sums` and `count` are of the documents drawn, [group, document, layer]; `truth` are both of all documents, [group, layer].
+    """
+    for name, joined in (("in a layer", False), ("over all layers", True)):
+        t, n, true, true_n = (x.sum(axis=-1, keepdims=True) if joined else x for x in (sums, count, *truth))
+        saved, right = t[:1] / k - t[1:], true[:1] / k - true[1:]
+        for kind, under, expected in (
+            ("savings", n[1:], right / true_n[1:]),
+            ("shares saved", np.broadcast_to(t[:1] / k, saved.shape), right / (true[:1] / k)),
+        ):
+            over_, under_ = (x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in (saved, under))
+            _add_bootstrap(result, f"{label}: {kind} {name}{how}", over_, under_, expected.ravel())
 
 
 def _add_bootstrap(result: Coverage, kind: str, over: np.ndarray, under: np.ndarray, truth: np.ndarray) -> None:
@@ -354,7 +407,8 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
             found = document_coverage(Design(audit, args.shares[0]), range(args.document_draws), args.seed)
             note = (
                 f"{args.document_draws:,} draws of {audit.document.max() + 1} documents with replacement, and of "
-                f"{args.shares[0]:.0%} of the removals in each; experts that occur in ten documents or more."
+                f"{args.shares[0]:.0%} of the removals in each; experts that occur in ten documents or more; savings "
+                "by the rankings of the sampling intervals."
             )
             tables.append(
                 Table(f"{audit.name}, {args.shares[0]:.0%}: intervals over documents", note, columns, list(found.rows()))

@@ -15,7 +15,14 @@ import torch
 import tqdm.auto
 
 from hooked_moe import HookedMoE, expert_effects
-from hooked_moe.circuits import attribution_patch_experts, circuit, get_act_patch_expert, get_act_patch_router, path_patch
+from hooked_moe.circuits import (
+    attribution_patch_experts,
+    circuit,
+    get_act_patch_expert,
+    get_act_patch_router,
+    path_patch,
+    router_flips,
+)
 from hooked_moe.counterfactuals import (
     At,
     LogitDifference,
@@ -48,6 +55,7 @@ LONG_CALLS: dict[str, Callable[..., Any]] = {
     "get_act_patch_router": lambda m, **o: get_act_patch_router(m, TOKENS, TOKENS.flip(1), METRIC, **o),
     "attribution_patch_experts": lambda m, **o: attribution_patch_experts(m, TOKENS, TOKENS.flip(1), METRIC, "ig", **o),
     "path_patch": lambda m, **o: path_patch(m, TOKENS, TOKENS.flip(1), ("head", 0, 0), ["logits", ("router", 1)], METRIC, **o),
+    "router_flips": lambda m, **o: router_flips(m, TOKENS, TOKENS.flip(1), **o),
     "circuit": lambda m, **o: circuit(m, TOKENS, TOKENS.flip(1), METRIC, k=2, **o),
     "routing_table": lambda m, **o: routing_table(m, TOKENS, **o),
     "top_tokens": lambda m, **o: top_tokens(m, TOKENS, n=2, **o),

@@ -43,6 +43,7 @@ from hooked_moe.analysis.saving_table import saving_table
 from hooked_moe.analysis.savings import SavingAudit
 from hooked_moe.analysis.summaries import DomainSummary, LayerSummary, ScopeSummary, SlotSummary
 from hooked_moe.checks import whole_numbers
+from hooked_moe.progress import progress_bar
 from hooked_moe.tables import (
     MEASURED_TABLES,
     FileRecord,
@@ -66,18 +67,21 @@ def analyse_run(
     layers: Iterable[int] | None = None,
     n_positions: int = 200,
     seed: int = 42,
+    progress: bool = False,
 ) -> list[Cell]:
     """Derive every table of a run from its measured ones and return the cells.
 
     `n_experts` counts the routed experts of a layer, so that those never selected have their row. `layers` restricts the
     savings, cells, ceilings and bayes.csv, not the other tables. What a run has not measured is named in analysis.json.
+    `progress` shows a bar of the two passes over the effects and of the tables made of them.
 
     Raises FileNotFoundError without effects.parquet, ValueError for unknown layers, for a sample larger than the corpus and for
     tables that are not of one measurement.
     """
     run, layers = Path(run_dir), None if layers is None else whole_numbers(layers, "layers")  # which may be an iterator
     required_file(run, "effects.parquet", "the measurement writes it")
-    derived, cells, missing = _derive(run, n_experts, layers, n_positions, seed)
+    with progress_bar(None, "analysing", "step", shown=progress, delay=1.0) as bar:
+        derived, cells, missing = _derive(run, n_experts, layers, n_positions, seed, bar)
     for name, table in derived.items():
         (write_parquet_atomic if name.endswith(".parquet") else write_csv_atomic)(table, run / name)
     settings = _settings(run, n_experts, layers, n_positions, seed)
@@ -132,12 +136,13 @@ def _chunks(run: Path) -> Iterator[_Chunk]:
 
 
 def _derive(
-    run: Path, n_experts: int, layers: Iterable[int] | None, n_positions: int, seed: int
+    run: Path, n_experts: int, layers: Iterable[int] | None, n_positions: int, seed: int, bar: Any
 ) -> tuple[dict[str, pa.Table], list[Cell], dict[str, str]]:
     """Every derived table by the name of its file, the cells, and what was not measured."""
     first = _FirstPass(run, n_experts, layers)
     optional = {name: run / name if (run / name).is_file() else None for name in ("routing.parquet", "expert_weights.parquet")}
     statistics = first.experts.statistics(*optional.values())
+    bar.update()
     second = _SecondPass(run, first, statistics, n_positions, seed)
 
     missing = {name: "this run has not measured it" for name, path in optional.items() if path is None}
@@ -168,8 +173,12 @@ def _derive(
         missing["redistribution.csv"] = second.redistribution.unmeasured
     else:
         making["redistribution_experts.csv"] = second.redistribution.experts
+    bar.total = 2 + len(making)
+    bar.update()
     with ThreadPoolExecutor(_THREADS) as pool:
         tables = {name: pool.submit(make) for name, make in making.items()}
+        for table in tables.values():
+            table.add_done_callback(lambda _: bar.update())
         cells = [cell for audit in second.audits.values() for cell in audit.cells()]
         derived = {"experts.parquet": experts, "cells.csv": cells_table(cells)}
         derived |= {name: table.result() for name, table in tables.items()}

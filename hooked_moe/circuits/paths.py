@@ -144,20 +144,24 @@ def router_flips(
     clean_cache: Clean,
     layers: Sequence[int] | None = None,
     attention_mask: Mask | None = None,
+    progress: bool = False,
 ) -> RouterFlips:
     """All (expert -> router) edges exactly: each expert's clean contribution in the input of each later router at its token.
 
-    The cost is a product with the router for every pair of layers.
+    The cost is a product with the router for every pair of layers. `progress` shows a bar that counts them.
     """
     chosen = checked_layers(model, layers)
     pair = prompt_pair(model, clean_cache, corrupted_tokens, attention_mask)
     by_layer = aligned({layer: expert_deltas(pair, layer) for layer in chosen})
     tables = []
-    for layer, deltas in by_layer.items():
-        flipped = [
-            _flipped(pair, later, deltas.delta) if later > layer else torch.full_like(deltas.experts, -1) for later in chosen
-        ]
-        tables.append(torch.stack(flipped, -1))
+    with progress_bar(len(chosen) * (len(chosen) - 1) // 2, "routers", "pair", shown=progress) as bar:
+        for layer, deltas in by_layer.items():
+            flipped = torch.full((*deltas.experts.shape, len(chosen)), -1, device=deltas.experts.device)
+            for axis, later in enumerate(chosen):
+                if later > layer:
+                    flipped[..., axis] = _flipped(pair, later, deltas.delta)
+                    bar.update()
+            tables.append(flipped)
     experts = torch.stack([deltas.experts for deltas in by_layer.values()])
     return RouterFlips(chosen, torch.stack(tables), experts)
 

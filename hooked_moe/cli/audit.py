@@ -31,7 +31,7 @@ from hooked_moe.analysis.criteria import PAPER_CRITERIA
 from hooked_moe.analysis.saving_table import SAVINGS
 from hooked_moe.checks import whole_number
 from hooked_moe.cli.console import parser_of, run_command
-from hooked_moe.cli.measured_run import MeasuredForm, analyse, open_run, open_run_of, read_documents, share_ends
+from hooked_moe.cli.measured_run import Execution, MeasuredForm, analyse, open_run, open_run_of, read_documents, share_ends
 from hooked_moe.cli.options import (
     add_measurement_arguments,
     as_argument,
@@ -50,9 +50,12 @@ from hooked_moe.cli.released_run import (
     write_released_cells,
 )
 from hooked_moe.corpus import Corpus, count_paragraphs
+from hooked_moe.executors import Executor
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement import Run
+from hooked_moe.measurement.budget import Budget
 from hooked_moe.measurement.part_spec import ProductsName
+from hooked_moe.measurement.run import results_directory
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions
 from hooked_moe.model import HookedMoE
 from hooked_moe.report.terminal_savings import terminal_savings
@@ -91,7 +94,9 @@ class Audit:
     directory: Path
     """results/<model>/<run>."""
     n_removals: int
-    """Removals measured: positions x layers x active experts."""
+    """Removals measured: positions x layers x active experts, or those of them that a budget paid for."""
+    is_budgeted: bool = False
+    """Whether they are a sample, and all else is estimated."""
 
     @property
     def report(self) -> Path:
@@ -110,11 +115,13 @@ class Audit:
 
     @property
     def cells(self) -> list[Cell]:
-        """The tests of the paper's protocol (cells.csv)."""
+        """The tests of the paper's protocol (cells.csv). Raises `ValueError` for a budgeted audit, which cannot make them."""
+        if self.is_budgeted:
+            raise ValueError("the paper's protocol tests single positions, of which a budgeted audit has a sample only")
         return cells_from_table(read_csv(self.directory / "cells.csv", cells_table([]).schema))
 
     def __str__(self) -> str:
-        return terminal_savings(self.savings, self.cells)
+        return terminal_savings(self.savings, None if self.is_budgeted else self.cells)
 
 
 def audit(
@@ -125,6 +132,7 @@ def audit(
     removal: RemovalName = "zero",
     positions: int | None = None,
     scope: Literal["position", "both"] = "position",
+    budget: Budget | str | None = None,
     context: int | None = None,
     tokens: int | None = 512,
     bos: bool | None = None,
@@ -134,6 +142,7 @@ def audit(
     results: str | os.PathLike[str] = "results",
     name: str | None = None,
     memory_budget: int | str | None = None,
+    executor: Executor | None = None,
     progress: bool = False,
     log: Callable[[str], object] = lambda line: None,
 ) -> Audit:
@@ -145,10 +154,11 @@ def audit(
 
     `model` is a model, or a name or directory as `HookedMoE.from_pretrained` takes it; `corpus` what `load_corpus` takes, a
     document of which is what `unit` says, and of which the first `documents` are read. `positions` samples that many tokens in
-    place of all, `scope="both"` also removes experts from whole sequences, `context` is the tokens of a window (None: the model's
-    context, 512 at most), `tokens` those of each document (None: all), `products` as in `expert_effects`, `name` the
-    run's directory. `log` is told what the command prints on the way, such as `print`; `progress` shows a bar. An audit that was
-    interrupted resumes where it stopped.
+    place of all, `scope="both"` also removes experts from whole sequences; a `budget`, such as "1%" or "10min", makes a sample
+    of all removals and estimates the others. `context` is the tokens of a window (None: the model's context, 512 at most),
+    `tokens` those of each document (None: all), `products` as in `expert_effects`, `name` the run's directory. `executor` says
+    where documents are measured, such as `RayExecutor("auto")`; None: here. `log` is told what the command prints on the way,
+    such as `print`; `progress` shows a bar. An audit that was interrupted resumes where it stopped.
 
     Raises what `open_measurement` raises, and `ValueError` for options that do not fit the model or the corpus.
     """
@@ -157,9 +167,15 @@ def audit(
     check_run_name(name, as_argument)
     if scope not in ("position", "both"):
         raise ValueError(f"scope must be 'position' or 'both', not {scope!r}")
+    if budget is not None:
+        budget = parse_budget(budget, "budget") if isinstance(budget, str) else budget
+        require_all(positions is None and scope == "position", "positions and scope")
     read = read_documents(model, corpus, unit, documents, as_argument, log)
-    form = MeasuredForm(layers, removal, context, tokens, bos, products=products)
-    with open_run_of(model, read, form, Path(results), name, as_argument, log=log) as run:
+    form = MeasuredForm(layers, removal, context, tokens, bos, budget, products)
+    execution = Execution(executor=executor)
+    with open_run_of(model, read, form, results_directory(results), name, as_argument, execution, log) as run:
+        if budget is not None:
+            return finish_budgeted(run, memory_budget, progress, log)
         valid = run.tokenized.valid_positions()
         sample = None if positions is None else draw_sample(whole_number(positions, "positions"), valid, f"{positions=}")
         found = finish_audit(run, sample, scope == "both", memory_budget, progress, log)
@@ -175,8 +191,34 @@ def audit_as_asked(args: argparse.Namespace) -> Path:
         found = finish_audit(run, sample, args.scope == "both", args.memory, progress=True, log=print)
         if found is None:
             return run.directory
-    seconds = time.perf_counter() - started
-    print(f"{found}\n{found.n_removals:,} removals; {seconds:.0f} s in all\nreport: {found.report}")
+    return shown(found, started)
+
+
+def budgeted_audit(args: argparse.Namespace) -> Path:
+    """The audit of a sample of the removals; returns the run's directory. Raises as `audit_as_asked` does."""
+    require_all(args.positions == "all" and args.scope == "position", "--positions and --scope")
+    if args.shard is not None:
+        raise ValueError(
+            "--budget draws from the removals of all documents, which a share of them does not know: leave out --shard; with "
+            "--ray the audit is shared out as well"
+        )
+    budget, started = parse_budget(args.budget), time.perf_counter()
+    with open_run(args, budget) as run:
+        found = finish_budgeted(run, args.memory, progress=True, log=print)
+    return shown(found, started)
+
+
+def require_all(everything: bool, options: str) -> None:
+    """Raises `ValueError` for a budget on something else than all removals."""
+    if not everything:
+        raise ValueError(
+            f"a budget draws from the removals of single experts at all positions of all documents: leave out {options}"
+        )
+
+
+def shown(found: Audit, started: float) -> Path:
+    """Print what was found, and how long it took; returns the run's directory."""
+    print(f"{found}\n{found.n_removals:,} removals; {time.perf_counter() - started:.0f} s in all\nreport: {found.report}")
     return found.directory
 
 
@@ -203,8 +245,19 @@ def finish_audit(
         run.require("sequence", sample, memory_budget=memory_budget, progress=progress)
     if share_ends(run, log):
         return None
-    analyse(run, log)
+    analyse(run, log, progress)
     return Audit(run.directory, n_removals)
+
+
+def finish_budgeted(run: Run, memory_budget: int | str | None, progress: bool, log: Callable[[str], object]) -> Audit:
+    """Measure a sample of the removals; analyse, and report."""
+    total = len(run.tokenized.valid_positions()) * len(run.layers) * run.model.cfg.experts_per_token
+    log(f"removals, of which a sample is made: {total:,}\nresults: {run.directory}\n")
+    draw = run.require_sample(memory_budget=memory_budget, progress=progress)
+    made = int(draw.n_drawn.sum())
+    log(f"{made:,} removals made, {made / total:.2%} of all, drawn with seed {draw.seed}; the others are estimated\n")
+    analyse(run, log, progress)
+    return Audit(run.directory, made, is_budgeted=True)
 
 
 def few_documents_note(corpus: Corpus, measured: int, needed: int) -> str:
@@ -224,27 +277,6 @@ def few_documents_note(corpus: Corpus, measured: int, needed: int) -> str:
         f"{note}. For more documents: a directory of .txt files, a .jsonl file with a document on each line, or a .txt file with "
         'a line that holds only U+001E, or blank lines and --unit paragraph (unit="paragraph"), between documents'
     )
-
-
-def budgeted_audit(args: argparse.Namespace) -> Path:
-    """The audit of a sample of the removals; returns the run's directory. Raises as `audit` does."""
-    if args.positions != "all" or args.scope != "position" or args.shard is not None:
-        raise ValueError(
-            "--budget draws from the removals of single experts at all positions of all documents: leave out --positions, "
-            "--scope and --shard"
-        )
-    budget, started = parse_budget(args.budget), time.perf_counter()
-    with open_run(args, budget) as run:
-        total = len(run.tokenized.valid_positions()) * len(run.layers) * run.model.cfg.experts_per_token
-        print(f"removals, of which a sample is made: {total:,}\nresults: {run.directory}\n")
-        draw = run.require_sample(memory_budget=args.memory)
-        report = analyse(run)
-        savings = read_csv(run.directory / "savings.csv")
-    print(terminal_savings(savings, None))
-    made = int(draw.n_drawn.sum())
-    print(f"\n{made:,} removals made, {made / total:.2%} of all, drawn with seed {draw.seed}; the others are estimated")
-    print(f"{time.perf_counter() - started:.0f} s in all\nreport: {report}")
-    return run.directory
 
 
 def released_audit(args: argparse.Namespace) -> Path:

@@ -177,11 +177,11 @@ def share_ends(run: Run, log: Callable[[str], object] = print) -> bool:
     return True
 
 
-def analyse(run: Run, log: Callable[[str], object] = print) -> Path:
+def analyse(run: Run, log: Callable[[str], object] = print, progress: bool = True) -> Path:
     """Derive what the run's measured tables give, unless that was done of these very tables; returns the report's path."""
     directory, known = run.directory, run.known_files()
     if run.budget is not None:
-        return _analyse_budgeted(directory, run.model.cfg.num_experts, known, log)
+        return _analyse_budgeted(directory, run.model.cfg.num_experts, known, log, progress)
     required_file(directory, "effects.parquet", "no removals were measured yet")
     positions = run.manifest["parts"]["position"]["positions"]
     available = len(run.tokenized.valid_positions()) if positions == "all" else int(positions)
@@ -194,29 +194,29 @@ def analyse(run: Run, log: Callable[[str], object] = print) -> Path:
     fault = analysis_fault(directory, known=known, **settings)
     if fault is not None:
         _say_why("analysed again", fault, log)
-        analyse_run(directory, **settings)
+        analyse_run(directory, progress=progress, **settings)
     fault = explorer_fault(directory, known)
     if fault is not None:
         _say_why("explorer pages made again", fault, log)
         write_explorer(directory)
-    return _report(directory, known, log)
+    return _report(directory, known, log, progress)
 
 
-def _analyse_budgeted(directory: Path, n_experts: int, known: FileRecords, log: Callable[[str], object]) -> Path:
+def _analyse_budgeted(directory: Path, n_experts: int, known: FileRecords, log: Callable[[str], object], progress: bool) -> Path:
     """The same for a run with a budget, which has no removals to look at one by one."""
     fault = budgeted_fault(directory, known, n_experts=n_experts, seed=SEED)
     if fault is not None:
         _say_why("analysed again", fault, log)
         analyse_budgeted(directory, n_experts=n_experts, seed=SEED)
-    return _report(directory, known, log)
+    return _report(directory, known, log, progress)
 
 
-def _report(directory: Path, known: FileRecords, log: Callable[[str], object]) -> Path:
+def _report(directory: Path, known: FileRecords, log: Callable[[str], object], progress: bool) -> Path:
     fault = report_fault(directory, known)
     if fault is None:
         return directory / "report.html"
     _say_why("reported again", fault, log)
-    return write_report(directory)
+    return write_report(directory, progress=progress)
 
 
 def _say_why(what: str, fault: str, log: Callable[[str], object]) -> None:

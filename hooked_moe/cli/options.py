@@ -166,12 +166,12 @@ def check_memory(text: str | None) -> None:
         raise ValueError(f"--memory {quoted(text)}: {error}") from error
 
 
-def parse_budget(text: str) -> Budget:
-    """The budget that --budget names. Raises `ValueError` for anything else."""
+def parse_budget(text: str, option: str = "--budget") -> Budget:
+    """The budget that the option names. Raises `ValueError` for anything else."""
     try:
         return Budget.parse(text)
     except ValueError as error:
-        raise ValueError(f"--budget {error}") from error
+        raise ValueError(f"{option} {error}") from error
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -9,6 +9,7 @@
     hooked-moe trace --model qwen3-30b-a3b --facts counterfact --stream
     hooked-moe trace --model mixtral-8x7b --facts counterfact.json --protocol as_published --published-cases --stream
     hooked-moe trace --model allenai/OLMoE-1B-7B-0125-Instruct --facts counterfact.json --chat
+    hooked-moe trace --model olmoe-0125 --facts counterfact.json --ray auto                # batches of cases on a Ray cluster
 
 An expert is chosen on half of the cases; every number shown is of the other half, with a 95% interval over cases. Results go to
 RESULTS/MODEL/trace-...: tables of every patch (parquet), findings.csv, and report.html.
@@ -30,7 +31,7 @@ from hooked_moe.circuits.tracing.places import PLACES
 from hooked_moe.circuits.tracing.protocol import DEFINED, PROTOCOLS
 from hooked_moe.circuits.tracing.published import compare_published, published_cases, published_models
 from hooked_moe.cli.console import parser_of, run_command, whole_number
-from hooked_moe.cli.options import DTYPES, check_run_name, choose_device, dtype_named
+from hooked_moe.cli.options import DTYPES, add_ray_arguments, check_run_name, choose_device, dtype_named, executor_of
 from hooked_moe.corpus import FACT_SETS, load_facts
 from hooked_moe.loading.registry import locate
 from hooked_moe.model import HookedMoE
@@ -86,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--memory", metavar="BYTES", help="bound the memory beside the model's weights, as in 4GB")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where results go (default: %(default)s)")
     parser.add_argument("--run", help="name of the run (default: from its settings)")
+    add_ray_arguments(parser)
     return run_command(trace, parser.parse_args(arguments), resumes=False)
 
 
@@ -96,21 +98,26 @@ def trace(args: argparse.Namespace) -> Path:
     if args.published_cases:
         discovery, validation = published_cases(_published_name(args.model))
         records = [record for record in records if record.case_id in discovery | validation]
-    device = choose_device(args.device)
+    device, executor = choose_device(args.device), executor_of(args)
     model = HookedMoE.from_pretrained(
         args.model, dtype=dtype_named(args.dtype, device), device=device, revision=args.revision, stream=args.stream
     )
+    results = args.results / model.cfg.model_name
+    if executor is not None:
+        results.mkdir(parents=True, exist_ok=True)  # where workers leave what they trace
     result = trace_facts(
         model,
         [record for record in records if args.split == "all" or record.split in ("", args.split)],
         protocol=args.protocol,
         discovery=discovery,
         memory_budget=args.memory,
+        executor=executor,
+        directory=results,
         progress=True,
         on_cases=lambda n: print(f"{model.cfg.model_name}: {n} usable cases of {len(records)} facts"),
         **_changes(args),
     )
-    directory = args.results / model.cfg.model_name / (args.run or _run_name(args, result))
+    directory = results / (args.run or _run_name(args, result))
     result.save(directory)
     table = findings(result)
     write_csv_atomic(table, directory / "findings.csv")

@@ -31,10 +31,10 @@ from hooked_moe.cli.published_checkpoints import PUBLISHED, Published, published
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.corpus import load_corpus
 from hooked_moe.loading.beside import read_tokenizer
+from hooked_moe.loading.fingerprint import versions
 from hooked_moe.loading.hub import download
 from hooked_moe.loading.pretrained import read_config
 from hooked_moe.loading.registry import locate
-from hooked_moe.measurement.fingerprint import versions
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 from hooked_moe.model import HookedMoE
 from hooked_moe.tables import write_json_atomic

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from hooked_moe.checks import as_int_or_none, pairs_of_numbers
-from hooked_moe.counterfactuals import Order
+from hooked_moe.counterfactuals import Order, Scope
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement.draw import Draw
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions, TokenizedCorpus
@@ -18,6 +18,14 @@ from hooked_moe.tables import REMOVAL_ORDERS
 Part = Literal["position", "sequence", "progressive", "estimates", "sampled"]
 BUDGETED_PARTS: tuple[Part, ...] = ("estimates", "sampled")
 """What a budgeted run measures, in this order, in place of all others."""
+SCOPES: dict[Part, Scope] = {
+    "position": "position",
+    "sequence": "sequence",
+    "progressive": "position",
+    "estimates": "position",
+    "sampled": "position",
+}
+"""What verification has to have looked at before each."""
 
 
 ProductsName = Literal["bfloat16"]

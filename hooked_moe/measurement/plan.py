@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from hooked_moe.expert_mask import RemovalName
+from hooked_moe.loading.fingerprint import model_fingerprint, versions
 from hooked_moe.measurement.budget import Budget
-from hooked_moe.measurement.fingerprint import model_fingerprint, versions
 from hooked_moe.measurement.part_spec import ProductsName
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.transformer import Transformer

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from hooked_moe.checks import by_number, whole_numbers
 from hooked_moe.components.precision import without_autocast
 from hooked_moe.executors import Executor, ModelWork, Threads
-from hooked_moe.measurement.fingerprint import SameModel
+from hooked_moe.loading.fingerprint import SameModel
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shards import missing_units
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
@@ -58,7 +58,9 @@ class MeasurePrunings:
     """Where a window's own tokens begin."""
 
     def do(self, resource: Transformer, unit: Experts) -> None:
-        """Measure the losses without these experts, and write them."""
+        """Measure the losses without these experts, and write them, unless a worker has that died before it could say so."""
+        if self.files(unit).is_whole(self.name(unit)):
+            return
         with without_experts(resource, dict(unit)):
             losses = self._measured(resource)
         columns = {"document": self.documents, "n_positions": losses.n_positions, "loss": losses.total}

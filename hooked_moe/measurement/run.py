@@ -12,17 +12,14 @@ results of one plan only; `manifest.json` says how much has been measured, and w
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Collection, Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from hooked_moe.checks import WrongTypeError, whole_number, whole_numbers
-from hooked_moe.counterfactuals import Order, Scope
+from hooked_moe.checks import WrongTypeError, described, expanded_path, whole_numbers
+from hooked_moe.counterfactuals import Order
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
 from hooked_moe.counterfactuals.engine.requests import checked_products
 from hooked_moe.counterfactuals.observations import most_experts
@@ -35,45 +32,18 @@ from hooked_moe.measurement.expert_weights import expert_weights
 from hooked_moe.measurement.gate import verify_once
 from hooked_moe.measurement.locks import Lock
 from hooked_moe.measurement.manifest import Manifest
-from hooked_moe.measurement.part_spec import (
-    BUDGETED_PARTS,
-    Part,
-    PartSpec,
-    ProductsName,
-    checked_positions,
-    positions_sha256,
-    record_fault,
-)
+from hooked_moe.measurement.part_request import PartRequest, sampled_spec, with_measured
+from hooked_moe.measurement.part_spec import SCOPES, Part, PartSpec, ProductsName, record_fault
 from hooked_moe.measurement.plan import measurement_plan
 from hooked_moe.measurement.run_directory import claim, claim_share
-from hooked_moe.measurement.shard_files import remove_shards
+from hooked_moe.measurement.run_tables import BESIDE, RunTables
+from hooked_moe.measurement.shard_files import remove_shards_of_part
 from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.share import Share
-from hooked_moe.measurement.tokenized_corpus import DocumentPositions, TokenizedCorpus
-from hooked_moe.tables import REMOVAL_ORDERS, FileRecords, digest, parquet_batches, write_parquet_atomic
+from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.tables import REMOVAL_ORDERS, FileRecords, digest
 from hooked_moe.transformer import Transformer
-
-_SCOPES: dict[Part, Scope] = {
-    "position": "position",
-    "sequence": "sequence",
-    "progressive": "position",
-    "estimates": "position",
-    "sampled": "position",
-}
-_EFFECT_TABLES: dict[Part, str] = {"position": "effects", "sequence": "effects_sequence", "progressive": "progressive"}
-"""The table of each part that has a row for every removal, of those that can be restricted to some positions."""
-_WEIGHTS = "expert_weights.parquet"
-_DRAW = "draw.parquet"
-_TEXTS = "token_texts.parquet"
-_TABLES_OF_THE_RUN: dict[Part, tuple[str, ...]] = {
-    "position": ("documents.parquet", _WEIGHTS, _TEXTS),
-    "sequence": ("documents.parquet",),
-    "progressive": ("documents.parquet",),
-    "estimates": ("documents.parquet", _WEIGHTS, _TEXTS),
-    "sampled": (_DRAW,),
-}
-"""What is written beside the tables of each part, without a measurement."""
 
 
 def open_measurement(
@@ -82,7 +52,7 @@ def open_measurement(
     layers: Iterable[int] | None = None,
     removal: RemovalName = "zero",
     *,
-    results: Path = Path("results"),
+    results: str | os.PathLike[str] = Path("results"),
     name: str | None = None,
     share: Share | None = None,
     executor: Executor | None = None,
@@ -116,7 +86,7 @@ def open_measurement(
         raise ValueError(f"layers {without or '()'} have no experts to remove; layers {model.cfg.moe_layers} have")
     plan = measurement_plan(model, tokenized, layers, removal, budget, products)
     name = name or f"{Path(tokenized.corpus.name).stem}-{digest(plan)[:8]}"
-    directory = results / Path(plan["model"]["name"]).name / name
+    directory = results_directory(results) / Path(plan["model"]["name"]).name / name
     lock = claim(directory, plan) if share is None else claim_share(directory, plan, share)
     return Run(directory, model, tokenized, layers, removal, plan, lock, log, share, executor, object_store, budget, products)
 
@@ -155,6 +125,7 @@ class Run:
         self.budget = budget
         self.products: ProductsName | None = products
         self._draw: Draw | None = None
+        self._tables = RunTables(directory, model, tokenized, layers, self._drawn)
         self._lock = lock
         self._log = log
         try:
@@ -218,20 +189,20 @@ class Run:
         """
         if memory_budget is not None:
             parse_bytes(memory_budget)
-        spec = self._requested(part, positions, layers, orders, seed)
+        spec = self._spec(PartRequest(part, positions, layers, orders, seed))
         if self._is_measured(spec):
             if self.share is None:
                 self._remove_shards(part)
             return
-        spec = self._union_with_measured(spec)
-        wanted = self.share is None and _WEIGHTS in _TABLES_OF_THE_RUN[part]
+        spec = self._with_measured(spec)
+        wanted = self.share is None and self._tables.have_weights(part)
         weights = [expert_weights.steps(self.model, self.layers)] if wanted else []
         tables = verify_once(
-            self.manifest, self.model, self.tokenized, self.removal, _SCOPES[part], self._log, weights, self.products
+            self.manifest, self.model, self.tokenized, self.removal, SCOPES[part], self._log, weights, self.products
         )
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
         if self.share is None:
-            self._write_tables_of_the_run(part, *tables)
+            self._tables.write(part, *tables)
         name = f"{part}-{identity['part'][:8]}"
         transfer = None
         if self._object_store is not None:
@@ -255,7 +226,7 @@ class Run:
             return
         self._manifest.parts[part] = spec.as_json()
         self.manifest["computed_on"] = self.manifest.get("computed_on", {}) | {part: places}
-        written = [*_tables_of(part), *_TABLES_OF_THE_RUN[part]]
+        written = [*_tables_of(part), *BESIDE[part]]
         self._manifest.write(written)
         self._damaged.difference_update(written)
         self._remove_shards(part)
@@ -265,14 +236,16 @@ class Run:
     def require_sample(self, *, progress: bool = True, memory_budget: int | str | None = None) -> Draw:
         """Measure a budgeted run: the estimates of all removals, then those that are drawn from them. Returns what was drawn.
 
-        A budget in seconds is turned into a share once, by a short timing, which the manifest records: a run that is resumed, or
-        opened again, draws the same. Raises `ValueError` in a run without a budget or of a share, and where the seconds are too
-        few.
+        A budget in seconds is turned into a share once, by a short timing before anything else, which the manifest records: a run
+        that is resumed, or opened again, draws the same. Raises `ValueError` in a run without a budget or of a share, and where
+        the seconds are too few.
         """
         if self.share is not None:
             raise ValueError(
                 "a sample is drawn from the estimates of all documents, which a share does not have: leave the share out"
             )
+        PartRequest("estimates").check_part(self.budget is not None)
+        self._share_of_removals()
         self.require("estimates", progress=progress, memory_budget=memory_budget)
         self.require("sampled", progress=progress, memory_budget=memory_budget)
         return self._drawn()
@@ -283,123 +256,44 @@ class Run:
             raise ValueError("a sample is drawn from the estimates of all removals: measure the part 'estimates' first")
         if self._draw is None:
             assert self.budget is not None
-            if "budget" not in self.manifest:
-                self.manifest["budget"] = share_of(
-                    self.budget, self.model, self.tokenized, self.layers, self.removal, self.products
-                )
-                self._manifest.write([])
-            share, estimates = float(self.manifest["budget"]["share"]), self.directory / "estimates.parquet"
+            share, estimates = self._share_of_removals(), self.directory / "estimates.parquet"
             self._draw = draw_removals(estimates, most_experts(self.model), share, self.budget.seed)
         return self._draw
 
-    def _requested(
-        self,
-        part: Part,
-        positions: Iterable[tuple[int, int]] | None,
-        layers: Iterable[int] | None,
-        orders: Iterable[Order],
-        seed: int,
-    ) -> PartSpec:
-        """The arguments of `require`, checked."""
-        if part not in TABLES:
-            raise ValueError(f"part must be one of {', '.join(map(repr, TABLES))}, not {part!r}")
-        if (part in BUDGETED_PARTS) != (self.budget is not None):
-            raise ValueError(
-                f"part {part!r} is of a run {'without' if self.budget else 'with'} a budget: open_measurement(..., "
-                f"{'budget=None' if self.budget else 'budget=Budget(share=0.01)'}), which has a directory of its own"
-            )
-        if self.budget is not None and positions is not None:
-            raise ValueError("a budgeted run draws from the removals at all positions: leave out positions")
-        if part == "sampled":
-            draw = self._drawn()
-            return PartSpec(part, self.layers, self.removal, seed=draw.seed, draw=draw, products=self.products)
-        chosen = checked_positions(positions, self.tokenized)
-        if part != "progressive":
-            return PartSpec(part, self.layers, self.removal, chosen, products=self.products if part == "position" else None)
-        asked = tuple(orders)
-        if not asked or not set(asked) <= set(REMOVAL_ORDERS):
-            raise ValueError(f"orders must be some of {REMOVAL_ORDERS}, not {asked}")
-        n_layers = self.model.cfg.n_layers
-        measured_layers = self.layers if layers is None else tuple(sorted(set(whole_numbers(layers, "layers", n_layers))))
-        outside = [layer for layer in measured_layers if layer not in self.layers]
-        if outside or not measured_layers:
-            raise ValueError(f"layers {outside} are not of this run, which measures {list(self.layers)}")
-        seed = whole_number(seed, "seed")
-        return PartSpec(part, measured_layers, self.removal, chosen, _in_order(asked), seed)
+    def _share_of_removals(self) -> float:
+        """What the budget pays for, by the manifest, or by a timing that the manifest is told."""
+        assert self.budget is not None
+        if "budget" not in self.manifest:
+            self.manifest["budget"] = share_of(self.budget, self.model, self.tokenized, self.layers, self.removal, self.products)
+            self._manifest.write([])
+        return float(self.manifest["budget"]["share"])
+
+    def _spec(self, request: PartRequest) -> PartSpec:
+        """What is asked, checked."""
+        request.check_part(self.budget is not None)
+        if request.part == "sampled":
+            return sampled_spec(self._drawn(), self.layers, self.removal, self.products)
+        return request.spec(self.tokenized, self.layers, self.removal, self.model.cfg.n_layers, self.products)
+
+    def _with_measured(self, spec: PartSpec) -> PartSpec:
+        """What is asked of the part together with what it has already."""
+        return with_measured(spec, self._manifest.parts.get(spec.part), self.directory, self.tokenized, self._log)
 
     def _is_measured(self, spec: PartSpec) -> bool:
         """Whether the part has all that is asked of it."""
-        return self.has(spec.part) and self._union_with_measured(spec).as_json() == self._manifest.parts[spec.part]
-
-    def _union_with_measured(self, spec: PartSpec) -> PartSpec:
-        """What is asked of the part together with what it has already. Raises `ValueError` for another seed than the part's."""
-        recorded = self._manifest.parts.get(spec.part)
-        if recorded is None:
-            return spec
-        if recorded.get("seed", spec.seed) != spec.seed:
-            raise ValueError(
-                f"{self.directory} has random orders of seed {recorded['seed']}, not {spec.seed}: give another name to the run"
-            )
-        positions = spec.positions
-        if recorded["positions"] == "all":
-            positions = None
-        elif positions is not None and positions_sha256(positions) != recorded["positions_sha256"]:
-            positions = self._with_measured_positions(spec.part, positions)
-        return dataclasses.replace(
-            spec,
-            positions=positions,
-            layers=tuple(sorted({*spec.layers, *recorded["layers"]})),
-            orders=_in_order((*spec.orders, *recorded.get("orders", ()))),
-        )
-
-    def _with_measured_positions(self, part: Part, positions: DocumentPositions) -> DocumentPositions | None:
-        """The positions, and those that the part has; None for all. Those of a lost table are not known any more."""
-        effects = self.directory / f"{_EFFECT_TABLES[part]}.parquet"
-        if not effects.is_file():
-            self._log(f"note: with {effects.name} is lost which positions it had: only those that are asked for now are measured")
-            return positions
-        return checked_positions(positions | measured_positions(effects), self.tokenized)
-
-    def _write_tables_of_the_run(self, part: Part, weights: pa.Table | None = None) -> None:
-        """The tables beside those of the part, which take no measurement. `weights` is that of the experts' weights, if there is
-        one already."""
-        tables: dict[str, Callable[[], pa.Table]] = {
-            "documents.parquet": self.tokenized.table,
-            _WEIGHTS: lambda: expert_weights(self.model, self.layers) if weights is None else weights,
-            _TEXTS: self.tokenized.token_texts,
-            _DRAW: lambda: self._drawn().table(),
-        }
-        for name in _TABLES_OF_THE_RUN[part]:
-            write_parquet_atomic(tables[name](), self.directory / name)
+        return self.has(spec.part) and self._with_measured(spec).as_json() == self._manifest.parts[spec.part]
 
     def _restore_tables_of_the_run(self, part: Part) -> None:
         """Write them again, where one is lost, or of a later version than the run."""
-        names = set(_TABLES_OF_THE_RUN[part])
+        names = set(BESIDE[part])
         lost = (names & self._damaged) | (names - self.manifest["files"].keys())
         if lost:
-            self._write_tables_of_the_run(part)
-            self._manifest.write(_TABLES_OF_THE_RUN[part])
+            self._tables.write(part)
+            self._manifest.write(BESIDE[part])
             self._damaged -= lost
 
     def _remove_shards(self, part: Part) -> None:
-        shards = self.directory / "shards"
-        for directory in sorted(shards.glob(f"{part}-*")):
-            remove_shards(directory)
-        for lock in shards.glob("share-*.lock"):
-            lock.unlink()
-        if shards.exists() and not any(shards.iterdir()):
-            shards.rmdir()
-
-
-def measured_positions(effects: Path) -> DocumentPositions:
-    """The (document, position) pairs whose removals an effect table has."""
-    positions: set[tuple[int, int]] = set()
-    columns = ["document", "position", "delta_loss"]
-    for batch in parquet_batches(effects, columns, 1 << 18):
-        measured = ~np.isnan(batch["delta_loss"].to_numpy(zero_copy_only=False))
-        pairs = (batch[name].to_numpy()[measured] for name in ("document", "position"))
-        positions.update(map(tuple, np.unique(np.stack(list(pairs), axis=1), axis=0).tolist()))
-    return frozenset(positions)
+        remove_shards_of_part(self.directory / "shards", part)
 
 
 def _tables_of(part: Part) -> list[str]:
@@ -407,6 +301,8 @@ def _tables_of(part: Part) -> list[str]:
     return [f"{name}.parquet" for name in TABLES[part]]
 
 
-def _in_order(orders: Collection[Order]) -> tuple[Order, ...]:
-    """Some orders of removal, each once, in the sequence of `REMOVAL_ORDERS`."""
-    return tuple(order for order in REMOVAL_ORDERS if order in orders)
+def results_directory(results: str | os.PathLike[str]) -> Path:
+    """Where results go. Raises `WrongTypeError` for what is no path."""
+    if not isinstance(results, str | os.PathLike):
+        raise WrongTypeError(f"results must be a directory, as in results='results', not {described(results)}")
+    return expanded_path(results)

@@ -108,5 +108,18 @@ def remove_shards(directory: Path) -> None:
     for path in sorted(directory.glob("*")):
         if path.suffix in (".parquet", ".json", ".lock"):
             path.unlink()
+    _remove_if_empty(directory)
+
+
+def remove_shards_of_part(shards: Path, part: str) -> None:
+    """The same for what the directory of a run's shards has of a part."""
+    for directory in sorted(shards.glob(f"{part}-*")):
+        remove_shards(directory)
+    for lock in shards.glob("share-*.lock"):
+        lock.unlink()
+    _remove_if_empty(shards)
+
+
+def _remove_if_empty(directory: Path) -> None:
     if directory.exists() and not any(directory.iterdir()):
         directory.rmdir()

@@ -26,10 +26,10 @@ from hooked_moe.counterfactuals.engine.steps import run_without_grad, side_by_si
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
 from hooked_moe.counterfactuals.first_order import waiting_bytes as gradient_waiting_bytes
 from hooked_moe.executors import Executor, ModelWork, Threads
+from hooked_moe.loading.fingerprint import SameModel, computed_on
 from hooked_moe.loading.spill import spill_directory
 from hooked_moe.loading.streaming import spill_of
 from hooked_moe.measurement.document_tables import TABLES, measure_document
-from hooked_moe.measurement.fingerprint import SameModel, computed_on
 from hooked_moe.measurement.part_spec import BUDGETED_PARTS, PartSpec
 from hooked_moe.measurement.shard_files import ShardFiles
 from hooked_moe.measurement.shard_transfer import ShardTransfer
@@ -67,7 +67,12 @@ class MeasureDocuments:
     """How shards get to `shards` from where they are measured; None: they are written there."""
 
     def do(self, resource: Transformer, unit: Sequence[int]) -> None:
-        """Measure the documents of these numbers, and write their shards."""
+        """Measure the documents of these numbers, and write their shards.
+
+        Those that are there stay: a worker may die between the last file of a unit and the news of it.
+        """
+        there = self.files(self.shards)
+        unit = [index for index in unit if self.transfer is not None or not there.is_whole(unit_name(index))]
         tasks = [measure_document(resource, self.documents[index], self.first, self.spec, self.budget) for index in unit]
         for index, tables in zip(unit, run_without_grad(side_by_side(tasks)), strict=True):
             self._write(unit_name(index), tables, computed_on(resource.cfg.device))

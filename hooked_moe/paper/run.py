@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from hooked_moe.checks import whole_numbers
 from hooked_moe.corpus import Corpus
-from hooked_moe.measurement.fingerprint import model_fingerprint, versions
+from hooked_moe.loading.fingerprint import model_fingerprint, versions
 from hooked_moe.measurement.manifest import Manifest
 from hooked_moe.measurement.run_directory import claim
 from hooked_moe.measurement.shard_files import ShardFiles, remove_shards

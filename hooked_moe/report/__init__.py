@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hooked_moe.progress import progress_bar
 from hooked_moe.report import sections
 from hooked_moe.report.blocks import Block, Figure, Page, Paragraph, Section
 from hooked_moe.report.budgeted_sections import budget_section, is_budgeted
@@ -42,18 +43,19 @@ from hooked_moe.tables import FileRecord, Ledger, write_text_atomic
 __all__ = ["report_fault", "write_report"]
 
 
-def write_report(run_dir: str | os.PathLike[str]) -> Path:
-    """Write report.html and figures/ from the derived tables of a run; returns the page's path.
+def write_report(run_dir: str | os.PathLike[str], *, progress: bool = False) -> Path:
+    """Write report.html and figures/ from the derived tables of a run; returns the page's path. `progress` counts the figures.
 
     Raises FileNotFoundError where the run has none of them, ValueError where one lacks columns.
     """
     run = Path(run_dir)
     inputs = read_inputs(run)
     (run / "figures").mkdir(exist_ok=True)
-    figures = _Figures(inputs, run / "figures")
-    first = figures.drawn("savings.csv", verdict)
-    title = f"Removing one expert at one token: {inputs.model_name}"
-    page = Page(title, opening(inputs, first, tuple(explorer_links(inputs))), tuple(_sections(inputs, figures)))
+    with progress_bar(None, "drawing", "figure", shown=progress, delay=1.0) as bar:
+        figures = _Figures(inputs, run / "figures", bar.update)
+        first = figures.drawn("savings.csv", verdict)
+        title = f"Removing one expert at one token: {inputs.model_name}"
+        page = Page(title, opening(inputs, first, tuple(explorer_links(inputs))), tuple(_sections(inputs, figures)))
     write_text_atomic(render_page(page), run / "report.html")
     Ledger(run).record(_REPORT, _INPUTS, ["report.html", *figures.files()], settings=_settings(inputs.reasons, inputs.explorer))
     return run / "report.html"
@@ -79,6 +81,8 @@ class _Figures:
 
     inputs: Inputs
     directory: Path
+    done: Callable[[], object]
+    """Called when one is drawn."""
     numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 100)))
     names: list[str] = field(default_factory=list)
 
@@ -88,7 +92,9 @@ class _Figures:
             return ()
         drawing = draw(self.inputs.tables[name], *extra)
         self.names.append(drawing.name)
-        return (sections.figure(next(self.numbers), drawing, drawing.save(self.directory)),)
+        saved = drawing.save(self.directory)
+        self.done()
+        return (sections.figure(next(self.numbers), drawing, saved),)
 
     def files(self) -> list[str]:
         """All that was drawn, by its path in the run."""

@@ -26,8 +26,8 @@ from hooked_moe import HookedMoE, measurement, tables
 from hooked_moe.cli import audit, measured_run
 from hooked_moe.corpus import load_corpus
 from hooked_moe.counterfactuals.engine.steps import Steps, pausable
+from hooked_moe.loading.fingerprint import versions, weights_sha256
 from hooked_moe.measurement import gate, verification
-from hooked_moe.measurement.fingerprint import versions, weights_sha256
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.report.figures.drawing import Drawing
 from tests.support.kills import contents, forked, signalled_at

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 import hooked_moe
 from hooked_moe import HookedMoE
 from hooked_moe.cli import audit as command
+from hooked_moe.executors import Threads
+from hooked_moe.measurement.budget import Budget
 from hooked_moe.report.figures.drawing import Drawing
 from tests.support.kills import contents
 from tests.support.number_text import number_reader, write_corpus
@@ -50,6 +54,35 @@ def test_it_does_what_the_command_does_to_the_byte(workplace: Path, capsys: pyte
     assert found.cells
 
 
+def test_a_budgeted_audit_elsewhere_is_the_same_too(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "model", "--corpus", "corpus.jsonl", "--tokens", "40", "--budget", "30%"]
+    assert command.main([*options, "--results", "a"]) == 0
+    printed = capsys.readouterr().out
+    said: list[str] = []
+
+    class Counting(Threads):
+        units = 0
+
+        def run(self, work: Any, units: Sequence[Any]) -> Iterator[Any]:
+            Counting.units += len(units)
+            return super().run(work, units)
+
+    found = hooked_moe.audit("model", "corpus.jsonl", tokens=40, budget="30%", executor=Counting(), results="b", log=said.append)
+    assert Counting.units == 2 * 4  # four documents, their estimates and their sample
+    assert contents(workplace / "a") == contents(workplace / "b")
+    assert str(found) in printed
+    assert "\n".join(said).replace("b/model", "a/model") in printed
+    assert f"{found.n_removals:,} removals made, " in printed
+    made = pq.read_table(found.directory / "sampled_effects.parquet").num_rows
+    assert found.n_removals == made
+    assert {"reap", "oracle"} <= {*found.savings["ranking"].to_pylist()}
+    with pytest.raises(ValueError, match="single positions, of which a budgeted audit has a sample only"):
+        _ = found.cells
+    for more in (["--positions", "20"], ["--scope", "both"], ["--shard", "1/2"]):
+        assert command.main([*options, "--results", "c", *more]) == 1
+        assert f"leave out {'--shard' if more[0] == '--shard' else '--positions and --scope'}" in capsys.readouterr().err
+
+
 def test_its_errors_speak_python(workplace: Path) -> None:
     model = HookedMoE.from_pretrained("model")
     for options, words in (
@@ -59,6 +92,10 @@ def test_its_errors_speak_python(workplace: Path) -> None:
         ({"name": "../up"}, "name='../up': give a plain name"),
         ({"scope": "galaxy"}, "scope must be 'position' or 'both'"),
         ({"layers": [5]}, "layers \\[5\\] have no experts"),
+        ({"budget": "some"}, "budget 'some': give a share of the removals, as in 1%"),
+        ({"budget": "1%", "positions": 20}, "a budget draws from .* all documents: leave out positions and scope"),
+        ({"budget": Budget(share=0.1), "scope": "both"}, "leave out positions and scope"),
+        ({"results": 3}, "results must be a directory"),
     ):
         with pytest.raises(ValueError, match=words.replace("(", "\\(")):
             hooked_moe.audit(model, "corpus.jsonl", **options)  # type: ignore[arg-type]

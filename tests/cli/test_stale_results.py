@@ -110,7 +110,7 @@ def test_a_kill_between_the_tables_and_the_report_leaves_no_old_report(finished:
     before = contents(finished)
     with monkeypatch.context() as patch:
         patch.setattr(measured_run, "SAMPLE_SIZE", 20)
-        patch.setattr(measured_run, "write_report", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(measured_run, "write_report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(["audit", *settings(finished)]) == 130
     changed = contents(finished)
     assert changed["cells.csv"] != before["cells.csv"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -227,6 +228,51 @@ def test_workers_with_other_versions_are_refused(opened: Opened, monkeypatch: py
         run.plan["versions"]["torch"] = "1.0"
         with pytest.raises(ValueError, match=r"has torch .*, not 1\.0: install there what is installed here"):
             run.require("position", progress=False, executor=InAnotherProcess())
+
+
+def test_what_a_worker_measured_and_died_before_it_could_say_so_is_not_measured_twice(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class DoneAgain(InAnotherProcess):
+        """Gives every unit out again, as if its worker had died once the last file was written."""
+
+        def run(self, work: Work[Any], units: Sequence[Any]) -> Iterator[Any]:
+            yield from super().run(work, [unit for unit in units for _ in range(2)])
+
+    asked: list[int] = []
+    original = shards.measure_document
+    monkeypatch.setattr(
+        shards,
+        "measure_document",
+        lambda model, windows, *rest: asked.append(windows[0].document) or original(model, windows, *rest),
+    )
+    with opened("there") as run:
+        run.require("position", progress=False, executor=DoneAgain())
+    assert asked == list(range(len(LENGTHS)))
+
+
+def test_a_full_disk_is_named_and_what_was_measured_before_is_kept(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    measure, write = shards.measure_document, pq.write_table
+
+    def filling(*arguments: Any, **options: Any) -> None:
+        if len(asked) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*arguments, **options)
+
+    monkeypatch.setattr(
+        shards,
+        "measure_document",
+        lambda model, windows, *rest: asked.append(windows[0].document) or measure(model, windows, *rest),
+    )
+    with monkeypatch.context() as full, opened("there") as run:
+        full.setattr(pq, "write_table", filling)
+        with pytest.raises(OSError, match="No space left on device"):
+            run.require("position", progress=False, executor=InAnotherProcess())
+    assert asked == [0, 1, 2, 3]
+    asked.clear()
+    assert measured(opened("there"), InAnotherProcess()) == measured(opened("here"))
+    assert asked[: len(LENGTHS) - 3] == [3, 4]
 
 
 def test_shards_that_do_not_arrive_are_an_error_in_words(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import pyarrow.fs
 import pytest
 
 from hooked_moe import HookedMoE
@@ -15,6 +14,7 @@ from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from tests.support.number_text import number_corpus, number_reader
+from tests.support.s3_server import Objects, s3_server
 
 LENGTHS = (12, 9, 7)
 
@@ -71,23 +71,38 @@ def test_what_is_no_store_is_refused(uri: str) -> None:
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URI of a bucket on a server of this process."""
-    server = pytest.importorskip("moto.server")
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Objects]]:
+    """The URI of a bucket on a server of this process, and what that holds."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    running: Any = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    running.start()
-    host, port = running.get_host_and_port()
-    store = pyarrow.fs.S3FileSystem(
-        endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
-    )
-    store.create_dir("shards")
-    yield f"s3://shards/of/runs?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    running.stop()
+    with s3_server() as (address, held):
+        held.buckets.add("shards")
+        yield f"s3://shards/of/runs?endpoint_override={address}&scheme=http&region=us-east-1", held
 
 
-@pytest.mark.slow
-def test_an_s3_server_serves_as_an_object_store(opened: Callable[..., Run], bucket: str) -> None:
-    assert_two_machines_meet_there(bucket, opened)
+def test_an_s3_server_serves_as_an_object_store(opened: Callable[..., Run], server: tuple[str, Objects]) -> None:
+    uri, held = server
+    assert_two_machines_meet_there(uri, opened)
+    assert not any(held.objects.values())  # nothing but the marks of empty directories
+    assert not held.uploads
+
+
+def test_files_of_any_size_come_back_as_they_were(server: tuple[str, Objects], tmp_path: Path) -> None:
+    uri, held = server
+    (tmp_path / "here").mkdir()
+    sizes = {"large.parquet": 11_000_000, "small.parquet": 17, "empty.parquet": 0, "000000.json": 2}  # the first in parts
+    contents = {name: os.urandom(size) for name, size in sizes.items()}
+    for name, data in contents.items():
+        (tmp_path / "here" / name).write_bytes(data)
+    ShardTransfer.below(uri, "run").put(tmp_path / "here", sizes)
+    ShardTransfer.below(uri, "run").fetch(tmp_path / "there")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == contents
+    assert list(held.objects) == [f"/shards/of/runs/run/{name}" for name in sizes]  # the record last
+
+
+def test_a_store_without_the_bucket_is_named(server: tuple[str, Objects], tmp_path: Path) -> None:
+    uri = server[0].replace("shards", "nowhere")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="cannot write shards to s3://nowhere/of/runs"):
+        ShardTransfer(uri).put(tmp_path, ["file"])

@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 
 from hooked_moe import HookedMoE
+from hooked_moe.circuits.tracing import trace as tracing
+from hooked_moe.circuits.tracing import trace_facts
+from hooked_moe.corpus import load_facts
 from hooked_moe.executors import Executor, PlainWork, RayExecutor, ray_cluster
 from hooked_moe.measurement import Run, open_measurement
+from hooked_moe.measurement.pruned_losses import PrunedLosses
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from tests.support.file_units import Files
 from tests.support.number_text import number_corpus, number_reader
@@ -106,7 +110,7 @@ def test_a_worker_with_a_full_disk_is_set_aside(cluster: None, tmp_path: Path) -
     units = [("slow", "a"), ("full disk", "b"), *(("slow", f"{n}") for n in range(5))]
     assert sorted(RayExecutor(workers=2, log=notes.append).run(PlainWork(Files(tmp_path)), units)) == sorted(units)
     assert [note for note in notes if "is set aside" in note and "No space left" in note]
-    disks = [("full disk", "x"), ("full disk", "y"), ("slow", "z")]
+    disks = [("all disks are full", "x"), ("slow", "y"), ("slow", "z")]
     with pytest.raises(OSError, match="No space left"):  # where all are full, there is none to take over
         list(RayExecutor(workers=2).run(PlainWork(Files(tmp_path)), disks))
 
@@ -139,6 +143,31 @@ def test_a_worker_killed_amid_a_measurement_changes_no_byte(
                 yield unit
 
     assert measured(opened("there"), Killing(workers=2)) == measured(opened("here"))
+
+
+@pytest.mark.slow
+def test_pruned_models_are_measured_there_as_here(cluster: None, opened: Opened, tmp_path: Path) -> None:
+    prunings: list[dict[int, list[int]]] = [{}, {0: [1, 2]}, {1: [0]}, {0: [3], 1: [2, 4]}]
+    with opened("run") as run:
+        files = []
+        for where, executor in (("there", RayExecutor(workers=2)), ("here", None)):
+            losses = PrunedLosses(run.model, run.tokenized, [1, 3, 5], 8, tmp_path / where, run.plan)
+            losses.measure(prunings, executor)
+            files.append({path.name: path.read_bytes() for path in sorted((tmp_path / where).iterdir())})
+    assert files[0] == files[1]
+    assert len(files[0]) == 2 * len(prunings)
+
+
+@pytest.mark.slow
+def test_facts_are_traced_there_as_here(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "PATCH_BYTES", 1)  # four runs each
+    model = HookedMoE.from_pretrained("tiny-olmoe-facts")
+    records = [record for record in load_facts("embedded") if record.split == "taught"]
+    options: dict[str, Any] = {"n_cases": 10, "min_cases": 4, "corruption": "noise", "readouts": ["logit_difference"]}
+    here = trace_facts(model, records, **options)
+    there = trace_facts(model, records, executor=RayExecutor(workers=2), directory=tmp_path, **options)
+    for name in ("cases", "blocks", "experts"):
+        assert getattr(here, name).equals(getattr(there, name))
 
 
 DRIVER = """

@@ -27,11 +27,11 @@ from hooked_moe.counterfactuals.first_order import first_order_effects
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
 from hooked_moe.counterfactuals.readouts import LossAfter
 from hooked_moe.loading import streaming
+from hooked_moe.loading.fingerprint import weights_sha256
 from hooked_moe.loading.spill import Spill, Waiting
 from hooked_moe.loading.streaming import StreamedBlocks
 from hooked_moe.measurement import open_measurement
 from hooked_moe.measurement.document_tables import TABLES
-from hooked_moe.measurement.fingerprint import weights_sha256
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus

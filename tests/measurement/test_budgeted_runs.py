@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from hooked_moe import HookedMoE, measurement
 from hooked_moe.analysis.budgeted import analyse_budgeted, budgeted_fault
@@ -126,9 +127,41 @@ def test_seconds_become_a_share_once(opened: Callable[..., Run], tmp_path: Path,
         assert again.require_sample(progress=False).share == recorded["share"]
 
 
-def test_too_few_seconds_are_refused(opened: Callable[..., Run], tmp_path: Path) -> None:
+def test_too_few_seconds_are_refused_before_anything_is_measured(
+    opened: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurement.run, "measure_part", lambda *_, **__: pytest.fail("was measured"))
     with opened(tmp_path, budget=Budget(seconds=1e-6)) as run, pytest.raises(ValueError, match="too few: the forward passes"):
         run.require_sample(progress=False)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_the_time_of_reading_streamed_weights_counts_once_for_all_documents(
+    budgeted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    """By a clock that gives 100 s to each reading, 2 s to each window and 0.01 s to each removal."""
+    model, clock = budgeted.model, 0.0
+    if streams:
+        budgeted.model.save_pretrained(tmp_path)
+        model = HookedMoE.from_pretrained(tmp_path, stream=True)
+        model.tokenizer = budgeted.model.tokenizer
+    corpus = TokenizedCorpus(model, budgeted.tokenized.corpus, 16)
+
+    def pretended(model: HookedMoE, tokens: torch.Tensor, *, picks: torch.Tensor, **options: Any) -> None:
+        nonlocal clock
+        clock += 100 * model.streams + 2 * len(tokens) + 0.01 * int(picks.sum())
+
+    monkeypatch.setattr(timing, "expert_effects", pretended)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(timing, "FEWEST_REMOVALS", 1)
+    settled = timing.share_of(Budget(seconds=150.0), model, corpus, (0, 1), "zero")
+    longest = max(len(window.tokens) for windows in corpus.documents for window in windows)
+    tokens = sum(len(window.tokens) for windows in corpus.documents for window in windows)
+    fixed = 100 * streams + 2 * tokens / longest
+    removals = len(corpus.valid_positions()) * 2 * model.cfg.experts_per_token
+    assert settled["seconds_of_forwards"] == pytest.approx(fixed)
+    assert settled["seconds_per_removal"] == pytest.approx(0.01)
+    assert settled["share"] == pytest.approx(min(0.99, (150 - fixed) / 0.01 / removals), rel=1e-2)
 
 
 @pytest.mark.parametrize(

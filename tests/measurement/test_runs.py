@@ -33,7 +33,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     model = number_reader(random_model, n_layers=2)
     corpus = number_corpus(tmp_path_factory.mktemp("corpus"), LENGTHS)
 
-    def open_run(results: Path, **options: Any) -> Run:
+    def open_run(results: Any, **options: Any) -> Run:
         return open_measurement(model, TokenizedCorpus(model, corpus, 8), results=results, **options)
 
     return open_run
@@ -256,3 +256,11 @@ def test_a_run_takes_orders_from_an_iterator_and_numbers_from_arrays(
         TokenizedCorpus(model, "held-out", n_ctx=8)
     with pytest.raises(ValueError, match=r"expected a TokenizedCorpus\(model, corpus, n_ctx\), not Corpus"):
         open_measurement(model, corpus, results=tmp_path)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_results_go_to_a_directory_however_it_is_given(opened: Callable[..., Run], tmp_path: Path) -> None:
+    with opened(str(tmp_path)) as named, opened(tmp_path, name="other") as path:
+        assert named.directory.parent == path.directory.parent
+    with pytest.raises(ValueError, match="results must be a directory, as in results='results', not 3"):
+        opened(3)

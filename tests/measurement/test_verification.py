@@ -22,8 +22,8 @@ from hooked_moe.counterfactuals.engine.steps import Steps, pausable
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.kernels import target_loss
 from hooked_moe.kernels.target_loss import LossAndLogSum
+from hooked_moe.loading.fingerprint import config_values, versions, weights_sha256
 from hooked_moe.measurement import verification
-from hooked_moe.measurement.fingerprint import config_values, versions, weights_sha256
 from hooked_moe.measurement.verification import Check, noise_floor, verify
 from tests.conftest import EVERY_ARCHITECTURE
 

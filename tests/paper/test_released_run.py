@@ -285,7 +285,7 @@ def test_help_shows_examples(script, capsys):
 
 
 def test_the_defined_scripts_share_one_measurement(make_model, tmp_path, monkeypatch):
-    def page(run: Path) -> Path:  # figures take seconds, and are tested elsewhere
+    def page(run: Path, **_: bool) -> Path:  # figures take seconds, and are tested elsewhere
         (run / "report.html").write_text("")
         return run / "report.html"
 

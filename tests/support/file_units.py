@@ -23,8 +23,9 @@ class Files:
             file.write(f"{os.getpid()}\n")
         first = len(attempts.read_text().splitlines()) == 1
         if kind == "dies" or (kind == "dies once" and first):
+            time.sleep(1)  # what was done before has been reported by then
             os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "full disk" and first:
+        if kind == "all disks are full" or (kind == "full disk" and first):
             raise OSError(errno.ENOSPC, "cannot write: No space left on device")
         if kind == "fails":
             raise ValueError(f"{name} cannot be done")

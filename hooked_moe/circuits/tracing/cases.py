@@ -17,6 +17,7 @@ from hooked_moe.circuits.tracing.observed import observe
 from hooked_moe.circuits.tracing.prompts import Prompt, as_prompts
 from hooked_moe.circuits.tracing.protocol import Protocol
 from hooked_moe.corpus import FactRecord
+from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
 
@@ -34,8 +35,10 @@ class Cases:
         return len({run.case for run in self.runs})
 
 
-def find_cases(model: Transformer, records: Iterable[FactRecord], protocol: Protocol) -> Cases:
-    """Raises `ValueError` where fewer cases are usable than the protocol's least number, and says what excluded the others."""
+def find_cases(model: Transformer, records: Iterable[FactRecord], protocol: Protocol, progress: bool = False) -> Cases:
+    """The facts that are usable. `progress` shows bars.
+
+    Raises `ValueError` where fewer cases are usable than the protocol's least number, and says what excluded the others."""
     excluded: Counter[str] = Counter()
     records = list(records)
     random.Random(protocol.seed).shuffle(records)
@@ -43,9 +46,9 @@ def find_cases(model: Transformer, records: Iterable[FactRecord], protocol: Prot
     sigma = 0.0
     if protocol.corruption == "noise":
         sigma = noise_scale(model, prompts, protocol) if prompts else 0.0
-        runs = _noised(model, prompts, protocol, sigma, excluded)
+        runs = _noised(model, prompts, protocol, sigma, excluded, progress)
     else:
-        runs = _replaced(model, prompts, protocol, excluded)
+        runs = _replaced(model, prompts, protocol, excluded, progress)
     cases = Cases(runs, sigma, excluded)
     least = min(protocol.min_cases, protocol.n_cases)
     if cases.n_cases < least:
@@ -59,29 +62,32 @@ def find_cases(model: Transformer, records: Iterable[FactRecord], protocol: Prot
 
 
 def _noised(
-    model: Transformer, prompts: list[Prompt], protocol: Protocol, sigma: float, excluded: Counter[str]
+    model: Transformer, prompts: list[Prompt], protocol: Protocol, sigma: float, excluded: Counter[str], progress: bool
 ) -> list[CorruptedRun]:
     """Cases in the records' order, up to as many as are asked for."""
-    found = prompts_with_foils(model, prompts, protocol, excluded)
+    found = prompts_with_foils(model, prompts, protocol, excluded, progress)
     kept: list[CorruptedRun] = []
     n_cases = 0
-    for start in range(0, len(found), ROWS):
-        if n_cases == protocol.n_cases:
-            break
-        candidates = [
-            CorruptedRun(number, prompt, foil, str(prompt.record.foil))
-            for number, (prompt, foil) in enumerate(found[start : start + ROWS])
-        ]
-        clean = _margins(model, candidates, protocol, None)
-        drawn = [replace(run, draw=draw) for run in candidates for draw in range(protocol.draws)]
-        corrupted = _margins(model, drawn, protocol, sigma).view(len(candidates), protocol.draws).mean(1)
-        for run, margin, after in zip(candidates, clean.tolist(), corrupted.tolist(), strict=True):
-            reason = _reason_against(margin, margin - after, protocol)
-            if reason:
-                excluded[reason] += 1
-            elif n_cases < protocol.n_cases:
-                kept += [replace(run, case=n_cases, draw=draw) for draw in range(protocol.draws)]
-                n_cases += 1
+    with progress_bar(min(len(found), protocol.n_cases), "finding cases", "case", shown=progress) as bar:
+        for start in range(0, len(found), ROWS):
+            if n_cases == protocol.n_cases:
+                break
+            candidates = [
+                CorruptedRun(number, prompt, foil, str(prompt.record.foil))
+                for number, (prompt, foil) in enumerate(found[start : start + ROWS])
+            ]
+            clean = _margins(model, candidates, protocol, None)
+            drawn = [replace(run, draw=draw) for run in candidates for draw in range(protocol.draws)]
+            corrupted = _margins(model, drawn, protocol, sigma).view(len(candidates), protocol.draws).mean(1)
+            for run, margin, after in zip(candidates, clean.tolist(), corrupted.tolist(), strict=True):
+                reason = _reason_against(margin, margin - after, protocol)
+                if reason:
+                    excluded[reason] += 1
+                elif n_cases < protocol.n_cases:
+                    kept += [replace(run, case=n_cases, draw=draw) for draw in range(protocol.draws)]
+                    n_cases += 1
+            bar.update(n_cases - bar.n)
+        bar.total = n_cases  # which facts that ran out may leave below what was asked for
     return kept
 
 
@@ -106,14 +112,16 @@ def _margins(model: Transformer, runs: Sequence[CorruptedRun], protocol: Protoco
     return torch.cat(parts)
 
 
-def _replaced(model: Transformer, prompts: list[Prompt], protocol: Protocol, excluded: Counter[str]) -> list[CorruptedRun]:
+def _replaced(
+    model: Transformer, prompts: list[Prompt], protocol: Protocol, excluded: Counter[str], progress: bool
+) -> list[CorruptedRun]:
     """Cases whose subject can be replaced by one with another answer, the model preferring each subject's own."""
     same_shape: dict[object, list[int]] = defaultdict(list)
     for number, prompt in enumerate(prompts):
         same_shape[prompt.shape].append(number)
     ids = sorted({prompt.true_id for prompt in prompts})
     column = {token: place for place, token in enumerate(ids)}
-    logits = answer_logits(model, prompts, protocol, ids)
+    logits = answer_logits(model, prompts, protocol, ids, progress)
     least = protocol.min_margin
     kept: list[CorruptedRun] = []
     n_cases = 0

@@ -15,6 +15,7 @@ from hooked_moe.circuits.tracing.observed import observe
 from hooked_moe.circuits.tracing.prompts import Prompt, answer_token
 from hooked_moe.circuits.tracing.protocol import Protocol
 from hooked_moe.corpus import with_foils
+from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
 ROWS = 64
@@ -23,10 +24,12 @@ Foil = tuple[Prompt, int]
 """A prompt whose record has the foil, and the foil's token."""
 
 
-def prompts_with_foils(model: Transformer, prompts: list[Prompt], protocol: Protocol, excluded: Counter[str]) -> list[Foil]:
+def prompts_with_foils(
+    model: Transformer, prompts: list[Prompt], protocol: Protocol, excluded: Counter[str], progress: bool = False
+) -> list[Foil]:
     """The prompts that have a foil by the protocol's rule; the others are counted in `excluded`."""
     if protocol.foils == "prior":
-        return _matched_by_prior(model, prompts, protocol, excluded)
+        return _matched_by_prior(model, prompts, protocol, excluded, progress)
     answers: dict[str, set[str]] = defaultdict(set)
     for prompt in prompts:
         answers[prompt.record.relation].add(prompt.record.true)
@@ -46,13 +49,15 @@ def prompts_with_foils(model: Transformer, prompts: list[Prompt], protocol: Prot
 NO_OTHER_ANSWER = "the relation has no other answer that is a token"
 
 
-def _matched_by_prior(model: Transformer, prompts: list[Prompt], protocol: Protocol, excluded: Counter[str]) -> list[Foil]:
+def _matched_by_prior(
+    model: Transformer, prompts: list[Prompt], protocol: Protocol, excluded: Counter[str], progress: bool
+) -> list[Foil]:
     """What corruption leaves of a margin is what the relation alone suggests; against a foil that the model finds as likely as
     the true answer without knowing the subject, that is about nothing. How likely, the relation's other subjects say: their mean
     logit, not the case's own corrupted run, which would then be near zero by choice."""
     ids = sorted({prompt.true_id for prompt in prompts})
     column = {token: place for place, token in enumerate(ids)}
-    logits = answer_logits(model, prompts, protocol, ids)
+    logits = answer_logits(model, prompts, protocol, ids, progress)
     relations: dict[str, list[int]] = defaultdict(list)
     subjects: dict[tuple[str, str], list[int]] = defaultdict(list)
     for number, prompt in enumerate(prompts):
@@ -80,13 +85,15 @@ def _matched_by_prior(model: Transformer, prompts: list[Prompt], protocol: Proto
 
 @torch.no_grad()
 def answer_logits(
-    model: Transformer, prompts: Sequence[Prompt], protocol: Protocol, ids: list[int]
+    model: Transformer, prompts: Sequence[Prompt], protocol: Protocol, ids: list[int], progress: bool = False
 ) -> Float[Tensor, "prompt answer"]:
     """The logits of some tokens after every prompt."""
     runs = [CorruptedRun(number, prompt, prompt.true_id, prompt.record.true) for number, prompt in enumerate(prompts)]
     parts = [torch.empty(0, len(ids), dtype=torch.float32, device="cpu")]
     columns = torch.tensor(ids, dtype=torch.int64, device=model.cfg.device)
     plain = replace(protocol, corruption="replace", foils="given", positions="final")
-    for batch in batches(model, runs, plain, 0.0, ROWS):
-        parts.append(observe(model, model.embed(batch.clean), batch).logits(model)[:, columns].cpu())
+    with progress_bar(len(runs), "what the model knows", "fact", shown=progress) as bar:
+        for batch in batches(model, runs, plain, 0.0, ROWS):
+            parts.append(observe(model, model.embed(batch.clean), batch).logits(model)[:, columns].cpu())
+            bar.update(len(batch.runs))
     return torch.cat(parts)

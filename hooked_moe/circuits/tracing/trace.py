@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from hooked_moe.circuits.tracing.batches import CorruptedRun, batches
+from hooked_moe.circuits.tracing.batches import CorruptedRun
 from hooked_moe.circuits.tracing.cases import find_cases
-from hooked_moe.circuits.tracing.measure import measure
 from hooked_moe.circuits.tracing.patches import n_variants
 from hooked_moe.circuits.tracing.places import places_of
 from hooked_moe.circuits.tracing.protocol import Protocol, protocol_of
 from hooked_moe.circuits.tracing.readings import READINGS, check_readings
 from hooked_moe.circuits.tracing.result import TracingResult
-from hooked_moe.circuits.tracing.rows import batch_rows
 from hooked_moe.circuits.tracing.tables import blocks_table, cases_table, experts_table
+from hooked_moe.circuits.tracing.units import TraceBatches, trace_batches
 from hooked_moe.corpus import FactRecord
+from hooked_moe.executors import Executor
 from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
@@ -35,6 +36,8 @@ def trace_facts(
     necessity: bool = True,
     discovery: Collection[int] | None = None,
     memory_budget: int | str | None = None,
+    executor: Executor | None = None,
+    directory: Path | None = None,
     progress: bool = False,
     on_cases: Callable[[int], Any] | None = None,
     **changes: Any,
@@ -45,7 +48,9 @@ def trace_facts(
     (`corruption="noise"`, `positions="all"`, `n_cases=64`, ...). `readouts` are those of `readings.READINGS`; "logit_difference"
     alone spares the products with the whole vocabulary. `necessity` also removes every active expert from the clean run.
     `discovery` are the case ids that an expert is chosen on, all others testing it; None: a half of them, drawn by the seed.
-    `memory_budget` bounds what the engine holds beside the weights. A record without a foil gets one
+    `memory_budget` bounds what the engine holds beside the weights. `executor` says where batches of cases are traced (None:
+    here), and `directory` where its workers leave their numbers for the while, which all of them must see (None: a temporary
+    directory of this machine). `progress` shows bars. A record without a foil gets one
     (`hooked_moe.corpus.with_foils`).
 
         result = trace_facts(model, load_facts("embedded"), corruption="noise")
@@ -62,17 +67,16 @@ def trace_facts(
     """
     settings = protocol_of(protocol, changes)
     readings = check_readings(readouts)
-    cases = find_cases(model, records, settings)
+    cases = find_cases(model, records, settings, progress)
     if on_cases is not None:
         on_cases(cases.n_cases)
     _check_split(cases.runs, settings, discovery)
     spots = max(len(places_of(run.prompt, settings.positions)) for run in cases.runs)
     rows = max(4, min(128, PATCH_BYTES // (spots * _patch_bytes(model))))
-    parts = []
+    groups = [cases.runs[start : start + rows] for start in range(0, len(cases.runs), rows)]
+    task = TraceBatches(groups, settings, cases.sigma, readings, memory_budget, necessity)
     with progress_bar(len(cases.runs), "tracing", "run", shown=progress) as bar:
-        for batch in batches(model, cases.runs, settings, cases.sigma, rows):
-            parts.append(batch_rows(measure(model, batch, readings, memory_budget, necessity)))
-            bar.update(len(batch.runs))
+        parts = trace_batches(model, task, executor, directory, bar.update)
     cfg = model.cfg
     identity = {
         "model": cfg.model_name,

@@ -65,6 +65,13 @@ class SameModel:
 
     plan: dict[str, Any]
 
+    @classmethod
+    def of(cls, model: Transformer) -> SameModel:
+        """The same for this model, without a plan."""
+        weights = "" if model.streams else weights_sha256(model)
+        named = {"name": model.cfg.model_name, "revision": model.cfg.revision, "weights_sha256": weights}
+        return cls({"model": named, "versions": versions()})
+
     def __call__(self, model: Transformer) -> None:
         here, expected = versions(), self.plan["versions"]
         other = [f"{name} {here[name]}, not {expected[name]}" for name in expected if here.get(name) != expected[name]]
