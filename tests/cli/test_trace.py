@@ -31,6 +31,8 @@ def test_it_writes_every_patch_the_findings_and_a_page(directory: Path) -> None:
     assert {"layer": chosen.layer, "expert": chosen.expert} in [{k: row[k] for k in ("layer", "expert")} for row in found]
     page = (directory / "report.html").read_text(encoding="utf-8")
     assert f"expert {chosen.expert} of layer {chosen.layer}" in page
+    assert f"<td>L{chosen.layer}E{chosen.expert}</td>" in page  # with its controls
+    assert "at equal length" in page
     assert "Facts that were left out" in page
     assert "<script" not in page
     assert (directory / "figures" / "tracing.csv").is_file()
@@ -54,7 +56,10 @@ def test_every_token_from_the_subject_on_has_its_own_findings(tmp_path: Path) ->
     assert {row["place"] for row in found} == {"", *result.places}
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Where in the prompt the answer comes back" in page
+    assert "Logits that the MLP output restores, by the patched token" in page
     assert "last token of the subject: layer 0" in page
+    figure = pyarrow.csv.read_csv(run / "figures" / "tracing.csv").to_pylist()
+    assert {row["place"] for row in figure if row["quantity"] == "attention output"} == set(result.places)
     assert "foils as likely as the true answer without the subject" in page
 
 
