@@ -151,7 +151,7 @@ def _described(responses: pa.Table, counting: Analysis, described: Analysis, fig
 
 _TITLES = {name: primary.label for name, primary in PRIMARY.items()}
 _DESCRIBED_NOTE = (
-    f"Effects of all runs, also of those whose routed experts are worth less than {MINIMUM_ROUTED_PART:g} nats: where experts do "
+    f" Effects of all runs, also of those whose routed experts are worth less than {MINIMUM_ROUTED_PART:g} nats: where they do "
     "little, there is little that an audit could find, which is why the rule written down before leaves such runs out. The rule "
     "stays, so that nothing here is established or shown to be negligible."
 )
