@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hooked_moe.report import sections
 from hooked_moe.report.blocks import Block, Folded, Heading, Lead, Page, Paragraph, Section, Table, TableCell, TableRow, table_row
 from hooked_moe.report.figures.drawing import distinct
 from hooked_moe.report.figures.tracing import WORDS, tracing, tracing_places
-from hooked_moe.report.number_text import MINUS
+from hooked_moe.report.number_text import MINUS, share
 from hooked_moe.report.page import render_page
 from hooked_moe.tables import write_text_atomic
 
@@ -25,6 +26,7 @@ def write_tracing_report(
 ) -> Path:
     """Write the page and its figure from the table of findings; returns the page's path."""
     (directory / "figures").mkdir(exist_ok=True)
+    findings = findings.filter(pc.is_valid(findings["mean"]))  # a place that hardly any case has, has no mean
     drawing = tracing(findings) if len(_places(findings)) == 1 else tracing_places(findings)
     figure = sections.figure(1, drawing, drawing.save(directory / "figures"))
     protocol = identity["protocol"]
@@ -57,7 +59,7 @@ def _corruption(protocol: Mapping[str, Any]) -> str:
 def _sections(
     identity: Mapping[str, Any], findings: pa.Table, stability: Mapping[str, int], published: pa.Table | None
 ) -> list[Section]:
-    rows = [row for row in findings.to_pylist() if row["mean"] is not None]
+    rows = findings.to_pylist()
     experts = [row for row in rows if row["expert"] is not None]
     others = [row for row in rows if row["expert"] is None]
     several = len(_places(findings)) > 1
@@ -128,7 +130,7 @@ def _candidates(rows: list[dict[str, Any]], several_places: bool) -> Table:
         name = f"L{row['layer']}E{row['expert']}" + (f", {WORDS[row['place']]}" if several_places else "")
         by_expert.setdefault(name, {})[row["quantity"]] = row
     body = [
-        table_row(name, *(_estimate(own.get(quantity)) for quantity in _CANDIDATE), f"{own['active']['mean']:.0%}")
+        table_row(name, *(_estimate(own.get(quantity)) for quantity in _CANDIDATE), share(own["active"]["mean"]))
         for name, own in by_expert.items()
     ]
     return Table(("", *_CANDIDATE.values(), "active in"), tuple(body), "words")

@@ -10,6 +10,7 @@ import pytest
 from hooked_moe.circuits.tracing import TracingResult
 from hooked_moe.cli.main import main
 
+NULLS = pyarrow.csv.ConvertOptions(null_values=[""])
 SMALL = ["--cases", "24", "--min-cases", "12", "--corruption", "noise"]
 
 
@@ -61,6 +62,19 @@ def test_every_token_from_the_subject_on_has_its_own_findings(tmp_path: Path) ->
     figure = pyarrow.csv.read_csv(run / "figures" / "tracing.csv").to_pylist()
     assert {row["place"] for row in figure if row["quantity"] == "attention output"} == set(result.places)
     assert "foils as likely as the true answer without the subject" in page
+
+
+def test_a_place_that_hardly_any_prompt_has_is_left_out_of_the_page(tmp_path: Path) -> None:
+    """Few subjects of associations have a token in the middle."""
+    options = ["--model", "tiny-olmoe", "--facts", "associations", "--cases", "16", "--min-cases", "8", "--positions", "all"]
+    assert main(["trace", *options, "--results", str(tmp_path)]) == 0
+    (run,) = (tmp_path / "tiny-olmoe").iterdir()
+    found = pyarrow.csv.read_csv(run / "findings.csv", convert_options=NULLS).to_pylist()
+    scarce = {row["place"] for row in found if row["mean"] is None and row["quantity"] == "MLP output"}
+    assert scarce
+    figure = pyarrow.csv.read_csv(run / "figures" / "tracing.csv", convert_options=NULLS).to_pylist()
+    assert not scarce & {row["place"] for row in figure}
+    assert all(row["mean"] is not None for row in figure)
 
 
 @pytest.mark.parametrize(
