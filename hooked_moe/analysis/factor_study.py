@@ -114,8 +114,9 @@ def runs_in_hand(responses: pa.Table, least: float = MINIMUM_ROUTED_PART) -> Run
     runs = next((chosen for chosen in sets if counted.issuperset(chosen) and _tell_factors_apart(levels[chosen])), None)
     if runs is None:
         needed = f"{HALF} are needed" if len(counted) < HALF else f"{HALF + 3}, or the right {HALF}, are needed"
-        count = f"{len(counted)} run counts" if len(counted) == 1 else f"{len(counted)} runs count"
-        raise DegenerateSample(f"{count} so far; {needed} to tell {len(FACTORS)} factors apart")
+        one, several = ("counts", "count") if least > ANY_ROUTED_PART else ("is made", "are made")
+        had = f"{len(counted)} run {one}" if len(counted) == 1 else f"{len(counted)} runs {several}"
+        raise DegenerateSample(f"{had} so far; {needed} to tell {len(FACTORS)} factors apart")
     made = {(row["run"], row["seed"]) for row in rows if row["run"] in runs} - set(weak)
     seeds = sorted({seed for _, seed in made})
     complete = [seed for seed in seeds if all((run, seed) in made for run in runs)]

@@ -122,6 +122,7 @@ def _sections(responses: pa.Table, counting: Analysis, described: Analysis | Non
         yield Section("effects", "Effects", blocks)
     if described is not None:
         yield Section("all-runs", "All runs, outside the rule", tuple(_described(responses, counting, described, figures)))
+    yield Section("factors", "The factors", (_factor_table(),))
     yield Section("aliases", "What the design confounds", (Paragraph(_ALIAS_NOTE), plain_table(counting.aliases.to_pylist())))
     yield Section("runs", "Every run", (Paragraph(_RUN_NOTE), _run_table(runs_made(responses))))
     shuffled = _shuffled(responses)
@@ -173,6 +174,11 @@ _CHANCE_NOTE = (
     "expert is 0 in expectation. Mean over runs, and the mean of the runs as they are."
 )
 _OTHERS_NOTE = "Everything else that the audits give, without a correction over responses: to look at, not to conclude from."
+
+
+def _factor_table() -> Table:
+    rows = (table_row(factor.name, factor.label, factor.low, factor.high) for factor in FACTORS.values())
+    return Table(("", "factor", "low (\N{MINUS SIGN})", "high (+)"), tuple(rows), "words")
 
 
 def _effect_table(responses: pa.Table, effects: pa.Table, ruled: bool = True) -> Table:

@@ -200,3 +200,10 @@ def test_where_enough_runs_count_the_others_are_described_beside_them(tmp_path: 
     every = analysed(responses, ANY_ROUTED_PART)
     assert every.effects is not None
     assert runs_in_hand(responses, ANY_ROUTED_PART).runs == ORDER
+
+
+def test_too_few_runs_are_no_description_either(tmp_path: Path) -> None:
+    page = page_of(rows_of(ORDER[:5], [0], weak=tuple(ORDER[1:5])), tmp_path)
+    assert "1 of 5 runs count: no effect can be estimated" in page
+    assert "1 run counts so far; 8 are needed" in page
+    assert "All runs taken together do not give effects either: 5 runs are made so far; 8 are needed" in page
