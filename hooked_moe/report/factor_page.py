@@ -129,8 +129,8 @@ def _sections(responses: pa.Table, counting: Analysis, described: Analysis | Non
     if shuffled:
         yield Section("chance", "Negative control", (Paragraph(_CHANCE_NOTE), _chance_table(responses, shuffled)))
     if counting.effects is not None:
-        blocks = (Paragraph(_OTHERS_NOTE), _plain_effects(counting.effects))
-        yield Section("others", "Responses that were not announced", blocks)
+        others = (Paragraph(_OTHERS_NOTE), _plain_effects(counting.effects))
+        yield Section("others", "Responses that were not announced", others)
 
 
 def _described(responses: pa.Table, counting: Analysis, described: Analysis, figures: Path) -> Iterator[Block]:
