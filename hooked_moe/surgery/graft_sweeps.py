@@ -110,6 +110,15 @@ def null_sweep(
     Direction "a<-other" is a with parts of it, and its share what they carry of the way from a to b: below 0 where they cost.
     "b<-other" is b with parts of it, and its share what of the difference is lost: what any graft of these parts costs b that
     brings nothing. A graft from the other training is to be read beside these. Columns and errors as in `graft_sweep`.
+
+    Zhang, Bengio & Singer (2019, arXiv 1902.01996) reinitialise single layers so.
+
+    >>> from hooked_moe import HookedMoE
+    >>> from hooked_moe.surgery import untrained
+    >>> a, b = HookedMoE.from_pretrained("tiny-olmoe"), HookedMoE.from_pretrained("tiny-olmoe-facts")
+    >>> table = null_sweep(a, b, untrained(a), lambda model: float(model("Call me Ishmael.", return_type="loss")), ["single"])
+    >>> sorted(set(table["direction"].to_pylist()))
+    ['a<-other', 'b<-other']
     """
     for name in sweeps:
         if name not in SWEEPS:
