@@ -23,6 +23,7 @@ from experiments.train_tiny import Recipe, train
 from hooked_moe import HookedMoE, load_corpus
 from hooked_moe.measurement import TokenizedCorpus
 from hooked_moe.measurement.document_losses import document_losses, predicted_tokens
+from hooked_moe.statistics.contrasts import detectable_t
 from hooked_moe.tables import write_csv_atomic
 
 ROWS = 64
@@ -101,8 +102,10 @@ def summary(rows: list[dict[str, object]]) -> str:
     text = f"held-out loss: base {loss['base', -1]:.3f}; generated less real {difference.mean():+.3f} nats"
     if len(seeds) < 2:
         return f"{text} (one seed: no interval)"
-    half = scipy.stats.t.ppf(0.975, len(seeds) - 1) * difference.std(ddof=1) / np.sqrt(len(seeds))
-    return f"{text} [{difference.mean() - half:+.3f}, {difference.mean() + half:+.3f}] over {len(seeds)} seeds"
+    error, df = difference.std(ddof=1) / np.sqrt(len(seeds)), float(len(seeds) - 1)
+    half = scipy.stats.t.ppf(0.975, df) * error
+    ends = f"[{difference.mean() - half:+.3f}, {difference.mean() + half:+.3f}]"
+    return f"{text} {ends} over {len(seeds)} seeds, which would find {error * detectable_t(df, 0.05):.3f} with 80% chance"
 
 
 if __name__ == "__main__":

@@ -246,6 +246,7 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, default=Path("build/corpus"), help="what experiments.build_corpus wrote")
     parser.add_argument("--out", type=Path, help="where to write; default build/<model>")
     parser.add_argument("--steps", type=whole_number, help="default: the recipe's")
+    parser.add_argument("--seed", type=whole_number, default=0, help="of the weights and of the order of the text (default: 0)")
     parser.add_argument("--save-every", type=whole_number, default=200, help="steps between saved states")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=whole_number, default=1)
@@ -260,7 +261,7 @@ def train_and_save(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     torch.set_num_threads(args.threads)
     out = args.out or Path("build") / args.model
-    recipe = replace(RECIPES.get(args.model, Recipe()), **({} if args.steps is None else {"steps": args.steps}))
+    recipe = replace(RECIPES.get(args.model, Recipe()), seed=args.seed, **({} if args.steps is None else {"steps": args.steps}))
     cfg = ARCHITECTURES[args.model].replace(device=device)
     if not (args.corpus / "train.npy").exists():
         raise FileNotFoundError(

@@ -47,4 +47,7 @@ def test_the_unit_of_the_comparison_is_the_seed() -> None:
     ]
     assert "(one seed: no interval)" in summary(rows[:3])
     assert "generated less real +0.200 nats" in summary(rows)
-    assert "over 2 seeds" in summary(rows)
+    assert "over 2 seeds, which would find 0.000 with 80% chance" in summary(rows)  # here the seeds agree
+    rows[-1]["held_out_loss"] += 0.1  # type: ignore[operator]
+    # Differences of .2 and .3: a standard error of .05, and t of one degree of freedom.
+    assert "+0.250 nats [-0.385, +0.885] over 2 seeds" in summary(rows)

@@ -104,6 +104,26 @@ def test_a_log_goes_on_after_the_steps_of_the_saved_state(tmp_path: Path) -> Non
     assert path.read_text() == train_tiny.LOG_HEADER
 
 
+def test_another_seed_is_another_training_of_the_same_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Begun(Exception):
+        pass
+
+    def begin(cfg: object, recipe: Recipe, *rest: object) -> None:
+        recipes.append(recipe)
+        raise Begun
+
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(train_tiny, "train", begin)
+    np.save(tmp_path / "train.npy", TOKENS)
+    for options in ([], ["--seed", "1"]):
+        monkeypatch.setattr("sys.argv", ["train_tiny", "--steps", "660", "--corpus", str(tmp_path), *options])
+        with pytest.raises(Begun):
+            train_tiny.main()
+    assert recipes == [Recipe(steps=660), Recipe(steps=660, seed=1)]
+    models = [new_model(SMALL, recipe) for recipe in recipes]
+    assert not torch.equal(models[0].embed.W_E, models[1].embed.W_E)
+
+
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_n_gram_baselines_equal_their_definition_and_sum_to_one(order: int) -> None:
     rng = np.random.default_rng(1)

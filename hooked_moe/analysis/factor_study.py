@@ -21,6 +21,8 @@ from hooked_moe.statistics.factorial import Word, informative_order
 
 MINIMUM_ROUTED_PART = 0.1
 """Nats that a layer's routed experts must be worth together, on average, for a run to count."""
+ANY_ROUTED_PART = -np.inf
+"""In the place of that: every run is taken, as a description outside the rule that was written down."""
 RUN, SHUFFLED = "run", "shuffled"
 HALF = 8
 """The first half of the runs tells the main effects apart; a few more leave no error to judge by."""
@@ -64,30 +66,75 @@ def response_columns(responses: pa.Table) -> list[str]:
     return [*PRIMARY, *others]
 
 
-def runs_in_hand(responses: pa.Table) -> RunsInHand:
-    """The runs to estimate from. Raises `DegenerateSample` for fewer than 8, which cannot tell seven factors apart.
+class Analysis(NamedTuple):
+    """Effects of the runs that are taken, or why there are none; and what these runs confound."""
 
-    Nine or ten leave no error to judge by: the first 8 are used then. A seed that has not made them all yet is left to
-    `seed_deviation`, if another has.
+    effects: pa.Table | None
+    aliases: pa.Table
+    why_not: str
+
+
+def runs_made(responses: pa.Table) -> list[dict[str, Any]]:
+    """Each run of one seed once, with the responses of its layers together."""
+    rows: list[dict[str, Any]] = responses.to_pylist()
+    return [row for row in rows if row["kind"] == RUN and row["layer"] == ALL_LAYERS]
+
+
+def counts(run: dict[str, Any]) -> bool:
+    """Whether a run counts by the rule that was written down before: its experts are worth enough."""
+    return bool(run["routed_part"] >= MINIMUM_ROUTED_PART)
+
+
+def some_do_not_count(responses: pa.Table) -> bool:
+    """Whether there are runs that the rule leaves out."""
+    return not all(map(counts, runs_made(responses)))
+
+
+def analysed(responses: pa.Table, least: float = MINIMUM_ROUTED_PART) -> Analysis:
+    """The effects of the runs whose routed part is worth at least this, where these runs can tell the factors apart."""
+    try:
+        runs = runs_in_hand(responses, least).runs
+        return Analysis(effects_table(responses, least), alias_table(runs), "")
+    except DegenerateSample as reason:
+        return Analysis(None, alias_table(range(len(DESIGN.levels()))), str(reason))
+
+
+def runs_in_hand(responses: pa.Table, least: float = MINIMUM_ROUTED_PART) -> RunsInHand:
+    """The runs to estimate from. Raises `DegenerateSample` for runs that cannot tell seven factors apart.
+
+    All that count, where there are 11 or more: nine or ten leave no error to judge by. Else one of the design's two orthogonal
+    halves, if all of it counts. A seed that has not made them all yet is left to `seed_deviation`, if another has.
     """
-    rows = _whole_models(responses)
-    weak = [(row["run"], row["seed"]) for row in rows if not row["routed_part"] >= MINIMUM_ROUTED_PART]
+    rows = runs_made(responses)
+    weak = [(row["run"], row["seed"]) for row in rows if not row["routed_part"] >= least]
     counted = {row["run"] for row in rows if (row["run"], row["seed"]) not in weak}
     levels = DESIGN.levels()
-    runs = [run for run in informative_order(levels) if run in counted]
-    if len(runs) < HALF:
-        raise DegenerateSample(f"{len(runs)} runs count so far; {HALF} are needed to tell {len(FACTORS)} factors apart")
-    runs = runs[:HALF] if len(runs) < HALF + 3 else runs
+    order = informative_order(levels)
+    sets = [[run for run in order if run in counted], order[:HALF], order[HALF:]]
+    runs = next((chosen for chosen in sets if counted.issuperset(chosen) and _tell_factors_apart(levels[chosen])), None)
+    if runs is None:
+        needed = f"{HALF} are needed" if len(counted) < HALF else f"{HALF + 3}, or the right {HALF}, are needed"
+        one, several = ("counts", "count") if least > ANY_ROUTED_PART else ("is made", "are made")
+        had = f"{len(counted)} run {one}" if len(counted) == 1 else f"{len(counted)} runs {several}"
+        raise DegenerateSample(f"{had} so far; {needed} to tell {len(FACTORS)} factors apart")
     made = {(row["run"], row["seed"]) for row in rows if row["run"] in runs} - set(weak)
     seeds = sorted({seed for _, seed in made})
     complete = [seed for seed in seeds if all((run, seed) in made for run in runs)]
     return RunsInHand(runs, complete or seeds, levels[runs], weak)
 
 
-def effects_table(responses: pa.Table) -> pa.Table:
+def _tell_factors_apart(levels: Float[np.ndarray, "run factor"]) -> bool:
+    """Whether these runs give all main effects, and an error to judge them by: an orthogonal half does (Lenth's)."""
+    X = np.column_stack([np.ones(len(levels)), levels])
+    if len(X) < HALF + 3:
+        return bool(np.array_equal(X.T @ X, HALF * np.eye(X.shape[1])))
+    return bool(np.linalg.matrix_rank(X) == X.shape[1])
+
+
+def effects_table(responses: pa.Table, least: float = MINIMUM_ROUTED_PART) -> pa.Table:
     """One row per response and factor: the effect, its 95% interval and Holm-corrected p, what may be said of it, and the size
     that this many runs would find. Responses that are undefined in a run, or alike in all, are left out."""
-    hand = runs_in_hand(responses)
+    hand = runs_in_hand(responses, least)
     rows: list[dict[str, Any]] = []
     for name in response_columns(responses):
         y = _values(responses, COLUMN_OF.get(name, name), hand)
@@ -148,7 +195,7 @@ def alias_table(runs: Sequence[int]) -> pa.Table:
 def seed_deviation(responses: pa.Table, name: str) -> tuple[float, int]:
     """Standard deviation between seeds of the same run, after each seed's own mean, over the runs made with several; and its
     degrees of freedom. (NaN, 0) where no run has two seeds."""
-    rows = _whole_models(responses)
+    rows = runs_made(responses)
     seeds = sorted({row["seed"] for row in rows})
     by_run: dict[int, dict[int, float]] = {}
     for row in rows:
@@ -167,14 +214,9 @@ def _terms(coefficients: Float[np.ndarray, " pair"], pairs: Sequence[Word]) -> s
     )
 
 
-def _whole_models(responses: pa.Table) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = responses.to_pylist()
-    return [row for row in rows if row["kind"] == RUN and row["layer"] == ALL_LAYERS]
-
-
 def _values(responses: pa.Table, column: str, hand: RunsInHand) -> Float[np.ndarray, "run seed"]:
     y = np.full((len(hand.runs), len(hand.seeds)), np.nan)
-    for row in _whole_models(responses):
+    for row in runs_made(responses):
         if row["run"] in hand.runs and row["seed"] in hand.seeds and (row["run"], row["seed"]) not in hand.not_counted:
             y[hand.runs.index(row["run"]), hand.seeds.index(row["seed"])] = row[column]
     return y

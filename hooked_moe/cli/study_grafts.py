@@ -6,8 +6,8 @@
 
 Every graft is `a` with parts of `b`, or the other way round: suffixes, prefixes and single layers, every part, every part of
 every layer. Written to --out: grafts.csv, shapley_layers.csv and shapley_parts.csv (exact, all coalitions), reinitialised.csv
-(the null: the same parts of `b` new), seeds.csv (the floor: with --floor, grafts from an independent training), report.html and
-figures/.
+(the null: the same parts of `a` and of `b` new), seeds.csv (the floor: with --floor, the same parts from an independent
+training), report.html and figures/, every figure also as csv.
 """
 
 from __future__ import annotations
@@ -27,12 +27,19 @@ from hooked_moe.measurement.fact_losses import FactLosses
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.model import HookedMoE
 from hooked_moe.report.graft_page import write_graft_report
-from hooked_moe.surgery import CheckpointGrafts, DocumentValues, align_experts, coalition_shares, graft_sweep, untrained
-from hooked_moe.surgery.graft_sweeps import SWEEPS, Readout
+from hooked_moe.surgery import (
+    CheckpointGrafts,
+    DocumentValues,
+    align_experts,
+    coalition_shares,
+    graft_sweep,
+    null_sweep,
+    untrained,
+)
+from hooked_moe.surgery.graft_sweeps import NULL_SWEEPS, SWEEPS, Readout
 from hooked_moe.tables import write_csv_atomic, write_json_atomic
 from hooked_moe.transformer import Transformer
 
-NULL_SWEEPS = ("single", "part")
 PLAYERS: tuple[Literal["layers", "parts"], ...] = ("layers", "parts")
 
 
@@ -41,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--b", default="tiny-olmoe-facts", help="another training of it (default: %(default)s)")
     parser.add_argument("--a-revision", metavar="REV", help="branch or commit of a on the hub")
     parser.add_argument("--b-revision", metavar="REV", help="likewise of b")
-    parser.add_argument("--floor", metavar="NAME", help="a training of the same from another seed, to graft onto a")
+    parser.add_argument("--floor", metavar="NAME", help="a training of the same from another seed, to graft onto both")
     parser.add_argument(
         "--match-experts", action="store_true", help="renumber the experts of b, and of --floor, to stand as in a"
     )
@@ -75,16 +82,21 @@ def _finish(args: argparse.Namespace, a: Any, b: HookedMoE | None) -> Path:
     if not args.no_shapley:
         for players in PLAYERS:
             tables[f"shapley_{players}.csv"] = coalition_shares(a, b, readout, players, progress=True)
-    if b is not None:
-        tables["reinitialised.csv"] = graft_sweep(b, untrained(b), readout, NULL_SWEEPS, ["a<-b"], progress=True)
+    sweeps = [sweep for sweep in NULL_SWEEPS if sweep in args.sweeps]
+    if b is not None and sweeps:
+        tables["reinitialised.csv"] = null_sweep(a, b, untrained(b), readout, sweeps, progress=True)
         if args.floor:
             other = HookedMoE.from_pretrained(args.floor)
             other = align_experts(a, other) if args.match_experts else other
-            tables["seeds.csv"] = graft_sweep(a, other, readout, NULL_SWEEPS, ["a<-b"], progress=True)
+            tables["seeds.csv"] = null_sweep(a, b, other, readout, sweeps, progress=True)
+    for name in (*(f"shapley_{players}.csv" for players in PLAYERS), "reinitialised.csv", "seeds.csv"):
+        (args.out / name).unlink(missing_ok=True)  # of an earlier run with other options
     for name, table in tables.items():
         write_csv_atomic(table, args.out / name)
     ends = {name: describe(model) for name, model in (("a", first), ("b", b)) if model is not None}
     names = {"a": _named(args.a, args.a_revision), "b": _named(args.b, args.b_revision)}
+    if args.floor:
+        names["floor"] = f"{args.floor}, experts {'matched to those of a' if args.match_experts else 'as they are'}"
     write_json_atomic({"models": names, "readout": args.readout, "ends": ends}, args.out / "study.json")
     report = write_graft_report(args.out)
     print(f"report: {report}")

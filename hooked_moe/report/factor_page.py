@@ -9,10 +9,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hooked_moe.analysis.factor_study import COLUMN_OF, MINIMUM_ROUTED_PART, PRIMARY, RUN, SHUFFLED, seed_deviation
+from hooked_moe.analysis.factor_study import (
+    ANY_ROUTED_PART,
+    COLUMN_OF,
+    MINIMUM_ROUTED_PART,
+    PRIMARY,
+    SHUFFLED,
+    Analysis,
+    analysed,
+    counts,
+    runs_made,
+    seed_deviation,
+    some_do_not_count,
+)
 from hooked_moe.analysis.factors import FACTORS
-from hooked_moe.report.blocks import Block, Lead, Page, Paragraph, Section, Table, table_row
-from hooked_moe.report.figures.factors import factor_effects
+from hooked_moe.analysis.responses import ALL_LAYERS
+from hooked_moe.report.blocks import Block, Heading, Lead, Page, Paragraph, Section, Table, table_row
+from hooked_moe.report.figures.factors import described_effects, factor_effects
 from hooked_moe.report.number_text import enumeration, p_value, signed
 from hooked_moe.report.page import render_page
 from hooked_moe.report.sections import figure, plain_table
@@ -38,28 +51,38 @@ Rows = Sequence[dict[str, Any]]
 
 
 def write_factor_report(directory: Path) -> Path:
-    """Write report.html and figures/ from the study's tables; returns the page's path. FileNotFoundError without them."""
+    """Write report.html and figures/ from the study's responses.csv; returns the page's path. FileNotFoundError without it."""
     responses = read_csv(required_file(directory, "responses.csv", "hooked-moe study factors writes it"))
-    aliases = read_csv(required_file(directory, "aliases.csv", "hooked-moe study factors writes it"))
-    effects = read_csv(directory / "effects.csv") if (directory / "effects.csv").is_file() else None
+    counting = analysed(responses)
+    described = analysed(responses, ANY_ROUTED_PART) if some_do_not_count(responses) else None
     (directory / "figures").mkdir(exist_ok=True)
+    for old in (directory / "figures").glob("factor_effects*"):
+        old.unlink()
     page = Page(
         "Which training choice makes an expert matter?",
-        tuple(_opening(responses, effects)),
-        tuple(_sections(responses, aliases, effects, directory / "figures")),
+        tuple(_opening(responses, counting, described)),
+        tuple(_sections(responses, counting, described, directory / "figures")),
     )
     write_text_atomic(render_page(page), directory / "report.html")
     return directory / "report.html"
 
 
-def _opening(responses: pa.Table, effects: pa.Table | None) -> Iterator[Block]:
-    models = _models(responses)
-    seeds = len({row["seed"] for row in models})
-    made = f"{len(models)} runs of {seeds} seed{'s' if seeds > 1 else ''}"
-    if effects is None:
-        yield Lead(f"{made} are made so far: too few to tell seven factors apart.", "Eight are needed. The responses are below.")
+def _opening(responses: pa.Table, counting: Analysis, described: Analysis | None) -> Iterator[Block]:
+    runs = runs_made(responses)
+    count = sum(map(counts, runs))
+    seeds = len({row["seed"] for row in runs})
+    made = f"{len(runs)} runs of {seeds} seed{'s' if seeds > 1 else ''}"
+    rule = f"{count} of {made} count: their layers' routed experts are worth {MINIMUM_ROUTED_PART:g} nats or more on average."
+    if counting.effects is None:
+        nothing = "no effect can be estimated by the rule that was written down before"
+        if described is None:
+            yield Lead(f"{made} are made so far, and {nothing}.", f"{counting.why_not}. The responses are below.")
+        else:
+            below = "the responses are below" if described.effects is None else f"the effects of all runs are {_OUTSIDE}"
+            text = f"{rule} {counting.why_not}. So nothing is established; {below}."
+            yield Lead(f"{count} of {len(runs)} runs count: {nothing}.", text)
         return
-    rows = [row for row in effects.to_pylist() if row["primary"]]
+    rows = [row for row in counting.effects.to_pylist() if row["primary"]]
     found = [row for row in rows if row["outcome"] == "effect"]
     negligible = sum(row["outcome"] == "negligible" for row in rows)
     sentences = enumeration([_sentence(row) for row in found])
@@ -75,31 +98,64 @@ def _opening(responses: pa.Table, effects: pa.Table | None) -> Iterator[Block]:
         f"negligible and {len(rows) - len(found) - negligible} undecided. Errors are from {_ERRORS[first['error']]}. Undecided "
         "means that this many runs cannot tell: the size that they would find stands beside every effect.",
     )
+    if described is not None:
+        yield Paragraph(f"{rule} The effects are of those; those of all runs are {_OUTSIDE}.")
+
+
+_OUTSIDE = "a description outside that rule, and shown as that"
 
 
 def _sentence(row: dict[str, Any]) -> str:
     return f"{row['label']} on {PRIMARY[row['response']].label} ({signed(row['effect'], 2)})"
 
 
-def _models(responses: pa.Table, kind: str = RUN) -> list[dict[str, Any]]:
-    return [row for row in responses.to_pylist() if row["kind"] == kind and row["layer"] == "all"]
+def _shuffled(responses: pa.Table) -> list[dict[str, Any]]:
+    """The negative control of each run."""
+    rows: list[dict[str, Any]] = responses.to_pylist()
+    return [row for row in rows if row["kind"] == SHUFFLED and row["layer"] == ALL_LAYERS]
 
 
-def _sections(responses: pa.Table, aliases: pa.Table, effects: pa.Table | None, figures: Path) -> Iterator[Section]:
-    if effects is not None:
-        drawing = factor_effects(effects, {name: primary.label for name, primary in PRIMARY.items()})
-        blocks = (figure(1, drawing, drawing.save(figures)), Paragraph(_EFFECT_NOTE), _effect_table(responses, effects))
+def _sections(responses: pa.Table, counting: Analysis, described: Analysis | None, figures: Path) -> Iterator[Section]:
+    if counting.effects is not None:
+        drawing = factor_effects(counting.effects, _TITLES)
+        blocks = (figure(1, drawing, drawing.save(figures)), Paragraph(_EFFECT_NOTE), _effect_table(responses, counting.effects))
         yield Section("effects", "Effects", blocks)
-    yield Section("aliases", "What the design confounds", (Paragraph(_ALIAS_NOTE), plain_table(aliases.to_pylist())))
-    yield Section("runs", "Every run", (Paragraph(_RUN_NOTE), _run_table(_models(responses))))
-    shuffled = _models(responses, SHUFFLED)
+    if described is not None:
+        yield Section("all-runs", "All runs, outside the rule", tuple(_described(responses, counting, described, figures)))
+    yield Section("factors", "The factors", (_factor_table(),))
+    yield Section("aliases", "What the design confounds", (Paragraph(_ALIAS_NOTE), plain_table(counting.aliases.to_pylist())))
+    yield Section("runs", "Every run", (Paragraph(_RUN_NOTE), _run_table(runs_made(responses))))
+    shuffled = _shuffled(responses)
     if shuffled:
         yield Section("chance", "Negative control", (Paragraph(_CHANCE_NOTE), _chance_table(responses, shuffled)))
-    if effects is not None:
-        others = [row for row in effects.to_pylist() if not row["primary"]]
-        yield Section("others", "Responses that were not announced", (Paragraph(_OTHERS_NOTE), _plain_effects(others)))
+    if counting.effects is not None:
+        others = (Paragraph(_OTHERS_NOTE), _plain_effects(counting.effects))
+        yield Section("others", "Responses that were not announced", others)
 
 
+def _described(responses: pa.Table, counting: Analysis, described: Analysis, figures: Path) -> Iterator[Block]:
+    yield Paragraph(_DESCRIBED_NOTE, strong="A description, not a finding.")
+    if described.effects is None:
+        yield Paragraph(f"All runs taken together do not give effects either: {described.why_not}.")
+        return
+    drawing = described_effects(described.effects, _TITLES)
+    yield figure(1 if counting.effects is None else 2, drawing, drawing.save(figures))
+    yield Paragraph(_EFFECT_NOTE)
+    yield _effect_table(responses, described.effects, ruled=False)
+    yield Heading("Responses that were not announced")
+    yield Paragraph(_OTHERS_NOTE)
+    yield _plain_effects(described.effects)
+    if described.aliases != counting.aliases:
+        yield Heading("What these runs confound")
+        yield plain_table(described.aliases.to_pylist())
+
+
+_TITLES = {name: primary.label for name, primary in PRIMARY.items()}
+_DESCRIBED_NOTE = (
+    f" Effects of all runs, also of those whose routed experts are worth less than {MINIMUM_ROUTED_PART:g} nats: where they do "
+    "little, there is little that an audit could find, which is why the rule written down before leaves such runs out. The rule "
+    "stays, so that nothing here is established or shown to be negligible."
+)
 _EFFECT_NOTE = (
     "High level less low level. p is corrected by Holm's method over the seven factors of a response. Detectable: the effect "
     "that this many runs would find with 80% chance at that level. Deviation between seeds: of the same run trained with another "
@@ -120,8 +176,14 @@ _CHANCE_NOTE = (
 _OTHERS_NOTE = "Everything else that the audits give, without a correction over responses: to look at, not to conclude from."
 
 
-def _effect_table(responses: pa.Table, effects: pa.Table) -> Table:
-    columns = ("", "effect", "95% interval", "p (Holm)", "negligible within", "detectable", "outcome")
+def _factor_table() -> Table:
+    rows = (table_row(factor.name, factor.label, factor.low, factor.high) for factor in FACTORS.values())
+    return Table(("", "factor", "low (\N{MINUS SIGN})", "high (+)"), tuple(rows), "words")
+
+
+def _effect_table(responses: pa.Table, effects: pa.Table, ruled: bool = True) -> Table:
+    """`ruled`: what may be said of each by the rule."""
+    columns = ("", "effect", "95% interval", "p (Holm)", "detectable", *(("negligible within", "outcome") if ruled else ()))
     rows = []
     for name, primary in PRIMARY.items():
         own = [row for row in effects.to_pylist() if row["response"] == name]
@@ -129,13 +191,12 @@ def _effect_table(responses: pa.Table, effects: pa.Table) -> Table:
             continue
         deviation, df = seed_deviation(responses, name)
         heading = primary.label + ("" if np.isnan(deviation) else f" (deviation between seeds {deviation:.3f}, {df} df)")
-        rows.append(table_row(heading, "", "", "", "", "", ""))
+        rows.append(table_row(heading, *[""] * (len(columns) - 1)))
         for row in own:
             ends = f"[{signed(row['low'], 3)}, {signed(row['high'], 3)}]"
-            cells = (f"{primary.bound:g}", f"{row['detectable']:.3f}", row["outcome"])
-            rows.append(
-                table_row(f"  {row['factor']} {row['label']}", signed(row["effect"], 3), ends, p_value(row["p_holm"]), *cells)
-            )
+            cells = (signed(row["effect"], 3), ends, p_value(row["p_holm"]), f"{row['detectable']:.3f}")
+            rule = (f"{primary.bound:g}", row["outcome"]) if ruled else ()
+            rows.append(table_row(f"  {row['factor']} {row['label']}", *cells, *rule))
     return Table(columns, tuple(rows), "words")
 
 
@@ -145,13 +206,13 @@ def _run_table(models: Rows) -> Table:
     rows = []
     for row in models:
         levels = ("+" if row[factor] > 0 else "\N{MINUS SIGN}" for factor in FACTORS)
-        counts = "yes" if row["routed_part"] >= MINIMUM_ROUTED_PART else "no"
-        rows.append(table_row(str(row["seed"]), str(row["run"]), *levels, counts, *(f"{row[name]:.3f}" for name in shown)))
+        cells = ("yes" if counts(row) else "no", *(f"{row[name]:.3f}" for name in shown))
+        rows.append(table_row(str(row["seed"]), str(row["run"]), *levels, *cells))
     return Table(columns, tuple(rows), "plain")
 
 
 def _chance_table(responses: pa.Table, shuffled: Rows) -> Table:
-    models = _models(responses)
+    models = runs_made(responses)
     rows = []
     for name in _CHANCE:
         values = np.array([row[name] for row in shuffled])
@@ -164,7 +225,8 @@ def _chance_table(responses: pa.Table, shuffled: Rows) -> Table:
     return Table(("response", "shuffled: mean", "largest size", "as they are: mean"), tuple(rows), "words")
 
 
-def _plain_effects(rows: Rows) -> Table:
+def _plain_effects(effects: pa.Table) -> Table:
+    rows = [row for row in effects.to_pylist() if not row["primary"]]
     columns = ("response", *(f"{factor.name} {factor.label}" for factor in FACTORS.values()), "detectable")
     body = []
     for name in dict.fromkeys(row["response"] for row in rows):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from hooked_moe.report.blocks import Block, Lead, Page, Paragraph, Section, Table, table_row
-from hooked_moe.report.figures.grafts import graft_layers, graft_parts
+from hooked_moe.report.blocks import Block, Heading, Lead, Page, Paragraph, Section, Table, table_row
+from hooked_moe.report.figures.grafts import graft_layers, graft_nulls, graft_parts
 from hooked_moe.report.number_text import nats, share, share_interval
 from hooked_moe.report.page import render_page
 from hooked_moe.report.sections import figure
@@ -40,7 +40,7 @@ def write_graft_report(directory: Path) -> Path:
     page = Page(
         f"Grafts: {study['models']['a']} against {study['models']['b']}",
         tuple(_opening(grafts, study)),
-        tuple(_sections(grafts, optional, directory / "figures")),
+        tuple(_sections(grafts, optional, study, directory / "figures")),
     )
     write_text_atomic(render_page(page), directory / "report.html")
     return directory / "report.html"
@@ -61,7 +61,7 @@ def _opening(grafts: pa.Table, study: Mapping[str, Any]) -> Iterator[Block]:
             yield Paragraph(f"Routers alone carry {_share(routers['a<-b'])}; without b's, {_share(routers['b<-a'])} is lost.")
     for end in _ENDS:
         if end in study["ends"]:
-            yield Paragraph(f"{study['models'][end]}. {study['ends'][end]}.", strong=f"{end}:")
+            yield Paragraph(f" {study['models'][end]}. {study['ends'][end]}.", strong=f"{end}:")
 
 
 def _largest(rows: list[dict[str, Any]], direction: str) -> dict[str, Any] | None:
@@ -77,7 +77,7 @@ def _share(row: Mapping[str, Any]) -> str:
     return f"{share(row['share'])} {share_interval(row['share_low'], row['share_high'])}"
 
 
-def _sections(grafts: pa.Table, optional: Mapping[str, pa.Table], figures: Path) -> Iterator[Section]:
+def _sections(grafts: pa.Table, optional: Mapping[str, pa.Table], study: Mapping[str, Any], figures: Path) -> Iterator[Section]:
     sweeps = set(grafts["sweep"].to_pylist())
     if sweeps & {"suffix", "single"}:
         drawing = graft_layers(grafts, optional.get("shapley_layers"))
@@ -89,9 +89,8 @@ def _sections(grafts: pa.Table, optional: Mapping[str, pa.Table], figures: Path)
         yield Section("shapley", "Exact shares", tuple(_shapley_blocks(optional)))
     tables = tuple(block for sweep in _SWEEP_TITLES if sweep in sweeps for block in _sweep_blocks(grafts, sweep))
     yield Section("grafts", "Every graft", (Paragraph(_READING), *tables))
-    for name, title, note in _NULLS:
-        if name in optional:
-            yield Section(name, title, (Paragraph(note), _value_table(optional[name])))
+    if any(name in optional for name in _NULLS):
+        yield Section("nulls", "The same parts, bringing nothing", tuple(_null_blocks(grafts, optional, study, figures)))
 
 
 _READING = (
@@ -99,20 +98,63 @@ _READING = (
     "a, and its share what is lost: (b - value) / (b - a). The interaction is the first less the second: 0 where parts add up, "
     "above 0 where others can stand in for them, below 0 where they need others."
 )
-_NULLS = (
-    (
-        "reinitialised",
-        "The null: the same parts new",
-        "b with the part newly initialised (Zhang, Bengio & Singer 2019): what the part is worth to b at all. Where this costs "
-        "much and the graft little, the part matters, and is the same in both trainings.",
-    ),
-    (
-        "seeds",
-        "The floor: an independent training",
-        "a with parts of a training from another seed, whose heads, experts and neurons are numbered otherwise: what a graft "
-        "costs that has no common ancestor.",
-    ),
-)
+_NULLS = {"reinitialised": "new", "seeds": "seed"}
+"""Tables of grafts that have nothing of the difference, and what their parts are from."""
+
+
+def _null_blocks(grafts: pa.Table, optional: Mapping[str, pa.Table], study: Mapping[str, Any], figures: Path) -> Iterator[Block]:
+    yield Paragraph(
+        "Newly initialised (Zhang, Bengio & Singer 2019): what the part is worth to the model at all. Where that costs much and "
+        "the graft little, the part matters, and is the same in both trainings."
+    )
+    if "seeds" in optional:
+        yield Paragraph(
+            f"From another seed ({study['models']['floor']}): what a graft costs without a common ancestor. A graft of the other "
+            "training that costs as much would say nothing of where the difference is."
+        )
+    values = list(_values(grafts, optional))
+    if any(row["sweep"] in ("suffix", "single") for row in values):
+        drawing = graft_nulls(pa.Table.from_pylist([row for row in values if row["sweep"] in ("suffix", "single")]))
+        yield figure(3, drawing, drawing.save(figures))
+    for host, of in (("a", "b"), ("b", "a")):
+        yield Heading(f"{host} with parts from elsewhere: readout")
+        yield _null_table([row for row in values if row["host"] == host], of)
+
+
+def _values(grafts: pa.Table, optional: Mapping[str, pa.Table]) -> Iterator[dict[str, Any]]:
+    """The readout of each graft by host and source, where nulls were taken for it."""
+    own = [row | {"source": "training"} for row in grafts.to_pylist()]
+    others = [
+        row | {"source": source} for name, source in _NULLS.items() if name in optional for row in optional[name].to_pylist()
+    ]
+    compared = {(row["sweep"], row["layers"], row["parts"]) for row in others}
+    whole = {row["direction"][0]: row for row in own if row["sweep"] == "ends" and row["parts"] == "none"}
+    for row in (*own, *others):
+        if (row["sweep"], row["layers"], row["parts"]) in compared:
+            host = row["direction"][0]
+            yield {
+                **{name: row[name] for name in ("sweep", "layers", "parts", "source", "value", "value_low", "value_high")},
+                "layer": int(row["layers"].partition("-")[0]) if row["layers"][0].isdigit() else -1,
+                "host": host,
+                "host_value": whole[host]["value"] if host in whole else float("nan"),
+            }
+
+
+def _null_table(rows: list[dict[str, Any]], of: str) -> Table:
+    sources = {"training": f"from {of}", "new": "newly initialised", "seed": "from another seed"}
+    present = [source for source in sources if any(row["source"] == source for row in rows)]
+    by_graft: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_graft.setdefault((row["layers"], row["parts"]), {})[row["source"]] = row
+    body = [
+        table_row(layers, parts.replace("_", " "), *(_value(ways.get(source)) for source in present))
+        for (layers, parts), ways in by_graft.items()
+    ]
+    return Table(("layers", "parts", *(sources[source] for source in present)), tuple(body), "words")
+
+
+def _value(row: Mapping[str, Any] | None) -> str:
+    return "" if row is None else f"{row['value']:.3f} [{row['value_low']:.3f}, {row['value_high']:.3f}]"
 
 
 def _sweep_blocks(grafts: pa.Table, sweep: str) -> Iterator[Block]:
@@ -153,16 +195,3 @@ def _shapley_blocks(optional: Mapping[str, pa.Table]) -> Iterator[Block]:
 def _shapley_row(row: Mapping[str, Any]) -> Any:
     ends = share_interval(row["shapley_low"], row["shapley_high"])
     return table_row(row["player"], share(row["shapley"]), ends, share(row["banzhaf"]), share(row["first"]), share(row["last"]))
-
-
-def _value_table(table: pa.Table) -> Table:
-    rows = [
-        table_row(
-            row["layers"],
-            row["parts"].replace("_", " "),
-            nats(row["value"]),
-            f"[{nats(row['value_low'])}, {nats(row['value_high'])}]",
-        )
-        for row in table.to_pylist()
-    ]
-    return Table(("layers", "parts", "value", "95% interval"), tuple(rows), "words")

@@ -20,6 +20,8 @@ from hooked_moe.transformer import Transformer
 
 SWEEPS = ("ends", "suffix", "prefix", "single", "part", "layer_part")
 DIRECTIONS = ("a<-b", "b<-a")
+NULL_SWEEPS = ("suffix", "single", "part")
+NULL_DIRECTIONS = ("a<-other", "b<-other")
 MAXIMUM_PLAYERS = 10
 """Exact shares take 2^players readouts."""
 
@@ -93,6 +95,43 @@ def graft_sweep(
         for way in directions
     ]
     return _table(rows, values.of(frozenset()), values.of(everything))
+
+
+def null_sweep(
+    a: Transformer,
+    b: Transformer,
+    other: Transformer,
+    readout: Readout,
+    sweeps: Sequence[str] = NULL_SWEEPS,
+    progress: bool = False,
+) -> pa.Table:
+    """The same grafts from a model that has nothing of the difference: a new one (`untrained`), or one from another seed.
+
+    Direction "a<-other" is a with parts of it, and its share what they carry of the way from a to b: below 0 where they cost.
+    "b<-other" is b with parts of it, and its share what of the difference is lost: what any graft of these parts costs b that
+    brings nothing. A graft from the other training is to be read beside these. Columns and errors as in `graft_sweep`.
+
+    Zhang, Bengio & Singer (2019, arXiv 1902.01996) reinitialise single layers so.
+
+    >>> from hooked_moe import HookedMoE
+    >>> from hooked_moe.surgery import untrained
+    >>> a, b = HookedMoE.from_pretrained("tiny-olmoe"), HookedMoE.from_pretrained("tiny-olmoe-facts")
+    >>> table = null_sweep(a, b, untrained(a), lambda model: float(model("Call me Ishmael.", return_type="loss")), ["single"])
+    >>> sorted(set(table["direction"].to_pylist()))
+    ['a<-other', 'b<-other']
+    """
+    for name in sweeps:
+        if name not in SWEEPS:
+            raise unknown_name("sweep", name, SWEEPS, f"There are {', '.join(SWEEPS)}.")
+    rows: list[tuple[Graft, str, DocumentValues]] = []
+    ends = []
+    for host, way in zip((a, b), NULL_DIRECTIONS, strict=True):
+        maker = Grafts(host, other)
+        grafts = [graft for sweep in sweeps for graft in _grafts_of(sweep, maker.places)]
+        values = _Readouts(maker, readout, progress, 1 + len(grafts))
+        ends.append(values.of(frozenset()))
+        rows += [(graft, way, values.of(graft.places)) for graft in grafts]
+    return _table(rows, *ends)
 
 
 def coalition_shares(
@@ -219,7 +258,7 @@ def _share(parts: Float[np.ndarray, "part document"], whole: Float[np.ndarray, "
 
 def _table(rows: Sequence[tuple[Graft, str, DocumentValues]], a: DocumentValues, b: DocumentValues) -> pa.Table:
     whole = _difference(b, a)
-    carried = np.stack([_difference(value, a) if way == "a<-b" else _difference(b, value) for _, way, value in rows])
+    carried = np.stack([_difference(value, a) if way.startswith("a") else _difference(b, value) for _, way, value in rows])
     value = ratio_bootstrap(np.stack([value.total for _, _, value in rows]).T, a.n[:, None])
     share = _share(carried, whole)
     columns: dict[str, object] = {

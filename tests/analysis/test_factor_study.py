@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pyarrow as pa
 import pytest
 
 from hooked_moe.analysis.factor_study import (
+    ANY_ROUTED_PART,
     COLUMN_OF,
     PRIMARY,
     alias_table,
+    analysed,
     effects_table,
     response_columns,
     runs_in_hand,
@@ -87,6 +90,23 @@ def test_half_of_the_runs_give_estimates_and_fewer_none() -> None:
     assert runs_in_hand(rows_of(ORDER[:11], [0])).runs == ORDER[:11]
     with pytest.raises(DegenerateSample, match="7 runs count so far; 8 are needed"):
         runs_in_hand(rows_of(ORDER[:7], [0]))
+    assert runs_in_hand(rows_of(ORDER[7:], [0])).runs == ORDER[8:]  # the other half is orthogonal too
+    with pytest.raises(DegenerateSample, match="8 runs count so far; 11, or the right 8, are needed"):
+        runs_in_hand(rows_of(ORDER[4:12], [0]))
+
+
+def test_runs_that_are_enough_in_number_may_still_not_tell_factors_apart() -> None:
+    """Two pairs of opposite runs missing: of the 12 that are left, 28 sets out of all leave a main effect open."""
+    X = np.column_stack([np.ones(16), LEVELS])
+    sets = [set(range(16)) - set(out) for out in combinations(range(16), 4)]
+    singular = [kept for kept in sets if np.linalg.matrix_rank(X[sorted(kept)]) < 8]
+    assert len(singular) == 28
+    for kept in singular:
+        analysis = analysed(rows_of(sorted(kept), [0]))
+        halves = [half for half in (ORDER[:8], ORDER[8:]) if kept >= set(half)]
+        assert (analysis.effects is not None) == bool(halves)
+        assert bool(analysis.why_not) != bool(halves)
+    assert analysed(rows_of(sorted(set(range(16)) - {0, 1, 2}), [0])).effects is not None
 
 
 def test_aliases_of_the_runs_in_hand_are_computed_from_their_levels() -> None:
@@ -111,19 +131,79 @@ def test_primary_responses_have_the_names_they_were_announced_by() -> None:
     assert "held_out_loss" in names
 
 
-@pytest.mark.parametrize("runs", [list(range(16)), ORDER[:3]], ids=["all", "three"])
-def test_the_command_reports_what_there_is(runs: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_csv_atomic(rows_of(runs, [0]), tmp_path / "responses.csv")
-    assert main(["factors", "--responses", str(tmp_path / "responses.csv"), "--out", str(tmp_path / "out")]) == 0
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+def page_of(responses: pa.Table, directory: Path) -> str:
+    write_csv_atomic(responses, directory / "responses.csv")
+    assert main(["factors", "--responses", str(directory / "responses.csv"), "--out", str(directory / "out")]) == 0
+    return (directory / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_command_reports_effects(tmp_path: Path) -> None:
+    page = page_of(rows_of(list(range(16)), [0]), tmp_path)
     assert "F3 x F5, F6 x F7" in page
     assert "Negative control" in page
-    if len(runs) < 8:
-        assert "3 runs of 1 seed are made so far: too few" in page
-        assert "3 runs count so far" in capsys.readouterr().out
-        assert not (tmp_path / "out" / "effects.csv").exists()
-    else:
-        assert "granularity on log mean KL of a removal" in page
-        figure = read_csv(tmp_path / "out" / "figures" / "factor_effects.csv")
-        assert figure.num_rows == 56
-        assert (tmp_path / "out" / "figures" / "factor_effects.png").stat().st_size > 10_000
+    assert "granularity on log mean KL of a removal" in page
+    assert "outside the rule" not in page
+    assert read_csv(tmp_path / "out" / "figures" / "factor_effects.csv").num_rows == 56
+    assert (tmp_path / "out" / "figures" / "factor_effects.png").stat().st_size > 10_000
+    assert not list((tmp_path / "out").rglob("*all_runs*"))
+
+
+def test_the_command_reports_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = page_of(rows_of(ORDER[:3], [0]), tmp_path)
+    assert "3 runs of 1 seed are made so far, and no effect can be estimated" in page
+    assert "3 runs count so far" in capsys.readouterr().out
+    assert "F3 x F5, F6 x F7" in page
+    assert "Negative control" in page
+    assert not (tmp_path / "out" / "effects.csv").exists()
+
+
+@pytest.mark.parametrize("weak", [tuple(range(16)), tuple(ORDER[3:])], ids=["none counts", "three count"])
+@pytest.mark.parametrize("effect", [0.8, 0.0], ids=["planted", "noise"])
+def test_where_too_few_runs_count_all_are_described_outside_the_rule(
+    effect: float, weak: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    responses = rows_of(list(range(16)), [0], effect, weak)
+    page_of(rows_of(list(range(16)), [0]), tmp_path)
+    page = page_of(responses, tmp_path)  # files of a study that had effects do not stay
+    count = 16 - len(weak)
+    lead = f"{count} of 16 runs count: no effect can be estimated by the rule that was written down before."
+    assert lead in page
+    assert "Established" not in page
+    assert page.index(lead) < page.index("A description, not a finding.")
+    assert f"{count} runs count so far; 8 are needed" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert not (out / "effects.csv").exists()
+    assert not (out / "figures" / "factor_effects.csv").exists()
+    described = read_csv(out / "effects_all_runs.csv").to_pylist()
+    below = [(row["response"], row["factor"]) for row in described if row["p_holm"] <= 0.05 and row["primary"]]
+    assert below == ([("log_mean_kl", "F2")] if effect else [])
+    assert {row["n_runs"] for row in described} == {16}
+    planted = next(row for row in described if (row["response"], row["factor"]) == ("log_mean_kl", "F2"))
+    assert planted["effect"] == pytest.approx(-effect, abs=0.1)
+    figure = read_csv(out / "figures" / "factor_effects_all_runs.csv")
+    assert figure.num_rows == 56
+    assert "outcome" not in figure.column_names
+    assert "detectable" in figure.column_names
+    assert read_csv(out / "aliases_all_runs.csv")["aliases"].to_pylist()[7] == "F3 x F5, F6 x F7"
+
+
+def test_where_enough_runs_count_the_others_are_described_beside_them(tmp_path: Path) -> None:
+    responses = rows_of(list(range(16)), [0], weak=(4, 7))
+    page = page_of(responses, tmp_path)
+    assert "granularity on log mean KL of a removal" in page
+    assert "14 of 16 runs of 1 seed count" in page
+    assert "All runs, outside the rule" in page
+    for of, n_runs in (("", 14), ("_all_runs", 16)):
+        assert set(read_csv(tmp_path / "out" / f"effects{of}.csv")["n_runs"].to_pylist()) == {n_runs}
+        assert (tmp_path / "out" / "figures" / f"factor_effects{of}.csv").is_file()
+    assert read_csv(tmp_path / "out" / "aliases.csv") != read_csv(tmp_path / "out" / "aliases_all_runs.csv")
+    every = analysed(responses, ANY_ROUTED_PART)
+    assert every.effects is not None
+    assert runs_in_hand(responses, ANY_ROUTED_PART).runs == ORDER
+
+
+def test_too_few_runs_are_no_description_either(tmp_path: Path) -> None:
+    page = page_of(rows_of(ORDER[:5], [0], weak=tuple(ORDER[1:5])), tmp_path)
+    assert "1 of 5 runs count: no effect can be estimated" in page
+    assert "1 run counts so far; 8 are needed" in page
+    assert "All runs taken together do not give effects either: 5 runs are made so far; 8 are needed" in page

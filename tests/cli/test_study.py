@@ -93,14 +93,23 @@ def test_grafts_on_text_say_where_the_difference_is(base: Path, neighbour: Path,
         assert share["0", "blocks", direction] == pytest.approx(0, abs=1e-3)
         assert share["all", "router", direction] == pytest.approx(0, abs=1e-3)
     null = read_csv(tmp_path / "reinitialised.csv", GRAFTS).to_pylist()
-    assert {row["direction"] for row in null} == {"a<-b"}
+    assert {row["direction"] for row in null} == {"a<-other", "b<-other"}
     assert next(row["share"] for row in null if row["layers"] == "0") != 0
-    assert (tmp_path / "seeds.csv").is_file()
+    floor = read_csv(tmp_path / "seeds.csv", GRAFTS).to_pylist()
+    assert all(row["share"] == pytest.approx(0, abs=1e-6) for row in floor if row["direction"] == "a<-other")  # a itself
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "experts carries most of the difference" in page
     assert "Routers alone carry" in page
     assert json.loads((tmp_path / "study.json").read_text())["ends"]["a"].startswith("14 documents: loss ")
     assert (tmp_path / "figures" / "graft_parts.csv").is_file()
+    assert f"From another seed ({base}, experts matched to those of a)" in page
+    beside = read_csv(tmp_path / "figures" / "graft_nulls.csv").to_pylist()
+    assert {(row["sweep"], row["host"], row["source"]) for row in beside} == {
+        ("single", host, source) for host in "ab" for source in ("training", "new", "seed")
+    }
+    assert main(["grafts", *options, "--no-shapley"]) == 0
+    assert not (tmp_path / "seeds.csv").exists()
+    assert "From another seed" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_grafts_on_facts_have_exact_shares_and_stream(base: Path, neighbour: Path, tmp_path: Path) -> None:

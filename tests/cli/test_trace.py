@@ -10,6 +10,7 @@ import pytest
 from hooked_moe.circuits.tracing import TracingResult
 from hooked_moe.cli.main import main
 
+NULLS = pyarrow.csv.ConvertOptions(null_values=[""])
 SMALL = ["--cases", "24", "--min-cases", "12", "--corruption", "noise"]
 
 
@@ -31,6 +32,8 @@ def test_it_writes_every_patch_the_findings_and_a_page(directory: Path) -> None:
     assert {"layer": chosen.layer, "expert": chosen.expert} in [{k: row[k] for k in ("layer", "expert")} for row in found]
     page = (directory / "report.html").read_text(encoding="utf-8")
     assert f"expert {chosen.expert} of layer {chosen.layer}" in page
+    assert f"<td>L{chosen.layer}E{chosen.expert}</td>" in page  # with its controls
+    assert "at equal length" in page
     assert "Facts that were left out" in page
     assert "<script" not in page
     assert (directory / "figures" / "tracing.csv").is_file()
@@ -54,8 +57,24 @@ def test_every_token_from_the_subject_on_has_its_own_findings(tmp_path: Path) ->
     assert {row["place"] for row in found} == {"", *result.places}
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Where in the prompt the answer comes back" in page
+    assert "Logits that the MLP output restores, by the patched token" in page
     assert "last token of the subject: layer 0" in page
+    figure = pyarrow.csv.read_csv(run / "figures" / "tracing.csv").to_pylist()
+    assert {row["place"] for row in figure if row["quantity"] == "attention output"} == set(result.places)
     assert "foils as likely as the true answer without the subject" in page
+
+
+def test_a_place_that_hardly_any_prompt_has_is_left_out_of_the_page(tmp_path: Path) -> None:
+    """Few subjects of associations have a token in the middle."""
+    options = ["--model", "tiny-olmoe", "--facts", "associations", "--cases", "16", "--min-cases", "8", "--positions", "all"]
+    assert main(["trace", *options, "--results", str(tmp_path)]) == 0
+    (run,) = (tmp_path / "tiny-olmoe").iterdir()
+    found = pyarrow.csv.read_csv(run / "findings.csv", convert_options=NULLS).to_pylist()
+    scarce = {row["place"] for row in found if row["mean"] is None and row["quantity"] == "MLP output"}
+    assert scarce
+    figure = pyarrow.csv.read_csv(run / "figures" / "tracing.csv", convert_options=NULLS).to_pylist()
+    assert not scarce & {row["place"] for row in figure}
+    assert all(row["mean"] is not None for row in figure)
 
 
 @pytest.mark.parametrize(

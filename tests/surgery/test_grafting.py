@@ -23,6 +23,7 @@ from hooked_moe.surgery import (
     graft_checkpoints,
     graft_sweep,
     match_experts,
+    null_sweep,
     renumber_experts,
     untrained,
 )
@@ -257,6 +258,37 @@ def test_an_untrained_model_is_new_and_the_same_for_a_seed(model: HookedMoE) -> 
     assert not same(untrained(model, 1), untrained(model, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert untrained(model).cfg == model.cfg
+
+
+def test_nulls_are_grafts_of_a_third_model_onto_either_in_shares_of_the_difference(model: HookedMoE, text: Tensor) -> None:
+    b, new = other_training(), untrained(model)
+    rows = null_sweep(model, b, new, lambda own: document_losses(text, own)).to_pylist()
+
+    def loss(own: HookedMoE) -> float:
+        with torch.no_grad():
+            return float(own(text, return_type="loss"))
+
+    low, high = loss(model), loss(b)
+    for row in rows:
+        first, _, last = row["layers"].partition("-")
+        layers = "all" if first in ("all", "none") else range(int(first), int(last or first) + 1)
+        chosen = OLMOE_PARTS if row["parts"] == "blocks" else (row["parts"],)
+        value = loss(graft(model if row["direction"] == "a<-other" else b, new, layers, chosen))
+        assert row["value"] == pytest.approx(value, abs=1e-5)
+        share = (value - low) / (high - low) if row["direction"] == "a<-other" else (high - value) / (high - low)
+        assert row["share"] == pytest.approx(share, abs=1e-3)
+    assert {row["sweep"] for row in rows} == {"suffix", "single", "part"}
+    with pytest.raises(UnknownNameError, match="did you mean 'suffix'"):
+        null_sweep(model, b, new, lambda own: document_losses(text, own), ["sufix"])
+
+
+def test_the_null_of_the_other_training_itself_is_its_graft(model: HookedMoE, text: Tensor) -> None:
+    b = other_training()
+    nulls = null_sweep(model, b, b, lambda own: document_losses(text, own), ["single"]).to_pylist()
+    grafts = graft_sweep(model, b, lambda own: document_losses(text, own), ["single"]).to_pylist()
+    carried, expected = ([row["share"] for row in rows if row["direction"][0] == "a"] for rows in (nulls, grafts))
+    np.testing.assert_allclose(carried, expected, atol=1e-9)
+    assert all(row["share"] == 0 for row in nulls if row["direction"] == "b<-other")
 
 
 @pytest.mark.parametrize("architecture", ["olmoe", "qwen"])

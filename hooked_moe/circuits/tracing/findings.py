@@ -79,6 +79,8 @@ def _of_expert(result: TracingResult, layer: int, expert: int) -> Iterator[dict[
 
     for name, (column, unit) in OF_AN_EXPERT.items():
         yield row(name, result.expert(layer, expert, column), unit)
+    own, random = (result.expert(layer, expert, column) for column in ("rescue", "rescue_random"))
+    yield row("rescue less that of the random vector", own - random)
     yield row("specificity", result.specificity(layer, expert))
     yield row("specificity against the nearest weight", result.grid.weight_matched(layer, expert))
     equal = result.equal_norm(layer, expert)

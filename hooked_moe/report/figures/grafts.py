@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from hooked_moe.report.figures.drawing import (
     BLACK,
     BLUE,
     GREY,
     LEGEND_BELOW,
+    NARROW,
     VERMILLION,
+    WIDE,
     Drawing,
     layer_axis,
     line_with_band,
@@ -106,6 +111,53 @@ def draw_graft_parts(numbers: pa.Table, narrow: bool) -> Figure:
     return figure
 
 
+_HOSTS = ("a", "b")
+_NULL_SOURCES = {
+    "training": ("from the other training", "o"),
+    "new": ("newly initialised", "^"),
+    "seed": ("from another seed", "s"),
+}
+
+
+def graft_nulls(values: pa.Table) -> Drawing:
+    """What the readout is with layers of `host` taken from each source; the table has these and the sweep."""
+    return Drawing(
+        "graft_nulls",
+        "What the same layers cost that bring nothing",
+        "The readout of a model with some of its layers changed, in its own unit: taken from the other training, as above; newly "
+        "initialised; and, where one was given, taken from a training from another seed, whose heads, experts and neurons are "
+        "numbered otherwise. Dotted: the model as it is. Bands are 95% intervals over documents or subjects.",
+        values,
+        draw_graft_nulls,
+    )
+
+
+def draw_graft_nulls(numbers: pa.Table, narrow: bool) -> Figure:
+    sweeps = [sweep for sweep in _LAYER_SWEEPS if sweep in set(numbers["sweep"].to_pylist())]
+    shape = (2 * len(sweeps), 1) if narrow else (len(sweeps), 2)
+    size = (NARROW, 2.1 * shape[0] + 0.7) if narrow else (WIDE, 2.4 * shape[0] + 0.3)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.06))
+    panels = figure.subplots(*shape, squeeze=False).ravel()
+    for axes, (sweep, host) in zip(panels, itertools.product(sweeps, _HOSTS), strict=True):
+        for source, (text, marker) in _NULL_SOURCES.items():
+            colour = {"training": BLUE if host == "a" else VERMILLION, "new": GREY, "seed": BLACK}[source]
+            rows = rows_where(numbers, sweep=sweep, host=host, source=source)
+            if len(rows["layer"]):
+                order = np.argsort(rows["layer"])
+                values = [rows[name][order].astype(float) for name in ("value", "value_low", "value_high")]
+                line_with_band(axes, rows["layer"][order], *values, colour=colour, marker=marker, label=text)
+                axes.axhline(rows["host_value"][0], color="#222222", linewidth=0.8, linestyle=":", zorder=1)
+        layer_axis(axes, np.unique(rows_where(numbers, sweep=sweep)["layer"]))
+        axes.set_title(f"{host}, {_LAYER_SWEEPS[sweep]}")
+        if narrow or host == "a":
+            axes.set_ylabel("readout")
+    _legend(figure, list(panels), narrow)
+    return figure
+
+
 def _legend(figure: Figure, panels: Sequence[Axes], narrow: bool) -> None:
-    handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(text, handle)
     figure.legend(list(handles.values()), list(handles), ncols=1 if narrow else 3, **LEGEND_BELOW)

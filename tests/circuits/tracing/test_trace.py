@@ -209,6 +209,8 @@ def test_a_planted_expert_is_no_matter_of_length(traced: TracingResult) -> None:
     rows = {row["quantity"]: row for row in findings(traced).to_pylist() if row["expert"] == EXPERT}
     difference = rows["rescue at equal norm"]["mean"] - rows["the nearest weight's at equal norm"]["mean"]
     assert rows["specificity at equal norm"]["mean"] == pytest.approx(difference)
+    difference = rows["rescue"]["mean"] - rows["rescue by a random vector of its length"]["mean"]
+    assert rows["rescue less that of the random vector"]["mean"] == pytest.approx(difference)
 
 
 def test_the_expert_with_the_nearest_weight_is_the_same_in_both_controls(traced: TracingResult) -> None:
