@@ -101,12 +101,17 @@ def _random_place(root: list[Any], rng: random.Random) -> tuple[Any, Any, str]:
     return container, key, path[:200] or "/"
 
 
+def _half(value: float) -> float:
+    """Half of it, in whole numbers where the first change has left more than a float holds."""
+    return value // 2 if isinstance(value, int) and value.bit_length() > 1000 else value / 2
+
+
 def _near(value: Any, rng: random.Random) -> Any:
     """A value of the same meaning or nearly so: a number off by one, as text, in a list; a list without its end."""
     if isinstance(value, bool):
         return rng.choice((not value, int(value), str(value)))
     if isinstance(value, int | float):
-        return rng.choice((value + 1, value - 1, -value, value * 2, value * 1000, value / 2, str(value), [value], bool(value)))
+        return rng.choice((value + 1, value - 1, -value, value * 2, value * 1000, _half(value), str(value), [value], bool(value)))
     if isinstance(value, str):
         return rng.choice((value[:-1], value + "a", value.upper(), value * 2, [value], value + "\x1b[2J", None))
     if isinstance(value, list):
