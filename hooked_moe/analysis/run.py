@@ -80,7 +80,7 @@ def analyse_run(
     """
     run, layers = Path(run_dir), None if layers is None else whole_numbers(layers, "layers")  # which may be an iterator
     required_file(run, "effects.parquet", "the measurement writes it")
-    with progress_bar(None, "analysing", "step", shown=progress, delay=1.0) as bar:
+    with progress_bar(None, "analysing", " steps", shown=progress, delay=1.0) as bar:
         derived, cells, missing = _derive(run, n_experts, layers, n_positions, seed, bar)
     for name, table in derived.items():
         (write_parquet_atomic if name.endswith(".parquet") else write_csv_atomic)(table, run / name)

@@ -63,7 +63,8 @@ def _known_address() -> str | None:
     """Where ray would look for a cluster of this machine; None: it has nowhere to look."""
     if "RAY_ADDRESS" in os.environ:
         return os.environ["RAY_ADDRESS"]
-    last = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    directory = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    last = Path(directory) / "ray" / "ray_current_cluster"
     return last.read_text(encoding="utf-8").strip() if last.is_file() else None
 
 

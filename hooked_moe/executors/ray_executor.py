@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -14,6 +15,9 @@ from hooked_moe.executors.work import Loader, Unit, Work
 
 UNITS_IN_FLIGHT = 2
 """How many units a worker has at most: the one that it does, and one that waits, so that it need not."""
+
+RESTART_SECONDS = 2.0
+"""How long after one that died while it loaded a worker is started: what its machine lacked may come back."""
 
 
 class RayExecutor:
@@ -105,7 +109,7 @@ class RayExecutor:
                     if deaths[event.number] >= self._attempts:
                         at = "it loaded" if event.number is None else f"it was at {units[event.number]}"
                         raise ChildProcessError(
-                            f"a worker died while {at}, {self._attempts} times; the last time: {_first_line(event.fault)}. If "
+                            f"a worker died while {at}, {self._attempts} times; the last time: {_in_short(event.fault)}. If "
                             "memory was short: fewer workers a machine, more CPUs each"
                         ) from event.fault
                 elif event.number is not None:
@@ -121,6 +125,8 @@ class RayExecutor:
         if event.died:
             self._log(f"note: a worker on {event.worker.machine} has died; another does what it was at")
             undone += pool.end(event.worker)
+            if event.number is None:
+                time.sleep(RESTART_SECONDS)
             pool.start()
         elif isinstance(event.fault, OSError) and len(pool.workers) > 1:
             undone += pool.end(event.worker)
@@ -155,5 +161,7 @@ def _positive(number: int, name: str) -> int:
     return number
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _in_short(error: BaseException) -> str:
+    """The first line of a message and the last: Ray says what has happened in the one, and why in the other."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(dict.fromkeys([lines[0], lines[-1]])).rstrip(".") if lines else type(error).__name__

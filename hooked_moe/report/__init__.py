@@ -51,7 +51,7 @@ def write_report(run_dir: str | os.PathLike[str], *, progress: bool = False) -> 
     run = Path(run_dir)
     inputs = read_inputs(run)
     (run / "figures").mkdir(exist_ok=True)
-    with progress_bar(None, "drawing", "figure", shown=progress, delay=1.0) as bar:
+    with progress_bar(None, "drawing", " figures", shown=progress, delay=1.0) as bar:
         figures = _Figures(inputs, run / "figures", bar.update)
         first = figures.drawn("savings.csv", verdict)
         title = f"Removing one expert at one token: {inputs.model_name}"

@@ -164,10 +164,11 @@ def test_facts_are_traced_there_as_here(cluster: None, tmp_path: Path, monkeypat
     model = HookedMoE.from_pretrained("tiny-olmoe-facts")
     records = [record for record in load_facts("embedded") if record.split == "taught"]
     options: dict[str, Any] = {"n_cases": 10, "min_cases": 4, "corruption": "noise", "readouts": ["logit_difference"]}
-    here = trace_facts(model, records, **options)
-    there = trace_facts(model, records, executor=RayExecutor(workers=2), directory=tmp_path, **options)
-    for name in ("cases", "blocks", "experts"):
-        assert getattr(here, name).equals(getattr(there, name))
+    files = []
+    for where, executor in (("there", RayExecutor(workers=2)), ("here", None)):
+        trace_facts(model, records, executor=executor, directory=tmp_path, **options).save(tmp_path / where)
+        files.append({path.name: path.read_bytes() for path in sorted((tmp_path / where).iterdir())})
+    assert files[0] == files[1]
 
 
 DRIVER = """

@@ -69,7 +69,7 @@ def test_a_dead_worker_costs_the_unit_that_it_was_at(notes: list[str]) -> None:
 def test_a_unit_that_kills_its_workers_ends_the_run(notes: list[str]) -> None:
     task = Noted()
     with pytest.raises(
-        ChildProcessError, match=r"while it was at \('dies', 0\), 3 times; the last time: the actor died\. If memory"
+        ChildProcessError, match=r"while it was at \('dies', 0\), 3 times; the last time: the actor died of something\. If memory"
     ):
         done(task, units(("dies", 0)), notes)
     assert task.begun["dies", 0] == 3
@@ -122,19 +122,21 @@ def test_no_units_start_no_workers_and_too_large_ones_are_refused(notes: list[st
 
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str | None]:
-    """The addresses that ray is asked to join; the machine's last cluster is noted in `tmp_path`, if anywhere."""
+    """The addresses that ray is asked to join."""
     asked: list[str | None] = []
     ray = SimpleNamespace(is_initialized=lambda: False, init=lambda address, **_: asked.append(address))
     monkeypatch.setattr(ray_cluster, "import_ray", lambda: ray)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return asked
 
 
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
 def test_auto_is_the_cluster_that_runs_here_or_this_machine_alone(
-    joined: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joined: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
+    monkeypatch.setenv(variable, str(tmp_path))
     assert ray_cluster.connect("auto")
     (tmp_path / "ray").mkdir()
     note = tmp_path / "ray" / "ray_current_cluster"
