@@ -194,9 +194,7 @@ class HookedMoEConfig:
             raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_key_value_heads ({self.n_key_value_heads})")
         rotated = "d_head" if self.d_rotary is None else "d_rotary"
         if self.rotary_width % 2:
-            raise ValueError(
-                f"{rotated} must be even, for rotary positions rotate pairs of coordinates, not {getattr(self, rotated)}"
-            )
+            raise ValueError(f"{rotated} must be even, for positions rotate pairs of coordinates, not {getattr(self, rotated)}")
         if self.clip_qkv is not None and self.clip_qkv <= 0:
             raise ValueError(f"clip_qkv must be positive or None, not {self.clip_qkv}")
         if self.qk_norm not in ("full", "head", None):

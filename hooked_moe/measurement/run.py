@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hooked_moe.checks import WrongTypeError, described, expanded_path, whole_numbers
+from hooked_moe.checks import WrongTypeError, whole_numbers
 from hooked_moe.counterfactuals import Order
 from hooked_moe.counterfactuals.engine.memory import parse_bytes
 from hooked_moe.counterfactuals.engine.requests import checked_products
@@ -35,7 +35,7 @@ from hooked_moe.measurement.manifest import Manifest
 from hooked_moe.measurement.part_request import PartRequest, sampled_spec, with_measured
 from hooked_moe.measurement.part_spec import SCOPES, Part, PartSpec, ProductsName, record_fault
 from hooked_moe.measurement.plan import measurement_plan
-from hooked_moe.measurement.run_directory import claim, claim_share
+from hooked_moe.measurement.run_directory import claim, claim_share, results_directory
 from hooked_moe.measurement.run_tables import BESIDE, RunTables
 from hooked_moe.measurement.shard_files import remove_shards_of_part
 from hooked_moe.measurement.shard_transfer import ShardTransfer
@@ -192,7 +192,7 @@ class Run:
         spec = self._spec(PartRequest(part, positions, layers, orders, seed))
         if self._is_measured(spec):
             if self.share is None:
-                self._remove_shards(part)
+                remove_shards_of_part(self.directory / "shards", part)
             return
         spec = self._with_measured(spec)
         wanted = self.share is None and self._tables.have_weights(part)
@@ -229,7 +229,7 @@ class Run:
         written = [*_tables_of(part), *BESIDE[part]]
         self._manifest.write(written)
         self._damaged.difference_update(written)
-        self._remove_shards(part)
+        remove_shards_of_part(self.directory / "shards", part)
         if transfer is not None:
             transfer.clear()
 
@@ -292,17 +292,7 @@ class Run:
             self._manifest.write(BESIDE[part])
             self._damaged -= lost
 
-    def _remove_shards(self, part: Part) -> None:
-        remove_shards_of_part(self.directory / "shards", part)
-
 
 def _tables_of(part: Part) -> list[str]:
     """The files of a part."""
     return [f"{name}.parquet" for name in TABLES[part]]
-
-
-def results_directory(results: str | os.PathLike[str]) -> Path:
-    """Where results go. Raises `WrongTypeError` for what is no path."""
-    if not isinstance(results, str | os.PathLike):
-        raise WrongTypeError(f"results must be a directory, as in results='results', not {described(results)}")
-    return expanded_path(results)

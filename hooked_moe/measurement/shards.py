@@ -41,10 +41,8 @@ from hooked_moe.transformer import Transformer
 
 MAX_WORKERS = 4
 """The most documents measured side by side: where no budget is given, each has `requests.WAITING_BYTES` of its own."""
-
 ATTEMPTS = 2
 """How often a document is measured in one run whose shards are damaged."""
-
 ARRIVAL_SECONDS = 90.0
 """How long shards that a worker has written may take until they are seen here: file systems remember what was not there."""
 
