@@ -63,8 +63,10 @@ class Results:
         if rng.random() < 0.1:
             return mutate_file(run / name, rng)
         if name.endswith(".json") and rng.random() < 0.8:
-            value, what = mutate(json.loads(self.files[name]), rng, _WORDS)
-            (run / name).write_bytes(dumps(value))
+            written = json.loads(self.files[name])
+            value, what = mutate(written, rng, _WORDS)
+            if dumps(value) != dumps(written):  # what says the same stays as it was laid out: files are known by their bytes
+                (run / name).write_bytes(dumps(value))
         else:
             data, what = mutate_bytes(self.files[name], rng)
             (run / name).write_bytes(data)
