@@ -55,7 +55,7 @@ from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement import Run
 from hooked_moe.measurement.budget import Budget
 from hooked_moe.measurement.part_spec import ProductsName
-from hooked_moe.measurement.run import results_directory
+from hooked_moe.measurement.run_directory import results_directory
 from hooked_moe.measurement.tokenized_corpus import DocumentPositions
 from hooked_moe.model import HookedMoE
 from hooked_moe.report.terminal_savings import terminal_savings

@@ -6,6 +6,7 @@ write shards alone, which appear whole and say what they are of, share the direc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import filelock
 
+from hooked_moe.checks import WrongTypeError, described, expanded_path
 from hooked_moe.measurement.locks import Lock, Locks, SharedLock
 from hooked_moe.measurement.share import Share
 from hooked_moe.tables import read_checked_json, remove_temporaries, write_checked_json
@@ -20,6 +22,13 @@ from hooked_moe.tables import read_checked_json, remove_temporaries, write_check
 WRITER_LOCK = "writer.lock"
 WAIT_SECONDS = 60.0
 """How long the writer of a share waits while another prepares the directory."""
+
+
+def results_directory(results: str | os.PathLike[str]) -> Path:
+    """Where results go. Raises `WrongTypeError` for what is no path."""
+    if not isinstance(results, str | os.PathLike):
+        raise WrongTypeError(f"results must be a directory, as in results='results', not {described(results)}")
+    return expanded_path(results)
 
 
 def claim(directory: Path, plan: dict[str, Any]) -> filelock.BaseFileLock:
