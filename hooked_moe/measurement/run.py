@@ -36,7 +36,7 @@ from hooked_moe.measurement.part_request import PartRequest, sampled_spec, with_
 from hooked_moe.measurement.part_spec import SCOPES, Part, PartSpec, ProductsName, record_fault
 from hooked_moe.measurement.plan import measurement_plan
 from hooked_moe.measurement.run_directory import claim, claim_share, results_directory
-from hooked_moe.measurement.run_tables import BESIDE, RunTables
+from hooked_moe.measurement.run_tables import BESIDE, RunTables, tables_of
 from hooked_moe.measurement.shard_files import remove_shards_of_part
 from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.shards import measure_part
@@ -130,7 +130,7 @@ class Run:
         self._log = log
         try:
             self._manifest = Manifest(directory, plan, record_fault)
-            tables: dict[str, list[str]] = {part: _tables_of(part) for part in TABLES}
+            tables: dict[str, list[str]] = {part: tables_of(part) for part in TABLES}
             self._damaged = self._manifest.damaged_files(tables, log, leave=share is not None)
         except BaseException:
             lock.release()
@@ -157,7 +157,7 @@ class Run:
 
     def has(self, part: Part) -> bool:
         """Whether a part has been measured, of whatever positions, and its tables are as they were written."""
-        if part not in self._manifest.parts or not self._damaged.isdisjoint(_tables_of(part)):
+        if part not in self._manifest.parts or not self._damaged.isdisjoint(tables_of(part)):
             return False
         if self.share is None:
             self._restore_tables_of_the_run(part)
@@ -226,7 +226,7 @@ class Run:
             return
         self._manifest.parts[part] = spec.as_json()
         self.manifest["computed_on"] = self.manifest.get("computed_on", {}) | {part: places}
-        written = [*_tables_of(part), *BESIDE[part]]
+        written = [*tables_of(part), *BESIDE[part]]
         self._manifest.write(written)
         self._damaged.difference_update(written)
         remove_shards_of_part(self.directory / "shards", part)
@@ -291,8 +291,3 @@ class Run:
             self._tables.write(part)
             self._manifest.write(BESIDE[part])
             self._damaged -= lost
-
-
-def _tables_of(part: Part) -> list[str]:
-    """The files of a part."""
-    return [f"{name}.parquet" for name in TABLES[part]]

@@ -1,4 +1,4 @@
-"""The tables of a run that take no measurement: its documents, the texts of its tokens, weights of its experts, its draw."""
+"""The files of a run: those of its parts, and the tables that take no measurement (documents, texts, weights, draw)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from hooked_moe.measurement.document_tables import TABLES
 from hooked_moe.measurement.draw import Draw
 from hooked_moe.measurement.expert_weights import expert_weights
 from hooked_moe.measurement.part_spec import Part
@@ -24,6 +25,11 @@ BESIDE: dict[Part, tuple[str, ...]] = {
     "sampled": (_DRAW,),
 }
 """What is written beside the tables of each part."""
+
+
+def tables_of(part: Part) -> list[str]:
+    """The files of a part, which are measured."""
+    return [f"{name}.parquet" for name in TABLES[part]]
 
 
 @dataclass(frozen=True)

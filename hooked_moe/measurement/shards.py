@@ -65,10 +65,7 @@ class MeasureDocuments:
     """How shards get to `shards` from where they are measured; None: they are written there."""
 
     def do(self, resource: Transformer, unit: Sequence[int]) -> None:
-        """Measure the documents of these numbers, and write their shards.
-
-        Those that are there stay: a worker may die between the last file of a unit and the news of it.
-        """
+        """Measure the documents of these numbers whose shards a worker has not left that died before it could say so."""
         there = self.files(self.shards)
         unit = [index for index in unit if self.transfer is not None or not there.is_whole(unit_name(index))]
         tasks = [measure_document(resource, self.documents[index], self.first, self.spec, self.budget) for index in unit]
