@@ -125,7 +125,7 @@ class Run:
         self.budget = budget
         self.products: ProductsName | None = products
         self._draw: Draw | None = None
-        self._tables = RunTables(directory, model, tokenized, layers, self._drawn)
+        self._tables = RunTables(directory, model, tokenized, layers)
         self._lock = lock
         self._log = log
         try:
@@ -202,7 +202,7 @@ class Run:
         )
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
         if self.share is None:
-            self._tables.write(part, *tables)
+            self._tables.write(part, self._drawn, *tables)
         name = f"{part}-{identity['part'][:8]}"
         transfer = None
         if self._object_store is not None:
@@ -288,6 +288,6 @@ class Run:
         names = set(BESIDE[part])
         lost = (names & self._damaged) | (names - self.manifest["files"].keys())
         if lost:
-            self._tables.write(part)
+            self._tables.write(part, self._drawn)
             self._manifest.write(BESIDE[part])
             self._damaged -= lost

@@ -40,20 +40,18 @@ class RunTables:
     model: Transformer
     tokenized: TokenizedCorpus
     layers: tuple[int, ...]
-    drawn: Callable[[], Draw]
-    """What was drawn in a budgeted run."""
 
     def have_weights(self, part: Part) -> bool:
         """Whether the weights of experts are among the tables of a part."""
         return _WEIGHTS in BESIDE[part]
 
-    def write(self, part: Part, weights: pa.Table | None = None) -> None:
-        """Those beside a part. `weights` is the table of the experts' weights, if there is one already."""
+    def write(self, part: Part, drawn: Callable[[], Draw], weights: pa.Table | None = None) -> None:
+        """Those beside a part. `drawn` says what a budgeted run has drawn; `weights` is the experts' table, if there is one."""
         tables: dict[str, Callable[[], pa.Table]] = {
             _DOCUMENTS: self.tokenized.table,
             _WEIGHTS: lambda: expert_weights(self.model, self.layers) if weights is None else weights,
             _TEXTS: self.tokenized.token_texts,
-            _DRAW: lambda: self.drawn().table(),
+            _DRAW: lambda: drawn().table(),
         }
         for name in BESIDE[part]:
             write_parquet_atomic(tables[name](), self.directory / name)
