@@ -32,8 +32,9 @@ from hooked_moe.counterfactuals import (
 )
 from hooked_moe.measurement import TokenizedCorpus, open_measurement
 from hooked_moe.measurement.expert_weights import expert_weights
+from hooked_moe.measurement.noise_floor import noise_floor
 from hooked_moe.measurement.pruned_losses import PrunedLosses
-from hooked_moe.measurement.verification import noise_floor, verify
+from hooked_moe.measurement.verification import verify
 from hooked_moe.paper.padded_rows import PaddedTexts, observe_rows
 from hooked_moe.paper.sequence_removals import SequenceRemoval, sequence_removals
 from tests.support.hf_models import save, tiny_olmoe

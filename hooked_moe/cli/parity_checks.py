@@ -22,7 +22,8 @@ from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.loading.checkpoint import Checkpoint
 from hooked_moe.loading.pretrained import plan_copies
 from hooked_moe.loading.sizes import check_sizes
-from hooked_moe.measurement.verification import LOSS_TOLERANCE, Check, noise_floor, verify
+from hooked_moe.measurement.noise_floor import noise_floor
+from hooked_moe.measurement.verification import LOSS_TOLERANCE, Check, verify
 from hooked_moe.model import HookedMoE
 from weights_conversion import Conversion
 

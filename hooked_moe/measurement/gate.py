@@ -12,9 +12,10 @@ import torch
 from hooked_moe.counterfactuals import Scope
 from hooked_moe.counterfactuals.engine.steps import Steps, in_turn, run_without_grad
 from hooked_moe.expert_mask import RemovalName
+from hooked_moe.measurement.noise_floor import noise_floor
 from hooked_moe.measurement.part_spec import ProductsName
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
-from hooked_moe.measurement.verification import EXACTNESS, MINIMUM_TOKENS, Check, noise_floor, verify
+from hooked_moe.measurement.verification import EXACTNESS, MINIMUM_TOKENS, Check, verify
 from hooked_moe.transformer import Transformer
 
 Done = TypeVar("Done")
@@ -29,9 +30,10 @@ def verify_once(
     log: Callable[[str], object],
     beside: Sequence[Steps[Done]] = (),
     products: ProductsName | None = None,
+    picked: bool = False,
 ) -> list[Done]:
     """Make the checks that gate a measurement in this scope and by these products, unless the manifest has them; what they find
-    is added to it.
+    is added to it. `picked`: the measurement makes single removals only.
 
     Returns what the tasks `beside` them return, which share their pass through the layers where weights are streamed. Raises
     `ValueError` if a check fails, and for a corpus without a document that is long enough.
@@ -49,7 +51,7 @@ def verify_once(
     batch = np.stack([window[:length] for window in windows if len(window) >= length][:4])
     longest = torch.from_numpy(windows[0][None])
     of_change = products if scope == "position" else None
-    tasks: list[Steps[Any]] = [verify.steps(model, longest, removal, (scope,), products=of_change), *beside]
+    tasks: list[Steps[Any]] = [verify.steps(model, longest, removal, (scope,), products=of_change, picked=picked), *beside]
     if "noise_floor" not in manifest:
         tasks.append(noise_floor.steps(model, torch.from_numpy(batch)))
     checks, *results = run_without_grad(in_turn(tasks, model.streams))

@@ -14,16 +14,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_moe.counterfactuals import LossAfter, Scope, expert_effects
-from hooked_moe.counterfactuals.engine.clean_run import CleanBlock, as_expert_block
-from hooked_moe.counterfactuals.engine.fan_out import fan_out
-from hooked_moe.counterfactuals.engine.lanes import Lanes
-from hooked_moe.counterfactuals.engine.padding import pack
 from hooked_moe.counterfactuals.engine.steps import Steps, in_turn, pausable
-from hooked_moe.counterfactuals.removals import Zero
 from hooked_moe.expert_mask import ExpertMask, RemovalName
 from hooked_moe.measurement.part_spec import ProductsName
 from hooked_moe.transformer import LogitsAndLoss, Transformer
@@ -44,9 +39,10 @@ EXACTNESS: dict[Scope, str] = {
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Nats between two computations of the same loss. Half precision rounds every activation, so its tolerances are that loose."""
 
-
 PRODUCTS_TOLERANCE = 1e-2
 """Of the median effect: what products of the change in bfloat16 may be off by in the median. Measured are .0025 to .004."""
+PICKED_FOR_PRODUCTS = 200
+"""How many removals are compared where all are not made."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +62,14 @@ def verify(
     scopes: Sequence[Scope] = ("position",),
     seed: int = 0,
     products: ProductsName | None = None,
+    picked: bool = False,
 ) -> Steps[list[Check]]:
     """Run every check on one sequence of at least 8 tokens, the last with the removal and in each of the scopes to be measured;
     with `products`, a further one that says how far effects by them are from those by the model's own.
 
-    Never raises for a failed check: look at `passed`. Where weights are streamed, they are read twice: for the loss before
-    anything is removed, and for all that comes after it, side by side.
+    With `picked`, the effects that are compared are made alone (`expert_effects(picks=)`), as a budgeted run makes them, and not
+    among those of all removals, which cost more than such a run. Never raises for a failed check: look at `passed`. Where weights
+    are streamed, they are read twice: for the loss before anything is removed, and for all that comes after it, side by side.
     """
     if tokens.shape[0] != 1 or tokens.shape[1] < MINIMUM_TOKENS:
         raise ValueError(f"verification takes one sequence [1, pos] of {MINIMUM_TOKENS} tokens or more, not {list(tokens.shape)}")
@@ -83,32 +81,12 @@ def verify(
         _loss_matches_logits(model, tokens, before),
         _no_stale_state(model, tokens, before.loss),
         _inactive_expert_has_no_effect(model, tokens, generator),
-        *(_effects_equal_full_forwards(model, tokens, generator, removal, scope) for scope in scopes),
+        *(_effects_equal_full_forwards(model, tokens, generator, removal, scope, picked) for scope in scopes),
     ]
     if products is not None:
-        checks.append(_products_are_near(model, tokens, removal, products))
+        checks.append(_products_are_near(model, tokens, generator, removal, products, picked))
     loss, stale, inactive, *exact = yield from in_turn(checks, model.streams)
     return [loss, stale, _losses_differ(before.loss[0]), inactive, *exact]
-
-
-@pausable
-def noise_floor(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> Steps[float]:
-    """Largest "effect", in nats, of removing nothing: through the counterfactuals of every layer, in a batch, against the
-    baseline of each sequence alone.
-
-    Effects below it are rounding. Zero is possible: the same operations in the same order.
-    """
-
-    def nothing_removed(clean: CleanBlock) -> Float[Tensor, "1 batch pos d_model"]:
-        experts = as_expert_block(clean)
-        return Zero().without(experts, torch.ones_like(experts.routing.weights, dtype=torch.bool)[None])
-
-    packed = pack(tokens.to(model.cfg.device), None)
-    runs = [(packed, model.cfg.moe_layers), *((row, []) for row in packed.split(1))]
-    together, *alone = yield from in_turn(
-        [fan_out(model, part, Lanes.of_variants(layers, 1), nothing_removed) for part, layers in runs], model.streams
-    )
-    return float((together.losses - torch.cat([one.baseline for one in alone]))[..., :-1].abs().max())
 
 
 MaskOf = Callable[[Int[Tensor, "1 pos slot"]], ExpertMask]
@@ -222,7 +200,13 @@ def _inactive_expert_has_no_effect(model: Transformer, tokens: Tensor, generator
 
 
 def _effects_equal_full_forwards(
-    model: Transformer, tokens: Tensor, generator: torch.Generator, removal: RemovalName, scope: Scope, samples: int = 12
+    model: Transformer,
+    tokens: Tensor,
+    generator: torch.Generator,
+    removal: RemovalName,
+    scope: Scope,
+    picked: bool,
+    samples: int = 12,
 ) -> Steps[Check]:
     """5. The fast counterfactuals equal one full forward pass per removal; from the position on, at later tokens too."""
     layers = None
@@ -235,7 +219,13 @@ def _effects_equal_full_forwards(
         layer, pos = _random_place(model, tokens, generator)
         slot = _random_below(model.cfg.experts_per_token, generator)
         places.append((layer if layers is None else layers[0], _Removed(pos, slot, removal, scope)))
-    tasks: list[Steps[Any]] = [expert_effects.steps(model, tokens, layers, scope, removal, readouts=readouts)]
+    if picked:
+        picks = _no_picks(model, tokens)
+        for layer, removed in places:
+            picks[model.cfg.moe_layers.index(layer), 0, removed.pos, removed.slot] = True
+        tasks: list[Steps[Any]] = [expert_effects.steps(model, tokens, removal=removal, picks=picks)]
+    else:
+        tasks = [expert_effects.steps(model, tokens, layers, scope, removal, readouts=readouts)]
     tasks += [_losses(model, tokens), *(removed.losses(model, tokens, layer) for layer, removed in places)]
     effects, clean, *full_forwards = yield from in_turn(tasks, model.streams)
     differences = []
@@ -256,13 +246,19 @@ def _effects_equal_full_forwards(
     return Check(EXACTNESS[scope], value <= threshold, value, threshold, detail)
 
 
-def _products_are_near(model: Transformer, tokens: Tensor, removal: RemovalName, products: ProductsName) -> Steps[Check]:
+def _products_are_near(
+    model: Transformer, tokens: Tensor, generator: torch.Generator, removal: RemovalName, products: ProductsName, picked: bool
+) -> Steps[Check]:
     """6. Effects by products of the change, in a narrower dtype, are those by the model's own up to a share of a typical one."""
-    forms = [expert_effects.steps(model, tokens, removal=removal, products=form) for form in (None, products)]
-    own, near = (effects.delta_loss[..., :-1, :] for effects in (yield from in_turn(forms, model.streams)))
-    off = (near - own).abs().flatten().double()
+    picks = _no_picks(model, tokens)
+    picks.view(-1)[torch.randperm(picks.numel(), generator=generator)[:PICKED_FOR_PRODUCTS].to(picks.device)] = True
+    options: dict[str, Any] = {"removal": removal, "picks": picks if picked else None}
+    forms = [expert_effects.steps(model, tokens, products=form, **options) for form in (None, products)]
+    own, near = (effects.delta_loss[..., :-1, :].double() for effects in (yield from in_turn(forms, model.streams)))
+    made = ~own.isnan()
+    off = (near - own)[made].abs()
     median, worst = float(off.median()), float(off.sort().values[int(0.99 * (len(off) - 1))])
-    share = median / float(own.abs().median())
+    share = median / float(own[made].abs().median())
     return Check(
         "products of the change",
         share <= PRODUCTS_TOLERANCE,
@@ -271,6 +267,11 @@ def _products_are_near(model: Transformer, tokens: Tensor, removal: RemovalName,
         f"median |effect by {products} - by {str(model.cfg.dtype).removeprefix('torch.')}| as a share of the median |effect|; "
         f"{median:.2g} nats, and below {worst:.2g} for 99% of {len(off):,} removals",
     )
+
+
+def _no_picks(model: Transformer, tokens: Tensor) -> Bool[Tensor, "layer 1 pos slot"]:
+    shape = (len(model.cfg.moe_layers), *tokens.shape, model.cfg.experts_per_token)
+    return torch.zeros(shape, dtype=torch.bool, device=tokens.device)
 
 
 def _largest(values: Sequence[float]) -> float:

@@ -32,10 +32,11 @@ from hooked_moe.loading.spill import Spill, Waiting
 from hooked_moe.loading.streaming import StreamedBlocks
 from hooked_moe.measurement import open_measurement
 from hooked_moe.measurement.document_tables import TABLES
+from hooked_moe.measurement.noise_floor import noise_floor
 from hooked_moe.measurement.part_spec import PartSpec
 from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
-from hooked_moe.measurement.verification import noise_floor, verify
+from hooked_moe.measurement.verification import verify
 from hooked_moe.tokenizer import Tokenizer
 from tests.conftest import random_model
 

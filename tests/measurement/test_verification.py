@@ -24,7 +24,8 @@ from hooked_moe.kernels import target_loss
 from hooked_moe.kernels.target_loss import LossAndLogSum
 from hooked_moe.loading.fingerprint import config_values, versions, weights_sha256
 from hooked_moe.measurement import verification
-from hooked_moe.measurement.verification import Check, noise_floor, verify
+from hooked_moe.measurement.noise_floor import noise_floor
+from hooked_moe.measurement.verification import Check, verify
 from tests.conftest import EVERY_ARCHITECTURE
 
 CHECKS = ["loss", "no stale state", "losses differ", "inactive expert", "effects are exact"]
@@ -282,6 +283,41 @@ def test_a_model_of_nan_passes_none_of_the_checks(make_model: Callable[..., Hook
     with torch.no_grad():
         model.ln_final.w.fill_(float("nan"))
     assert failed(verify(model, sequence)) == CHECKS
+
+
+# --- as a budgeted run makes removals: single ones ------------------------------------------------------------------
+
+
+@EVERY_ARCHITECTURE
+def test_effects_made_alone_are_verified_where_a_run_makes_them_so(
+    model: HookedMoE, sequence: Tensor, monkeypatch: Patch
+) -> None:
+    assert failed(verify(model, sequence, picked=True)) == []
+    original = expert_removal.PickedRemovals.branch
+
+    def off(self: Any, clean: Any, ways: Tensor) -> Any:
+        return original(self, clean, ways) * 1.01
+
+    monkeypatch.setattr(expert_removal.PickedRemovals, "branch", off)
+    assert failed(verify(model, sequence, picked=True)) == ["effects are exact"]
+    assert failed(verify(model, sequence)) == []
+
+
+def test_only_what_is_compared_is_made_alone(model: HookedMoE, sequence: Tensor, monkeypatch: Patch) -> None:
+    made: list[int] = []
+    original = verification.expert_effects
+
+    def counted(*inputs: Any, **options: Any) -> Steps[Any]:
+        effects = yield from original.steps(*inputs, **options)
+        made.append(int((~effects.delta_loss.isnan()).sum()))
+        return effects
+
+    monkeypatch.setattr(verification, "expert_effects", pausable(counted))
+    verify(model, sequence, picked=True, products="bfloat16")
+    last_layer_alone, exact, *products = made
+    assert last_layer_alone == (sequence.shape[1] - 1) * model.cfg.experts_per_token
+    assert exact <= 12
+    assert len(products) == 2 and products[0] == products[1] <= verification.PICKED_FOR_PRODUCTS
 
 
 # --- noise floor and fingerprint -------------------------------------------------------------------------------------
