@@ -156,7 +156,7 @@ def router_flips(
     tables = []
     with progress_bar(len(chosen) * (len(chosen) - 1) // 2, "routers", "pair", shown=progress) as bar:
         for layer, deltas in by_layer.items():
-            flipped = torch.full((*deltas.experts.shape, len(chosen)), -1, device=deltas.experts.device)
+            flipped = deltas.experts.new_full((*deltas.experts.shape, len(chosen)), -1)
             for axis, later in enumerate(chosen):
                 if later > layer:
                     flipped[..., axis] = _flipped(pair, later, deltas.delta)

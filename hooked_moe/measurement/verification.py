@@ -251,7 +251,8 @@ def _products_are_near(
 ) -> Steps[Check]:
     """6. Effects by products of the change, in a narrower dtype, are those by the model's own up to a share of a typical one."""
     picks = _no_picks(model, tokens)
-    picks.view(-1)[torch.randperm(picks.numel(), generator=generator)[:PICKED_FOR_PRODUCTS].to(picks.device)] = True
+    some = torch.randperm(picks.numel(), generator=generator, device="cpu")[:PICKED_FOR_PRODUCTS]
+    picks.view(-1)[some.to(picks.device)] = True
     options: dict[str, Any] = {"removal": removal, "picks": picks if picked else None}
     forms = [expert_effects.steps(model, tokens, products=form, **options) for form in (None, products)]
     own, near = (effects.delta_loss[..., :-1, :].double() for effects in (yield from in_turn(forms, model.streams)))
