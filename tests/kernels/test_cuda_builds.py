@@ -109,7 +109,8 @@ def sanitized(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "files",
     [
-        ("test_cuda_shim.py", "test_cuda_kernels.py"),
+        ("test_cuda_shim.py",),
+        pytest.param(("test_cuda_kernels.py",), marks=pytest.mark.slow),
         pytest.param(("test_cuda_prefix_attention.py", "test_cuda_target_logprob.py"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
