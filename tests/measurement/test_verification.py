@@ -317,7 +317,8 @@ def test_only_what_is_compared_is_made_alone(model: HookedMoE, sequence: Tensor,
     last_layer_alone, exact, *products = made
     assert last_layer_alone == (sequence.shape[1] - 1) * model.cfg.experts_per_token
     assert exact <= 12
-    assert len(products) == 2 and products[0] == products[1] <= verification.PICKED_FOR_PRODUCTS
+    assert len(products) == 2
+    assert products[0] == products[1] <= verification.PICKED_FOR_PRODUCTS
 
 
 # --- noise floor and fingerprint -------------------------------------------------------------------------------------
