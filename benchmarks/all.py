@@ -99,8 +99,12 @@ def with_sections(page: str, sections: Mapping[str, str]) -> str:
 
 
 def when() -> str:
-    """At which commit a section is made, when, and how busy the machine is with other work."""
-    return f"Commit {commit()}, {datetime.now(UTC):%Y-%m-%d}, load average {os.getloadavg()[0]:.1f} before it began."
+    """At which commit a section is made, when, on which machine, and how busy that is with other work."""
+    place = machine()
+    return (
+        f"Commit {commit()}, {datetime.now(UTC):%Y-%m-%d}, on {place['CPU']} ({place['extensions']}), load average "
+        f"{os.getloadavg()[0]:.1f} before it began."
+    )
 
 
 def title(script: Path) -> str:
