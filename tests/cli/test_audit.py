@@ -423,14 +423,14 @@ def test_checks_are_made_with_the_removal_and_the_scopes_of_the_run(
     asked = []
 
     @pausable
-    def passed(model: HookedMoE, tokens: Tensor, *rest: Any, products: Any) -> Steps[list[Any]]:
-        asked.append((tokens.shape[1], *rest, products))
+    def passed(model: HookedMoE, tokens: Tensor, *rest: Any, products: Any, picked: bool) -> Steps[list[Any]]:
+        asked.append((tokens.shape[1], *rest, products, picked))
         yield from ()
         return []
 
     monkeypatch.setattr(gate, "verify", passed)
     run_audit(tmp_path, "--scope", "both", "--removal", "reroute", "--products", "bfloat16")
-    assert asked == [(16, "reroute", ("position",), "bfloat16"), (16, "reroute", ("sequence",), None)]
+    assert asked == [(16, "reroute", ("position",), "bfloat16", False), (16, "reroute", ("sequence",), None, False)]
 
 
 # --- as commands -----------------------------------------------------------------------------------------------------
