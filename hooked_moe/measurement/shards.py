@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from hooked_moe.counterfactuals.engine.requests import checked_products
 from hooked_moe.counterfactuals.engine.steps import run_without_grad, side_by_side
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
 from hooked_moe.counterfactuals.first_order import waiting_bytes as gradient_waiting_bytes
-from hooked_moe.executors import Executor, ModelWork, Threads
+from hooked_moe.executors import Executor, ModelWork, Threads, await_arrival
 from hooked_moe.loading.fingerprint import SameModel, computed_on
 from hooked_moe.loading.spill import spill_directory
 from hooked_moe.loading.streaming import spill_of
@@ -43,8 +42,6 @@ MAX_WORKERS = 4
 """The most documents measured side by side: where no budget is given, each has `requests.WAITING_BYTES` of its own."""
 ATTEMPTS = 2
 """How often a document is measured in one run whose shards are damaged."""
-ARRIVAL_SECONDS = 90.0
-"""How long shards that a worker has written may take until they are seen here: file systems remember what was not there."""
 
 Log = Callable[[str], object]
 
@@ -159,16 +156,16 @@ class PartMeasurement:
 
         Raises `OSError` where that does not come about.
         """
-        until = time.monotonic() + ARRIVAL_SECONDS
-        self._fetch()
-        while not all(self._files.has_record(unit_name(index)) for index in group):
-            if time.monotonic() > until:
-                raise OSError(
-                    f"a worker has measured documents {list(group)}, but their shards are not in {self._files.directory}: all "
-                    "workers must see the run's directory at this path"
-                )
-            time.sleep(0.2)
+
+        def arrived() -> bool:
             self._fetch()
+            return all(self._files.has_record(unit_name(index)) for index in group)
+
+        await_arrival(
+            arrived,
+            f"a worker has measured documents {list(group)}, but their shards are not in {self._files.directory}: all workers "
+            "must see the run's directory at this path",
+        )
 
     def _fetch(self) -> None:
         if self._transfer is not None:

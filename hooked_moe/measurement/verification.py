@@ -250,11 +250,12 @@ def _products_are_near(
     model: Transformer, tokens: Tensor, generator: torch.Generator, removal: RemovalName, products: ProductsName, picked: bool
 ) -> Steps[Check]:
     """6. Effects by products of the change, in a narrower dtype, are those by the model's own up to a share of a typical one."""
-    picks = _no_picks(model, tokens)
-    some = torch.randperm(picks.numel(), generator=generator, device="cpu")[:PICKED_FOR_PRODUCTS]
-    picks.view(-1)[some.to(picks.device)] = True
-    options: dict[str, Any] = {"removal": removal, "picks": picks if picked else None}
-    forms = [expert_effects.steps(model, tokens, products=form, **options) for form in (None, products)]
+    picks = None
+    if picked:
+        picks = _no_picks(model, tokens)
+        some = torch.randperm(picks.numel(), generator=generator, device="cpu")[:PICKED_FOR_PRODUCTS]
+        picks.view(-1)[some.to(picks.device)] = True
+    forms = [expert_effects.steps(model, tokens, removal=removal, picks=picks, products=form) for form in (None, products)]
     own, near = (effects.delta_loss[..., :-1, :].double() for effects in (yield from in_turn(forms, model.streams)))
     made = ~own.isnan()
     off = (near - own)[made].abs()

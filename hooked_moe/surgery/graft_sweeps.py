@@ -81,10 +81,8 @@ def graft_sweep(
     >>> table["parts"].to_pylist()[::2]
     ['none', 'everything', 'blocks', 'outer']
     """
-    for kind, names, known in (("sweep", sweeps, SWEEPS), ("direction", directions, DIRECTIONS)):
-        for name in names:
-            if name not in known:
-                raise unknown_name(kind, name, known, f"There are {', '.join(known)}.")
+    _check_names("sweep", sweeps, SWEEPS)
+    _check_names("direction", directions, DIRECTIONS)
     maker = _maker(a, b)
     grafts = [graft for sweep in sweeps for graft in _grafts_of(sweep, maker.places)]
     values = _Readouts(maker, readout, progress, 2 + len(directions) * len(grafts))
@@ -120,9 +118,7 @@ def null_sweep(
     >>> sorted(set(table["direction"].to_pylist()))
     ['a<-other', 'b<-other']
     """
-    for name in sweeps:
-        if name not in SWEEPS:
-            raise unknown_name("sweep", name, SWEEPS, f"There are {', '.join(SWEEPS)}.")
+    _check_names("sweep", sweeps, SWEEPS)
     rows: list[tuple[Graft, str, DocumentValues]] = []
     ends = []
     for host, way in zip((a, b), NULL_DIRECTIONS, strict=True):
@@ -132,6 +128,12 @@ def null_sweep(
         ends.append(values.of(frozenset()))
         rows += [(graft, way, values.of(graft.places)) for graft in grafts]
     return _table(rows, *ends)
+
+
+def _check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known, f"There are {', '.join(known)}.")
 
 
 def coalition_shares(

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from hooked_moe import HookedMoE
-from hooked_moe.executors import Executor, Work, in_parallel
+from hooked_moe.executors import Executor, Work, arrival, in_parallel
 from hooked_moe.loading import from_pretrained
 from hooked_moe.measurement import Run, open_measurement, run_directory, shards
 from hooked_moe.measurement.shards import PartMeasurement
@@ -280,7 +280,7 @@ def test_shards_that_do_not_arrive_are_an_error_in_words(opened: Opened, monkeyp
         def run(self, work: Work[Any], units: Sequence[Any]) -> Iterator[Any]:
             yield from units
 
-    monkeypatch.setattr(shards, "ARRIVAL_SECONDS", 0.1)
+    monkeypatch.setattr(arrival, "ARRIVAL_SECONDS", 0.1)
     with opened("run") as run, pytest.raises(OSError, match="all workers must see the run's directory at this path"):
         run.require("position", progress=False, executor=Nowhere())
 

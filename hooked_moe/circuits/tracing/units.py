@@ -6,7 +6,6 @@ Elsewhere a unit leaves its numbers in a file, from which they are read bit for 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,13 +17,11 @@ from hooked_moe.circuits.tracing.batches import CorruptedRun, batches
 from hooked_moe.circuits.tracing.measure import measure
 from hooked_moe.circuits.tracing.protocol import Protocol
 from hooked_moe.circuits.tracing.rows import BatchRows, batch_rows
-from hooked_moe.executors import Executor, ModelWork
+from hooked_moe.executors import Executor, ModelWork, await_arrival
 from hooked_moe.loading.fingerprint import SameModel
 from hooked_moe.tables import atomic_path
 from hooked_moe.transformer import Transformer
 
-ARRIVAL_SECONDS = 90.0
-"""How long a file that a worker has written may take until it is seen here."""
 _VALUE = "value of "
 
 
@@ -62,11 +59,9 @@ class TraceBatches:
 
     def read(self, unit: int) -> BatchRows:
         """The numbers that `do` has written. Raises `OSError` where they cannot be seen here."""
-        path, until = self.path(unit), time.monotonic() + ARRIVAL_SECONDS
-        while not path.is_file():
-            if time.monotonic() > until:
-                raise OSError(f"a worker has traced batch {unit}, but {path} is not there: all workers must see this directory")
-            time.sleep(0.2)
+        path = self.path(unit)
+        missing = f"a worker has traced batch {unit}, but {path} is not there: all workers must see this directory"
+        await_arrival(path.is_file, missing)
         with np.load(path, allow_pickle=False) as arrays:
             values = {name.removeprefix(_VALUE): arrays[name] for name in arrays.files if name.startswith(_VALUE)}
             rest = {name: arrays[name] for name in arrays.files if not name.startswith(_VALUE)}

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from hooked_moe import HookedMoE
-from hooked_moe.circuits.tracing import TracingResult, trace_facts, units
+from hooked_moe.circuits.tracing import TracingResult, trace_facts
 from hooked_moe.circuits.tracing import trace as tracing
-from hooked_moe.executors import Executor, ModelWork, Threads
+from hooked_moe.executors import Executor, ModelWork, Threads, arrival
 from tests.support.planted_facts import planted_model, planted_records
 
 FEW: dict[str, Any] = {"min_cases": 8, "n_cases": 10}
@@ -77,7 +77,7 @@ def test_an_executor_traces_the_same_to_the_byte(
 def test_numbers_that_do_not_arrive_are_an_error_in_words(
     planted: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(units, "ARRIVAL_SECONDS", 0.0)
+    monkeypatch.setattr(arrival, "ARRIVAL_SECONDS", 0.0)
     with pytest.raises(OSError, match=r"a worker has traced batch 0, but .* all workers must see this directory"):
         trace_facts(planted, planted_records(), executor=Nowhere(), directory=tmp_path, **FEW)
 
