@@ -78,8 +78,7 @@ class RedistributionAccumulator:
                     "mean_gap_norm": float(values["gap"].mean()) if used.any() else np.nan,
                     "median_compensation": _median(values["compensation"]),
                 }
-                correlations = {name: _spearman(values[one], values[two]) for name, (one, two) in CORRELATIONS.items()}
-                rows.append({**row, **correlations})
+                rows.append({**row, **_correlations(values)})
         return pa.Table.from_pylist(rows)
 
 
@@ -117,13 +116,26 @@ def _occurrence(expert: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:
     return result
 
 
+def _correlations(values: dict[str, Float[np.ndarray, " token"]]) -> dict[str, float]:
+    """`CORRELATIONS` of an expert. Each quantity is ranked once, but where some tokens lack one of a pair."""
+    whole = {name for name, column in values.items() if np.isfinite(column).all()}
+    ranks = {name: scipy.stats.rankdata(values[name]) for name in whole}
+    return {
+        name: _pearson(ranks[one], ranks[two]) if {one, two} <= whole else _spearman(values[one], values[two])
+        for name, (one, two) in CORRELATIONS.items()
+    }
+
+
 def _spearman(one: Float[np.ndarray, " token"], two: Float[np.ndarray, " token"]) -> float:
     both = np.isfinite(one) & np.isfinite(two)
-    one, two = one[both], two[both]
+    return _pearson(*(scipy.stats.rankdata(values[both]) for values in (one, two)))
+
+
+def _pearson(one: Float[np.ndarray, " token"], two: Float[np.ndarray, " token"]) -> float:
+    """NaN of fewer than ten tokens, and where one side is the same throughout."""
     if len(one) < MINIMUM_TOKENS or not np.ptp(one) or not np.ptp(two):
         return float("nan")
-    ranks = [scipy.stats.rankdata(values) for values in (one, two)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(one, two)[0, 1])
 
 
 def _median(values: Float[np.ndarray, " token"]) -> float:

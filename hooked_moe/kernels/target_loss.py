@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,13 @@ from hooked_moe.kernels.operators import operator
 
 CACHE_BYTES = 1 << 20
 """Bytes of logits that a CPU takes through the softmax together."""
-VOCABULARY_TILE = 4096
-"""Tokens of a large vocabulary whose logits a CPU makes together."""
+LEAST_SUM = 1e-30
+"""Of exponentials in float32 that are summed as they are."""
+
+
+def vocabulary_tile(device: torch.device) -> int:
+    """Tokens of the vocabulary whose logits change together: on a CPU as many as its cache holds for a thousand rows."""
+    return 512 if device.type == "cpu" else 4096
 
 
 def chunk_bytes(device: torch.device) -> int:
@@ -37,24 +43,12 @@ class LossAndLogSum(NamedTuple):
     """`log sum exp(logits)`, in float64 where it is a sum of the loss and the logit of its target, which were rounded before."""
 
 
-def cross_entropy(
-    logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"], change: Float[Tensor, "n d_vocab"] | None = None
-) -> LossAndLogSum:
-    """The loss of each row of `logits`, or of `logits + change`, as few rows at a time as the cache of a CPU holds."""
-    if change is None and _by_tiles(logits):
-        return _loss_by_tiles((logits[:, tile] for tile in _tiles(logits)), targets)
+def cross_entropy(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"]) -> LossAndLogSum:
+    """The loss of each row of `logits`, as few rows at a time as the cache of a CPU holds."""
     rows = max(1, CACHE_BYTES // (logits.shape[1] * logits.itemsize)) if logits.device.type == "cpu" else max(1, len(logits))
-    changes = [None] * -(-len(logits) // rows) if change is None else change.split(rows)
-    parts = zip(logits.split(rows), changes, targets.split(rows), strict=True)
-    losses, target_logits = [], []
-    for base, shift, part_targets in parts:
-        summed = base if shift is None else base + shift
-        losses.append(F.cross_entropy(summed, part_targets, reduction="none"))
-        target_logits.append(summed.gather(1, part_targets.unsqueeze(1)).squeeze(1))
-    if not losses:
-        return LossAndLogSum(logits.new_empty(0), logits.new_empty(0, dtype=torch.float64))
-    loss = torch.cat(losses)
-    return LossAndLogSum(loss, loss.double() + torch.cat(target_logits).double())
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    loss = torch.cat([F.cross_entropy(part, part_targets, reduction="none") for part, part_targets in parts])
+    return LossAndLogSum(loss, loss.double() + logits.gather(1, targets.unsqueeze(1)).squeeze(1).double())
 
 
 def target_loss(
@@ -82,51 +76,43 @@ def target_loss_and_log_sum(
     return LossAndLogSum(losses, log_sums)
 
 
-def shifted_target_loss(
-    logits: Float[Tensor, "n d_vocab"],
-    shifts: Float[Tensor, "variant n d_model"],
-    weight: Float[Tensor, "d_vocab d_model"],
-    targets: Int[Tensor, " n"],
-) -> LossAndLogSum:
-    """`-log softmax(logits + weight @ shift)[target]` in nats, and the log of the sum, [variant, n], for several shifts of the
-    same rows.
+def log_sum_change(
+    log_p: Float[Tensor, "n d_vocab"], shifts: Float[Tensor, "variant n d_model"], weight: Float[Tensor, "d_vocab d_model"]
+) -> Float[Tensor, "variant n"]:
+    """`log sum_v p_v exp(weight_v . shift)`: by how much the log of the sum of exponentials moves when the logits, of which `log_p`
+    is the log-softmax, move with each of several shifts of the same rows. In float64, from exponentials in the dtype of `log_p`.
 
-    The product is in the weights' dtype, the sum and the loss in that of `logits`: where weights are in half precision, only the
-    shift is rounded, by one part in 2^9 of itself (bfloat16), never the logits that it is added to.
+    The product is in the weights' dtype: where they are in half precision, only the change of a logit is rounded, by one part in
+    2^9 of itself (bfloat16), never the logit. A shift of zero has the bits of `log_total(log_p)`.
     """
-    if _by_tiles(logits) and shifts.numel():
-        rows, shape = shifts.flatten(0, 1).to(weight.dtype), shifts.shape[:2]
-        changes = (F.linear(rows, weight[tile]).to(logits.dtype).unflatten(0, shape) for tile in _tiles(logits))
-        return _loss_by_tiles((logits[:, tile] + change for tile, change in zip(_tiles(logits), changes, strict=True)), targets)
-    changed = [cross_entropy(logits, targets, change=F.linear(shift.to(weight.dtype), weight)) for shift in shifts]
-    if not changed:
-        return LossAndLogSum(logits.new_empty(0, len(targets)), logits.new_empty(0, len(targets), dtype=torch.float64))
-    losses, log_sums = zip(*changed, strict=True)
-    return LossAndLogSum(torch.stack(losses), torch.stack(log_sums))
+    flat, shape = shifts.to(weight.dtype).flatten(0, 1), shifts.shape[:2]
+
+    def changes(weight: Tensor, rows: Tensor) -> Tensor:
+        return F.linear(rows, weight).to(log_p.dtype)
+
+    device = log_p.device
+    tiles = (x.split(vocabulary_tile(device), dim) for x, dim in ((weight, 0), (log_p, 1)))
+    moved = (changes(rows, flat).unflatten(0, shape).add_(before) for rows, before in zip(*tiles, strict=True))
+    log_sum = _log_sum(moved, device)
+    if device.type == "cpu":
+        for variant, row in (~log_sum.isfinite()).nonzero().tolist():
+            log_sum[variant, row] = (log_p[row] + changes(weight, shifts[variant, row].to(weight.dtype))).double().logsumexp(-1)
+    return log_sum
 
 
-def _by_tiles(logits: Float[Tensor, "n d_vocab"]) -> bool:
-    """Whether losses are made of a large vocabulary's tiles: on a CPU, which then reads a large unembedding once for many rows,
-    and sums the logits of a tile while they are in its cache."""
-    return logits.device.type == "cpu" and logits.shape[1] > 2 * VOCABULARY_TILE
+def log_total(log_p: Float[Tensor, "n d_vocab"]) -> Float[Tensor, " n"]:
+    """The log of the sum of all probabilities, which rounding keeps from being zero; in float64."""
+    tiles = log_p.split(vocabulary_tile(log_p.device), dim=-1)
+    return _log_sum((tile.clone() for tile in tiles), log_p.device)
 
 
-def _tiles(logits: Float[Tensor, "n d_vocab"]) -> list[slice]:
-    return [slice(start, start + VOCABULARY_TILE) for start in range(0, logits.shape[1], VOCABULARY_TILE)]
-
-
-def _loss_by_tiles(tiles: Iterable[Float[Tensor, "*variant n tile"]], targets: Int[Tensor, " n"]) -> LossAndLogSum:
-    """The loss from logits that come a tile at a time."""
-    log_sums, own = [], []
-    row = torch.arange(len(targets), device=targets.device)
-    for number, logits in enumerate(tiles):
-        log_sums.append(logits.logsumexp(-1))
-        place = targets - number * VOCABULARY_TILE
-        elsewhere = (place < 0) | (place >= logits.shape[-1])
-        own.append(logits[..., row, place.masked_fill(elsewhere, 0)].masked_fill(elsewhere, 0.0))
-    target_logits = torch.stack(own).sum(0)  # each is in one tile, and zero in the others
-    log_sum = torch.stack(log_sums).double().logsumexp(0)
-    return LossAndLogSum((log_sum - target_logits.double()).to(target_logits.dtype), log_sum)
+def _log_sum(tiles: Iterable[Float[Tensor, "*rows tile"]], device: torch.device) -> Float[Tensor, "*rows"]:
+    """The log of the sum of exponentials of all tiles, in whose place they are computed. A CPU makes no pass for the largest of a
+    row: where the sum leaves the range of float32 it is not finite."""
+    if device.type != "cpu":
+        return torch.stack([tile.logsumexp(-1) for tile in tiles]).double().logsumexp(0)
+    total = reduce(torch.add, (tile.exp_().sum(-1).double() for tile in tiles))
+    return total.log().masked_fill(total < LEAST_SUM, -torch.inf)
 
 
 def as_sum(x: Float[Tensor, "n d_model"], dtype: torch.dtype, parts: int = 2) -> Float[Tensor, "part n d_model"]:

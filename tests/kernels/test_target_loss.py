@@ -20,6 +20,10 @@ def reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(x.double() @ weight.double().T, targets, reduction="none").float()
 
 
+def log_sum(x: Tensor, weight: Tensor) -> Tensor:
+    return (x.double() @ weight.double().T).logsumexp(-1)
+
+
 @pytest.mark.parametrize(("n", "d", "vocabulary"), [(0, 3, 5), (1, 1, 2), (63, 8, 7), (64, 8, 33), (200, 16, 10_001)])
 def test_the_loss_is_cross_entropy_in_chunks_of_any_size(n: int, d: int, vocabulary: int) -> None:
     x, weight = draw(n, d), draw(vocabulary, d, seed=1)
@@ -29,15 +33,24 @@ def test_the_loss_is_cross_entropy_in_chunks_of_any_size(n: int, d: int, vocabul
 
 @pytest.mark.parametrize("variants", [0, 1, 3])
 @pytest.mark.parametrize(("n", "d", "vocabulary"), [(1, 1, 2), (5, 8, 33), (5, 8, 8193), (7, 3, 12_301)])
-def test_the_loss_of_shifted_rows_is_that_of_their_sums(variants: int, n: int, d: int, vocabulary: int) -> None:
+def test_the_log_sum_moves_by_what_it_is_of_the_moved_logits(variants: int, n: int, d: int, vocabulary: int) -> None:
     x, weight, shifts = draw(n, d), draw(vocabulary, d, seed=1), draw(variants, n, d, seed=2)
-    targets = torch.randint(vocabulary, (n,))
-    losses, log_sums = kernel.shifted_target_loss(F.linear(x, weight), shifts, weight, targets)
-    assert losses.shape == log_sums.shape == (variants, n)
-    for loss, log_sum, shift in zip(losses, log_sums, shifts, strict=True):
-        torch.testing.assert_close(loss, reference(x + shift, weight, targets), atol=2e-5, rtol=1e-5)
-        expected = ((x + shift).double() @ weight.double().T).logsumexp(-1)
-        torch.testing.assert_close(log_sum, expected, atol=2e-5, rtol=1e-5)
+    moved = kernel.log_sum_change(F.linear(x, weight).log_softmax(-1), shifts, weight)
+    assert moved.shape == (variants, n)
+    assert moved.dtype == torch.float64
+    torch.testing.assert_close(moved, log_sum(x + shifts, weight) - log_sum(x, weight), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [80.0, 88.5, 200.0, 3000.0])
+def test_logits_may_move_beyond_the_range_of_exponentials(size: float) -> None:
+    x, weight = draw(6, 4), draw(700, 4, seed=1, scale=0.1)
+    x[:, 0], weight[:, 0] = 0.0, 1.0
+    shifts = torch.zeros(2, 6, 4)
+    shifts[0, ::2, 0], shifts[1, 1::2, 0] = size, -size  # all logits alike
+    shifts[0, 1, 1] = size  # some up and some down
+    moved = kernel.log_sum_change(F.linear(x, weight).log_softmax(-1), shifts, weight)
+    torch.testing.assert_close(moved, log_sum(x + shifts, weight) - log_sum(x, weight), atol=2e-6, rtol=2e-7)
+    assert (moved[1, ::2] - kernel.log_total(F.linear(x, weight).log_softmax(-1))[::2]).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -48,17 +61,14 @@ def test_the_log_of_the_sum_comes_with_the_loss(dtype: torch.dtype) -> None:
     torch.testing.assert_close(log_sum, (x.double() @ weight.double().T).logsumexp(-1), atol=1e-5, rtol=1e-6)
 
 
-def test_in_bfloat16_the_error_of_a_shifted_loss_shrinks_with_the_shift() -> None:
+def test_in_bfloat16_the_error_of_a_change_shrinks_with_the_shift() -> None:
     x, weight = draw(200, 64), draw(1000, 64, seed=1, scale=0.3).to(HALF)
-    targets = torch.randint(1000, (200,))
-    logits = F.linear(x, weight.float())
+    log_p = F.linear(x, weight.float()).log_softmax(-1)
     for scale in (1.0, 1e-2, 1e-4):
-        shift = draw(1, 200, 64, seed=2, scale=scale)
-        change = kernel.shifted_target_loss(logits, shift, weight, targets).loss[0] - F.cross_entropy(
-            logits, targets, reduction="none"
-        )
-        exact = reference(x + shift[0], weight.float(), targets) - reference(x, weight.float(), targets)
-        assert (change - exact).abs().max() <= 0.02 * exact.abs().max() + 2e-6, scale
+        shifts = draw(1, 200, 64, seed=2, scale=scale).to(HALF).float()
+        moved = kernel.log_sum_change(log_p, shifts, weight)
+        exact = log_sum(x + shifts, weight) - log_sum(x, weight)
+        assert (moved - exact).abs().max() <= 0.02 * exact.abs().max() + 2e-6, scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, HALF])

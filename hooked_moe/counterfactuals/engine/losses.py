@@ -1,11 +1,9 @@
 """What final residual streams predict: the loss of the next token, and how far the prediction moved.
 
-`KL(clean || changed)` is the expectation of the change of the loss over next tokens drawn from the clean run. With the log of the
-sum of exponentials `lse`, the normalised stream `x` and the clean run's mean row of the unembedding, `m = sum_v p_v W_U[v]`,
-
-    KL = lse(changed) - lse(clean) - m . (x(changed) - x(clean))
-
-so it costs a sum over d_model beside the loss. The differences are taken in float64.
+A shift of the normalised stream moves the log of the sum of exponentials by `S = log sum_v p_v exp(W_U[v] . shift)`, with p the
+clean run's prediction. The loss moves by `S - W_U[target] . shift`; and `KL(clean || changed)`, which is the expectation of that
+over next tokens drawn from the clean run, is `S - m . shift` with their mean row of the unembedding, `m = sum_v p_v W_U[v]`. So
+it costs a sum over d_model beside the loss.
 """
 
 from __future__ import annotations
@@ -22,8 +20,9 @@ from hooked_moe.counterfactuals.engine.chunks import chunk_size_on
 from hooked_moe.kernels.dispatch import use_kernels
 from hooked_moe.kernels.target_loss import (
     cross_entropy,
+    log_sum_change,
+    log_total,
     rows_per_chunk,
-    shifted_target_loss,
     target_loss,
     target_loss_and_log_sum,
 )
@@ -90,8 +89,8 @@ def prediction_change(
 class CleanPrediction:
     """The clean run's prediction at some tokens, for changed ones to be compared with.
 
-    The clean run alone is unembedded. Of each variant, the change of its normalised stream is, and added to the clean logits: so
-    both have the same rounding, which cancels. In bfloat16 the change is unembedded in the weights' own dtype, which rounds the
+    The clean run alone is unembedded. Of each variant, the change of its normalised stream is: so no rounding of logits that both
+    have in common comes into the difference. In bfloat16 the change is unembedded in the weights' own dtype, which rounds the
     change of a logit by one part in 2^9 of itself and not the logit. Where a kernel reads the loss without the logits in memory,
     both are unembedded by it. `narrow` is the unembedding of changes in a narrower dtype than the model's, if it has one.
     """
@@ -111,13 +110,18 @@ class CleanPrediction:
         self.fused = use_kernels(unembedding) and narrow is None
         self.weight = unembedding if self.fused else wide if narrow is None else narrow
         self.x = model.ln_final(at_least_float32(resid))
-        self.logits = F.linear(self.x, wide)
-        self.mean_row = self.logits.softmax(-1) @ wide
+        logits = F.linear(self.x, wide)
         if self.fused:
-            self.log_sum = target_loss_and_log_sum(self.x, self.weight, targets).log_sum
-            del self.logits
-        else:
-            self.log_sum = cross_entropy(self.logits, targets).log_sum
+            self.mean_row = logits.softmax(-1) @ wide
+            del logits
+            self.log_sum = target_loss_and_log_sum(self.x, self.weight, targets).log_sum.double()
+            return
+        self.loss = cross_entropy(logits, targets).loss
+        self.log_p = logits.log_softmax(-1)
+        del logits
+        self.mean_row = self.log_p.exp() @ wide
+        self.target_row = wide[targets]
+        self.log_total = log_total(self.log_p)
 
     def changed_to(
         self, resid: Float[Tensor, "variant n d_model"]
@@ -128,11 +132,17 @@ class CleanPrediction:
         if self.fused:
             at_all = target_loss_and_log_sum(x.flatten(0, 1), self.weight, self.targets.repeat(len(x)))
             loss, log_sum = (values.view(x.shape[:2]) for values in at_all)
+            moved = log_sum.double() - self.log_sum
         else:
             shift = shift.to(self.weight.dtype)  # as it is unembedded
-            loss, log_sum = shifted_target_loss(self.logits, shift, self.weight, self.targets)
-        along_mean = (shift * self.mean_row).sum(-1, dtype=torch.float64)
-        return loss, (log_sum.double() - self.log_sum.double() - along_mean).to(loss.dtype)
+            moved = log_sum_change(self.log_p, shift, self.weight) - self.log_total
+            loss = (self.loss + moved - _along(shift, self.target_row)).to(self.loss.dtype)
+        return loss, (moved - _along(shift, self.mean_row)).to(loss.dtype)
+
+
+def _along(shift: Float[Tensor, "variant n d_model"], row: Float[Tensor, "n d_model"]) -> Float[Tensor, "variant n"]:
+    """The products with a row of each token, in float64."""
+    return (shift * row).sum(-1, dtype=torch.float64)
 
 
 def _measured(targets: Int[Tensor, "batch pos"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
