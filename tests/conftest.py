@@ -21,8 +21,10 @@ jaxtyping.install_import_hook(["hooked_moe", "weights_conversion"], "beartype.be
 
 from hooked_moe import HookedMoE, HookedMoEConfig  # noqa: E402
 from hooked_moe.config import ClampedSwiGLU, YarnScaling  # noqa: E402
+from hooked_moe.report import drawing_process  # noqa: E402
 
 torch.set_num_threads(1)
+drawing_process.PROCESSES = 1  # small runs' figures are drawn before another process has started
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -79,8 +79,8 @@ def target_loss_and_log_sum(
 def log_sum_change(
     log_p: Float[Tensor, "n d_vocab"], shifts: Float[Tensor, "variant n d_model"], weight: Float[Tensor, "d_vocab d_model"]
 ) -> Float[Tensor, "variant n"]:
-    """`log sum_v p_v exp(weight_v . shift)`: by how much the log of the sum of exponentials moves when the logits, of which `log_p`
-    is the log-softmax, move with each of several shifts of the same rows. In float64, from exponentials in the dtype of `log_p`.
+    """`log sum_v p_v exp(weight_v . shift)`, in float64: by how much the log of the sum of exponentials moves when the logits, of
+    which `log_p` is the log-softmax, move with each of several shifts of the same rows. Exponentials are in the dtype of `log_p`.
 
     The product is in the weights' dtype: where they are in half precision, only the change of a logit is rounded, by one part in
     2^9 of itself (bfloat16), never the logit. A shift of zero has the bits of `log_total(log_p)`.

@@ -6,8 +6,8 @@ that measure it.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,17 @@ from hooked_moe.report.blocks import Block, Figure, Page, Paragraph, Section
 from hooked_moe.report.budgeted_sections import budget_section, is_budgeted
 from hooked_moe.report.definitions import definitions
 from hooked_moe.report.derived_files import DERIVED_FILES, SAMPLE_FILES
-from hooked_moe.report.figures.ceiling import static_ceiling
-from hooked_moe.report.figures.drawing import FILES, Drawing
-from hooked_moe.report.figures.effect_size import effect_size
-from hooked_moe.report.figures.experts import experts
-from hooked_moe.report.figures.progressive import progressive
-from hooked_moe.report.figures.pruning import pruning
-from hooked_moe.report.figures.rank_correlation import rank_correlation
-from hooked_moe.report.figures.redistribution import redistribution
-from hooked_moe.report.figures.removal_effect import removal_effect, slot_distribution, slots
-from hooked_moe.report.figures.savings import savings as savings_figure
-from hooked_moe.report.figures.scopes import scopes
-from hooked_moe.report.figures.verdict import verdict
+from hooked_moe.report.drawing_process import draw_figures
+from hooked_moe.report.figures.drawing import FILES, Drawing, Pictures
 from hooked_moe.report.inputs import Inputs, explorer_pages, left_out, read_inputs
 from hooked_moe.report.links import expert_links, explorer_links
 from hooked_moe.report.page import render_page
 from hooked_moe.report.protocol import protocol_sections
 from hooked_moe.report.pruning_sections import pruning_section
 from hooked_moe.report.reread import reread_section
+from hooked_moe.report.run_figures import run_drawings
 from hooked_moe.report.saving_sections import savings_section
-from hooked_moe.report.savings import MARGIN, read_savings
+from hooked_moe.report.savings import read_savings
 from hooked_moe.report.summary import opening
 from hooked_moe.tables import FileRecord, Ledger, write_text_atomic
 
@@ -50,14 +41,14 @@ def write_report(run_dir: str | os.PathLike[str], *, progress: bool = False) -> 
     """
     run = Path(run_dir)
     inputs = read_inputs(run)
-    (run / "figures").mkdir(exist_ok=True)
-    with progress_bar(None, "drawing", " figures", shown=progress, delay=1.0) as bar:
-        figures = _Figures(inputs, run / "figures", bar.update)
-        first = figures.drawn("savings.csv", verdict)
-        title = f"Removing one expert at one token: {inputs.model_name}"
-        page = Page(title, opening(inputs, first, tuple(explorer_links(inputs))), tuple(_sections(inputs, figures)))
-    write_text_atomic(render_page(page), run / "report.html")
-    Ledger(run).record(_REPORT, _INPUTS, ["report.html", *figures.files()], settings=_settings(inputs.reasons, inputs.explorer))
+    drawings = run_drawings(inputs)
+    with progress_bar(len(drawings), "drawing", " figures", shown=progress, delay=1.0) as bar:
+        figures = _Figures(drawings, draw_figures(run, drawings, bar.update))
+    title = f"Removing one expert at one token: {inputs.model_name}"
+    top = opening(inputs, figures.of("verdict"), tuple(explorer_links(inputs)))
+    write_text_atomic(render_page(Page(title, top, tuple(_sections(inputs, figures)))), run / "report.html")
+    made = ["report.html", *(f"figures/{drawing.name}.{kind}" for drawing in drawings for kind in FILES)]
+    Ledger(run).record(_REPORT, _INPUTS, made, settings=_settings(inputs.reasons, inputs.explorer))
     return run / "report.html"
 
 
@@ -75,30 +66,17 @@ def _settings(reasons: Mapping[str, str], explorer: Sequence[str]) -> dict[str, 
     return {"left_out": {name: reason for name, reason in reasons.items() if name in DERIVED_FILES}, "explorer": list(explorer)}
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Figures:
-    """The figures of the page, numbered and saved as they are drawn."""
+    """The figures of the page, numbered in its order."""
 
-    inputs: Inputs
-    directory: Path
-    done: Callable[[], object]
-    """Called when one is drawn."""
-    numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 100)))
-    names: list[str] = field(default_factory=list)
+    drawings: Sequence[Drawing]
+    pictures: Mapping[str, Pictures]
 
-    def drawn(self, name: str, draw: Callable[..., Drawing], *extra: object) -> tuple[Figure, ...]:
-        """The figure of a derived table, as a block; nothing where the run lacks the table."""
-        if name not in self.inputs.tables:
-            return ()
-        drawing = draw(self.inputs.tables[name], *extra)
-        self.names.append(drawing.name)
-        saved = drawing.save(self.directory)
-        self.done()
-        return (sections.figure(next(self.numbers), drawing, saved),)
-
-    def files(self) -> list[str]:
-        """All that was drawn, by its path in the run."""
-        return [f"{self.directory.name}/{name}.{kind}" for name in self.names for kind in FILES]
+    def of(self, *names: str) -> tuple[Figure, ...]:
+        """Those of these names that the run has, as blocks."""
+        numbered = {drawing.name: (number, drawing) for number, drawing in enumerate(self.drawings, start=1)}
+        return tuple(sections.figure(*numbered[name], self.pictures[name]) for name in names if name in numbered)
 
 
 def _sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
@@ -119,21 +97,20 @@ def _verdict_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
     """What criteria save, what prunings cost, and how well rankings order."""
     savings = read_savings(inputs)
     if savings.rows:
-        yield savings_section(savings, figures.drawn("savings.csv", savings_figure, MARGIN))
+        yield savings_section(savings, figures.of("savings"))
     prunings = inputs.rows("pruning.csv")
     if prunings:
         summary = inputs.rows("pruning_summary.csv")
-        yield pruning_section(prunings, summary, figures.drawn("pruning.csv", pruning))
+        yield pruning_section(prunings, summary, figures.of("pruning"))
     yield from budget_section(inputs)
     if not is_budgeted(inputs):
-        yield from _section("order", "How well a ranking orders experts", figures.drawn("savings.csv", rank_correlation))
+        yield from _section("order", "How well a ranking orders experts", figures.of("rank_correlation"))
 
 
 def _protocol_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
     """The protocol of arXiv 2606.10703 on this run, and its released data."""
     cells = inputs.rows("cells.csv")
-    drawn = figures.drawn("cells.csv", effect_size, inputs.n_layers)
-    yield from _section("protocol", "The paper's protocol", drawn)
+    yield from _section("protocol", "The paper's protocol", figures.of("effect_size"))
     yield from protocol_sections(cells)
     reread = inputs.rows("reread.csv")
     if reread:
@@ -142,20 +119,13 @@ def _protocol_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
 
 def _effect_sections(inputs: Inputs, figures: _Figures) -> Iterator[Section]:
     """Effects as such: their size, their variance, where they occur."""
-    effects = (
-        *figures.drawn("layers.csv", removal_effect),
-        *figures.drawn("slots.csv", slots),
-        *figures.drawn("slot_distribution.csv", slot_distribution, inputs.noise_floor),
-    )
-    yield from _section("effects", "What one removal does", effects)
-    by_expert: tuple[Block, ...] = (*figures.drawn("experts.parquet", experts), *expert_links(inputs))
+    yield from _section("effects", "What one removal does", figures.of("removal_effect", "slots", "slot_distribution"))
+    by_expert: tuple[Block, ...] = (*figures.of("experts"), *expert_links(inputs))
     yield from _section("experts", "Every expert", by_expert)
-    ceiling = (*figures.drawn("ceiling.csv", static_ceiling), *figures.drawn("ceiling_kl.csv", static_ceiling, True))
-    yield from _section("ceiling", "How much of the variance lies between experts?", ceiling)
-    n_layers = inputs.n_layers
-    yield from _section("redistribution", "Redistribution", figures.drawn("redistribution.csv", redistribution, n_layers))
-    yield from _section("progressive", "Several experts at one token", figures.drawn("progressive.csv", progressive))
-    yield from _section("scopes", "One token or the whole sequence", figures.drawn("scopes.csv", scopes))
+    yield from _section("ceiling", "How much of the variance lies between experts?", figures.of("ceiling", "ceiling_kl"))
+    yield from _section("redistribution", "Redistribution", figures.of("redistribution"))
+    yield from _section("progressive", "Several experts at one token", figures.of("progressive"))
+    yield from _section("scopes", "One token or the whole sequence", figures.of("scopes"))
 
 
 def _table_sections(inputs: Inputs) -> Iterator[Section]:

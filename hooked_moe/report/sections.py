@@ -21,7 +21,7 @@ from hooked_moe.report.blocks import (
     table_row,
 )
 from hooked_moe.report.derived_files import DERIVED_FILES
-from hooked_moe.report.figures.drawing import Drawing
+from hooked_moe.report.figures.drawing import Drawing, Pictures
 from hooked_moe.report.figures.names import FAMILY_TITLES, label
 from hooked_moe.report.inputs import Inputs
 from hooked_moe.report.number_text import DASH, interval, log_bayes_factor, share, signed, value_text
@@ -51,12 +51,9 @@ def outcome_key(words_by_outcome: dict[str, OutcomeWords]) -> Key:
     return Key(tuple(entries))
 
 
-def figure(number: int, drawing: Drawing, picture: bytes) -> Figure:
-    """A drawing as a figure of the page; `picture` is its wide svg."""
-    wide, narrow = (
-        "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
-        for svg in (picture, drawing.render("svg", narrow=True)["svg"])
-    )
+def figure(number: int, drawing: Drawing, pictures: Pictures) -> Figure:
+    """A drawing as a figure of the page."""
+    wide, narrow = ("data:image/svg+xml;base64," + base64.b64encode(svg).decode() for svg in (pictures.wide, pictures.narrow))
     return Figure(number, drawing.name, drawing.title, drawing.caption, wide, narrow)
 
 

@@ -9,12 +9,27 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import all as suite
-from benchmarks import checkpoints, circuits, forward, peers, products, removals, roofline, routing, scaling, streaming, tracing
+from benchmarks import (
+    checkpoints,
+    circuits,
+    executors,
+    forward,
+    peers,
+    products,
+    removals,
+    roofline,
+    routing,
+    scaling,
+    streaming,
+    tracing,
+)
 from benchmarks.tables import Table
 from benchmarks.timing import ratio, summary, timed
 from hooked_moe import HookedMoE
@@ -34,7 +49,7 @@ def column(table: Table, name: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "script",
-    [circuits, tracing, removals, forward, roofline, products, scaling, streaming, routing, suite],
+    [circuits, tracing, removals, forward, roofline, products, scaling, streaming, executors, routing, suite],
     ids=lambda script: script.__name__,
 )
 def test_help_has_examples(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +82,30 @@ def test_routing_tables_have_the_experts_of_every_peer(monkeypatch: pytest.Monke
     monkeypatch.setitem(routing.CANDIDATES, "hooks, rows", lambda model, corpus: routing.with_rows(model, corpus) + 1)
     with pytest.raises(ValueError, match=r"hooks, rows finds the same expert in 0\.0000 of the rows only"):
         routing.main(["--small"])
+
+
+@pytest.mark.slow
+def test_audits_in_threads_and_on_ray_leave_the_same_bytes() -> None:
+    (table,) = executors.main(["--small", "--threads", "1"])
+    assert len(table.rows) == 6
+    for verdict in filter(None, column(table, "same tables")):
+        equal, of = map(int, verdict.split(" of "))  # with "others to" there would be more to read
+        assert equal == of > 5
+
+
+def test_tables_that_differ_are_found_out(tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("one", "same", "near", "far", "none")]
+    for place, shift in zip(places, (0.0, 0.0, 1e-6, 1e-3, None), strict=True):
+        place.mkdir()
+        if shift is not None:
+            pq.write_table(pa.table({"layer": [0, 1], "kl": [0.5, float("nan")]}), place / "a.parquet")
+            pq.write_table(pa.table({"kl": [0.5 + shift, float("nan")]}), place / "b.parquet")
+    assert executors.same_tables(places[0], places[1]) == "2 of 2"
+    assert executors.same_tables(places[0], places[2]) == "1 of 2; others to 1.0e-06"
+    with pytest.raises(ArithmeticError, match=r"b\.parquet: numbers differ by 0\.001"):
+        executors.same_tables(places[0], places[3])
+    with pytest.raises(ArithmeticError, match="do not have the same tables"):
+        executors.same_tables(places[0], places[4])
 
 
 def test_a_removal_that_is_not_exact_is_found_out() -> None:

@@ -18,7 +18,7 @@ import pytest
 from hooked_moe import tables
 from hooked_moe.analysis import analyse_run
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
-from hooked_moe.report import blocks, write_report
+from hooked_moe.report import blocks, drawing_process, write_report
 from hooked_moe.report.blocks import Paragraph
 from hooked_moe.report.derived_files import DERIVED_FILES
 from hooked_moe.report.figures.ceiling import pooled_shares
@@ -30,6 +30,7 @@ from hooked_moe.report.figures.progressive import draw_progressive
 from hooked_moe.report.inputs import Inputs, read_inputs
 from hooked_moe.report.outcome_words import PROTOCOL_WORDS
 from hooked_moe.report.page import render_page, style_sheet
+from hooked_moe.report.run_figures import run_drawings
 from hooked_moe.report.summary import FINDINGS
 from tests.support.synthetic_effects import PARTS, synthetic_run
 from tests.support.synthetic_report import synthetic_report
@@ -180,6 +181,28 @@ def test_a_page_is_the_same_bytes_each_time(measured, tmp_path):
         pages.append(write_report(copy).read_bytes())
         assert not list(copy.rglob(".*"))
     assert pages[0] == pages[1]
+
+
+def test_two_processes_draw_the_figures_that_one_does(measured, tmp_path, monkeypatch):
+    drawings = run_drawings(read_inputs(measured))
+    monkeypatch.setattr(drawing_process, "_draw_unclaimed", lambda run, drawings, claims: iter(()))  # all is left to the other
+    monkeypatch.setattr(drawing_process, "PROCESSES", 2)
+    counted = []
+    copy = shutil.copytree(measured, tmp_path / "run", ignore=shutil.ignore_patterns("figures"))
+    pictures = drawing_process.draw_figures(copy, drawings, counted.append)
+    assert list(pictures) == [drawing.name for drawing in drawings]
+    assert counted == [len(drawings)]
+    first = drawings[0]
+    assert pictures[first.name] == first.save(tmp_path)
+    assert (tmp_path / f"{first.name}.png").read_bytes() == (copy / "figures" / f"{first.name}.png").read_bytes()
+
+
+def test_what_stops_the_other_process_is_said(measured, tmp_path, monkeypatch):
+    drawings = run_drawings(read_inputs(measured))
+    monkeypatch.setattr(drawing_process, "_draw_unclaimed", lambda run, drawings, claims: iter(()))
+    monkeypatch.setattr(drawing_process, "PROCESSES", 2)
+    with pytest.raises(RuntimeError, match=r"(?s)the process that draws figures of .* code 1\n.*none of the derived tables"):
+        drawing_process.draw_figures(tmp_path, drawings, lambda n: None)
 
 
 def test_the_report_is_read_and_written_without_torch():

@@ -38,7 +38,8 @@ class Histogram:
         bits = size.view(np.uint32).astype(np.int64) >> _SHIFT
         size_bin = np.maximum(bits - _FIRST, 0)
         bins = np.where(values < 0, _BINS - 1 - size_bin, _BINS + size_bin)
-        np.add.at(self._counts.reshape(-1), group * (2 * _BINS) + bins, 1)
+        counter, found = np.unique(group * (2 * _BINS) + bins, return_counts=True)
+        self._counts.reshape(-1)[counter] += found.astype(np.uint32)
 
     def quantiles(self, groups: Sequence[int], levels: Float[np.ndarray, " level"]) -> Float[np.ndarray, " level"]:
         """Quantiles of the values of several groups together; NaN where there are none."""

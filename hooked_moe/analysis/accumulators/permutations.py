@@ -64,17 +64,19 @@ class RandomOrders:
         keys = np.ascontiguousarray(orders.T << bits).astype(kind)  # [expert, order]; the slot is added
         columns = [np.ascontiguousarray(column) for column in expert.T]
         first_slot = np.arange(len(expert))[:, None] * self.n_slots
+        # in float64 from here on: to widen the numbers of each order as they are summed takes longer
+        spared = {name: effect.mean(axis=1, dtype=np.float64)[:, None] - effect for name, effect in effects.items()}
         for start in range(0, len(orders), _ORDERS_PER_CHUNK):
             chunk = slice(start, start + _ORDERS_PER_CHUNK)
             key = _rows(keys[:, chunk], columns[0])
             for slot, column in enumerate(columns[1:], start=1):
                 np.minimum(key, _rows(keys[:, chunk] + kind.type(slot), column), out=key)
             lowest = first_slot + (key & kind.type((1 << bits) - 1))
-            for name, effect in effects.items():
-                cost, mean = effect.ravel().take(lowest, mode="clip"), effect.mean(axis=1, dtype=np.float64)
-                total = mean.sum() - cost.sum(axis=0, dtype=np.float64)
+            for name, table in spared.items():
+                saved = table.ravel().take(lowest, mode="clip")
+                total = saved.sum(axis=0)
                 for pattern, mask in enumerate(left_out):
-                    lost = mean[mask].sum() - cost[mask].sum(axis=0, dtype=np.float64) if mask.any() else 0.0
+                    lost = saved[mask].sum(axis=0) if mask.any() else 0.0
                     self._savings[name][pattern, axis, chunk] += total - lost
 
     def savings(self, effect: str, patterns: Int[np.ndarray, " layer"]) -> Float[np.ndarray, "layer order"]:

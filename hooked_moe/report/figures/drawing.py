@@ -40,6 +40,14 @@ LEGEND_BELOW: Any = {"loc": "outside lower center", "handlelength": 2.4, "column
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """A figure as svg, for a page and for a phone."""
+
+    wide: bytes
+    narrow: bytes
+
+
+@dataclass(frozen=True)
 class Drawing:
     """A figure of the report: file stem, title, caption, the table of its numbers, and a function of (numbers, narrow)."""
 
@@ -69,14 +77,14 @@ class Drawing:
                 files[kind] = buffer.getvalue()
         return files
 
-    def save(self, directory: Path) -> bytes:
-        """Write `name` with each of the endings `FILES` into `directory`; returns the svg."""
+    def save(self, directory: Path) -> Pictures:
+        """Write `name` with each of the endings `FILES` into `directory`; the svg there is the wide one."""
         files = self.render("svg", "png")
         for kind, content in files.items():
             with atomic_path(directory / f"{self.name}.{kind}") as temporary:
                 temporary.write_bytes(content)
         write_csv_atomic(self.numbers, directory / f"{self.name}.csv")
-        return files["svg"]
+        return Pictures(files["svg"], self.render("svg", narrow=True)["svg"])
 
 
 def panel_row(
