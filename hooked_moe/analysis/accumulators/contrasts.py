@@ -21,20 +21,13 @@ class Picked:
 
     @classmethod
     def from_scores(cls, score: Float[np.ndarray, "P K"], delta: Float[np.ndarray, "P K"]) -> "Picked":
-        """Of equals the first is taken, which is the lower slot. Slot by slot, for rows of a few numbers are slow to reduce."""
-        scores, deltas = np.ascontiguousarray(score.T), np.ascontiguousarray(delta.T, dtype=np.float64)
-        tied = np.zeros(len(score), bool)
-        picked: list[np.ndarray] = []
-        for beats in (np.greater, np.less):
-            best, its_delta, equals = scores[0].copy(), deltas[0].copy(), np.zeros(len(score), bool)
-            for own, own_delta in zip(scores[1:], deltas[1:], strict=True):
-                better = beats(own, best)
-                equals = (equals & ~better) | (own == best)
-                np.copyto(best, own, where=better)
-                np.copyto(its_delta, own_delta, where=better)
-            picked.append(its_delta)
-            tied |= equals
-        return cls(picked[0], picked[1], tied, np.isnan(scores).any(axis=0))
+        """argmax and argmin take the first of equals, which is the lower slot."""
+        undefined = np.isnan(score).any(axis=1)
+        rows = np.arange(len(score))
+        top, bottom = score.argmax(axis=1), score.argmin(axis=1)
+        shared = [(score == score[rows, pick][:, None]).sum(axis=1) > 1 for pick in (top, bottom)]
+        high, low = (delta[rows, pick].astype(np.float64) for pick in (top, bottom))
+        return cls(high, low, shared[0] | shared[1], undefined)
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ class ContrastAccumulator:
     ) -> None:
         """Add the measured positions of a chunk, with each ranking's scores (None: not measured, passed over)."""
         here, starts = self.documents.split(document)
-        centred = _centred(delta)
+        centred = delta - delta.mean(axis=1, keepdims=True)
         ranks = within_position_ranks(delta)
         first, last = np.searchsorted(self._sorted, [self._seen, self._seen + len(document)])
         local, drawn = self._sorted[first:last] - self._seen, self._draw[first:last]
@@ -101,21 +94,16 @@ class ContrastAccumulator:
         return self._sample[ranking]
 
 
-def _centred(values: Float[np.ndarray, "P K"]) -> Float[np.ndarray, "K P"]:
-    """Less their mean at the position, slot by slot."""
-    slots = np.ascontiguousarray(values.T)
-    return slots - slots.mean(axis=0)
-
-
 def _columns(
-    picked: Picked, score: Float[np.ndarray, "P K"], centred: Float[np.ndarray, "K P"], delta_ranks: Float[np.ndarray, "P K"]
+    picked: Picked, score: Float[np.ndarray, "P K"], centred: Float[np.ndarray, "P K"], delta_ranks: Float[np.ndarray, "P K"]
 ) -> Float[np.ndarray, "P column"]:
     """The fields of ContrastSums at each position."""
     kept = ~picked.undefined
     difference = np.where(kept, picked.high - picked.low, 0.0)
     spearman = spearman_of_ranks(within_position_ranks(score), delta_ranks)
     correlated = ~np.isnan(spearman)
-    known = _centred(np.where(kept[:, None], score, 0.0))
+    known = np.where(kept[:, None], score, 0.0)
+    known -= known.mean(axis=1, keepdims=True)
     return np.stack(
         [
             kept,
@@ -126,8 +114,8 @@ def _columns(
             picked.tied & kept,
             np.where(correlated, spearman, 0.0),
             correlated,
-            (known * centred).sum(axis=0),
-            (known * known).sum(axis=0),
+            np.einsum("pk,pk->p", known, centred),
+            np.einsum("pk,pk->p", known, known),
         ],
         axis=1,
     )
