@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -68,14 +68,14 @@ class Attention(nn.Module):
         self, qkv: QueriesKeysValues, visible: Bool[Tensor, "batch 1 query key"] | None
     ) -> Float[Tensor, "batch pos head d_value"]:
         """Mix values by attention: a fused kernel, or the pattern itself where a hook looks at it."""
-        q, k, v = (rearrange(x, "batch pos head width -> batch head pos width") for x in qkv)
+        q, k, v = (x.transpose(1, 2) for x in qkv)  # [batch, head, pos, width]
         if visible is None and self.window is not None and self.window < k.shape[2]:
             visible = _last_keys(k.shape[2], self.window, q.device)
         sink = self._sinks(q)
         z = _fused(q, k, v, visible, self.cfg.attention_scale, sink)
         if self.hook_attn_scores.active or self.hook_pattern.active:
             z = self._attend_by_pattern(z, q, k, v, visible, sink)
-        return self.hook_z(rearrange(z, "batch head pos d_value -> batch pos head d_value"))
+        return self.hook_z(z.transpose(1, 2))
 
     def _sinks(self, q: Tensor) -> Float[Tensor, "batch head query"] | None:
         """The sink of every query, if there are sinks."""

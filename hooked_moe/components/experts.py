@@ -7,7 +7,6 @@ from functools import cached_property
 from itertools import pairwise
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -86,6 +85,9 @@ class Experts(nn.Module):
         for index, site in enumerate(sites):
             self.add_module(str(index), site)
         self.hook_points = [site.hook_out for site in sites]
+        self._listened_to: set[HookPoint] = set()
+        for point in self.hook_points:
+            point.listened_to = self._listened_to
 
     def keep(self, kept: Sequence[int]) -> None:
         """Forget all experts but these; the i-th kept one is expert i from now on."""
@@ -93,11 +95,12 @@ class Experts(nn.Module):
             setattr(self, name, nn.Parameter(parameter.detach()[kept].clone(), parameter.requires_grad))
         for index in range(len(kept), len(self.hook_points)):
             delattr(self, str(index))
+        self._listened_to.difference_update(self.hook_points[len(kept) :])
         self.hook_points = self.hook_points[: len(kept)]
 
     @property
     def _gate_and_up(self) -> Float[Tensor, "expert gate_and_up d_model"]:
-        return rearrange(self.W_in, "expert two d_expert d_model -> expert (two d_expert) d_model")
+        return self.W_in.flatten(1, 2)
 
     @property
     def _gate_and_up_bias(self) -> Float[Tensor, "expert gate_and_up"] | None:
@@ -106,7 +109,7 @@ class Experts(nn.Module):
     @property
     def hooked(self) -> bool:
         """Whether any hook is attached to a single expert."""
-        return any(point.fwd_hooks or point.bwd_hooks for point in self.hook_points)  # asked at every pass, of all experts
+        return bool(self._listened_to)
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups, scratch: Scratch | None = None
@@ -116,8 +119,8 @@ class Experts(nn.Module):
             blocks = groups.blocks(x.dtype)
             flat, tokens, b_in = x.flatten(0, 1), groups.flat_tokens(), self._gate_and_up_bias
             return expert_mlp(flat, tokens, self._gate_and_up, self.W_out, blocks, scratch, b_in, self.b_out, self.clamp)
-        post = self.activate(self.project_in(x, groups), groups)
-        return self._product(post, self.W_out, self.b_out, groups)
+        post = swiglu(self._grouped(groups.gather(x), self._gate_and_up, self._gate_and_up_bias, groups), self.clamp)
+        return self._grouped(post, self.W_out, self.b_out, groups)
 
     def project_in(self, x: Float[Tensor, "batch pos d_model"], groups: ExpertGroups) -> Float[Tensor, "n gate_and_up"]:
         """Gate projections, then up projections, of a copy of each token for each of its experts."""
@@ -145,11 +148,18 @@ class Experts(nn.Module):
         bias: Float[Tensor, "expert d_out"] | None,
         groups: ExpertGroups,
     ) -> Float[Tensor, "n d_out"]:
-        if self._by_block(groups, x):
-            out = product_by_block(x, weight, groups.blocks(x.dtype))
-        else:
-            out = grouped_matmul(x, weight, groups.ends)
-        return out if bias is None else out + bias.index_select(0, groups.expert_of_row)
+        if not self._by_block(groups, x):
+            return self._grouped(x, weight, bias, groups)
+        return _with_bias(product_by_block(x, weight, groups.blocks(x.dtype)), bias, groups)
+
+    @staticmethod
+    def _grouped(
+        x: Float[Tensor, "n d_in"],
+        weight: Float[Tensor, "expert d_out d_in"],
+        bias: Float[Tensor, "expert d_out"] | None,
+        groups: ExpertGroups,
+    ) -> Float[Tensor, "n d_out"]:
+        return _with_bias(grouped_matmul(x, weight, groups.ends), bias, groups)
 
     def _hook_each_expert(self, out: Float[Tensor, "n d_model"], groups: ExpertGroups) -> Float[Tensor, "n d_model"]:
         counts = [end - start for start, end in pairwise([0, *groups.ends_on_host])]
@@ -158,3 +168,10 @@ class Experts(nn.Module):
             point.ctx["tokens"] = tokens
             pieces.append(point(rows))
         return torch.cat(pieces) if any(point.may_edit for point in self.hook_points) else out
+
+
+def _with_bias(
+    out: Float[Tensor, "n d_out"], bias: Float[Tensor, "expert d_out"] | None, groups: ExpertGroups
+) -> Float[Tensor, "n d_out"]:
+    """Each row with the bias of its expert, if experts have one."""
+    return out if bias is None else out + bias.index_select(0, groups.expert_of_row)

@@ -36,6 +36,8 @@ class HookPoint(nn.Module):
         """Facts about the activation that its tensor does not hold, and a place for hooks to keep what they like."""
         self.fwd_hooks: list[_Registered] = []
         self.bwd_hooks: list[_Registered] = []
+        self.listened_to: set[HookPoint] | None = None
+        """Which points of a group have hooks, for a group that shares one set: it need not ask each of them at every pass."""
 
     @property
     def active(self) -> bool:
@@ -61,16 +63,23 @@ class HookPoint(nn.Module):
             raise WrongTypeError(f"a hook must be a function fn(activation, hook), not {described(fn)}")
         registered = _Registered(fn, is_permanent, reads_only)
         (self.fwd_hooks if dir == "fwd" else self.bwd_hooks).append(registered)
+        self._tell_group()
         return registered
 
     def remove(self, registered: _Registered) -> None:
-        self.fwd_hooks = [r for r in self.fwd_hooks if r is not registered]
-        self.bwd_hooks = [r for r in self.bwd_hooks if r is not registered]
+        self._keep(lambda r: r is not registered)
 
     def reset(self, including_permanent: bool = False) -> None:
-        self.fwd_hooks = [r for r in self.fwd_hooks if r.permanent and not including_permanent]
-        self.bwd_hooks = [r for r in self.bwd_hooks if r.permanent and not including_permanent]
+        self._keep(lambda r: r.permanent and not including_permanent)
         self.ctx.clear()
+
+    def _keep(self, kept: Callable[[_Registered], bool]) -> None:
+        self.fwd_hooks, self.bwd_hooks = list(filter(kept, self.fwd_hooks)), list(filter(kept, self.bwd_hooks))
+        self._tell_group()
+
+    def _tell_group(self) -> None:
+        if self.listened_to is not None:
+            (self.listened_to.add if self.active else self.listened_to.discard)(self)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The activation, after the hooks; torch's own hooks count too. Torch's way into a module, spared where nobody listens,
