@@ -15,15 +15,25 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 from tqdm import tqdm
 
 from benchmarks.tables import Table, write_or_print
 from hooked_moe.statistics import ratio_bootstrap
-from hooked_moe.statistics.difference_estimates import N_BINS, SamplingVariance, Z, corrections, error_ratios, fold_of, size_bin
+from hooked_moe.statistics.difference_estimates import (
+    N_BINS,
+    SamplingVariance,
+    SavingVariance,
+    Z,
+    corrections,
+    error_ratios,
+    fold_of,
+    half_width_over_documents,
+    size_bin,
+)
 from hooked_moe.statistics.removal_sample import RemovalSample, gap_term, least_probabilities, removal_size, sample_factor
 from hooked_moe.tables.effect_grid import effect_chunks
 
@@ -225,18 +235,24 @@ def sampling_coverage(design: Design, draws: range, seed: int) -> Coverage:
             )
             result.add(f"{label}: layers", totals[0] / n, exact[0] / n, Z * np.sqrt(variance.moderated()[0]) / n)
             for name, joined in (("in a layer", False), ("over all layers", True)):
-                t, e, var = (totals, exact, variance)
-                if joined:
-                    t, e, var = (t.sum(axis=1, keepdims=True), e.sum(axis=1, keepdims=True), var.over(1))
-                of = var.moderated().reshape(t.shape)
+                t, e = (x.sum(axis=1, keepdims=True) if joined else x for x in (totals, exact))
+                drawing = saving_variance(variance, k, joined)
                 share, true = (1 - k * x[1:] / x[:1] for x in (t, e))
-                for kind, a, scale, got, right in (
-                    ("savings", 1 / k, 1.0, t[:1] / k - t[1:], e[:1] / k - e[1:]),
-                    ("shares saved", (1 - share) / k, t[:1] / k, share, true),
+                for kind, less, scale, got, right in (
+                    ("savings", np.zeros(share.shape), 1.0, t[:1] / k - t[1:], e[:1] / k - e[1:]),
+                    ("shares saved", share, t[:1] / k, share, true),
                 ):
-                    half = Z * np.sqrt(a * a * of[:1] + (1 - 2 * a) * of[1:]) / scale
+                    _, moderated = drawing.of(less)
+                    half = Z * np.sqrt(moderated) / scale
                     result.add(f"{label}: {kind} {name}", got.ravel(), right.ravel(), half.ravel())
     return result
+
+
+def saving_variance(groups: SamplingVariance, k: int, joined: bool) -> SavingVariance:
+    """From groups [group, layer], the first of all removals; `joined` over the layers."""
+    parts = [x.sum(axis=1, keepdims=True) if joined else x for x in (groups.own, groups.own_square, groups.model)]
+    of_all, of_first = (SamplingVariance(*(x[rows] for x in parts)) for rows in (slice(0, 1), slice(1, None)))
+    return SavingVariance(of_all, of_first, k)
 
 
 def relative_widths(audit: Audit, share: float, found: Coverage) -> list[list[str]]:
@@ -286,6 +302,8 @@ def document_coverage(design: Design, draws: range, seed: int) -> Coverage:
         own = {effect: np.zeros((2, audit.n_cells)) for effect in EFFECTS}
         model = {effect: np.zeros(audit.n_cells) for effect in EFFECTS}
         by_group: dict[str, list[np.ndarray]] = {effect: [] for effect in EFFECTS}
+        own_of_groups = {effect: np.zeros((2, *grouped.count.shape[::2])) for effect in EFFECTS}
+        model_of_groups = {effect: np.zeros(grouped.count.shape[::2]) for effect in EFFECTS}
         counts = []
         copies = [np.flatnonzero(times > copy) for copy in range(int(times.max()))]
         for copy in range(int(times.max())):  # each with removals of its own
@@ -305,6 +323,8 @@ def document_coverage(design: Design, draws: range, seed: int) -> Coverage:
                 own[effect] += [np.bincount(audit.cell[drawn], x, audit.n_cells) for x in (v, v**2)]
                 ratios = error_ratios(error, p, audit.size[drawn], axis, audit.n_layers)
                 model[effect] += (design.cell_spread * ratios[by_layer]).sum(axis=1) * chosen.mean()
+                own_of_groups[effect] += [grouped.of(x, drawn).sum(axis=1) for x in (v, v**2)]
+                model_of_groups[effect] += (design.layer_spread * ratios[None]).sum(axis=2) * chosen.mean()
             counts.append(count[chosen])
         n = np.concatenate(counts)
         for effect, label in EFFECTS.items():
@@ -318,15 +338,14 @@ def document_coverage(design: Design, draws: range, seed: int) -> Coverage:
             _add_bootstrap(result, f"{label}: experts, all removals made", everything[:, often], n[:, often], expert_truth)
             group_truth = exact_grouped[effect].sum(axis=1), grouped.count.sum(axis=1)
             again = np.concatenate(copies)
-            for group_sums, how in (
-                (np.concatenate(by_group[effect], axis=1), ""),
-                (exact_grouped[effect][:, again], ", all removals made"),
-            ):
-                _add_savings(result, label, group_sums, grouped.count[:, again], group_truth, audit.n_slots, how)
+            drawing = SamplingVariance(own_of_groups[effect][0], own_of_groups[effect][1], model_of_groups[effect])
+            estimated, exactly = np.concatenate(by_group[effect], axis=1), exact_grouped[effect][:, again]
+            savings = partial(_add_savings, result, label, count=grouped.count[:, again], truth=group_truth, k=audit.n_slots)
+            savings(estimated, drawing=drawing)
+            savings(exactly, drawing=None)
             sampling = SamplingVariance(own[effect][0], own[effect][1], model[effect])
             mean = _ratio(total.sum(0), n.sum(0))
-            quantile = float(scipy.stats.t.ppf(0.975, documents - 1))
-            half = quantile * np.sqrt(sampling.with_documents(total, n)) / np.maximum(n.sum(0), 1)
+            half = half_width_over_documents(total, n, sampling.own, sampling.moderated())
             result.add(f"{label}: experts", mean[often], expert_truth, half[often])
     return result
 
@@ -355,11 +374,19 @@ class GroupSums:
 
 
 def _add_savings(
-    result: Coverage, label: str, sums: np.ndarray, count: np.ndarray, truth: tuple[np.ndarray, np.ndarray], k: int, how: str = ""
+    result: Coverage,
+    label: str,
+    sums: np.ndarray,
+    *,
+    count: np.ndarray,
+    truth: tuple[np.ndarray, np.ndarray],
+    k: int,
+    drawing: SamplingVariance | None,
 ) -> None:
     """Of savings and shares saved, in a layer and over all of them.
 
-    `sums` and `count` are of the documents drawn, [group, document, layer]; `truth` are both of all documents, [group, layer].
+    `sums` and `count` are of the documents drawn, [group, document, layer]; `truth` are both of all documents, [group, layer];
+    `drawing` is how uncertain sums are by which removals were drawn. None: all were.
     """
     for name, joined in (("in a layer", False), ("over all layers", True)):
         t, n, true, true_n = (x.sum(axis=-1, keepdims=True) if joined else x for x in (sums, count, *truth))
@@ -368,8 +395,16 @@ def _add_savings(
             ("savings", n[1:], right / true_n[1:]),
             ("shares saved", np.broadcast_to(t[:1] / k, saved.shape), right / (true[:1] / k)),
         ):
-            over_, under_ = (x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in (saved, under))
-            _add_bootstrap(result, f"{label}: {kind} {name}{how}", over_, under_, expected.ravel())
+            over_, under_ = (x.swapaxes(0, 1) for x in (saved, under))
+            flat_over, flat_under = (x.reshape(len(x), -1) for x in (over_, under_))
+            what = f"{label}: {kind} {name}"
+            kind_of_bootstrap = f"{what}, {'all removals made' if drawing is None else 'bootstrap alone'}"
+            _add_bootstrap(result, kind_of_bootstrap, flat_over, flat_under, expected.ravel())
+            if drawing is not None:
+                ratio = over_.sum(axis=0) / under_.sum(axis=0)
+                less = ratio if kind == "shares saved" else np.zeros(ratio.shape)
+                half = half_width_over_documents(over_, under_, *saving_variance(drawing, k, joined).of(less))
+                result.add(what, ratio.ravel(), expected.ravel(), half.ravel())
 
 
 def _add_bootstrap(result: Coverage, kind: str, over: np.ndarray, under: np.ndarray, truth: np.ndarray) -> None:
@@ -408,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
             note = (
                 f"{args.document_draws:,} draws of {audit.document.max() + 1} documents with replacement, and of "
                 f"{args.shares[0]:.0%} of the removals in each; experts that occur in ten documents or more; savings "
-                "by the rankings of the sampling intervals."
+                "by the rankings of the sampling intervals. Bootstrap alone: without the moderated variance of what was drawn."
             )
             tables.append(
                 Table(f"{audit.name}, {args.shares[0]:.0%}: intervals over documents", note, columns, list(found.rows()))
@@ -430,7 +465,10 @@ def width_table(rows: list[list[str]]) -> Table:
 
 def _heading(args: argparse.Namespace, seconds: float) -> Iterator[str]:
     yield "# Calibration of budgeted audits\n"
-    yield f"`python -m benchmarks.budget_calibration`, {datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.0f} minutes.\n"
+    runs = " ".join(f"results/{run.resolve().parent.name}/RUN" for run in args.runs)
+    options = f"--shares {' '.join(map(str, args.shares))} --draws {args.draws} --document-draws {args.document_draws}"
+    command = f"python -m benchmarks.budget_calibration {runs} {options}"
+    yield f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.0f} minutes.\n"
     yield (
         "A budgeted audit removes a sample of the experts and estimates the rest (`hooked_moe/statistics/removal_sample.py`, "
         "`difference_estimates.py`). Here it is drawn again and again from finished exhaustive audits. Coverage is a mean over "

@@ -6,9 +6,9 @@
 
 The *sampling interval* holds what an exhaustive audit of these very documents would find. The *interval* holds what other
 documents of the kind would say, as in an exhaustive audit. Estimated effects, summed by document, differ by both, what the
-documents are and what was drawn in each (independently), so that nothing is left out: of layers and savings it is the same
-bootstrap over documents; of experts, for which a few removals decide, t times the standard error, with a moderated variance of
-what was drawn.
+documents are and what was drawn in each (independently), so that nothing is left out: of layers it is the same bootstrap over
+documents; of experts and savings, for which a few removals decide, t times the standard error, with a moderated variance of what
+was drawn.
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import scipy.stats
+from jaxtyping import Bool
 
 from hooked_moe.analysis.accumulators.documents import Documents
 from hooked_moe.analysis.accumulators.effect_sums import ExpertEffectSums
@@ -29,8 +29,8 @@ from hooked_moe.analysis.estimated_effects import DRAW, EFFECTS, ESTIMATES, SAMP
 from hooked_moe.analysis.rankings import Scores
 from hooked_moe.analysis.saving_table import ALL_LAYERS, SAVINGS, saving_table
 from hooked_moe.analysis.savings import EXACT_KL, SavingAudit
-from hooked_moe.statistics import MINIMUM_PAIRS, ratio_bootstrap
-from hooked_moe.statistics.difference_estimates import SamplingVariance, Z
+from hooked_moe.statistics import ratio_bootstrap
+from hooked_moe.statistics.difference_estimates import SamplingVariance, SavingVariance, Z, half_width_over_documents
 from hooked_moe.tables import Ledger, schema_of, write_csv_atomic, write_parquet_atomic
 
 INPUTS = (DRAW, ESTIMATES, "expert_weights.parquet", "routing.parquet", SAMPLED)
@@ -116,8 +116,9 @@ def _derive(run: Path, n_experts: int, seed: int) -> dict[str, pa.Table]:
             at = chunk.effects.layer_axis(layer)
             expert = np.ascontiguousarray(chunk.effects.expert[:, at].T)
             sampling.update_rankings(axis, chunk, audit.rankings_at(chunk.effects, axis, at, expert))
-    savings = _without_orders(saving_table(audit))
-    rows = [row for effect in EFFECTS for row in _rows(effect, sums, audit, sampling, tables, savings)]
+    drawn = {effect: _saving_variance(effect, audit, sampling, tables) for effect in EFFECTS}
+    savings = _without_orders(saving_table(audit, drawn=drawn))
+    rows = [row for effect in EFFECTS for row in _rows(effect, sums, audit, sampling, tables, savings, drawn[effect])]
     return {
         "budgeted.csv": pa.Table.from_pylist(rows, schema=BUDGETED),
         "savings.csv": savings,
@@ -163,6 +164,7 @@ def _rows(
     sampling: SamplingAccumulator,
     tables: BudgetedTables,
     savings: pa.Table,
+    drawn: SavingVariance,
 ) -> Iterator[dict[str, Any]]:
     """The rows of one effect in budgeted.csv."""
     total, count = sums.sums(effect), sums.counts()
@@ -172,13 +174,11 @@ def _rows(
     for axis, number in enumerate(tables.layers):
         own = SamplingVariance(variance.own[axis], variance.own_square[axis], variance.model[axis]).over(0)
         pooled.append((str(number), total[:, axis].sum(axis=1), count[:, axis].sum(axis=1), own, n_drawn[axis].sum()))
-    for layer, by_document, n, own, drawn in pooled:
-        row = {"effect": effect, "kind": "layer", "layer": layer, "name": "", "n_drawn": int(drawn)}
+    for layer, by_document, n, own, n_own in pooled:
+        row = {"effect": effect, "kind": "layer", "layer": layer, "name": "", "n_drawn": int(n_own)}
         yield row | _mean(by_document, n, own.moderated())
-    documents = len(total)
     half = Z * np.sqrt(variance.moderated())
-    quantile = float(scipy.stats.t.ppf(0.975, documents - 1)) if documents >= MINIMUM_PAIRS else np.nan
-    wide = quantile * np.sqrt(variance.with_documents(total, count))
+    wide = half_width_over_documents(total, count, variance.own, variance.moderated())
     for axis, expert in zip(*np.nonzero(count.sum(axis=0)), strict=True):
         n = count[:, axis, expert].sum()
         estimate = total[:, axis, expert].sum() / n
@@ -190,11 +190,11 @@ def _rows(
             "estimate": estimate,
             "sampling_low": estimate - half[axis, expert] / n,
             "sampling_high": estimate + half[axis, expert] / n,
-            "low": estimate - wide[axis, expert] / n,
-            "high": estimate + wide[axis, expert] / n,
+            "low": estimate - wide[axis, expert],
+            "high": estimate + wide[axis, expert],
             "n_drawn": n_drawn[axis, expert],
         }
-    yield from _saving_rows(effect, audit, sampling, variance.over(1), tables, savings)
+    yield from _saving_rows(effect, audit, sampling, tables, savings, drawn)
 
 
 def _mean(total: np.ndarray, count: np.ndarray, variance: np.ndarray) -> dict[str, float]:
@@ -210,47 +210,56 @@ def _mean(total: np.ndarray, count: np.ndarray, variance: np.ndarray) -> dict[st
     }
 
 
+def _saving_variance(effect: str, audit: SavingAudit, sampling: SamplingAccumulator, tables: BudgetedTables) -> SavingVariance:
+    """[ranking, layer], all layers together first: those that the ranking was asked about in."""
+    slots, ratios = audit.savings.sums(effect).slots, tables.ratios[effect]
+    asked = _asked(effect, audit)
+    every = sampling.experts.variance(effect, ratios).over(1)
+    first = sampling.pruned_first.variance(effect, ratios).over(2)
+
+    def of_rankings(variance: SamplingVariance) -> SamplingVariance:
+        """From [layer] or [layer, ranking]."""
+        by_layer = (np.where(asked, values.T, 0.0) for values in (variance.own, variance.own_square, variance.model))
+        return SamplingVariance(*(np.concatenate([x.sum(axis=1, keepdims=True), x], axis=1) for x in by_layer))
+
+    return SavingVariance(of_rankings(every), of_rankings(first), slots.shape[-1])
+
+
+def _asked(effect: str, audit: SavingAudit) -> Bool[np.ndarray, "ranking layer"]:
+    """Where a ranking tells the experts of a layer apart, at any position."""
+    return np.asarray(audit.savings.sums(effect).n.sum(axis=2) > 0)
+
+
 def _saving_rows(
     effect: str,
     audit: SavingAudit,
     sampling: SamplingAccumulator,
-    every: SamplingVariance,
     tables: BudgetedTables,
     savings: pa.Table,
+    drawn: SavingVariance,
 ) -> Iterator[dict[str, Any]]:
-    """A saving counts each active expert by 1 / k, and the one pruned first by 1 / k - 1; its share, by that less share / k."""
-    sums, k = audit.savings.sums(effect), audit.savings.sums(effect).slots.shape[-1]
-    first = sampling.pruned_first.variance(effect, tables.ratios[effect]).over(2)
+    sums, asked = audit.savings.sums(effect), _asked(effect, audit)
     written = {(row["layer"], row["ranking"]): row for row in savings.to_pylist() if row["effect"] == effect}
-    for number, ranking in enumerate(audit.rankings):
-        asked = sums.n[number].sum(axis=1) > 0
-        known = np.flatnonzero(asked).tolist()
-        groups = [(ALL_LAYERS, known), *((str(tables.layers[axis]), [axis]) for axis in known)] if known else []
-        for layer, axes in groups:
+    for index, ranking in enumerate(audit.rankings):
+        known = np.flatnonzero(asked[index]).tolist()
+        groups = [(0, ALL_LAYERS, known), *((1 + axis, str(tables.layers[axis]), [axis]) for axis in known)] if known else []
+        for number, layer, axes in groups:
             row = written.get((layer, ranking))
             if row is None:  # the exact effect as a ranking
                 continue
-            of_all, of_first = (
-                SamplingVariance(
-                    *(np.asarray(values[axes, *rest].sum()) for values in (v.own, v.own_square, v.model))
-                ).moderated()
-                for v, rest in ((every, ()), (first, (number,)))
-            )
-            n, random = sums.n[number, axes].sum(), sums.random[number, axes].sum()
-            drawn = int(sampling.experts.n_drawn[axes].sum())
-            for kind, share, scale in (("saving", 0.0, n), ("saving_share", row["saving_share"], random)):
-                a = (1 - share) / k
-                half = Z * np.sqrt(np.maximum(a * a * of_all + (1 - 2 * a) * of_first, 0.0)) / scale
-                estimate = row[kind]
+            n_drawn = int(sampling.experts.n_drawn[axes].sum())
+            for kind, share, total in (("saving", 0.0, sums.n), ("saving_share", row["saving_share"], sums.random)):
+                _, moderated = drawn.of(share)
+                half = Z * np.sqrt(moderated[index, number]) / total[index, axes].sum()
                 yield {
                     "effect": effect,
                     "kind": kind,
                     "layer": layer,
                     "name": ranking,
-                    "estimate": estimate,
-                    "sampling_low": estimate - half,
-                    "sampling_high": estimate + half,
+                    "estimate": row[kind],
+                    "sampling_low": row[kind] - half,
+                    "sampling_high": row[kind] + half,
                     "low": row[f"{kind}_low"],
                     "high": row[f"{kind}_high"],
-                    "n_drawn": drawn,
+                    "n_drawn": n_drawn,
                 }

@@ -1,5 +1,6 @@
 """From sums over documents to savings.csv: costs, savings, their intervals and evidence, and what they amount to."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.analysis.rankings import ORACLE, family_of
 from hooked_moe.analysis.savings import EXACT_KL, SavingAudit
 from hooked_moe.statistics import NEGLIGIBLE_SHARE, holm, permutation_test, ratio_bootstrap, saving_outcome
+from hooked_moe.statistics.difference_estimates import SavingVariance, half_width_over_documents
 
 MINIMUM_DOCUMENTS = 10
 """Fewer give an interval, but no verdict: its level is not known to hold there."""
@@ -59,11 +61,17 @@ _COLUMNS: tuple[tuple[str, pa.DataType, str, str], ...] = (
 SAVINGS = pa.schema([pa.field(name, kind, metadata={"meaning": m, "unit": unit}) for name, kind, unit, m in _COLUMNS])
 
 
-def saving_table(audit: SavingAudit, bound: float = NEGLIGIBLE_SHARE) -> pa.Table:
-    """One row per effect, layer (and all layers together) and ranking; the columns are those of SAVINGS."""
+def saving_table(
+    audit: SavingAudit, bound: float = NEGLIGIBLE_SHARE, drawn: Mapping[str, SavingVariance] | None = None
+) -> pa.Table:
+    """One row per effect, layer (and all layers together) and ranking; the columns are those of SAVINGS.
+
+    Where effects are estimates, `drawn` says how uncertain savings are by which removals were drawn, by effect [ranking, layer],
+    all layers together first; the intervals of savings are then those of `half_width_over_documents`.
+    """
     rows: list[dict[str, Any]] = []
     for effect in audit.effects:
-        numbers = _numbers(audit.savings.sums(effect))
+        numbers = _numbers(audit.savings.sums(effect), None if drawn is None else drawn[effect])
         evidence = _evidence(audit, effect, numbers)
         for number, layer in enumerate((ALL_LAYERS, *map(str, audit.layers))):
             for index, ranking in enumerate(audit.rankings):
@@ -81,7 +89,7 @@ class _Numbers:
     saving: Float[np.ndarray, "ranking layer document"]
 
 
-def _numbers(sums: SavingSums) -> _Numbers:
+def _numbers(sums: SavingSums, drawn: SavingVariance | None) -> _Numbers:
     """Everything that the documents' sums determine."""
     saving, contrast = sums.random - sums.lowest, sums.highest - sums.lowest
     through_slots, within_slots = _by_slot(sums, contrast)
@@ -103,6 +111,11 @@ def _numbers(sums: SavingSums) -> _Numbers:
     pairs = (("saving", "n"), ("saving", "random"), ("within", "n"), ("spearman", "n_spearman"), ("contrast", "n"))
     over, under = (np.stack([np.moveaxis(pooled[pair[side]], -1, 0) for pair in pairs], axis=1) for side in (0, 1))
     interval = ratio_bootstrap(over, under)
+    if drawn is not None:
+        for at, share in ((pairs.index(("saving", "n")), 0.0), (pairs.index(("saving", "random")), interval.estimate[1])):
+            half = half_width_over_documents(over[:, at], under[:, at], *drawn.of(share))
+            half[np.isnan(interval.low[at])] = np.nan
+            interval.low[at], interval.high[at] = interval.estimate[at] - half, interval.estimate[at] + half
     total = {name: values.sum(axis=-1) for name, values in pooled.items()}
     with np.errstate(divide="ignore", invalid="ignore"):
         columns = {

@@ -13,7 +13,10 @@ latter came from `PRIOR_REMOVALS` more: benchmarks/CALIBRATION.md has how often 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+import scipy.stats
+from jaxtyping import Float, Int, Num
+
+from hooked_moe.statistics.samples import MINIMUM_PAIRS
 
 N_FOLDS = 2
 PRIOR_REMOVALS = 20
@@ -102,17 +105,54 @@ class SamplingVariance:
         effective = np.divide(self.own**2, self.own_square, out=np.zeros(self.own.shape), where=self.own_square > 0)
         return np.asarray((effective * self.own + PRIOR_REMOVALS * self.model) / (effective + PRIOR_REMOVALS))
 
-    def with_documents(
-        self, total: Float[np.ndarray, "document *group"], count: Int[np.ndarray, "document *group"]
-    ) -> Float[np.ndarray, "*group"]:
-        """Of a mean's total over documents and over what was drawn. The spread of documents' sums holds both; the part of it that
-        is of what was drawn is replaced by the moderated one, for it is as uncertain there as anywhere."""
-        documents = len(total)
-        n = count.sum(axis=0)
-        mean = np.divide(total.sum(axis=0), n, out=np.zeros(n.shape), where=n > 0)
-        both = np.square(total - mean * count).sum(axis=0) * documents / max(1, documents - 1)
-        return np.maximum(both - self.own, 0.0) + self.moderated()
-
     def over(self, axis: int) -> "SamplingVariance":
         """Of groups joined along an axis: removals are drawn one by one, so that variances add up."""
         return SamplingVariance(*(np.asarray(x.sum(axis)) for x in (self.own, self.own_square, self.model)))
+
+
+@dataclass(frozen=True)
+class SavingVariance:
+    """Of totals that rankings save, over which removals were drawn."""
+
+    of_all: SamplingVariance
+    """Of the totals of all removals."""
+    of_first: SamplingVariance
+    """Of those that each ranking makes first."""
+    n_slots: int
+
+    def of(
+        self, share: Float[np.ndarray, "*group"] | float = 0.0
+    ) -> tuple[Float[np.ndarray, "*group"], Float[np.ndarray, "*group"]]:
+        """Its own and the moderated one, of the saving less a share of the cost of random removals. A saving counts each of the k
+        active experts by 1 / k, and the one pruned first by 1 / k - 1; less the share, they count by share / k less."""
+        weight = (1 - share) / self.n_slots
+        own, moderated = (
+            np.asarray(np.maximum(weight**2 * every + (1 - 2 * weight) * first, 0.0))
+            for every, first in (
+                (self.of_all.own, self.of_first.own),
+                (self.of_all.moderated(), self.of_first.moderated()),
+            )
+        )
+        return own, moderated
+
+
+def half_width_over_documents(
+    over: Float[np.ndarray, "document *group"],
+    under: Num[np.ndarray, "document *group"],
+    own: Float[np.ndarray, "*group"],
+    moderated: Float[np.ndarray, "*group"],
+) -> Float[np.ndarray, "*group"]:
+    """Half of the 95% interval, over documents and over what was drawn, of a ratio of their sums: t times its standard error. NaN
+    of fewer than three documents.
+
+    `own` and `moderated` are variances of the sum above over what was drawn. The spread of documents' sums holds both
+    uncertainties; what of it is of what was drawn is replaced by the moderated one, for it is as uncertain there as anywhere.
+    """
+    documents, total = len(over), under.sum(axis=0)
+    if documents < MINIMUM_PAIRS:
+        return np.full(np.shape(total), np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        residual = over - over.sum(axis=0) / total * under
+        both = np.square(residual).sum(axis=0) * documents / (documents - 1)
+        error = np.sqrt(np.maximum(both - own, 0.0) + moderated) / np.abs(total)
+    return np.asarray(float(scipy.stats.t.ppf(0.975, documents - 1)) * error)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from hooked_moe.statistics.difference_estimates import (
     N_BINS,
     SamplingVariance,
+    SavingVariance,
     Z,
     corrections,
     error_ratios,
     fold_of,
+    half_width_over_documents,
     size_bin,
 )
 from hooked_moe.statistics.removal_sample import (
@@ -162,8 +165,24 @@ def test_the_variance_over_documents_holds_what_was_drawn_too() -> None:
     random = np.random.default_rng(2)
     count = np.full((30, 1), 10)
     total = random.normal(5, 2, (30, 1))
-    none_drawn = SamplingVariance(np.zeros(1), np.zeros(1), np.zeros(1))
-    plain = none_drawn.with_documents(total, count)[0]
-    assert plain == pytest.approx(30 * total.var(ddof=1))
-    drawn = SamplingVariance(np.array([30.0]), np.array([1.0]), np.array([90.0]))
-    assert drawn.with_documents(total, count)[0] == pytest.approx(plain - 30 + drawn.moderated()[0])
+    t = scipy.stats.t.ppf(0.975, 29)
+    nothing = np.zeros(1)
+    plain = half_width_over_documents(total, count, nothing, nothing)[0]
+    assert plain == pytest.approx(t * np.sqrt(30 * total.var(ddof=1)) / 300)
+    wider = half_width_over_documents(total, count, np.array([30.0]), np.array([50.0]))[0]
+    assert wider == pytest.approx(t * np.sqrt(30 * total.var(ddof=1) - 30 + 50) / 300)
+    assert np.isnan(half_width_over_documents(total[:2], count[:2], nothing, nothing)).all()
+
+
+def test_the_variance_of_a_saving_is_that_of_its_sum() -> None:
+    """Drawn again and again: of k effects at a position the saving is their mean less the first, of which a share may go."""
+    random, k, positions, p = np.random.default_rng(3), 4, 50, 0.3
+    error = random.normal(0, 1, (positions, k))
+    v = error**2 * (1 - p) / p**2
+    of_all, of_first = (SamplingVariance(*map(np.asarray, (x.sum(), (x**2).sum(), x.sum()))) for x in (v, v[:, 0]))
+    terms = (random.random((4000, positions, k)) < p) * error / p
+    for share in (0.0, 0.6, -0.5):
+        own, moderated = SavingVariance(of_all, of_first, k).of(share)
+        assert moderated == pytest.approx(own)
+        totals = ((1 - share) * terms.mean(axis=2) - terms[:, :, 0]).sum(axis=1)
+        assert totals.var() == pytest.approx(own * p, rel=0.08)  # `own` is as if all were drawn, of which a share of p is
