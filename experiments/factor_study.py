@@ -3,6 +3,7 @@
     python -m experiments.factor_study                          # all that is missing: train, audit, analyse
     python -m experiments.factor_study --stages train --seeds 0 1 2
     python -m experiments.factor_study --stages train --at-most 1   # one training, then stop
+    python -m experiments.factor_study --steps 4200                 # the shipped models' length: 76 minutes of one core each
     python -m experiments.factor_study --stages train & python -m experiments.factor_study --stages train   # two share the runs
     python -m experiments.factor_study --ray auto --threads 4   # on a Ray cluster, a worker with four processors each
 
@@ -28,7 +29,7 @@ from experiments.support.factor_audits import audit_run, responses_table
 from experiments.support.factor_training import STEPS, is_trained, train_run
 from experiments.support.factor_units import StudyTask
 from hooked_moe.analysis.factors import DESIGN
-from hooked_moe.cli.console import run_command
+from hooked_moe.cli.console import run_command, whole_number
 from hooked_moe.cli.options import add_ray_arguments, executor_of
 from hooked_moe.cli.study_factors import SHIPPED, analyse
 from hooked_moe.executors import Executor, PlainWork
@@ -55,11 +56,19 @@ def run_name(seed: int, run: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path("build/corpus"), help="what experiments.build_corpus wrote")
-    parser.add_argument("--out", type=Path, default=Path("build/factors"), help="where runs are kept (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=whole_number,
+        default=STEPS,
+        help="of every training, each of 4,096 tokens (default: %(default)s, of which the shipped responses are)",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where runs are kept (default: build/factors; of other --steps N build/factors-N-steps)"
+    )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument(
-        "--known", type=Path, default=SHIPPED, help="responses of runs that need not be made again (default: shipped)"
+        "--known", type=Path, help="responses of runs that need not be made again (default: shipped; of other --steps none)"
     )
     parser.add_argument("--at-most", type=int, metavar="N", help="train N models, then stop")
     parser.add_argument("--threads", type=int, default=1, help="of every run (default: %(default)s)")
@@ -71,8 +80,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def study(args: argparse.Namespace) -> None:
     """The stages asked for, in order."""
-    executor = executor_of(args)
-    planned, known = list(planned_runs(args.seeds)), known_rows(args.known)
+    if args.steps < 2:
+        raise ValueError(f"--steps {args.steps}: half of the models begin with as many steps of a dense one: give 2 or more")
+    executor, shipped = executor_of(args), args.steps == STEPS
+    args.out = args.out or Path("build/factors" if shipped else f"build/factors-{args.steps}-steps")
+    responses = args.known or (SHIPPED if shipped else None)
+    planned, known = list(planned_runs(args.seeds)), {} if responses is None else known_rows(responses)
     missing = [run for run in planned if run[:2] not in known]
     args.out.mkdir(parents=True, exist_ok=True)
     if "plan" in args.stages:
@@ -80,21 +93,21 @@ def study(args: argparse.Namespace) -> None:
             pa.Table.from_pylist([{"seed": seed, "run": run, **levels} for seed, run, levels in planned]), args.out / "plan.csv"
         )
     if "train" in args.stages and executor is not None:
-        untrained = [run for run in missing if not is_trained(args.out / run_name(*run[:2]), STEPS)]
+        untrained = [run for run in missing if not is_trained(args.out / run_name(*run[:2]), args.steps)]
         do_elsewhere(executor, "train", untrained[: args.at_most], args)
     elif "train" in args.stages:
         tokens = np.load(args.corpus / "train.npy", mmap_mode="r", allow_pickle=False)
-        train_missing(missing, tokens, args.out, args.at_most)
+        train_missing(missing, tokens, args.out, args.at_most, args.steps)
     if "audit" in args.stages:
         rows: list[dict[str, Any]] = []
         if executor is not None:
-            trained = [run for run in missing if is_trained(args.out / run_name(*run[:2]), STEPS)]
+            trained = [run for run in missing if is_trained(args.out / run_name(*run[:2]), args.steps)]
             do_elsewhere(executor, "audit", trained, args)
         for seed, run, levels in planned:
             directory = args.out / run_name(seed, run)
             if (seed, run) in known:
                 rows += known[seed, run]
-            elif is_trained(directory, STEPS):
+            elif is_trained(directory, args.steps):
                 rows += audit_run(levels, seed, run, directory, args.corpus / "tokenizer.json")
         if not rows:
             raise ValueError(f"no run in {args.out} is trained yet: the stage train comes before audit")
@@ -114,13 +127,13 @@ def known_rows(responses: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
 
 def do_elsewhere(executor: Executor, stage: str, runs: list[PlannedRun], args: argparse.Namespace) -> None:
     """Train or audit these runs where the executor says."""
-    task = StudyTask(stage, args.out.resolve(), args.corpus.resolve(), args.threads)
+    task = StudyTask(stage, args.out.resolve(), args.corpus.resolve(), args.threads, args.steps)
     units = [(run_name(seed, run), seed, run, levels) for seed, run, levels in runs]
     for name, *_ in executor.run(PlainWork(task), units):
         print(f"{name}: {stage} done", flush=True)
 
 
-def train_missing(planned: list[PlannedRun], tokens: np.ndarray, out: Path, at_most: int | None) -> None:
+def train_missing(planned: list[PlannedRun], tokens: np.ndarray, out: Path, at_most: int | None, steps: int) -> None:
     """Train what is not trained yet, but for the runs that another process is at: several may share the work."""
     made = 0
     for seed, run, levels in planned:
@@ -131,8 +144,8 @@ def train_missing(planned: list[PlannedRun], tokens: np.ndarray, out: Path, at_m
             return
         try:
             with lock.acquire(timeout=0):
-                if not is_trained(directory, STEPS):
-                    train_run(levels, seed, tokens, directory)
+                if not is_trained(directory, steps):
+                    train_run(levels, seed, tokens, directory, steps)
                     made += 1
         except filelock.Timeout:
             print(f"{directory.name} is being trained by another process")

@@ -100,12 +100,23 @@ def test_the_study_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFi
     assert run_name(0, 3) == "run-03-seed-0"
 
 
+def test_other_lengths_have_a_place_of_their_own_and_no_shipped_responses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert factor_study.main(["--stages", "plan", "audit", "--steps", "40"]) == 1
+    assert f"no run in {Path('build/factors-40-steps')} is trained yet" in capsys.readouterr().err
+    assert (tmp_path / "build/factors-40-steps/plan.csv").is_file()
+    assert factor_study.main(["--steps", "1"]) == 1
+    assert "--steps 1: half of the models" in capsys.readouterr().err
+
+
 def test_several_processes_share_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    monkeypatch.setattr(factor_study, "train_run", lambda levels, seed, tokens, out: made.append(out.name))
+    monkeypatch.setattr(factor_study, "train_run", lambda levels, seed, tokens, out, steps: made.append(out.name))
     first, second, third = (run_name(seed, run) for seed, run, _ in PLAN[:3])
     with filelock.FileLock(tmp_path / first / "train.lock"):
-        factor_study.train_missing(PLAN, TOKENS, tmp_path, at_most=1)
+        factor_study.train_missing(PLAN, TOKENS, tmp_path, at_most=1, steps=660)
     assert made == [second]
-    factor_study.train_missing(PLAN, TOKENS, tmp_path, at_most=3)
+    factor_study.train_missing(PLAN, TOKENS, tmp_path, at_most=3, steps=660)
     assert made == [second, first, second, third]  # none is recorded as trained here

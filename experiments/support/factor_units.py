@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from experiments.support.factor_audits import audit_run
-from experiments.support.factor_training import STEPS, is_trained, train_run
+from experiments.support.factor_training import is_trained, train_run
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class StudyTask:
     corpus: Path
     """What experiments.build_corpus wrote."""
     threads: int
+    steps: int
+    """Of every training."""
 
     def do(self, resource: Any, unit: tuple[str, int, int, Mapping[str, int]]) -> None:
         """Do the stage of a run; what has been done of it before is taken up."""
@@ -32,6 +34,6 @@ class StudyTask:
         torch.set_num_threads(self.threads)
         if self.stage == "audit":
             audit_run(levels, seed, run, directory, self.corpus / "tokenizer.json")
-        elif not is_trained(directory, STEPS):
+        elif not is_trained(directory, self.steps):
             tokens = np.load(self.corpus / "train.npy", mmap_mode="r", allow_pickle=False)
-            train_run(levels, seed, tokens, directory)
+            train_run(levels, seed, tokens, directory, self.steps)
