@@ -108,8 +108,15 @@ def test_a_loss_that_is_no_cross_entropy_fails_the_first_check_alone(
         loss, log_sum = in_engine(*inputs, **options)
         return LossAndLogSum(loss / math.log(2), log_sum)
 
+    changed_to = losses.CleanPrediction.changed_to
+
+    def changed_in_bits(clean: losses.CleanPrediction, resid: Tensor) -> tuple[Tensor, Tensor]:
+        loss, kl = changed_to(clean, resid)
+        return clean.loss + (loss - clean.loss) / math.log(2), kl
+
     for module in (target_loss, losses):
         monkeypatch.setattr(module, "cross_entropy", in_bits)
+    monkeypatch.setattr(losses.CleanPrediction, "changed_to", changed_in_bits)
     monkeypatch.setattr(hooked_moe.components.losses, "next_token_loss", lambda *inputs: in_forward(*inputs) / math.log(2))
     assert failed(verify(model, sequence)) == ["loss"]
 
