@@ -42,7 +42,7 @@ SUITE: dict[str, list[list[str]]] = {
         ["--documents", "1", *WHOLE_LITE],
         ["--documents", "4", *WHOLE_LITE, "--budget", "1%"],
     ],
-    "executors": [["--repeats", "1"]],
+    "executors": [["--documents", "24"]],
     "routing": [["--repeats", "3"]],
 }
 """What each is given, run by run."""

@@ -126,11 +126,12 @@ def same_tables(one: Path, other: Path) -> str:
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest between two tables' numbers."""
+    """The largest between two tables' numbers; of a column with numbers above 1, as a share of the largest of them."""
     left, right = pq.read_table(one), pq.read_table(other)
     numbers = [name for name in left.column_names if left.schema.field(name).type in ("float", "double")]
     pairs = [(left[name].to_numpy(), right[name].to_numpy()) for name in numbers]
-    return max(float(np.nanmax(np.abs(a - b), initial=0.0)) for a, b in pairs)
+    scales = (max(1.0, float(np.nanmax(np.abs(a), initial=0.0))) for a, _ in pairs)
+    return max(float(np.nanmax(np.abs(a - b), initial=0.0)) / scale for (a, b), scale in zip(pairs, scales, strict=True))
 
 
 if __name__ == "__main__":
