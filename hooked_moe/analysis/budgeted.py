@@ -240,6 +240,11 @@ def _saving_rows(
 ) -> Iterator[dict[str, Any]]:
     sums, asked = audit.savings.sums(effect), _asked(effect, audit)
     written = {(row["layer"], row["ranking"]): row for row in savings.to_pylist() if row["effect"] == effect}
+    columns = (ALL_LAYERS, *map(str, tables.layers))
+    shares = np.array(
+        [[written.get((layer, ranking), {}).get("saving_share", np.nan) for layer in columns] for ranking in audit.rankings]
+    )
+    half = {kind: Z * np.sqrt(drawn.of(share)[1]) for kind, share in (("saving", 0.0), ("saving_share", shares))}
     for index, ranking in enumerate(audit.rankings):
         known = np.flatnonzero(asked[index]).tolist()
         groups = [(0, ALL_LAYERS, known), *((1 + axis, str(tables.layers[axis]), [axis]) for axis in known)] if known else []
@@ -248,17 +253,16 @@ def _saving_rows(
             if row is None:  # the exact effect as a ranking
                 continue
             n_drawn = int(sampling.experts.n_drawn[axes].sum())
-            for kind, share, total in (("saving", 0.0, sums.n), ("saving_share", row["saving_share"], sums.random)):
-                _, moderated = drawn.of(share)
-                half = Z * np.sqrt(moderated[index, number]) / total[index, axes].sum()
+            for kind, total in (("saving", sums.n), ("saving_share", sums.random)):
+                reach = half[kind][index, number] / total[index, axes].sum()
                 yield {
                     "effect": effect,
                     "kind": kind,
                     "layer": layer,
                     "name": ranking,
                     "estimate": row[kind],
-                    "sampling_low": row[kind] - half,
-                    "sampling_high": row[kind] + half,
+                    "sampling_low": row[kind] - reach,
+                    "sampling_high": row[kind] + reach,
                     "low": row[f"{kind}_low"],
                     "high": row[f"{kind}_high"],
                     "n_drawn": n_drawn,

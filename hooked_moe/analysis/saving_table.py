@@ -112,7 +112,7 @@ def _numbers(sums: SavingSums, drawn: SavingVariance | None) -> _Numbers:
     over, under = (np.stack([np.moveaxis(pooled[pair[side]], -1, 0) for pair in pairs], axis=1) for side in (0, 1))
     interval = ratio_bootstrap(over, under)
     if drawn is not None:
-        for at, share in ((pairs.index(("saving", "n")), 0.0), (pairs.index(("saving", "random")), interval.estimate[1])):
+        for at, share in enumerate((0.0, interval.estimate[1])):  # of the first two pairs
             half = half_width_over_documents(over[:, at], under[:, at], *drawn.of(share))
             half[np.isnan(interval.low[at])] = np.nan
             interval.low[at], interval.high[at] = interval.estimate[at] - half, interval.estimate[at] + half
