@@ -8,7 +8,8 @@
 `hooked-moe audit` runs from start to end in fresh processes, by turns, in threads and with `--ray`. The tables that both leave
 have to be equal: "same tables" says how many have the same bytes, and by how much effects differ in the others (they do where
 workers have other processors or more threads than this one). On one machine a cluster has nothing to win: the ratio is then what
-Ray costs, its start and a copy of the model in every worker. The streamed model is random, of DeepSeek-V2-Lite's real widths.
+Ray costs, its start and a copy of the model in every worker. The streamed model is random, of DeepSeek-V2-Lite's real widths;
+threads share the work on one document of it, so that its workers are fewer and have as many processors as there are threads.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
     tables = [
         Table(
             f"Whole audits in threads and with `--ray {args.ray}`: {count(args.threads, 'thread')}, "
-            f"{count(args.workers, 'worker')} with a processor each",
+            f"{count(args.workers, 'worker')} with a processor each, or {count(streaming_workers(args), 'worker')} with "
+            f"{count(args.threads, 'processor')} where the model is streamed",
             f"{args.documents} documents of the shipped corpus, {args.tokens} tokens of each; of the streamed model, which has "
             f"DeepSeek-V2-Lite's widths in {args.layers} layers, {min(args.documents, OF_STREAMED)} documents of random tokens.",
             ["`hooked-moe audit`", "by", "time", "ratio", "same tables"],
@@ -84,9 +86,16 @@ def audits(args: argparse.Namespace) -> dict[str, list[str]]:
     }
 
 
+def streaming_workers(args: argparse.Namespace) -> int:
+    """As many as have together the processors of `--workers`, each with one for every thread."""
+    return max(1, args.workers // args.threads)
+
+
 def compare(name: str, words: list[str], args: argparse.Namespace) -> Iterator[list[str]]:
     """A row for each executor."""
-    flags = {"threads": [], f"--ray {args.ray}": ["--ray", args.ray, "--ray-workers", str(args.workers), "--ray-cpus", "1"]}
+    workers, processors = (streaming_workers(args), args.threads) if "--stream" in words else (args.workers, 1)
+    of_ray = ["--ray", args.ray, "--ray-workers", str(workers), "--ray-cpus", str(processors)]
+    flags = {"threads": [], f"--ray {args.ray}": of_ray}
     seconds: dict[str, list[float]] = {executor: [] for executor in flags}
     verdict = ""
     for _ in range(args.repeats):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import scipy.stats
+import scipy
 import torch
 
 from experiments.train_tiny import Recipe, train

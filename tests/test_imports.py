@@ -51,6 +51,13 @@ def test_importing_the_package_alone_loads_nothing_but_its_version() -> None:
     assert others == {"hooked_moe", "hooked_moe.version"}
 
 
+def test_a_model_loads_neither_compiler_nor_statistics_before_they_are_used() -> None:
+    """Both take longer than torch does without them."""
+    loaded = run("import sys; from hooked_moe import HookedMoE; print(*sys.modules)").split()
+    assert "torch" in loaded
+    assert {"torch._dynamo", "sympy", "scipy.stats", "scipy.optimize", "matplotlib", "pandas", "ray"}.isdisjoint(loaded)
+
+
 def test_public_names_are_there_when_they_are_used() -> None:
     printed = run(
         "import hooked_moe\n"

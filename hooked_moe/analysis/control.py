@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
+import scipy
 from jaxtyping import Float
 
 from hooked_moe.checks import pairs_of_numbers

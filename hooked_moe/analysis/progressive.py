@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import scipy.special
+import scipy
 from jaxtyping import Float, Int
 
 from hooked_moe.analysis.accumulators.histogram import Histogram

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import scipy.stats
+import scipy
 from jaxtyping import Float, Int
 
 from hooked_moe.analysis.pruning import BLIND, Effect, Half, predict_pruning

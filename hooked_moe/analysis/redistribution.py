@@ -8,7 +8,7 @@ two sides, which alone makes for a negative correlation; how the rest is aligned
 
 import numpy as np
 import pyarrow as pa
-import scipy.stats
+import scipy
 from jaxtyping import Float, Int
 
 from hooked_moe.tables.effect_grid import EffectGrid

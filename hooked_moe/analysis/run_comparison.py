@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import scipy.stats
+import scipy
 from jaxtyping import Int
 
 from hooked_moe.analysis.compared_run import ComparedRun, what_differs

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 import pyarrow as pa
-import scipy.stats
+import scipy
 
 from hooked_moe.cli.console import parser_of, run_command
 from hooked_moe.cli.measured_run import analyse, open_run, share_ends

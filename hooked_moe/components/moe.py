@@ -103,10 +103,12 @@ class MoE(nn.Module):
     ) -> ExpertOutputs:
         """Each active expert's output, before weighting. It may lie in `scratch`, until that is used again."""
         if torch.compiler.is_compiling():
-            return _outside_of_graphs(self, x, indices)
-        return self._run_experts(x, indices, scratch)
+            from hooked_moe.components import outside_of_graphs
 
-    def _run_experts(
+            return outside_of_graphs.run_experts(self, x, indices)
+        return self.run_experts_eagerly(x, indices, scratch)
+
+    def run_experts_eagerly(
         self, x: Float[Tensor, "batch pos d_model"], indices: Int[Tensor, "batch pos slot"], scratch: Scratch | None = None
     ) -> ExpertOutputs:
         groups = ExpertGroups(indices, self.num_experts)
@@ -161,10 +163,6 @@ class MoE(nn.Module):
                 f"the hook on {self.hook_expert_indices.name} returned experts from {int(indices.min())} to "
                 f"{int(indices.max())}; this layer has experts 0 to {self.num_experts - 1}"
             )
-
-
-_outside_of_graphs = torch.compiler.disable(MoE._run_experts)
-"""How many rows an expert has depends on the data, and torch traces its own grouped product in bfloat16 alone."""
 
 
 def add_shared(routed: Float[Tensor, "*any d_model"], shared: Tensor | None) -> Float[Tensor, "*any d_model"]:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import scipy.special
-import scipy.stats
+import scipy
 from jaxtyping import Bool, Float, Int
 
 from hooked_moe.paper.padded_rows import COORDINATES, LayerRows

@@ -6,7 +6,7 @@ u = log g its integrand is smooth and dies off on both sides, where the trapezoi
 """
 
 import numpy as np
-import scipy.special
+import scipy
 from jaxtyping import Float
 
 PRIOR_SCALE = float(np.sqrt(0.5))

@@ -15,8 +15,7 @@ composite likelihood (Varin, Reid and Firth, 2011), which the sandwich error all
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.special
-import scipy.stats
+import scipy
 from jaxtyping import Float, Int, Num
 
 from hooked_moe.statistics.samples import MINIMUM_PAIRS, DegenerateSample, cluster_sums, require_finite

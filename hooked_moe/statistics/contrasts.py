@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import scipy.optimize
-import scipy.special
+import scipy
 from jaxtyping import Float
 
 from hooked_moe.statistics.multiplicity import holm

@@ -13,7 +13,7 @@ latter came from `PRIOR_REMOVALS` more: benchmarks/CALIBRATION.md has how often 
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
+import scipy
 from jaxtyping import Float, Int, Num
 
 from hooked_moe.statistics.samples import MINIMUM_PAIRS

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.special
+import scipy
 from jaxtyping import Int, Num
 
 from hooked_moe.statistics.samples import MINIMUM_PAIRS, DegenerateSample, cluster_sums, paired_differences, require_finite

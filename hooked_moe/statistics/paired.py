@@ -8,8 +8,7 @@ and Wilcoxon's test in 7.2%, with 12 documents in 8.7% and 14.0%, at a nominal 5
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.special
-import scipy.stats
+import scipy
 from jaxtyping import Num
 
 from hooked_moe.statistics.samples import paired_differences

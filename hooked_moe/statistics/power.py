@@ -3,8 +3,7 @@
 import functools
 
 import numpy as np
-import scipy.optimize
-import scipy.special
+import scipy
 
 
 def minimum_documents(n_tests: int, alpha: float = 0.05) -> int:

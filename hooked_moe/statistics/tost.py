@@ -7,7 +7,7 @@ inside them, and the other way round.
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.special
+import scipy
 from jaxtyping import Num
 
 from hooked_moe.statistics.effect_size import ClusteredEffect, dz_interval

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 
+import scipy
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from hooked_moe.components.moe import MoE
@@ -26,7 +26,9 @@ def match_experts(a: Transformer, b: Transformer) -> dict[int, list[int]]:
         raise ValueError(f"experts stand in {a.cfg.n_expert_groups} groups: renumbering them would change the routing")
     matched = {}
     for layer in a.cfg.moe_layers:
-        rows, columns = linear_sum_assignment(_cosines(_router_rows(a, layer), _router_rows(b, layer)), maximize=True)
+        rows, columns = scipy.optimize.linear_sum_assignment(
+            _cosines(_router_rows(a, layer), _router_rows(b, layer)), maximize=True
+        )
         assert rows.tolist() == sorted(rows.tolist())
         matched[layer] = columns.tolist()
     return matched

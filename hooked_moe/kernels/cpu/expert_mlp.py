@@ -28,7 +28,7 @@ Blocks = list[tuple[int, slice]]
 must be computed in order, into a tensor with `ROW_MULTIPLE` rows more."""
 
 
-MIN_FLOPS_PER_EXPERT = 25e6
+MIN_FLOPS_PER_EXPERT = 5e6
 """Floating-point operations of an average expert from which on the calls for each cost less than they spare."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import scipy.stats
+import scipy
 
 from hooked_moe.analysis.criteria import CRITERIA
 from hooked_moe.report.explorer.json_numbers import number
