@@ -43,7 +43,7 @@ def test_names_come_in_any_container_and_are_taken_once(container: str, model: H
     model.reset_hooks()
     assert sorted(seen) == sorted([*NAMES, *NAMES])
     variants = model.run_variants(tokens, [[(given(), lambda x, hook: 2 * x)], [(NAMES, lambda x, hook: 2 * x)]])
-    assert torch.equal(variants[0], variants[1])
+    torch.testing.assert_close(variants[0], variants[1], atol=1e-5, rtol=1e-5)  # rows of one product may round differently
 
 
 @pytest.mark.usefixtures("unchecked")

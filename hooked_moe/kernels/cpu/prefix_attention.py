@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_QUERIES_PER_PART = 256
-"""Where there is a sliding window, so many queries at a time look at the keys of their windows, and at no others."""
+_ROWS_PER_PART, _QUERIES_PER_PART = 512, 64
+"""So many rows at a time, of all variants of a few queries, look at the keys before those, and at no others: products with as many
+rows as these run fast, and what queries do not see of a part's keys is small."""
 
 
 def runs_fused(q: Tensor, values: Tensor) -> bool:
@@ -104,45 +105,47 @@ def over_prefix(
     """The mix over the strict prefix, or its last `reach` positions, and the log-sum-exp of its scores (minus infinity where it
     is empty).
 
-    Flash attention, a sequence at a time, its keys and values shared by all variants without a copy. Heads that share a key/value
-    head are but more queries of it.
+    Flash attention, a sequence at a time. All variants of a query see the same keys: they are but more rows of one product with
+    them, and so are heads that share a key/value head.
     """
     kv_heads, d_value = values.shape[2:]
     group = q.shape[3] // kv_heads
-    q = rearrange(q, "variant batch query (kv_head group) e -> (variant group) batch query kv_head e", kv_head=kv_heads)
+    q = rearrange(q, "variant batch query (kv_head group) e -> batch kv_head query (variant group) e", kv_head=kv_heads)
     values = F.pad(values, (0, q.shape[-1] - d_value))  # the kernel wants values as wide as keys
     mixed = torch.zeros_like(q)
     log_sum = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
-    for b in range(q.shape[1]):
-        rows = rearrange(q[:, b], "variant query head e -> variant head query e")
-        k, v = (rearrange(x[b], "pos head e -> 1 head pos e").expand(len(rows), -1, -1, -1) for x in (keys, values))
-        for queries, seen, mask in _parts(None if starts is None else starts[b], rows.shape[2], k.shape[2], reach, q.dtype):
+    for b, rows in enumerate(q):
+        k, v = (rearrange(x[b], "pos head e -> 1 head pos e") for x in (keys, values))
+        at, per_query = None if starts is None else starts[b], rows.shape[2]
+        for queries, seen, mask in _parts(at, rows.shape[1], k.shape[2], per_query, reach, q.dtype):
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                rows[:, :, queries], k[:, :, seen], v[:, :, seen], is_causal=mask is None, attn_mask=mask, scale=scale
+                rows[None, :, queries].flatten(2, 3), k[:, :, seen], v[:, :, seen], attn_mask=mask, scale=scale
             )
-            mixed[:, b, queries] = out.transpose(1, 2)
-            log_sum[:, b, queries] = lse.transpose(1, 2)
-    by_head = "(variant group) batch query kv_head ... -> variant batch query (kv_head group) ..."
+            mixed[b, :, queries] = out[0].unflatten(1, (-1, per_query))
+            log_sum[b, :, queries] = lse[0].unflatten(1, (-1, per_query))
+    by_head = "batch kv_head query (variant group) ... -> variant batch query (kv_head group) ..."
     return rearrange(mixed[..., :d_value], by_head, group=group), rearrange(log_sum, by_head, group=group)
 
 
 def _parts(
-    starts: Int[Tensor, " query"] | None, queries: int, length: int, reach: int | None, dtype: torch.dtype
+    starts: Int[Tensor, " query"] | None, queries: int, length: int, per_query: int, reach: int | None, dtype: torch.dtype
 ) -> Iterator[tuple[slice | Int[Tensor, " part"], slice, Float[Tensor, "1 1 part key"] | None]]:
-    """Queries of a row that have a prefix, the keys in which it lies, and a mask of those that are not of it (None: causal)."""
-    if starts is None and reach is None:
-        if queries > 1:  # shifted by one against the keys, a causal kernel sees the strict prefix; position 0 has none
-            yield slice(1, None), slice(0, queries - 1), None
-        return
+    """Queries of a sequence that have a prefix, a few at a time; the keys in which it lies; and what hides the other keys from
+    each of their rows, of which there are so many `per_query` (None: all are seen)."""
     starts = torch.arange(queries, device="cpu") if starts is None else starts
     firsts = torch.zeros_like(starts) if reach is None else (starts - reach).clamp(min=0)
-    for part in (starts > firsts).nonzero().flatten().split(queries if reach is None else _QUERIES_PER_PART):
+    at_once = max(1, min(_QUERIES_PER_PART, _ROWS_PER_PART // per_query))
+    for part in (starts > firsts).nonzero().flatten().split(at_once):
         if not len(part):
             continue
         keys = slice(int(firsts[part].min()), min(length, int(starts[part].max())))
         key = torch.arange(keys.start, keys.stop, device="cpu")
         seen = (key < starts[part, None]) & (key >= firsts[part, None])
-        yield part, keys, torch.zeros(seen.shape, dtype=dtype, device="cpu").masked_fill(~seen, -torch.inf)[None, None]
+        hidden = torch.zeros(seen.shape, dtype=dtype, device="cpu").masked_fill_(~seen, -torch.inf)
+        first, last = int(part[0]), int(part[-1])
+        consecutive = last - first + 1 == len(part)
+        mask = None if seen.all() else hidden.repeat_interleave(per_query, dim=0)[None, None]
+        yield slice(first, last + 1) if consecutive else part, keys, mask
 
 
 def for_every_head(q: Tensor, x: Tensor) -> Tensor:
