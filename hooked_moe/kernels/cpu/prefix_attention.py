@@ -12,8 +12,8 @@ from torch import Tensor
 
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS_PER_PART, _QUERIES_PER_PART = 512, 64
-"""So many rows at a time, of all variants of a few queries, look at the keys before those, and at no others: products with as many
-rows as these run fast, and what queries do not see of a part's keys is small."""
+"""So many rows at a time, of all variants of a few queries, look at the keys before those, and at no others: products of as many
+rows run fast, and what queries do not see of their part's keys is little."""
 
 
 def runs_fused(q: Tensor, values: Tensor) -> bool:
@@ -119,7 +119,12 @@ def over_prefix(
         at, per_query = None if starts is None else starts[b], rows.shape[2]
         for queries, seen, mask in _parts(at, rows.shape[1], k.shape[2], per_query, reach, q.dtype):
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                rows[None, :, queries].flatten(2, 3), k[:, :, seen], v[:, :, seen], attn_mask=mask, scale=scale
+                rows[None, :, queries].flatten(2, 3),
+                k[:, :, seen],
+                v[:, :, seen],
+                is_causal=mask is None,
+                attn_mask=mask,
+                scale=scale,
             )
             mixed[b, :, queries] = out[0].unflatten(1, (-1, per_query))
             log_sum[b, :, queries] = lse[0].unflatten(1, (-1, per_query))
@@ -131,7 +136,11 @@ def _parts(
     starts: Int[Tensor, " query"] | None, queries: int, length: int, per_query: int, reach: int | None, dtype: torch.dtype
 ) -> Iterator[tuple[slice | Int[Tensor, " part"], slice, Float[Tensor, "1 1 part key"] | None]]:
     """Queries of a sequence that have a prefix, a few at a time; the keys in which it lies; and what hides the other keys from
-    each of their rows, of which there are so many `per_query` (None: all are seen)."""
+    each of their rows, of which there are so many `per_query` (None: a causal kernel does)."""
+    if starts is None and reach is None and per_query == 1:
+        if queries > 1:  # shifted by one against the keys, it sees the strict prefix; position 0 has none
+            yield slice(1, None), slice(0, queries - 1), None
+        return
     starts = torch.arange(queries, device="cpu") if starts is None else starts
     firsts = torch.zeros_like(starts) if reach is None else (starts - reach).clamp(min=0)
     at_once = max(1, min(_QUERIES_PER_PART, _ROWS_PER_PART // per_query))
@@ -144,8 +153,7 @@ def _parts(
         hidden = torch.zeros(seen.shape, dtype=dtype, device="cpu").masked_fill_(~seen, -torch.inf)
         first, last = int(part[0]), int(part[-1])
         consecutive = last - first + 1 == len(part)
-        mask = None if seen.all() else hidden.repeat_interleave(per_query, dim=0)[None, None]
-        yield slice(first, last + 1) if consecutive else part, keys, mask
+        yield slice(first, last + 1) if consecutive else part, keys, hidden.repeat_interleave(per_query, dim=0)[None, None]
 
 
 def for_every_head(q: Tensor, x: Tensor) -> Tensor:
