@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from hooked_moe.corpus import Window
@@ -35,7 +34,7 @@ from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.progress import progress_bar
-from hooked_moe.tables import atomic_path
+from hooked_moe.tables.files import atomic_path, parquet_writer
 from hooked_moe.transformer import Transformer
 
 MAX_WORKERS = 4
@@ -286,9 +285,6 @@ def _least_budget(model: Transformer, corpus: TokenizedCorpus, spec: PartSpec) -
 
 def _merge(files: ShardFiles, units: Sequence[str], name: str, schema: pa.Schema, target: Path) -> None:
     """Join the shards of a table in order, one in memory at a time."""
-    with (
-        atomic_path(target) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer,
-    ):
+    with atomic_path(target) as temporary, parquet_writer(schema, temporary) as writer:
         for unit in units:
             writer.write_table(files.read(unit, name).cast(schema))

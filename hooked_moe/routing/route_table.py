@@ -23,6 +23,7 @@ from hooked_moe.kernels import routing
 from hooked_moe.routing.pieces import Piece, Texts, pieces_of, run_in_batches
 from hooked_moe.routing.rule import rule_of
 from hooked_moe.tables import Result, atomic_path, schema_of, table_with_schema
+from hooked_moe.tables.files import parquet_writer
 from hooked_moe.tables.result import ROWS_SHOWN, readable
 from hooked_moe.transformer import Transformer
 
@@ -211,10 +212,7 @@ def routing_table(
     if path is None:
         return replace(result, rows=pa.concat_tables(rows).replace_schema_metadata(None))
     schema = ROUTES.with_metadata(result.file_labels())
-    with (
-        atomic_path(path) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer,
-    ):
+    with atomic_path(path) as temporary, parquet_writer(schema, temporary) as writer:
         for piece in rows:
             writer.write_table(piece.replace_schema_metadata(schema.metadata))
     return replace(result, rows=Path(path))

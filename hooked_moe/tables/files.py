@@ -79,9 +79,25 @@ def remove_temporaries(directory: str | os.PathLike[str]) -> int:
     return len(leftovers)
 
 
+def parquet_writer(schema: pa.Schema, path: str | os.PathLike[str]) -> pq.ParquetWriter:
+    """Writes tables of a schema into one file, as all parquet files here are written: compressed, with a checksum of each page.
+
+    Measured numbers are hardly ever equal: a dictionary of them, which arrow makes unless it is told not to, takes more space
+    than they do, and three times as long.
+    """
+    counted = [field.name for field in schema if not pa.types.is_floating(field.type)]
+    return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=counted, write_page_checksum=True)
+
+
+def write_parquet(table: pa.Table, path: str | os.PathLike[str], row_group_size: int | None = None) -> None:
+    """Write a table under a name that nobody reads yet; see `parquet_writer`."""
+    with parquet_writer(table.schema, path) as writer:
+        writer.write_table(table, row_group_size)
+
+
 def write_parquet_atomic(table: pa.Table, path: str | os.PathLike[str], *, row_group_size: int = 1 << 17) -> None:
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=row_group_size, write_page_checksum=True)
+        write_parquet(table, temporary, row_group_size)
 
 
 def write_csv_atomic(table: pa.Table, path: str | os.PathLike[str]) -> None:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hooked_moe.tables.files import atomic_path
+from hooked_moe.tables.files import atomic_path, write_parquet
 from hooked_moe.version import __version__
 
 _KIND, _METADATA, _CHECKSUM, _VERSION = (f"hooked_moe.{name}".encode() for name in ("result", "metadata", "sha256", "version"))
@@ -84,7 +84,7 @@ class Result:
         table = self.stored_table()
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **self.file_labels()})
         with atomic_path(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+            write_parquet(table, temporary)
 
     def file_labels(self) -> dict[bytes, bytes]:
         """What a file says of its rows: the class, and `metadata()`."""

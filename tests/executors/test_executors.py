@@ -253,7 +253,7 @@ def test_what_a_worker_measured_and_died_before_it_could_say_so_is_not_measured_
 
 def test_a_full_disk_is_named_and_what_was_measured_before_is_kept(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    measure, write = shards.measure_document, pq.write_table
+    measure, write = shards.measure_document, pq.ParquetWriter.write_table
 
     def filling(*arguments: Any, **options: Any) -> None:
         if len(asked) > 3:
@@ -266,7 +266,7 @@ def test_a_full_disk_is_named_and_what_was_measured_before_is_kept(opened: Opene
         lambda model, windows, *rest: asked.append(windows[0].document) or measure(model, windows, *rest),
     )
     with monkeypatch.context() as full, opened("there") as run:
-        full.setattr(pq, "write_table", filling)
+        full.setattr(pq.ParquetWriter, "write_table", filling)
         with pytest.raises(OSError, match="No space left on device"):
             run.require("position", progress=False, executor=InAnotherProcess())
     assert asked == [0, 1, 2, 3]

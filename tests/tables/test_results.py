@@ -112,11 +112,10 @@ def test_a_write_that_fails_leaves_the_old_file(grid: Grid, tmp_path: Path, monk
     grid.save(tmp_path / "grid.parquet")
     before = (tmp_path / "grid.parquet").read_bytes()
 
-    def interrupted(table: pa.Table, where: Any, **options: Any) -> None:
-        Path(where).write_bytes(b"PAR1")
-        raise KeyboardInterrupt
+    def interrupted(writer: pq.ParquetWriter, table: pa.Table, *options: Any) -> None:
+        raise KeyboardInterrupt  # with the first bytes of the file written
 
-    monkeypatch.setattr(pq, "write_table", interrupted)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", interrupted)
     with pytest.raises(KeyboardInterrupt):
         grid.save(tmp_path / "grid.parquet")
     assert (tmp_path / "grid.parquet").read_bytes() == before

@@ -21,7 +21,7 @@ from hooked_moe.circuits.tracing.protocol import Protocol
 from hooked_moe.circuits.tracing.selection import Candidate, Estimate, ExpertGrid, best_first, candidates, estimate
 from hooked_moe.tables.checked_json import read_checked_json, write_checked_json
 from hooked_moe.tables.checksums import FileRecords, file_fault, file_record
-from hooked_moe.tables.files import atomic_path
+from hooked_moe.tables.files import atomic_path, write_parquet
 from hooked_moe.tables.result import Result
 
 TABLES = ("cases", "blocks", "experts")
@@ -173,7 +173,7 @@ class TracingResult(Result):
         records: FileRecords = {}
         for name in TABLES:
             with atomic_path(directory / f"{name}.parquet") as temporary:
-                pq.write_table(getattr(self, name), temporary, compression="zstd")
+                write_parquet(getattr(self, name), temporary)
             records[name] = file_record(directory / f"{name}.parquet")
         write_checked_json({"kind": "TracingResult", "files": records, **self.identity}, directory / METADATA)
 
