@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal
 
 import torch
@@ -49,10 +49,36 @@ def generate(
     _check_sampling(temperature, top_k, top_p)
     ends = _end_tokens(model, eos_token_id) if stop_at_eos else []
     tokens, real = _prompt(model, input, attention_mask, prepend_bos)
-    width = tokens.shape[1] + max_new_tokens
+
+    def choose(logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, " batch"]:
+        return _choose(logits, temperature, top_k, top_p, generator) if do_sample and temperature else logits.argmax(-1)
+
+    steps = tqdm(range(max_new_tokens), desc="generating", unit="tok", delay=2.0, disable=None if verbose else True)
+    hooked = any(point.active for point in model.hook_dict.values())  # by whom what it sees may be wanted for a gradient
+    with torch.no_grad() if hooked else torch.inference_mode():
+        tokens, real = _continued(model, tokens, real, steps, choose, ends, expert_mask, use_past_kv_cache)
+    tokens, real = tokens.clone(), real.clone()  # ordinary tensors
+    if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
+        return tokens
+    texts = [model.require_tokenizer().decode(row[kept].tolist(), special=False) for row, kept in zip(tokens, real, strict=True)]
+    return texts[0] if isinstance(input, str) or (isinstance(input, Tensor) and len(texts) == 1) else texts
+
+
+def _continued(
+    model: Transformer,
+    tokens: Int[Tensor, "batch pos"],
+    real: Bool[Tensor, "batch pos"],
+    steps: Collection[int],
+    choose: Callable[[Float[Tensor, "batch d_vocab"]], Int[Tensor, " batch"]],
+    ends: list[int],
+    expert_mask: ExpertMask | None,
+    use_past_kv_cache: bool,
+) -> tuple[Int[Tensor, "batch all_pos"], Bool[Tensor, "batch all_pos"]]:
+    """The same with a token more for each of the steps, until all rows have ended."""
+    width = tokens.shape[1] + len(steps)
     cache = KeyValueCache(model.cfg.n_layers, width)
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    for _ in tqdm(range(max_new_tokens), desc="generating", unit="tok", delay=2.0, disable=None if verbose else True):
+    for _ in steps:
         if not use_past_kv_cache:
             cache = KeyValueCache(model.cfg.n_layers, width)  # forget: every token is run again
         new = slice(cache.length, None)
@@ -63,8 +89,7 @@ def generate(
             past_kv_cache=cache,
             stop_at_layer=model.cfg.n_layers,
         )
-        logits = model.logits(resid[:, -1:])[:, 0]
-        chosen = _choose(logits, temperature, top_k, top_p, generator) if do_sample and temperature else logits.argmax(-1)
+        chosen = choose(model.logits(resid[:, -1:])[:, 0])
         if ends:
             chosen = torch.where(finished, ends[0], chosen)
             finished |= torch.isin(chosen, torch.tensor(ends, dtype=torch.long, device=chosen.device))
@@ -72,10 +97,7 @@ def generate(
         real = torch.cat((real, torch.ones_like(real[:, :1])), dim=1)
         if bool(finished.all()):
             break
-    if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
-        return tokens
-    texts = [model.require_tokenizer().decode(row[kept].tolist(), special=False) for row, kept in zip(tokens, real, strict=True)]
-    return texts[0] if isinstance(input, str) or (isinstance(input, Tensor) and len(texts) == 1) else texts
+    return tokens, real
 
 
 def _prompt(

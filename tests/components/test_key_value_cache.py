@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_moe import ExpertMask, HookedMoE, KeyValueCache
+from hooked_moe.components.key_value_cache import LayerCache
 from tests.conftest import EVERY_ARCHITECTURE
 
 
@@ -84,3 +85,60 @@ def test_a_cache_of_another_model_is_refused(model: HookedMoE, tokens: Tensor) -
         model(tokens, past_kv_cache=KeyValueCache(2))
     with pytest.raises(ValueError, match=r"n_layers must be a whole number, not 3.0"):
         KeyValueCache(3.0)  # type: ignore[arg-type]
+
+
+def rows(length: int, start: float = 0.0) -> Tensor:
+    return start + torch.arange(2 * length * 3, dtype=torch.float32).view(2, length, 1, 3)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_caches_that_went_on_from_one_have_each_their_own(mode: Callable[[], Any]) -> None:
+    """Two drafts of a cache, and a draft of one of them, in memory that all began with."""
+    with mode():
+        first = LayerCache()
+        first.extend(rows(3), rows(3))
+        first.extend(rows(1, 50), rows(1, 60))  # now there is room
+        kept = torch.cat((rows(3), rows(1, 50)), dim=1)
+        one, other = first.copy(), first.copy()
+        seen, _ = one.extend(rows(2, 100), rows(2, 100))
+        after_other, _ = other.extend(rows(100, 200), rows(100, 200))
+        third = one.copy()
+        after_third, _ = third.extend(rows(1, 300), rows(1, 300))
+        one.extend(rows(1, 400), rows(1, 400))
+    assert torch.equal(first.keys, kept)
+    assert torch.equal(seen, torch.cat((kept, rows(2, 100)), dim=1))
+    assert torch.equal(after_other, torch.cat((kept, rows(100, 200)), dim=1))
+    assert torch.equal(after_third, torch.cat((kept, rows(2, 100), rows(1, 300)), dim=1))
+    assert torch.equal(one.keys, torch.cat((kept, rows(2, 100), rows(1, 400)), dim=1))
+
+
+def test_what_was_kept_in_one_mode_goes_on_in_another() -> None:
+    layer = LayerCache()
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
+        for _ in range(2):
+            with mode():
+                layer.extend(rows(1), rows(1))
+    assert torch.equal(layer.keys, torch.cat([rows(1)] * 8, dim=1))
+
+
+def test_no_pass_is_in_the_way_of_another_ones_gradient() -> None:
+    layer, keys = LayerCache(), rows(2).requires_grad_()
+    seen, _ = layer.extend(keys, rows(2))
+    loss = (seen**2).sum()
+    with torch.no_grad():
+        layer.extend(rows(1), rows(1))
+    loss.backward()
+    assert torch.equal(keys.grad, 2 * rows(2))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_tokens_that_were_generated_can_be_trained_on(model: HookedMoE, tokens: Tensor) -> None:
+    generated = model.generate(tokens, 3, do_sample=False, stop_at_eos=False, verbose=False)
+    model.requires_grad_()(generated, "loss").backward()
+    assert model.embed.W_E.grad is not None
+    seen: list[Tensor] = []
+    with model.hooks([("blocks.0.hook_resid_post", lambda x, hook: seen.append(x))]):
+        model.generate(tokens, 1, stop_at_eos=False, verbose=False)
+    weight = torch.ones(model.cfg.d_model, requires_grad=True)
+    (seen[0] @ weight).sum().backward()  # as a probe does
+    assert weight.grad is not None
