@@ -90,7 +90,7 @@ models.
 
 **Times** are those of products at {share} of the peak that the maker publishes (in TFLOP/s: {peaks}).
 That share is an assumption: no card has been measured. On two cores of a CPU the audit reaches half of what `torch.mm` keeps up
-in bfloat16, and two thirds in float32 ([Speed](speed.md)). Reading the weights, writing tables (45 bytes a removal) and the
+in bfloat16, and two thirds in float32 ([Speed](speed.md)). Reading the weights, writing tables (34 bytes a removal) and the
 analysis come on top, and so does the download. Weights that do not fit on the card are streamed from the disk
 (`--stream`): each sweep over the layers reads all of them once, which takes their size over the disk's rate.
 

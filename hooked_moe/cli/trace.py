@@ -12,7 +12,8 @@
     hooked-moe trace --model olmoe-0125 --facts counterfact.json --ray auto                # batches of cases on a Ray cluster
 
 An expert is chosen on half of the cases; every number shown is of the other half, with a 95% interval over cases. Results go to
-RESULTS/MODEL/trace-...: tables of every patch (parquet), findings.csv, and report.html.
+RESULTS/MODEL/trace-...: tables of every patch (parquet), findings.csv, and report.html. A killed run resumes where it stopped
+when the same command is given again.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"), help="where results go (default: %(default)s)")
     parser.add_argument("--run", help="name of the run (default: from its settings)")
     add_ray_arguments(parser)
-    return run_command(trace, parser.parse_args(arguments), resumes=False)
+    return run_command(trace, parser.parse_args(arguments))
 
 
 def trace(args: argparse.Namespace) -> Path:
@@ -103,8 +104,6 @@ def trace(args: argparse.Namespace) -> Path:
         args.model, dtype=dtype_named(args.dtype, device), device=device, revision=args.revision, stream=args.stream
     )
     results = args.results / model.cfg.model_name
-    if executor is not None:
-        results.mkdir(parents=True, exist_ok=True)  # where workers leave what they trace
     result = trace_facts(
         model,
         [record for record in records if args.split == "all" or record.split in ("", args.split)],

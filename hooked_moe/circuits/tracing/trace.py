@@ -49,8 +49,8 @@ def trace_facts(
     alone spares the products with the whole vocabulary. `necessity` also removes every active expert from the clean run.
     `discovery` are the case ids that an expert is chosen on, all others testing it; None: a half of them, drawn by the seed.
     `memory_budget` bounds what the engine holds beside the weights. `executor` says where batches of cases are traced (None:
-    here), and `directory` where its workers leave their numbers for the while, which all of them must see (None: a temporary
-    directory of this machine). `progress` shows bars. A record without a foil gets one
+    here). In `directory`, which all its workers must see, the numbers of every batch are kept for the while: the same call goes
+    on from there after it was interrupted (None: nothing is kept). `progress` shows bars. A record without a foil gets one
     (`hooked_moe.corpus.with_foils`).
 
         result = trace_facts(model, load_facts("embedded"), corruption="noise")

@@ -74,6 +74,55 @@ def test_an_executor_traces_the_same_to_the_byte(
         assert len(executor.units) > 2
 
 
+class Dies(InAnotherProcess):
+    """After so many units."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def run(self, work: Any, units: Sequence[Any]) -> Iterator[Any]:
+        for unit in super().run(work, units):
+            yield unit
+            if len(self.units) == self.after:
+                raise KeyboardInterrupt
+
+
+def test_what_was_traced_before_an_interruption_is_not_traced_again(
+    planted: HookedMoE, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    there, again = tmp_path / "there", InAnotherProcess()
+    here = trace_facts(planted, planted_records(), **FEW)
+    first = Dies(after=3)
+    with pytest.raises(KeyboardInterrupt):
+        trace_facts(planted, planted_records(), executor=first, directory=there, **FEW)
+    [place] = there.iterdir()
+    damaged = place / f"{first.units[0]:06d}.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    (place / ".000000.npz.1.tmp").write_bytes(b"half")
+    with pytest.raises(KeyboardInterrupt):  # asked for something else
+        trace_facts(planted, planted_records(), executor=Dies(after=1), directory=there, necessity=False, **FEW)
+    assert len(list(there.iterdir())) == 2
+    found = trace_facts(planted, planted_records(), executor=again, directory=there, progress=True, **FEW)
+    assert set(again.units).isdisjoint(first.units[1:])
+    assert first.units[0] in again.units
+    assert contents(here, tmp_path / "here") == contents(found, tmp_path / "found")
+    assert "100%" in capfd.readouterr().err
+    [left] = there.iterdir()
+    assert left != place
+
+
+def test_two_that_trace_the_same_are_not_in_each_others_way(planted: HookedMoE, tmp_path: Path) -> None:
+    class Twice(InAnotherProcess):
+        def run(self, work: Any, units: Sequence[Any]) -> Iterator[Any]:
+            with pytest.raises(BlockingIOError, match="is being written by another process, which traces the same: wait for it"):
+                trace_facts(planted, planted_records(), executor=Threads(), directory=tmp_path, **FEW)
+            return super().run(work, units)
+
+    trace_facts(planted, planted_records(), executor=Twice(), directory=tmp_path, **FEW)
+    assert not list(tmp_path.iterdir())
+
+
 def test_numbers_that_do_not_arrive_are_an_error_in_words(
     planted: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
