@@ -1,4 +1,4 @@
-"""Every test runs with the shapes and types of the annotations checked, and on one thread."""
+"""Every test runs with the shapes and types of the annotations checked, and on one thread. See `tests.support.type_checks`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support import type_checks
+
 # Before the first import of either package. The checks can be switched off while a test runs: see `unchecked`.
 os.environ.pop("HOOKED_MOE_KERNELS", None)  # of whoever runs the tests, which choose for themselves
 jaxtyping.config.update("jaxtyping_disable", False)  # whatever JAXTYPING_DISABLE says
-jaxtyping.install_import_hook(["hooked_moe", "weights_conversion"], "beartype.beartype")
+type_checks.install("hooked_moe", "weights_conversion")
 
 from hooked_moe import HookedMoE, HookedMoEConfig  # noqa: E402
 from hooked_moe.config import ClampedSwiGLU, YarnScaling  # noqa: E402
@@ -37,6 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What was imported stays: the garbage collector need not go through it again and again, for a tenth of the time."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def types_checked_anew() -> None:
+    type_checks.begin_test()
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ def test_it_is_small_enough_to_ship(shipped: HookedMoE) -> None:
 @pytest.mark.usefixtures("unchecked")  # of the same call over and over
 @pytest.mark.parametrize(
     "shipped",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("tiny-olmoe", "tiny-deepseek-moe"))) for name in SHIPPED],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "tiny-olmoe")) for name in SHIPPED],
     indirect=True,
 )
 def test_its_held_out_loss_and_expert_load_are_those_of_its_card(shipped: HookedMoE) -> None:

@@ -66,7 +66,7 @@ class TraceBatches:
         """Whether its numbers are there, and whole."""
         try:
             self._read(unit)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return False
         return True
 
