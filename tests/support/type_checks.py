@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import jaxtyping
@@ -16,6 +17,8 @@ CALLS = 10
 """Of each function in each test that are checked."""
 _test = [0]
 _jaxtyped = jaxtyping.jaxtyped
+_AS_JAXTYPING = {"__name__": "jaxtyping", "_test": _test, "CALLS": CALLS}
+"""What a warning's search for the user's line takes for jaxtyping's own frame."""
 
 
 def install(*packages: str) -> None:
@@ -44,7 +47,6 @@ def _checked_at_first(fn: Any = None, *, typechecker: Any = None) -> Any:
         return checked
     test = calls = 0
 
-    @functools.wraps(fn)
     def checked_at_first(*args: Any, **kwargs: Any) -> Any:
         nonlocal test, calls
         if test != _test[0]:
@@ -54,4 +56,4 @@ def _checked_at_first(fn: Any = None, *, typechecker: Any = None) -> Any:
         calls += 1
         return checked(*args, **kwargs)
 
-    return checked_at_first
+    return functools.wraps(fn)(FunctionType(checked_at_first.__code__, _AS_JAXTYPING, closure=checked_at_first.__closure__))
