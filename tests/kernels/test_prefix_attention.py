@@ -57,6 +57,17 @@ def test_by_parts_is_the_definition(
         assert torch.equal(kernel.window_attention(*arguments, starts, width, 0.4, **named), found)
 
 
+def test_what_hides_keys_takes_little_memory_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With so many keys that there is no room for two queries' rows, each goes alone, and nothing has to be hidden from it."""
+    q, keys, values = torch.randn(4, 1, 9, 2, 8), torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)
+    expected = on_cpu.over_prefix(q, keys, values, None, 0.4, None)
+    monkeypatch.setattr(on_cpu, "_MASK_BYTES", 4 * 9 * 4)
+    parts = list(on_cpu._parts(None, 9, 9, 4, None, torch.float32))
+    assert [mask for _, _, mask in parts] == [None] * 8
+    for found, other in zip(on_cpu.over_prefix(q, keys, values, None, 0.4, None), expected, strict=True):
+        torch.testing.assert_close(found, other, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 @pytest.mark.parametrize("width", [1, 4])
 def test_the_definition_is_causal_attention_over_the_changed_sequence(

@@ -14,6 +14,8 @@ _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS_PER_PART, _QUERIES_PER_PART = 512, 64
 """So many rows at a time, of all variants of a few queries, look at the keys before those, and at no others: products of as many
 rows run fast, and what queries do not see of their part's keys is little."""
+_MASK_BYTES = 16 << 20
+"""Of what hides keys from rows: fewer queries at a time where there are very many keys."""
 
 
 def runs_fused(q: Tensor, values: Tensor) -> bool:
@@ -117,12 +119,14 @@ def over_prefix(
     for b, rows in enumerate(q):
         k, v = (rearrange(x[b], "pos head e -> 1 head pos e") for x in (keys, values))
         at, per_query = None if starts is None else starts[b], rows.shape[2]
-        for queries, seen, mask in _parts(at, rows.shape[1], k.shape[2], per_query, reach, q.dtype):
+        causal = starts is None and reach is None and per_query == 1
+        parts = _strictly_before(rows.shape[1]) if causal else _parts(at, rows.shape[1], k.shape[2], per_query, reach, q.dtype)
+        for queries, seen, mask in parts:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 rows[None, :, queries].flatten(2, 3),
                 k[:, :, seen],
                 v[:, :, seen],
-                is_causal=mask is None,
+                is_causal=causal,
                 attn_mask=mask,
                 scale=scale,
             )
@@ -132,28 +136,37 @@ def over_prefix(
     return rearrange(mixed[..., :d_value], by_head, group=group), rearrange(log_sum, by_head, group=group)
 
 
+Part = tuple[slice | Int[Tensor, " part"], slice, Float[Tensor, "1 1 row key"] | None]
+"""Some queries; the keys in which their prefixes lie; and what hides the others of these from each of their rows, if anything."""
+
+
+def _strictly_before(queries: int) -> Iterator[Part]:
+    """All of them at once, shifted by one against the keys: a causal kernel then sees the strict prefix. Position 0 has none."""
+    if queries > 1:
+        yield slice(1, None), slice(0, queries - 1), None
+
+
 def _parts(
     starts: Int[Tensor, " query"] | None, queries: int, length: int, per_query: int, reach: int | None, dtype: torch.dtype
-) -> Iterator[tuple[slice | Int[Tensor, " part"], slice, Float[Tensor, "1 1 part key"] | None]]:
-    """Queries of a sequence that have a prefix, a few at a time; the keys in which it lies; and what hides the other keys from
-    each of their rows, of which there are so many `per_query` (None: a causal kernel does)."""
-    if starts is None and reach is None and per_query == 1:
-        if queries > 1:  # shifted by one against the keys, it sees the strict prefix; position 0 has none
-            yield slice(1, None), slice(0, queries - 1), None
-        return
+) -> Iterator[Part]:
+    """Those that have a prefix, a few at a time, with so many rows `per_query`."""
     starts = torch.arange(queries, device="cpu") if starts is None else starts
     firsts = torch.zeros_like(starts) if reach is None else (starts - reach).clamp(min=0)
-    at_once = max(1, min(_QUERIES_PER_PART, _ROWS_PER_PART // per_query))
+    rows = min(_ROWS_PER_PART, _MASK_BYTES // max(1, length * dtype.itemsize))
+    at_once = max(1, min(_QUERIES_PER_PART, rows // per_query))
     for part in (starts > firsts).nonzero().flatten().split(at_once):
         if not len(part):
             continue
         keys = slice(int(firsts[part].min()), min(length, int(starts[part].max())))
         key = torch.arange(keys.start, keys.stop, device="cpu")
         seen = (key < starts[part, None]) & (key >= firsts[part, None])
-        hidden = torch.zeros(seen.shape, dtype=dtype, device="cpu").masked_fill_(~seen, -torch.inf)
+        mask = None
+        if not seen.all():
+            hidden = torch.zeros(seen.shape, dtype=dtype, device="cpu").masked_fill_(~seen, -torch.inf)
+            mask = hidden.repeat_interleave(per_query, dim=0)[None, None]
         first, last = int(part[0]), int(part[-1])
         consecutive = last - first + 1 == len(part)
-        yield slice(first, last + 1) if consecutive else part, keys, hidden.repeat_interleave(per_query, dim=0)[None, None]
+        yield slice(first, last + 1) if consecutive else part, keys, mask
 
 
 def for_every_head(q: Tensor, x: Tensor) -> Tensor:
