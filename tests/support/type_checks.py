@@ -6,6 +6,7 @@ checked at every call, the tests take twice as long.
 
 from __future__ import annotations
 
+import builtins
 import functools
 from collections.abc import Callable
 from types import FunctionType
@@ -17,7 +18,7 @@ CALLS = 10
 """Of each function in each test that are checked."""
 _test = [0]
 _jaxtyped = jaxtyping.jaxtyped
-_AS_JAXTYPING = {"__name__": "jaxtyping", "_test": _test, "CALLS": CALLS}
+_AS_JAXTYPING = {"__name__": "jaxtyping", "__builtins__": builtins, "_test": _test, "CALLS": CALLS}
 """What a warning's search for the user's line takes for jaxtyping's own frame."""
 
 
