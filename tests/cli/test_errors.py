@@ -236,12 +236,12 @@ def test_a_reader_who_has_gone_ends_a_command_without_a_word() -> None:
 
 
 INTERRUPTED = """
-import signal, sys, time
+import os, signal, sys, time
 from hooked_moe.cli.console import run_command
 from hooked_moe.executors import in_parallel
 
 def measure(document):
-    print("measuring", flush=True)
+    os.write(1, b"measuring\n")  # in one piece: two threads' `print` may put both words before both ends of line
     time.sleep(float(sys.argv[1]))
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` and a shell's `&` may have switched off
