@@ -241,7 +241,7 @@ from hooked_moe.cli.console import run_command
 from hooked_moe.executors import in_parallel
 
 def measure(document):
-    os.write(1, b"measuring\n")  # in one piece: two threads' `print` may put both words before both ends of line
+    os.write(1, b"measuring\\n")  # in one piece: two threads' `print` may put both words before both ends of line
     time.sleep(float(sys.argv[1]))
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` and a shell's `&` may have switched off
