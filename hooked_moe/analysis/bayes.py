@@ -125,8 +125,8 @@ def _fit(score: Float[np.ndarray, "P L K"], delta: Float[np.ndarray, "P L K"], d
     ranks = [statistics.standardised(statistics.within_position_ranks(score[:, axis])) for axis in range(n_layers)]
     stacked = np.stack(ranks, axis=1).reshape(-1, n_slots)
     orders, documents = delta.reshape(-1, n_slots), np.repeat(document, n_layers)
-    model = statistics.plackett_luce(stacked, orders, documents)
-    return _Fit(model, statistics.leave_one_document_out(stacked, orders, documents), len(score))
+    fit = statistics.fit_choices(stacked, orders, documents)
+    return _Fit(fit.model(), fit.held_out(), len(score))
 
 
 def _stacked(held_out: dict[str, statistics.DocumentScores]) -> dict[str, float]:

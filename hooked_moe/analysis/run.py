@@ -17,6 +17,7 @@ effect tables are streamed twice: `_FirstPass`, then all that needs the criteria
 is kept grows with layers, experts and documents, not with tokens.
 """
 
+import importlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from threadpoolctl import threadpool_limits
 
 from hooked_moe.analysis.accumulators.expert_statistics import ExpertAccumulator, ExpertStatistics
 from hooked_moe.analysis.accumulators.survey import Survey
@@ -80,7 +82,10 @@ def analyse_run(
     """
     run, layers = Path(run_dir), None if layers is None else whole_numbers(layers, "layers")  # which may be an iterator
     required_file(run, "effects.parquet", "the measurement writes it")
-    with progress_bar(None, "analysing", " steps", shown=progress, delay=1.0) as bar:
+    with (
+        threadpool_limits(1, "blas"),  # whose threads wait in a loop, on the processor that our other thread needs
+        progress_bar(None, "analysing", " steps", shown=progress, delay=1.0) as bar,
+    ):
         derived, cells, missing = _derive(run, n_experts, layers, n_positions, seed, bar)
     for name, table in derived.items():
         (write_parquet_atomic if name.endswith(".parquet") else write_csv_atomic)(table, run / name)
@@ -122,6 +127,16 @@ class _Chunk:
 
 
 def _chunks(run: Path) -> Iterator[_Chunk]:
+    """All of them in order, each read while the one before is worked on."""
+    chunks = _read_chunks(run)
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = reader.submit(next, chunks, None)
+            yield chunk
+
+
+def _read_chunks(run: Path) -> Iterator[_Chunk]:
     chunks = effect_chunks(run / "effects.parquet", _COLUMNS)
     path = run / "effects_sequence.parquet"
     if not path.is_file():
@@ -139,7 +154,9 @@ def _derive(
     run: Path, n_experts: int, layers: Iterable[int] | None, n_positions: int, seed: int, bar: Any
 ) -> tuple[dict[str, pa.Table], list[Cell], dict[str, str]]:
     """Every derived table by the name of its file, the cells, and what was not measured."""
-    first = _FirstPass(run, n_experts, layers)
+    with ThreadPoolExecutor(1) as importer:
+        importer.submit(importlib.import_module, "scipy.stats")  # half a second, which the cells would wait for
+        first = _FirstPass(run, n_experts, layers)
     optional = {name: run / name if (run / name).is_file() else None for name in ("routing.parquet", "expert_weights.parquet")}
     statistics = first.experts.statistics(*optional.values())
     bar.update()
@@ -263,7 +280,7 @@ class _SecondPass:
     def _updates(self, chunk: _Chunk) -> Iterator[Callable[[], object]]:
         """What the chunk adds to each of them, by itself."""
         measured = chunk.measured["position"]
-        yield partial(self.savings.update, measured)  # the longest first
+        yield from self.savings.updates(measured)  # the longest first
         for scope, grid in chunk.measured.items():
             yield partial(self.audits[scope].update, grid)
         yield partial(self.choices.update, measured)

@@ -12,10 +12,10 @@ other direction would help. An active expert without a score (std of one token) 
 that ranking, random cost included; equals are put in an order drawn once per layer (`orders.pruning_ranks`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from hooked_moe.analysis.accumulators.documents import Documents
 from hooked_moe.analysis.accumulators.effect_sums import ExpertEffectSums, effect_columns
@@ -91,13 +91,31 @@ class SavingAudit:
 
     def update(self, measured: EffectGrid) -> None:
         """Add a chunk's measured positions."""
+        for add in self.updates(measured):
+            add()
+
+    def updates(self, measured: EffectGrid) -> tuple[Callable[[], None], Callable[[], None]]:
+        """The two halves of `update`, which may be done side by side."""
+
+        def follow_rankings() -> None:
+            for axis, at, expert, effects in self._by_layer(measured):
+                self.savings.update(axis, measured.document, effects, self.rankings_at(measured, axis, at, expert))
+
+        def follow_random_orders() -> None:
+            for axis, _, expert, effects in self._by_layer(measured):
+                self.orders.update(axis, measured.document, expert, effects)
+
+        return follow_random_orders, follow_rankings
+
+    def _by_layer(
+        self, measured: EffectGrid
+    ) -> Iterator[tuple[int, int, Int[np.ndarray, "slot position"], dict[str, Float[np.ndarray, "slot position"]]]]:
+        """Number of each layer, its number among the measured ones, and a chunk's experts and effects there."""
         columns = effect_columns(measured)
         for axis, layer in enumerate(self.layers):
             at = measured.layer_axis(layer)
-            expert = np.ascontiguousarray(measured.expert[:, at].T)
             effects = {name: np.ascontiguousarray(columns[name][:, at].T) for name in self.effects}
-            self.savings.update(axis, measured.document, effects, self.rankings_at(measured, axis, at, expert))
-            self.orders.update(axis, measured.document, expert, effects)
+            yield axis, at, np.ascontiguousarray(measured.expert[:, at].T), effects
 
     def rankings_at(
         self, measured: EffectGrid, axis: int, at: int, expert: Int[np.ndarray, "slot position"]

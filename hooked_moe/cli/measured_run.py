@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.measurement.verification import MINIMUM_TOKENS
 from hooked_moe.model import HookedMoE
-from hooked_moe.report import report_fault, write_report
+from hooked_moe.report import DrawingHelper, report_fault, write_report
 from hooked_moe.report.explorer import explorer_fault, write_explorer
 from hooked_moe.tables import NOT_MADE, FileRecords, required_file
 
@@ -191,32 +192,39 @@ def analyse(run: Run, log: Callable[[str], object] = print, progress: bool = Tru
         "n_positions": min(SAMPLE_SIZE, available),
         "seed": SEED,
     }
-    fault = analysis_fault(directory, known=known, **settings)
-    if fault is not None:
-        _say_why("analysed again", fault, log)
-        analyse_run(directory, progress=progress, **settings)
-    fault = explorer_fault(directory, known)
-    if fault is not None:
-        _say_why("explorer pages made again", fault, log)
-        write_explorer(directory)
-    return _report(directory, known, log, progress)
+    with ExitStack() as stack:
+        helper, fault = None, analysis_fault(directory, known=known, **settings)
+        if fault is not None:
+            _say_why("analysed again", fault, log)
+            helper = stack.enter_context(DrawingHelper())
+            analyse_run(directory, progress=progress, **settings)
+            helper.draw(directory)
+        fault = explorer_fault(directory, known)
+        if fault is not None:
+            _say_why("explorer pages made again", fault, log)
+            write_explorer(directory)
+        return _report(directory, known, log, progress, helper)
 
 
 def _analyse_budgeted(directory: Path, n_experts: int, known: FileRecords, log: Callable[[str], object], progress: bool) -> Path:
     """The same for a run with a budget, which has no removals to look at one by one."""
-    fault = budgeted_fault(directory, known, n_experts=n_experts, seed=SEED)
-    if fault is not None:
-        _say_why("analysed again", fault, log)
-        analyse_budgeted(directory, n_experts=n_experts, seed=SEED)
-    return _report(directory, known, log, progress)
+    with ExitStack() as stack:
+        helper, fault = None, budgeted_fault(directory, known, n_experts=n_experts, seed=SEED)
+        if fault is not None:
+            _say_why("analysed again", fault, log)
+            helper = stack.enter_context(DrawingHelper())
+            analyse_budgeted(directory, n_experts=n_experts, seed=SEED)
+        return _report(directory, known, log, progress, helper)
 
 
-def _report(directory: Path, known: FileRecords, log: Callable[[str], object], progress: bool) -> Path:
+def _report(
+    directory: Path, known: FileRecords, log: Callable[[str], object], progress: bool, helper: DrawingHelper | None
+) -> Path:
     fault = report_fault(directory, known)
     if fault is None:
         return directory / "report.html"
     _say_why("reported again", fault, log)
-    return write_report(directory, progress=progress)
+    return write_report(directory, progress=progress, helper=helper)
 
 
 def _say_why(what: str, fault: str, log: Callable[[str], object]) -> None:

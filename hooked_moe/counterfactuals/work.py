@@ -92,6 +92,11 @@ def block_parameters(cfg: HookedMoEConfig, layer: int) -> int:
     return projection_weights(cfg) + active_weights(cfg, layer) + inactive + cfg.d_model * experts
 
 
+def expert_parameters(cfg: HookedMoEConfig, layer: int) -> int:
+    """Of those, the weights of all routed experts."""
+    return 3 * cfg.d_model * cfg.d_expert * cfg.experts_in(layer)
+
+
 def outer_parameters(cfg: HookedMoEConfig) -> int:
     """Embedding and unembedding."""
     return cfg.d_vocab * cfg.d_model * (1 if cfg.tie_word_embeddings else 2)

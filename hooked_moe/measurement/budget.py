@@ -21,6 +21,8 @@ from hooked_moe.transformer import Transformer
 SEED = 42
 FEWEST_REMOVALS = 200
 """Fewer say nothing of a model."""
+MOST_OF_A_BUDGET = 0.99
+"""The largest share of the removals that a time is turned into: where it is enough for all, no budget is needed."""
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 _TIMED_SHARE = 0.05
 """Of the removals of one document, in the timing."""
@@ -100,7 +102,7 @@ def share_of(
     per_removal = max(with_some - without, 1e-9) / int(chosen.sum())
     fixed = reading + window / tokens.shape[1] * sum(map(len, windows))
     removals = len(corpus.valid_positions()) * len(layers) * model.cfg.experts_per_token
-    share = min((seconds - fixed) / per_removal / removals, 0.99)
+    share = min((seconds - fixed) / per_removal / removals, MOST_OF_A_BUDGET)
     if share * removals < FEWEST_REMOVALS:
         needed = fixed + FEWEST_REMOVALS * per_removal
         raise ValueError(

@@ -7,6 +7,7 @@ that measure it.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hooked_moe.report.blocks import Block, Figure, Page, Paragraph, Section
 from hooked_moe.report.budgeted_sections import budget_section, is_budgeted
 from hooked_moe.report.definitions import definitions
 from hooked_moe.report.derived_files import DERIVED_FILES, SAMPLE_FILES
-from hooked_moe.report.drawing_process import draw_figures
+from hooked_moe.report.drawing_process import DrawingHelper, draw_figures
 from hooked_moe.report.figures.drawing import FILES, Drawing, Pictures
 from hooked_moe.report.inputs import Inputs, explorer_pages, left_out, read_inputs
 from hooked_moe.report.links import expert_links, explorer_links
@@ -31,19 +32,24 @@ from hooked_moe.report.savings import read_savings
 from hooked_moe.report.summary import opening
 from hooked_moe.tables import FileRecord, Ledger, write_text_atomic
 
-__all__ = ["report_fault", "write_report"]
+__all__ = ["DrawingHelper", "report_fault", "write_report"]
 
 
-def write_report(run_dir: str | os.PathLike[str], *, progress: bool = False) -> Path:
+def write_report(run_dir: str | os.PathLike[str], *, progress: bool = False, helper: DrawingHelper | None = None) -> Path:
     """Write report.html and figures/ from the derived tables of a run; returns the page's path. `progress` counts the figures.
+
+    `helper` draws with this process, and may have begun; None: one is started, where there are processors for it.
 
     Raises FileNotFoundError where the run has none of them, ValueError where one lacks columns.
     """
     run = Path(run_dir)
     inputs = read_inputs(run)
     drawings = run_drawings(inputs)
-    with progress_bar(len(drawings), "drawing", " figures", shown=progress, delay=1.0) as bar:
-        figures = _Figures(drawings, draw_figures(run, drawings, bar.update))
+    with (
+        DrawingHelper() if helper is None else nullcontext(helper) as helping,
+        progress_bar(len(drawings), "drawing", " figures", shown=progress, delay=1.0) as bar,
+    ):
+        figures = _Figures(drawings, draw_figures(run, drawings, bar.update, helping))
     title = f"Removing one expert at one token: {inputs.model_name}"
     top = opening(inputs, figures.of("verdict"), tuple(explorer_links(inputs)))
     write_text_atomic(render_page(Page(title, top, tuple(_sections(inputs, figures)))), run / "report.html")

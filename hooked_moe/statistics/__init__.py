@@ -8,8 +8,10 @@ errs on data whose truth is known is in benchmarks/CALIBRATION.md.
 
 from hooked_moe.statistics.bayes_factor import jzs_bf10, jzs_directional
 from hooked_moe.statistics.choice_model import (
+    ChoiceFit,
     DocumentScores,
     PlackettLuce,
+    fit_choices,
     leave_one_document_out,
     plackett_luce,
     standardised,
@@ -60,6 +62,7 @@ __all__ = [
     "MINIMUM_PAIRS",
     "NEGLIGIBLE_SHARE",
     "BootstrapInterval",
+    "ChoiceFit",
     "ClusteredEffect",
     "DegenerateSample",
     "DocumentScores",
@@ -89,6 +92,7 @@ __all__ = [
     "dz_interval",
     "equivalence",
     "equivalence_dz",
+    "fit_choices",
     "holm",
     "jzs_bf10",
     "jzs_directional",

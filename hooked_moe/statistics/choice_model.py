@@ -77,14 +77,7 @@ def plackett_luce(
     Raises ValueError for NaN, DegenerateSample for fewer than three documents, for a score without variance, and where
     it predicts the orders so well that beta has no finite estimate.
     """
-    fit = _fit(score, delta, document)
-    _, gradient = cluster_sums(fit.document, fit.gradient)
-    documents = len(gradient)
-    variance = float(np.sum(gradient**2) * documents / (documents - 1) / fit.information.sum() ** 2)
-    if variance == 0:
-        raise DegenerateSample("beta fits every document equally well; its clustered error is 0")
-    log_bf10 = _savage_dickey(fit.beta, variance, prior_sd**2)
-    return PlackettLuce(fit.beta, float(np.sqrt(variance)), log_bf10, len(fit.ordered), fit.n_tied, documents)
+    return fit_choices(score, delta, document).model(prior_sd)
 
 
 def leave_one_document_out(
@@ -97,21 +90,13 @@ def leave_one_document_out(
     Beta without a document is a step from the beta of all, by the first three derivatives of the others' log probability:
     the time is that of one fit, whatever the number of documents, and what is neglected is of third order in 1 / documents.
     """
-    fit = _fit(score, delta, document)
-    names, index = np.unique(fit.document, return_inverse=True)
-    gradient, information, skew = (np.bincount(index, x) for x in (fit.gradient, fit.information, fit.skew))
-    others = information.sum() - information
-    if others.min() <= 1e-12 * information.sum():
-        raise DegenerateSample("one document holds all the variance of the score; the others cannot predict it")
-    newton = -gradient / others  # the gradient of all is 0, so that of the others is less the document's
-    beta = fit.beta + newton - (skew.sum() - skew) * newton**2 / (2 * others)
-    log_score = np.bincount(index, _terms(beta[index], fit.ordered)[0])
-    slots = fit.ordered.shape[1]
-    return DocumentScores(names, log_score, -np.bincount(index) * float(scipy.special.gammaln(slots + 1)))
+    return fit_choices(score, delta, document).held_out()
 
 
 @dataclass(frozen=True)
-class _Fit:
+class ChoiceFit:
+    """The beta of all orders, and what `plackett_luce` and `leave_one_document_out` take of it."""
+
     beta: float
     ordered: Float[np.ndarray, "untied slot"]  # scores, dearest expert first
     document: Int[np.ndarray, " untied"]
@@ -120,10 +105,34 @@ class _Fit:
     skew: Float[np.ndarray, " untied"]  # less its third
     n_tied: int
 
+    def model(self, prior_sd: float = PRIOR_SD) -> PlackettLuce:
+        """As `plackett_luce`."""
+        _, gradient = cluster_sums(self.document, self.gradient)
+        documents = len(gradient)
+        variance = float(np.sum(gradient**2) * documents / (documents - 1) / self.information.sum() ** 2)
+        if variance == 0:
+            raise DegenerateSample("beta fits every document equally well; its clustered error is 0")
+        log_bf10 = _savage_dickey(self.beta, variance, prior_sd**2)
+        return PlackettLuce(self.beta, float(np.sqrt(variance)), log_bf10, len(self.ordered), self.n_tied, documents)
 
-def _fit(
+    def held_out(self) -> DocumentScores:
+        """As `leave_one_document_out`."""
+        names, index = np.unique(self.document, return_inverse=True)
+        gradient, information, skew = (np.bincount(index, x) for x in (self.gradient, self.information, self.skew))
+        others = information.sum() - information
+        if others.min() <= 1e-12 * information.sum():
+            raise DegenerateSample("one document holds all the variance of the score; the others cannot predict it")
+        newton = -gradient / others  # the gradient of all is 0, so that of the others is less the document's
+        beta = self.beta + newton - (skew.sum() - skew) * newton**2 / (2 * others)
+        log_score = np.bincount(index, _terms(beta[index], self.ordered)[0])
+        slots = self.ordered.shape[1]
+        return DocumentScores(names, log_score, -np.bincount(index) * float(scipy.special.gammaln(slots + 1)))
+
+
+def fit_choices(
     score: Float[np.ndarray, "position slot"], delta: Num[np.ndarray, "position slot"], document: Int[np.ndarray, " position"]
-) -> _Fit:
+) -> ChoiceFit:
+    """Newton's method, once for both questions; arguments and errors as `plackett_luce`."""
     require_finite("score", score)
     require_finite("delta", delta)
     if score.shape != delta.shape or len(score) != len(document):
@@ -144,7 +153,7 @@ def _fit(
             raise DegenerateSample(f"no finite beta: the score {reason}")
         step = gradient.sum() / information.sum()
         if abs(step) * largest < 1e-10:
-            return _Fit(beta, ordered, document[untied], gradient, information, skew, int((~untied).sum()))
+            return ChoiceFit(beta, ordered, document[untied], gradient, information, skew, int((~untied).sum()))
         beta += float(np.clip(step, -2 / largest, 2 / largest))  # concave, but flat far out: no step may overshoot there
     raise DegenerateSample(f"Newton's method did not settle in 100 steps (beta={beta:g}); the score may separate the orders")
 
@@ -186,5 +195,4 @@ def _from_the_top(
 def _savage_dickey(estimate: float, variance: float, prior_variance: float) -> float:
     posterior_variance = 1 / (1 / variance + 1 / prior_variance)
     posterior_mean = estimate * posterior_variance / variance
-    prior = scipy.stats.norm.logpdf(0, 0, np.sqrt(prior_variance))
-    return float(prior - scipy.stats.norm.logpdf(0, posterior_mean, np.sqrt(posterior_variance)))
+    return float((np.log(posterior_variance / prior_variance) + posterior_mean**2 / posterior_variance) / 2)

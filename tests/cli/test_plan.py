@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hooked_moe import HookedMoE
 from hooked_moe.cli import device_rates, plan
-from hooked_moe.cli.audit_plan import Text, plan_of, windows_of
+from hooked_moe.cli.audit_plan import Text, affordable, plan_of, windows_of
 from hooked_moe.cli.device_rates import DEVICES
+from hooked_moe.cli.plan import Rate
 from hooked_moe.components import experts
 from hooked_moe.counterfactuals import expert_effects, first_order_effects
 from hooked_moe.counterfactuals.engine import fan_out
@@ -21,6 +22,7 @@ from hooked_moe.counterfactuals.work import ATTENTION, attended_pairs, first_ord
 from hooked_moe.kernels.cpu.grouped_matmul import grouped_matmul_loop
 from hooked_moe.loading.published import published_config, published_names
 from hooked_moe.loading.registry import PRETRAINED
+from hooked_moe.measurement.budget import Budget
 
 LATENT = {"n_key_value_heads": 4, "qk_norm": None, "clip_qkv": None, "qkv_bias": False, "kv_lora_rank": 12, "d_rotary": 4}
 LATENT |= {"d_value": 6, "d_shared": 24, "shared_gate": True, "dense_layers": (0,), "d_mlp": 20}
@@ -67,6 +69,18 @@ def test_the_work_of_an_audit_is_what_torch_counts(
     planned = plan_of(model.cfg, Text(documents=1, tokens=24))
     attention = removal_work(model.cfg, 24, model.cfg.moe_layers)[ATTENTION]
     assert counted == pytest.approx(planned.work - planned.first_order - attention, rel=0.01)
+
+    def counted_with(picks: torch.Tensor) -> int:
+        with counting() as counter:
+            expert_effects(model, tokens, picks=picks)
+        return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+
+    every = torch.ones(len(model.cfg.moe_layers), 1, 24, model.cfg.experts_per_token, dtype=torch.bool)
+    every_other = every.clone()
+    every_other[..., ::2, :] = False
+    rest = planned.with_share(0.5).removals
+    spared = counted_with(every) - counted_with(every_other)
+    assert spared == pytest.approx(rest.work - rest.attention, rel=0.05)  # the last token has nothing to predict
     with counting() as counter:
         first_order_effects(model, tokens)
     upwards = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
@@ -81,7 +95,36 @@ def test_work_grows_with_documents_and_not_with_experts() -> None:
     more = plan_of(cfg.replace(num_experts=128), Text(documents=1))
     assert one.work < more.work < 1.02 * one.work
     assert more.weights > 1.9 * one.weights
-    assert plan_of(cfg, Text(1), [15]).removals == pytest.approx(0, abs=one.work * 1e-3)  # nothing is after the last layer
+    assert plan_of(cfg, Text(1), [15]).removals.blocks == pytest.approx(0, abs=one.work * 1e-3)  # nothing is after the last layer
+
+
+def test_a_budget_leaves_the_texts_and_the_estimates() -> None:
+    plan = plan_of(published_config("allenai/OLMoE-1B-7B-0924"), Text(10))
+    tenth = affordable(plan, Budget(share=0.1), lambda plan: plan.work)
+    assert tenth.n_removals == pytest.approx(plan.n_removals / 10, abs=1)
+    assert tenth.work == pytest.approx(plan.work - 0.9 * plan.removals.work)
+    assert (tenth.disk, tenth.memory) == (plan.disk, plan.memory)
+
+
+def test_a_time_buys_the_share_that_takes_as_long() -> None:
+    plan = plan_of(published_config("allenai/OLMoE-1B-7B-0924"), Text(10))
+    bought = affordable(plan, Budget(seconds=20.0), lambda plan: plan.work / 1e13)
+    assert (bought.work - bought.first_order) / 1e13 == pytest.approx(20)
+    assert affordable(plan, Budget(seconds=1e6), lambda plan: plan.work / 1e13).share == 0.99
+
+
+def test_what_is_narrower_takes_less_memory_or_time() -> None:
+    cfg = published_config("allenai/OLMoE-1B-7B-0924").replace(dtype=torch.float32)
+    plan, stored = plan_of(cfg), plan_of(cfg.replace(store=torch.bfloat16))
+    experts = 16 * 64 * 3 * 2048 * 1024
+    assert plan.weights - stored.weights == 2 * experts
+    assert plan.streamed_weights - stored.streamed_weights == 2 * experts * 2 // 16
+    changed = plan_of(cfg, products=torch.bfloat16)
+    assert changed.work == plan.work
+    assert 0.9 * plan.removals.work < changed.narrow_work < plan.removals.work
+    assert changed.beside > plan.beside  # products of the clean run are kept
+    fast = Rate(1e12, 4e12, "", None)
+    assert fast.seconds(changed) == pytest.approx(fast.seconds(plan) - 0.75 * changed.narrow_work / 1e12)
 
 
 def test_long_documents_are_cut_into_windows() -> None:
@@ -116,13 +159,17 @@ def test_sizes_of_published_models_are_those_that_their_makers_state(name: str) 
 
 
 def test_a_plan_says_work_time_memory_and_disk(capsys: pytest.CaptureFixture[str]) -> None:
-    text = said("--model olmoe --device h100", capsys)
+    text = said("--model olmoe --device h100 --dtype bfloat16", capsys)
     assert "6.9 B parameters, 16 layers of 64 experts, 8 active" in text
     assert "4,718,592 removals" in text
     assert "30% of the 989 TFLOP/s" in text
     assert "an assumption" in text
     assert "fits into 80 GB" in text
-    assert "more than 141 GB" in said("--model kimi-k2 --device h200", capsys)
+    assert "more than 141 GB" in said("--model kimi-k2 --device h200 --dtype bfloat16", capsys)
+    assert "in float32" in said("--model olmoe --device h100", capsys)  # as the audit is
+    assert "47,186 removals (1%; the others are estimated)" in said("--model olmoe --device h100 --budget 1%", capsys)
+    text = said("--model olmoe --device h100 --budget 10s --products bfloat16", capsys)
+    assert "the sample 10 s of them, at 30% of the TFLOP/s (67 in float32 and 989 in bfloat16) that its maker" in text
 
 
 def test_a_rate_is_given_measured_or_published(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +200,10 @@ def test_products_are_timed() -> None:
         ("--model olmoe --device h100 --layers 16", "layer 16 is out of range"),
         ("--model olmoe --device h100 --tokens 1", "give at least 1 document of 2 tokens"),
         ("--model deepseek-v3 --device h100 --layers 0", "layer 0 is dense"),
+        ("--model olmoe --device h100 --dtype bfloat16 --products bfloat16", "no narrower than --dtype bfloat16: leave it out"),
+        ("--model olmoe --device h100 --dtype float16 --store float16", "no narrower than --dtype float16: leave it out"),
+        ("--model olmoe --device h100 --budget 3", "--budget '3': give a share"),
+        ("--model olmoe --device h100 --budget 1s", "1 s are too few for 200 removals: the products of the texts alone take 5"),
     ],
 )
 def test_what_cannot_be_planned_is_answered(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ import pytest
 from hooked_moe import tables
 from hooked_moe.analysis import analyse_run
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
-from hooked_moe.report import blocks, drawing_process, write_report
+from hooked_moe.report import DrawingHelper, blocks, drawing_process, write_report
 from hooked_moe.report.blocks import Paragraph
 from hooked_moe.report.derived_files import DERIVED_FILES
 from hooked_moe.report.figures.ceiling import pooled_shares
@@ -189,7 +189,8 @@ def test_two_processes_draw_the_figures_that_one_does(measured, tmp_path, monkey
     monkeypatch.setattr(drawing_process, "PROCESSES", 2)
     counted = []
     copy = shutil.copytree(measured, tmp_path / "run", ignore=shutil.ignore_patterns("figures"))
-    pictures = drawing_process.draw_figures(copy, drawings, counted.append)
+    with DrawingHelper() as helper:
+        pictures = drawing_process.draw_figures(copy, drawings, counted.append, helper)
     assert list(pictures) == [drawing.name for drawing in drawings]
     assert counted == [len(drawings)]
     first = drawings[0]
@@ -201,8 +202,40 @@ def test_what_stops_the_other_process_is_said(measured, tmp_path, monkeypatch):
     drawings = run_drawings(read_inputs(measured))
     monkeypatch.setattr(drawing_process, "_draw_unclaimed", lambda run, drawings, claims: iter(()))
     monkeypatch.setattr(drawing_process, "PROCESSES", 2)
-    with pytest.raises(RuntimeError, match=r"(?s)the process that draws figures of .* code 1\n.*none of the derived tables"):
-        drawing_process.draw_figures(tmp_path, drawings, lambda n: None)
+    said = r"(?s)the process that draws figures of .* code 1\n.*none of the derived tables"
+    with DrawingHelper() as helper, pytest.raises(RuntimeError, match=said):
+        drawing_process.draw_figures(tmp_path, drawings, lambda n: None, helper)
+
+
+def test_a_helper_that_has_begun_leaves_nothing_to_draw(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing_process, "PROCESSES", 2)
+    run = shutil.copytree(measured, tmp_path / "run\nof two lines", ignore=shutil.ignore_patterns("figures", "report.html"))
+    with DrawingHelper() as helper:
+        helper.draw(run)
+        helper.wait()
+        monkeypatch.setattr(Drawing, "save", None)
+        write_report(run, helper=helper)
+    assert (run / "report.html").read_bytes() == (measured / "report.html").read_bytes()
+
+
+def test_a_helper_without_anything_to_draw_ends_with_its_block(monkeypatch):
+    monkeypatch.setattr(drawing_process, "PROCESSES", 2)
+    with DrawingHelper() as helper:
+        pass
+    assert helper._process is not None
+    assert helper._process.returncode is not None
+    assert not helper.claims.exists()
+
+
+def test_another_process_that_has_ended_already_is_told_nothing_and_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing_process, "PROCESSES", 2)
+    with DrawingHelper() as helper:
+        assert helper._process is not None
+        helper._process.terminate()
+        helper._process.wait()
+        helper.draw(tmp_path)
+        with pytest.raises(RuntimeError, match="ended with code -15"):
+            helper.wait()
 
 
 def test_the_report_is_read_and_written_without_torch():

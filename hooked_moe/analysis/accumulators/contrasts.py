@@ -1,4 +1,7 @@
-"""At every position, the loss change of the expert a ranking puts highest against that of the one it puts lowest."""
+"""At every position, the loss change of the expert a ranking puts highest against that of the one it puts lowest.
+
+Arrays are laid out [slot, position], so that numpy runs along positions.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -6,8 +9,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from hooked_moe.analysis.accumulators.documents import Documents, sums_from
-from hooked_moe.statistics import spearman_of_ranks, within_position_ranks
+from hooked_moe.analysis.accumulators.documents import Documents
+from hooked_moe.analysis.accumulators.savings import at_slot
+from hooked_moe.statistics import correlation_of_ranks, twice_centred_ranks
 
 
 @dataclass(frozen=True)
@@ -20,14 +24,14 @@ class Picked:
     undefined: Bool[np.ndarray, " position"]  # an active expert has no score
 
     @classmethod
-    def from_scores(cls, score: Float[np.ndarray, "P K"], delta: Float[np.ndarray, "P K"]) -> "Picked":
+    def from_scores(cls, score: Float[np.ndarray, "K P"], delta: Float[np.ndarray, "K P"]) -> "Picked":
         """argmax and argmin take the first of equals, which is the lower slot."""
-        undefined = np.isnan(score).any(axis=1)
-        rows = np.arange(len(score))
-        top, bottom = score.argmax(axis=1), score.argmin(axis=1)
-        shared = [(score == score[rows, pick][:, None]).sum(axis=1) > 1 for pick in (top, bottom)]
-        high, low = (delta[rows, pick].astype(np.float64) for pick in (top, bottom))
-        return cls(high, low, shared[0] | shared[1], undefined)
+        undefined = np.isnan(score).any(axis=0)
+        tied = np.zeros(len(undefined), bool)
+        for extreme in (score.max(axis=0), score.min(axis=0)):
+            tied |= np.count_nonzero(score == extreme, axis=0) > 1
+        high, low = (at_slot(delta, pick).astype(np.float64) for pick in (score.argmax(axis=0), score.argmin(axis=0)))
+        return cls(high, low, tied, undefined)
 
 
 @dataclass(frozen=True)
@@ -70,21 +74,23 @@ class ContrastAccumulator:
     ) -> None:
         """Add the measured positions of a chunk, with each ranking's scores (None: not measured, passed over)."""
         here, starts = self.documents.split(document)
-        centred = delta - delta.mean(axis=1, keepdims=True)
-        ranks = within_position_ranks(delta)
         first, last = np.searchsorted(self._sorted, [self._seen, self._seen + len(document)])
         local, drawn = self._sorted[first:last] - self._seen, self._draw[first:last]
         self._seen += len(document)
         if not len(document):
             return
+        effect = np.ascontiguousarray(delta.T)
+        centred = effect - effect.mean(axis=0)
+        ranks = twice_centred_ranks(effect)
         for name, score in scores:
             if score is None:
                 continue
-            picked = Picked.from_scores(score, delta)
+            by_slot = np.ascontiguousarray(score.T)
+            picked = Picked.from_scores(by_slot, effect)
             for field in fields(Picked):
                 getattr(self._sample[name], field.name)[drawn] = getattr(picked, field.name)[local]
-            columns = _columns(picked, score, centred, ranks)
-            self._sums[:, self.rankings.index(name), here] += sums_from(columns, starts).T
+            columns = _columns(picked, by_slot, centred, ranks)
+            self._sums[:, self.rankings.index(name), here] += np.add.reduceat(columns, starts, axis=1)
 
     def sums(self, ranking: str) -> ContrastSums:
         return ContrastSums(*self._sums[:, self.rankings.index(ranking)])
@@ -95,15 +101,15 @@ class ContrastAccumulator:
 
 
 def _columns(
-    picked: Picked, score: Float[np.ndarray, "P K"], centred: Float[np.ndarray, "P K"], delta_ranks: Float[np.ndarray, "P K"]
-) -> Float[np.ndarray, "P column"]:
+    picked: Picked, score: Float[np.ndarray, "K P"], centred: Float[np.ndarray, "K P"], delta_ranks: Int[np.ndarray, "K P"]
+) -> Float[np.ndarray, "column P"]:
     """The fields of ContrastSums at each position."""
     kept = ~picked.undefined
     difference = np.where(kept, picked.high - picked.low, 0.0)
-    spearman = spearman_of_ranks(within_position_ranks(score), delta_ranks)
-    correlated = ~np.isnan(spearman)
-    known = np.where(kept[:, None], score, 0.0)
-    known -= known.mean(axis=1, keepdims=True)
+    spearman = correlation_of_ranks(twice_centred_ranks(score), delta_ranks)
+    correlated = kept & ~np.isnan(spearman)
+    known = np.where(kept, score, 0.0)
+    known -= known.mean(axis=0)
     return np.stack(
         [
             kept,
@@ -114,8 +120,7 @@ def _columns(
             picked.tied & kept,
             np.where(correlated, spearman, 0.0),
             correlated,
-            np.einsum("pk,pk->p", known, centred),
-            np.einsum("pk,pk->p", known, known),
-        ],
-        axis=1,
+            np.einsum("kp,kp->p", known, centred),
+            np.einsum("kp,kp->p", known, known),
+        ]
     )
