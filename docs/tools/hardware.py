@@ -77,10 +77,11 @@ What an audit takes: 72 documents of 512 tokens, every active expert removed at 
 counted by
 
 ```
-hooked-moe plan --model olmoe --device h100
+hooked-moe plan --model olmoe --device h100 --dtype bfloat16
 ```
 
 which takes other texts, layers, dtypes and devices, measures this machine (`--measure`), or takes a rate of yours (`--tflops`).
+It has the audit's `--budget`, `--products` and `--store` too, and like the audit it is in float32 if it is not told otherwise.
 
 {table}
 

@@ -189,9 +189,7 @@ def memory_beside_weights(
 def bytes_of(cfg: HookedMoEConfig, blocks: Sequence[int]) -> int:
     """The weights of these blocks and of what is outside of blocks. The routed experts may be stored in a narrower dtype."""
     spared = 0 if cfg.store is None else cfg.dtype.itemsize - cfg.store.itemsize
-    inside = sum(
-        block_parameters(cfg, block) * cfg.dtype.itemsize - expert_parameters(cfg, block) * spared for block in blocks
-    )
+    inside = sum(block_parameters(cfg, block) * cfg.dtype.itemsize - expert_parameters(cfg, block) * spared for block in blocks)
     return inside + outer_parameters(cfg) * cfg.dtype.itemsize
 
 

@@ -6,9 +6,10 @@
     hooked-moe plan --model ~/models/olmoe --tflops 100                  # at a rate of your own, as products keep it up
 
 The work is counted from the model's config.json: those of published models come with the package, and a directory needs no
-weights. --dtype, --store, --products, --layers, --tokens and --budget are those of the audit. A device by name is taken to reach 30% of the peak that its maker publishes, an assumption that --utilisation replaces;
-of a rate that was measured or given, 50%. The time is that of matrix products: reading weights, writing tables and the
-analysis come on top, and are most of it for the small models that ship. Memory is what is taken at most, without --memory.
+weights. --dtype, --store, --products, --layers, --tokens and --budget are those of the audit. A device by name is taken to
+reach 30% of the peak that its maker publishes, an assumption that --utilisation replaces; of a rate that was measured or given,
+50%. The time is that of matrix products: reading weights, writing tables and the analysis come on top, and are most of it for the
+small models that ship. Memory is what is taken at most, without --memory.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ class Rate:
 
 
 def rate_of(args: argparse.Namespace, dtype: torch.dtype, products: torch.dtype | None) -> Rate:
-    """By name, as given (for products of all kinds), or measured here. Raises `ValueError` for options that contradict each other, and unknown names."""
+    """By name, as given (for products of all kinds), or measured here.
+
+    Raises `ValueError` for options that contradict each other, and unknown names.
+    """
     if args.utilisation is not None and not 0 < args.utilisation <= 1:
         raise ValueError(f"--utilisation {args.utilisation}: give a share above 0 and up to 1")
     if args.tflops is not None:
@@ -106,7 +110,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", default="all", help="comma-separated layers, or all (default)")
     parser.add_argument("--documents", type=whole_number, default=72, metavar="N", help="documents (default: %(default)s)")
     parser.add_argument("--tokens", type=whole_number, default=512, help="tokens of each document (default: %(default)s)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of weights and products (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="float32", help="of weights and products (default: %(default)s)"
+    )
     parser.add_argument("--store", choices=["bfloat16", "float16"], help="of the experts' weights in memory (default: --dtype)")
     parser.add_argument("--products", choices=["bfloat16"], help="of products of what a removal changes (default: --dtype)")
     parser.add_argument("--budget", metavar="SHARE|TIME", help="make a sample of the removals: 1%%, or what takes 10min or 2h")
@@ -173,8 +179,7 @@ def lines_of(plan: Plan, rate: Rate, device: str | None) -> list[str]:
     lines = [
         f"{cfg.model_name}: {count(parameters(cfg))} parameters, {cfg.n_layers} layers of {cfg.num_experts} experts, "
         f"{cfg.experts_per_token} active",
-        f"an audit of {text.documents:,} documents of {text.tokens:,} tokens, in {len(plan.layers)} layers: "
-        f"{made}, in {dtype}",
+        f"an audit of {text.documents:,} documents of {text.tokens:,} tokens, in {len(plan.layers)} layers: {made}, in {dtype}",
         "",
         f"work    {plan.work:.2g} operations of products: {share(plan.removals.blocks, plan)} removals through later layers, "
         f"{share(plan.removals.predictions, plan)} their",

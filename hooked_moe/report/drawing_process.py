@@ -26,12 +26,14 @@ PROCESSES = 2 if len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_cou
 
 
 class DrawingHelper:
-    """The other process, until the end of a `with` block. It takes a second to start: begin before there is anything to draw.
+    """The other process, until the end of a `with` block.
 
         with DrawingHelper() as helper:
-            analyse_run(run, ...)
+            analyse_run(run, n_experts=64)
             helper.draw(run)
             write_report(run, helper=helper)
+
+    It takes a second to start: begin before there is anything to draw.
     """
 
     def __init__(self) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 import hooked_moe.counterfactuals.engine.fan_out as engine
 from hooked_moe import HookedMoE
 from hooked_moe.counterfactuals import KL, Mean, expert_effects, expert_means
+from hooked_moe.counterfactuals.engine import pick_losses
 from hooked_moe.counterfactuals.engine.lanes import Lanes
+from hooked_moe.counterfactuals.engine.losses import prediction_change
 from hooked_moe.counterfactuals.results import PER_SLOT, ExpertEffects
 from hooked_moe.kernels.cpu import prefix_attention as on_cpu
 from tests.conftest import EVERY_ARCHITECTURE, random_model
@@ -134,6 +136,37 @@ def test_what_goes_through_a_block_is_in_proportion_to_the_picks(monkeypatch: py
     monkeypatch.setattr(engine, "advance", counted)
     expert_effects(model, tokens, picks=picks)
     assert sum(advanced) == 2 * (model.cfg.moe_layers[-1] - model.cfg.moe_layers[0])
+
+
+@pytest.mark.parametrize("together", [1, 3, 1024])
+@pytest.mark.parametrize("tokens_at_once", [1, 4, 64])
+def test_picks_at_one_token_share_its_clean_prediction(
+    tokens_at_once: int, together: int, monkeypatch: pytest.MonkeyPatch, model: HookedMoE
+) -> None:
+    """However the picks are cut, every one has its place, and no token is predicted twice from the clean run."""
+    generator = torch.Generator().manual_seed(2)
+    clean, targets = torch.randn(2, 7, model.cfg.d_model, generator=generator), torch.randint(0, 61, (2, 7), generator=generator)
+    targets[0, 6] = targets[1, 2] = -1
+    positions = torch.tensor([[0, 4, 4, 6, 4, 2, 0, 4, 4], [5, 5, 2, 0, 1, 2, 5, 3, 3]])
+    at_picks = clean[torch.arange(2)[:, None], positions]
+    changed = at_picks + torch.randn(at_picks.shape, generator=generator)
+    predicted = []
+
+    class Counted(pick_losses.CleanPrediction):
+        def __init__(self, model: Any, resid: Tensor, *rest: Any) -> None:
+            predicted.extend(resid.tolist())
+            super().__init__(model, resid, *rest)
+
+    monkeypatch.setattr(pick_losses, "CleanPrediction", Counted)
+    monkeypatch.setattr(pick_losses, "rows_per_chunk", lambda weight, dtype: tokens_at_once)
+    monkeypatch.setattr(pick_losses, "rows_together", lambda device: together)
+    own = targets.gather(1, positions)
+    found = pick_losses.prediction_change_of_picks(model, changed, clean, positions, own)
+    expected = prediction_change(model, changed[None], at_picks, own)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=NATS, rtol=0, equal_nan=True)
+    at_all = clean[torch.tensor([0, 0, 0, 1, 1, 1, 1]), torch.tensor([0, 2, 4, 0, 1, 3, 5])].tolist()
+    assert sorted(predicted) == sorted(at_all)
 
 
 @pytest.mark.usefixtures("unchecked")

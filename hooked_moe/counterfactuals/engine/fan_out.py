@@ -28,6 +28,7 @@ from hooked_moe.counterfactuals.engine.clean_run import (
 from hooked_moe.counterfactuals.engine.lanes import Lanes, Variants
 from hooked_moe.counterfactuals.engine.losses import loss_at, prediction_change
 from hooked_moe.counterfactuals.engine.padding import Packed
+from hooked_moe.counterfactuals.engine.pick_losses import prediction_change_of_picks
 from hooked_moe.counterfactuals.engine.products import AS_WRITTEN, Products, products_in
 from hooked_moe.counterfactuals.engine.readout import Final, Readout
 from hooked_moe.counterfactuals.engine.steps import Steps
@@ -119,8 +120,12 @@ def fan_out(
     assert variants is not None
     EXPERT_OUTPUTS.release()
     final = Final(model, variants, gather_positions(resid, positions), windows.targets(packed.targets), packed)
-    streams = final.at_window_starts(variants), final.at_window_starts(final.clean)
-    change = prediction_change(model, *streams, final.targets[:, :: packed.width], products)
+    if lanes.axis == 0:
+        streams = final.at_window_starts(variants), final.at_window_starts(final.clean)
+        change = prediction_change(model, *streams, final.targets[:, :: packed.width], products)
+    else:
+        assert positions is not None, "every layer has its own tokens"
+        change = prediction_change_of_picks(model, variants[0], resid, positions, final.targets, products)
     losses, kl = (values.unflatten(0, lanes.split) for values in change)
     readings = {name: readout(final).unflatten(0, lanes.split) for name, readout in (readouts or {}).items()}
     if use_kernels(model.unembed.W_U):  # the two ways to a loss differ in their last bits: the clean run takes its variants'

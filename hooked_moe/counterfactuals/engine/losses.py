@@ -8,6 +8,7 @@ it costs a sum over d_model beside the loss.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,11 @@ from hooked_moe.transformer import Transformer
 
 ROWS_TOGETHER = 1024
 """Final residual streams that a CPU compares with the clean run's at a time."""
+
+
+def rows_together(device: torch.device) -> int:
+    """Final residual streams that are compared with the clean run's at a time."""
+    return ROWS_TOGETHER if device.type == "cpu" else chunk_size_on(device)
 
 
 class PredictionChange(NamedTuple):
@@ -75,8 +81,7 @@ def prediction_change(
         narrow = None if products is None else model.unembed.W_U.to(products)
         for rows, positions in zip(row.split(chunk), position.split(chunk), strict=True):
             prediction = CleanPrediction(model, clean[rows, positions], targets[rows, positions].clamp(min=0), narrow)
-            together = ROWS_TOGETHER if variants.device.type == "cpu" else chunk_size_on(variants.device)
-            per_group = max(1, together // len(rows))
+            per_group = max(1, rows_together(variants.device) // len(rows))
             for start in range(0, len(variants), per_group):  # not all in float32 at a time
                 group = slice(start, start + per_group)
                 losses[group, rows, positions], kl[group, rows, positions] = prediction.changed_to(
@@ -122,6 +127,14 @@ class CleanPrediction:
         self.mean_row = self.log_p.exp() @ wide
         self.target_row = wide[targets]
         self.log_total = log_total(self.log_p)
+
+    def of_first(self, n: int) -> CleanPrediction:
+        """The same at the first `n` of its tokens."""
+        part = copy(self)
+        for name, values in vars(self).items():
+            if name not in ("model", "fused", "weight"):
+                setattr(part, name, values[:n])
+        return part
 
     def changed_to(
         self, resid: Float[Tensor, "variant n d_model"]
