@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
+from collections.abc import Generator
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import groupby
 from typing import Any
 
 import torch
 
 from hooked_moe.config import HookedMoEConfig
-from hooked_moe.loading.streaming import read_in_order
 from hooked_moe.transformer import Transformer
 from hooked_moe.version import __version__
 
@@ -21,7 +20,17 @@ _PACKAGES = ("torch", "numpy", "scipy", "pyarrow", "tokenizers", "safetensors")
 
 
 def weights_sha256(model: Transformer) -> str:
-    """SHA-256 over every parameter's name, dtype, shape and bytes, in the order of their names."""
+    """SHA-256 over every parameter's name, dtype, shape and bytes, layer by layer; those outside of blocks come last."""
+    steps = weights_sha256_steps(model)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+def weights_sha256_steps(model: Transformer) -> Generator[None, None, str]:
+    """The same, with a pause after every layer: so that whatever else needs its weights shares their reading."""
     digest = hashlib.sha256()
 
     def add(name: str) -> None:
@@ -30,27 +39,25 @@ def weights_sha256(model: Transformer) -> str:
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
     names = sorted(name for name, _ in model.named_parameters())
-    by_layer = {layer: list(own) for layer, own in groupby(names, key=_layer_of)}  # layers 0, 1, 10, 11, ..., 2, 20, ...
-    outside = by_layer.pop(None)  # whose names come after those of blocks
-    for layer in read_in_order(model, [layer for layer in by_layer if layer is not None]):
-        for name in by_layer[layer]:
+    for layer in range(model.cfg.n_layers):
+        model.blocks[layer]  # of a streamed model, this reads its weights
+        for name in names:
+            if name.startswith(f"blocks.{layer}."):
+                add(name)
+        if layer + 1 < model.cfg.n_layers:
+            yield
+    for name in names:
+        if not name.startswith("blocks."):
             add(name)
-    for name in outside:
-        add(name)
     return digest.hexdigest()
 
 
-def _layer_of(parameter: str) -> int | None:
-    """The layer of a parameter; None for those outside of blocks."""
-    return int(parameter.split(".")[1]) if parameter.startswith("blocks.") else None
-
-
-def model_fingerprint(model: Transformer) -> dict[str, Any]:
-    """The model of a measurement: where it comes from, its weights and its configuration."""
+def model_fingerprint(model: Transformer, sha256: str | None = None) -> dict[str, Any]:
+    """The model of a measurement: where it comes from, its weights (their `sha256`, if it is known) and its configuration."""
     return {
         "name": model.cfg.model_name,
         "revision": model.cfg.revision,
-        "weights_sha256": weights_sha256(model),
+        "weights_sha256": weights_sha256(model) if sha256 is None else sha256,
         "config": config_values(model.cfg),
     }
 

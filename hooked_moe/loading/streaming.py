@@ -6,9 +6,8 @@ down, reads every weight once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
 from typing import cast
 
 import torch
@@ -44,7 +43,6 @@ class StreamedBlocks(nn.ModuleList):
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: tuple[int, Future[tuple[dict[str, Tensor], list[str]]]] | None = None
         self._loaded: int | None = None
-        self._order: dict[int, int] = {}
         self._checked: set[int] = set()
 
     def __getitem__(self, layer: int) -> Block:  # type: ignore[override]
@@ -78,20 +76,10 @@ class StreamedBlocks(nn.ModuleList):
             self._ahead = (following, self._reader.submit(self._read, following))
 
     def _following(self, previous: int | None, layer: int) -> int:
-        """The block that will be asked for next: the next in an order that was announced; else the one below on the way down
-        through the layers, and the one above on the way up. None such at the end, where a pass may turn round or begin again."""
-        if layer in self._order:
-            return self._order[layer]
+        """The block that will be asked for next: the one below on the way down through the layers, and the one above on the way
+        up. None such at the end, where a pass may turn round or begin again."""
         down = previous is not None and layer == previous - 1
         return layer - 1 if down else layer + 1
-
-    def in_order(self, layers: Sequence[int]) -> Iterator[int]:
-        """These layers, for whoever takes their blocks in this order: each is read ahead while the one before it is in use."""
-        self._order = dict(pairwise([*layers, -1]))
-        try:
-            yield from layers
-        finally:
-            self._order = {}
 
     @torch.no_grad()
     @torch.inference_mode(False)
@@ -109,14 +97,6 @@ class StreamedBlocks(nn.ModuleList):
         self.blocks_read += 1
         self.bytes_read += sum(self.checkpoint.tensors[name].nbytes for name in places)
         return tensors, list(broken)
-
-
-def read_in_order(model: Transformer, layers: Sequence[int]) -> Iterator[int]:
-    """These layers, each when its weights are there; of a streamed model, the next one's are read meanwhile."""
-    blocks: object = model.blocks
-    for layer in blocks.in_order(layers) if isinstance(blocks, StreamedBlocks) else layers:
-        model.blocks[layer]
-        yield layer
 
 
 def spill_of(model: Transformer) -> Spill | None:

@@ -8,14 +8,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Int
 
 from hooked_moe.counterfactuals import Scope
 from hooked_moe.counterfactuals.engine.steps import Steps, in_turn, run_without_grad
 from hooked_moe.expert_mask import RemovalName
+from hooked_moe.loading.fingerprint import weights_sha256, weights_sha256_steps
 from hooked_moe.measurement.noise_floor import noise_floor
 from hooked_moe.measurement.part_spec import ProductsName
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
-from hooked_moe.measurement.verification import EXACTNESS, MINIMUM_TOKENS, Check, verify
+from hooked_moe.measurement.verification import EXACTNESS, MINIMUM_TOKENS, Check, Clean, clean_losses, verify
 from hooked_moe.transformer import Transformer
 
 Done = TypeVar("Done")
@@ -31,9 +33,10 @@ def verify_once(
     beside: Sequence[Steps[Done]] = (),
     products: ProductsName | None = None,
     picked: bool = False,
+    clean: Clean | None = None,
 ) -> list[Done]:
     """Make the checks that gate a measurement in this scope and by these products, unless the manifest has them; what they find
-    is added to it. `picked`: the measurement makes single removals only.
+    is added to it. `picked`: the measurement makes single removals only. `clean`: from `first_reading`.
 
     Returns what the tasks `beside` them return, which share their pass through the layers where weights are streamed. Raises
     `ValueError` if a check fails, and for a corpus without a document that is long enough.
@@ -41,7 +44,7 @@ def verify_once(
     known = [check["name"] for check in manifest.get("verification", [])]
     if EXACTNESS[scope] in known:
         return run_without_grad(in_turn(beside, model.streams))
-    windows = sorted((window.tokens for windows in tokenized.documents for window in windows), key=len, reverse=True)
+    windows = _longest_first(tokenized)
     if len(windows[0]) < MINIMUM_TOKENS:
         raise ValueError(
             f"the longest document of {tokenized.corpus.name!r} has {len(windows[0])} tokens, and verifying the model "
@@ -49,9 +52,9 @@ def verify_once(
         )
     length = min(len(windows[0]), 128)
     batch = np.stack([window[:length] for window in windows if len(window) >= length][:4])
-    longest = torch.from_numpy(windows[0][None])
     of_change = products if scope == "position" else None
-    tasks: list[Steps[Any]] = [verify.steps(model, longest, removal, (scope,), products=of_change, picked=picked), *beside]
+    checking = verify.steps(model, _as_batch(windows[0]), removal, (scope,), products=of_change, picked=picked, clean=clean)
+    tasks: list[Steps[Any]] = [checking, *beside]
     if "noise_floor" not in manifest:
         tasks.append(noise_floor.steps(model, torch.from_numpy(batch)))
     checks, *results = run_without_grad(in_turn(tasks, model.streams))
@@ -69,6 +72,26 @@ def verify_once(
         log(f"  noise floor: {floor:.3g} nats\n")
         manifest["noise_floor"] = {"max_abs_nats": floor, "windows": len(batch), "tokens_per_window": length}
     return results
+
+
+def first_reading(model: Transformer, tokenized: TokenizedCorpus) -> tuple[str, Clean | None]:
+    """The checksum of the weights, and of a streamed model, from the same reading of them, the losses that verification begins
+    with."""
+    if not model.streams:
+        return weights_sha256(model), None
+    longest = _as_batch(_longest_first(tokenized)[0])
+    tasks: list[Steps[Any]] = [weights_sha256_steps(model), clean_losses.steps(model, longest)]
+    sha256, clean = run_without_grad(in_turn(tasks, streamed=True))
+    return sha256, clean
+
+
+def _longest_first(tokenized: TokenizedCorpus) -> list[Int[np.ndarray, " pos"]]:
+    windows = (window.tokens for windows in tokenized.documents for window in windows)
+    return sorted(windows, key=len, reverse=True)
+
+
+def _as_batch(window: Int[np.ndarray, " pos"]) -> Int[torch.Tensor, "1 pos"]:
+    return torch.from_numpy(window[None])
 
 
 def _as_line(check: Check) -> str:

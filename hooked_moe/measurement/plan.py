@@ -20,12 +20,13 @@ def measurement_plan(
     removal: RemovalName,
     budget: Budget | None = None,
     products: ProductsName | None = None,
+    weights_sha256: str | None = None,
 ) -> dict[str, Any]:
     """A description as JSON values: two measurements with the same one give the same tables."""
     corpus = tokenized.corpus
     plan: dict[str, Any] = {
         "format": 4,
-        "model": model_fingerprint(model),
+        "model": model_fingerprint(model, weights_sha256),
         "corpus": {
             "name": corpus.name,
             "sha256": corpus.sha256,

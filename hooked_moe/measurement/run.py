@@ -29,7 +29,7 @@ from hooked_moe.measurement.budget import Budget, share_of
 from hooked_moe.measurement.document_tables import TABLES
 from hooked_moe.measurement.draw import Draw, draw_removals
 from hooked_moe.measurement.expert_weights import expert_weights
-from hooked_moe.measurement.gate import verify_once
+from hooked_moe.measurement.gate import first_reading, verify_once
 from hooked_moe.measurement.locks import Lock
 from hooked_moe.measurement.manifest import Manifest
 from hooked_moe.measurement.part_request import PartRequest, sampled_spec, with_measured
@@ -42,6 +42,7 @@ from hooked_moe.measurement.shard_transfer import ShardTransfer
 from hooked_moe.measurement.shards import measure_part
 from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
+from hooked_moe.measurement.verification import Clean
 from hooked_moe.tables import REMOVAL_ORDERS, FileRecords, digest
 from hooked_moe.transformer import Transformer
 
@@ -84,11 +85,13 @@ def open_measurement(
     without = [layer for layer in layers if layer not in model.cfg.moe_layers]
     if without or not layers:
         raise ValueError(f"layers {without or '()'} have no experts to remove; layers {model.cfg.moe_layers} have")
-    plan = measurement_plan(model, tokenized, layers, removal, budget, products)
+    weights_sha256, clean = first_reading(model, tokenized)
+    plan = measurement_plan(model, tokenized, layers, removal, budget, products, weights_sha256)
     name = name or f"{Path(tokenized.corpus.name).stem}-{digest(plan)[:8]}"
     directory = results_directory(results) / Path(plan["model"]["name"]).name / name
     lock = claim(directory, plan) if share is None else claim_share(directory, plan, share)
-    return Run(directory, model, tokenized, layers, removal, plan, lock, log, share, executor, object_store, budget, products)
+    rest = (share, executor, object_store, budget, products, clean)
+    return Run(directory, model, tokenized, layers, removal, plan, lock, log, *rest)
 
 
 class Run:
@@ -112,6 +115,7 @@ class Run:
         object_store: str | None = None,
         budget: Budget | None = None,
         products: ProductsName | None = None,
+        clean: Clean | None = None,
     ) -> None:
         self.directory = directory
         self.model = model
@@ -124,6 +128,7 @@ class Run:
         self._object_store = object_store
         self.budget = budget
         self.products: ProductsName | None = products
+        self._clean = clean
         self._draw: Draw | None = None
         self._tables = RunTables(directory, model, tokenized, layers)
         self._lock = lock
@@ -199,7 +204,16 @@ class Run:
         weights = [expert_weights.steps(self.model, self.layers)] if wanted else []
         scope, picked = SCOPES[part], self.budget is not None
         tables = verify_once(
-            self.manifest, self.model, self.tokenized, self.removal, scope, self._log, weights, self.products, picked
+            self.manifest,
+            self.model,
+            self.tokenized,
+            self.removal,
+            scope,
+            self._log,
+            weights,
+            self.products,
+            picked,
+            self._clean,
         )
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
         if self.share is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -54,6 +54,24 @@ class Check:
     detail: str
 
 
+class Clean(NamedTuple):
+    """The losses of a sequence before anything is removed."""
+
+    used: Float[Tensor, "1 pos-1"]
+    by_definition: Float[Tensor, " pos-1"]
+    """The cross-entropy of the logits at the right token, in float64."""
+
+
+@pausable
+def clean_losses(model: Transformer, tokens: Int[Tensor, "1 pos"]) -> Steps[Clean]:
+    """What verification compares with: an ordinary forward, made before all that it is compared with."""
+    tokens = tokens.to(model.cfg.device)
+    logits, loss = yield from _forward(model, tokens)
+    log_probabilities = logits[0, :-1].double().log_softmax(-1)
+    targets = tokens[0, 1:]
+    return Clean(loss, -log_probabilities[torch.arange(len(targets), device=tokens.device), targets])
+
+
 @pausable
 def verify(
     model: Transformer,
@@ -63,30 +81,33 @@ def verify(
     seed: int = 0,
     products: ProductsName | None = None,
     picked: bool = False,
+    clean: Clean | None = None,
 ) -> Steps[list[Check]]:
     """Run every check on one sequence of at least 8 tokens, the last with the removal and in each of the scopes to be measured;
     with `products`, a further one that says how far effects by them are from those by the model's own.
 
     With `picked`, the effects that are compared are made alone (`expert_effects(picks=)`), as a budgeted run makes them, and not
     among those of all removals, which cost more than such a run. Never raises for a failed check: look at `passed`. Where weights
-    are streamed, they are read twice: for the loss before anything is removed, and for all that comes after it, side by side.
+    are streamed, they are read twice: for the losses before anything is removed, unless `clean` has them of an earlier reading,
+    and for all that comes after it, side by side.
     """
     if tokens.shape[0] != 1 or tokens.shape[1] < MINIMUM_TOKENS:
         raise ValueError(f"verification takes one sequence [1, pos] of {MINIMUM_TOKENS} tokens or more, not {list(tokens.shape)}")
     tokens = tokens.to(model.cfg.device)
     generator = torch.Generator("cpu").manual_seed(seed)
-    before = yield from _forward(model, tokens)
-    yield  # what goes beside it ends with the last block, before this begins again with the first
+    if clean is None:
+        clean = yield from clean_losses.steps(model, tokens)
+        yield  # what goes beside it ends with the last block, before this begins again with the first
     checks = [
-        _loss_matches_logits(model, tokens, before),
-        _no_stale_state(model, tokens, before.loss),
+        _loss_matches_logits(model, tokens, clean),
+        _no_stale_state(model, tokens, clean.used),
         _inactive_expert_has_no_effect(model, tokens, generator),
         *(_effects_equal_full_forwards(model, tokens, generator, removal, scope, picked) for scope in scopes),
     ]
     if products is not None:
         checks.append(_products_are_near(model, tokens, generator, removal, products, picked))
     loss, stale, inactive, *exact = yield from in_turn(checks, model.streams)
-    return [loss, stale, _losses_differ(before.loss[0]), inactive, *exact]
+    return [loss, stale, _losses_differ(clean.used[0]), inactive, *exact]
 
 
 MaskOf = Callable[[Int[Tensor, "1 pos slot"]], ExpertMask]
@@ -146,13 +167,11 @@ class _Removed:
         return (yield from _losses(model, tokens, {layer: mask}))[0]
 
 
-def _loss_matches_logits(model: Transformer, tokens: Tensor, used: LogitsAndLoss) -> Steps[Check]:
+def _loss_matches_logits(model: Transformer, tokens: Tensor, clean: Clean) -> Steps[Check]:
     """1. The loss in use is the cross-entropy of the logits at the right token: recomputed in float64, by its definition."""
-    log_probabilities = used.logits[0, :-1].double().log_softmax(-1)
-    by_definition = -log_probabilities[torch.arange(tokens.shape[1] - 1, device=tokens.device), tokens[0, 1:]]
     engine = yield from expert_effects.steps(model, tokens, layers=model.cfg.moe_layers[-1:])
-    losses = torch.stack([engine.baseline_loss[0, :-1], used.loss[0]])
-    difference = float((losses.double() - by_definition).abs().max())
+    losses = torch.stack([engine.baseline_loss[0, :-1], clean.used[0]])
+    difference = float((losses.double() - clean.by_definition).abs().max())
     threshold = LOSS_TOLERANCE[model.cfg.dtype]
     return Check(
         "loss", difference <= threshold, difference, threshold, "largest |losses used - cross-entropy of the logits|, nats"

@@ -423,7 +423,7 @@ def test_checks_are_made_with_the_removal_and_the_scopes_of_the_run(
     asked = []
 
     @pausable
-    def passed(model: HookedMoE, tokens: Tensor, *rest: Any, products: Any, picked: bool) -> Steps[list[Any]]:
+    def passed(model: HookedMoE, tokens: Tensor, *rest: Any, products: Any, picked: bool, clean: Any) -> Steps[list[Any]]:
         asked.append((tokens.shape[1], *rest, products, picked))
         yield from ()
         return []

@@ -26,11 +26,13 @@ from hooked_moe.counterfactuals.engine.memory import demand_of, variant_bytes
 from hooked_moe.counterfactuals.first_order import first_order_effects
 from hooked_moe.counterfactuals.first_order import least_budget as least_budget_of_gradients
 from hooked_moe.counterfactuals.readouts import LossAfter
+from hooked_moe.expert_mask import ExpertMask
 from hooked_moe.loading import streaming
 from hooked_moe.loading.fingerprint import weights_sha256
 from hooked_moe.loading.spill import Spill, Waiting
 from hooked_moe.loading.streaming import StreamedBlocks
 from hooked_moe.measurement import open_measurement
+from hooked_moe.measurement.budget import Budget
 from hooked_moe.measurement.document_tables import TABLES
 from hooked_moe.measurement.noise_floor import noise_floor
 from hooked_moe.measurement.part_spec import PartSpec
@@ -184,8 +186,8 @@ def test_first_order_effects_are_equal_to_the_bit_and_read_each_weight_up_and_do
 def test_blocks_are_read_ahead_in_the_order_in_which_they_are_taken(streamed: HookedMoE) -> None:
     blocks, n_layers = blocks_of(streamed), streamed.cfg.n_layers
     _ = blocks[0]
-    up, mixed = range(n_layers), [2, 0, 1, *range(3, n_layers)]
-    for order in (up, reversed(up), up, blocks.in_order(mixed)):
+    up = range(n_layers)
+    for order in (up, reversed(up), up):
         before = read_so_far(blocks)
         for layer in order:
             _ = blocks[layer]
@@ -320,7 +322,8 @@ def test_a_corpus_is_measured_up_and_down_the_layers_once_to_the_same_tables(
 def test_a_run_reads_the_checkpoint_five_times_at_most_and_finds_what_it_finds_in_memory(
     scope: Any, whole: HookedMoE, streamed: HookedMoE, tmp_path: Path
 ) -> None:
-    """Checksum, verification (two), removals, and for first-order effects the way back; norms of weights beside verification."""
+    """Checksum, with the losses that verification begins with; verification, with norms of weights; removals, and for first-order
+    effects the way back."""
     effects = {}
     for model in (whole, streamed):
         directory = tmp_path / ("streamed" if model.streams else "whole")
@@ -330,9 +333,41 @@ def test_a_run_reads_the_checkpoint_five_times_at_most_and_finds_what_it_finds_i
         effects[model.streams] = {name: pq.read_table(run.directory / name).to_pandas() for name in names}
     for name, table in effects[True].items():
         assert table.equals(effects[False][name]), name
-    assert read_so_far(blocks_of(streamed)) < 5 * whole.cfg.n_layers
+    assert read_so_far(blocks_of(streamed)) <= 4 * whole.cfg.n_layers
     sizes = [tensor.nbytes for tensor in blocks_of(streamed).checkpoint.tensors.values()]
-    assert blocks_of(streamed).bytes_read < 5 * sum(sizes)
+    assert blocks_of(streamed).bytes_read <= 4 * sum(sizes)
+
+
+@pytest.mark.usefixtures("unchecked")  # sound models make the same calls, with their types checked
+def test_what_a_removal_leaves_behind_is_found_where_losses_are_of_the_reading_before(
+    streamed: HookedMoE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = ExpertMask.for_layer, []
+
+    def stale(self: ExpertMask, *inputs: Any) -> Any:
+        if not calls:
+            streamed.ln_final.w.mul_(1.01)
+        calls.append(inputs)
+        return original(self, *inputs)
+
+    monkeypatch.setattr(ExpertMask, "for_layer", stale)
+    with (
+        open_measurement(streamed, corpus_of(streamed), results=tmp_path, name="run") as run,
+        pytest.raises(ValueError, match=r"verification failed \(loss, no stale state\)"),
+    ):
+        run.require("position", progress=False)
+
+
+def test_a_budgeted_run_reads_the_checkpoint_five_times_at_most(whole: HookedMoE, streamed: HookedMoE, tmp_path: Path) -> None:
+    """Those four, with estimates in place of removals; and the removals that are drawn from them."""
+    sampled = {}
+    for model in (whole, streamed):
+        directory = tmp_path / ("streamed" if model.streams else "whole")
+        with open_measurement(model, corpus_of(model), results=directory, name="run", budget=Budget(share=0.3)) as run:
+            run.require_sample(progress=False)
+        sampled[model.streams] = pq.read_table(run.directory / "sampled_effects.parquet").to_pandas()
+    assert sampled[True].equals(sampled[False])
+    assert read_so_far(blocks_of(streamed)) <= 5 * whole.cfg.n_layers
 
 
 FULL_DISK = OSError(28, "No space left on device")
