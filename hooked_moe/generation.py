@@ -54,10 +54,9 @@ def generate(
         return _choose(logits, temperature, top_k, top_p, generator) if do_sample and temperature else logits.argmax(-1)
 
     steps = tqdm(range(max_new_tokens), desc="generating", unit="tok", delay=2.0, disable=None if verbose else True)
-    hooked = any(point.active for point in model.hook_dict.values())  # by whom what it sees may be wanted for a gradient
-    with torch.no_grad() if hooked else torch.inference_mode():
+    with torch.no_grad() if model.has_hooks else torch.inference_mode():  # what hooks see may be wanted for a gradient
         tokens, real = _continued(model, tokens, real, steps, choose, ends, expert_mask, use_past_kv_cache)
-    tokens, real = tokens.clone(), real.clone()  # ordinary tensors
+    tokens = tokens.clone()  # an ordinary tensor
     if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
         return tokens
     texts = [model.require_tokenizer().decode(row[kept].tolist(), special=False) for row, kept in zip(tokens, real, strict=True)]

@@ -42,7 +42,7 @@ class ModelWork(Generic[Unit]):
                 "this model was made in memory, and workers in other processes have to load it: write it with "
                 "model.save_pretrained(directory), and take HookedMoE.from_pretrained(directory) in its place"
             )
-        if any(point.active for point in self.model.hook_dict.values()):
+        if self.model.has_hooks:
             raise ValueError("this model has hooks, which act in this process alone: call model.reset_hooks() first")
         return LoadModel(self.model.loaded_from, self.check), self.task
 

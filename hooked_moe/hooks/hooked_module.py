@@ -35,6 +35,11 @@ class HookedModule(nn.Module):
         n_layers = sum(name.endswith(".hook_resid_pre") for name in self.hook_dict)
         self._names = Names(self.hook_dict, n_layers, advice="See model.hook_dict for all names.")
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether any hook is attached, a permanent one too."""
+        return any(point.active for point in self.hook_dict.values())
+
     def hook_points(self, which: NamesFilter) -> list[HookPoint]:
         """The hook points of one name, several names, or all that a predicate accepts; None means all.
 

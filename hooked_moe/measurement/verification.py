@@ -7,11 +7,10 @@ could not make: that the fast counterfactuals equal full forward passes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +37,9 @@ EXACTNESS: dict[Scope, str] = {
 
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Nats between two computations of the same loss. Half precision rounds every activation, so its tolerances are that loose."""
+
+TOKENS_TOGETHER = 2048
+"""Of full forward passes, each without another expert, which are rows of one."""
 
 PRODUCTS_TOLERANCE = 1e-2
 """Of the median effect: what products of the change in bfloat16 may be off by in the median. Measured are .0025 to .004."""
@@ -110,31 +112,75 @@ def verify(
     return [loss, stale, _losses_differ(clean.used[0]), inactive, *exact]
 
 
-MaskOf = Callable[[Int[Tensor, "1 pos slot"]], ExpertMask]
-"""The removal in one layer, from the experts that serve the tokens there."""
+@runtime_checkable
+class _Removal(Protocol):
+    """What is removed in one layer, which depends on the experts that serve the tokens there."""
+
+    @property
+    def removal(self) -> RemovalName: ...
+
+    def kept(self, indices: Int[Tensor, "pos slot"], n_experts: int) -> Bool[Tensor, "pos expert"]: ...
 
 
-def _forward(model: Transformer, tokens: Tensor, removals: Mapping[int, MaskOf] = MappingProxyType({})) -> Steps[LogitsAndLoss]:
-    """An ordinary forward, layer by layer, with removals in some of them."""
+RemovalsByRow = Mapping[int, Mapping[int, _Removal]]
+"""By layer, and there by batch row."""
+_NONE: RemovalsByRow = MappingProxyType({})
+
+
+def _forward(model: Transformer, tokens: Int[Tensor, "1 pos"], removals: RemovalsByRow = _NONE) -> Steps[LogitsAndLoss]:
+    """An ordinary forward of one sequence."""
+    stream = yield from _last_stream(model, tokens, removals)
+    return model(stream, "both", loss_per_token=True, start_at_layer=model.cfg.n_layers, tokens=tokens)
+
+
+def _losses(model: Transformer, tokens: Int[Tensor, "1 pos"], removals: RemovalsByRow = _NONE) -> Steps[Float[Tensor, "1 pos-1"]]:
+    return (yield from _forward(model, tokens, removals)).loss
+
+
+def _losses_of_rows(
+    model: Transformer, tokens: Int[Tensor, "1 pos"], removed: Sequence[tuple[int, _Removed] | None]
+) -> Steps[Float[Tensor, "row pos-1"]]:
+    """The losses of as many copies of a sequence, in a forward for all of them: each without what is removed there in a layer."""
+    by_layer: dict[int, dict[int, _Removal]] = {}
+    for row, place in enumerate(removed):
+        if place is not None:
+            by_layer.setdefault(place[0], {})[row] = place[1]
+    streams = yield from _last_stream(model, tokens.expand(len(removed), -1), by_layer)
+    options: dict[str, Any] = {"loss_per_token": True, "start_at_layer": model.cfg.n_layers, "tokens": tokens}
+    return torch.cat([model(stream, "loss", **options) for stream in streams.split(1)])  # one row's logits at a time
+
+
+def _last_stream(
+    model: Transformer, tokens: Int[Tensor, "row pos"], removals: RemovalsByRow
+) -> Steps[Float[Tensor, "row pos d"]]:
+    """The residual streams after the last block, layer by layer, with removals in some of them."""
     stream, n_layers = tokens, model.cfg.n_layers
     for layer in range(n_layers):
         options: dict[str, Any] = {"start_at_layer": layer or None, "stop_at_layer": layer + 1}
         mask = None
         if layer in removals:
+            rows = removals[layer]
             served: list[Tensor] = []
             hook = (f"blocks.{layer}.mlp.hook_expert_indices", lambda indices, hook, served=served: served.append(indices))
-            model.run_with_hooks(stream, fwd_hooks=[hook], **options)
-            mask = removals[layer](served[0])
+            model.run_with_hooks(stream[list(rows)], fwd_hooks=[hook], **options)
+            keep = torch.ones(*tokens.shape, model.cfg.experts_in(layer), dtype=torch.bool, device=tokens.device)
+            for (row, removal), indices in zip(rows.items(), served[0], strict=True):
+                keep[row] = removal.kept(indices, keep.shape[-1])
+            mask = ExpertMask({layer: keep}, next(iter(rows.values())).removal)
         stream = model(stream, expert_mask=mask, **options)
         if layer + 1 < n_layers:
             yield
-    return model(stream, "both", loss_per_token=True, start_at_layer=n_layers, tokens=tokens)
+    return stream
 
 
-def _losses(
-    model: Transformer, tokens: Tensor, removals: Mapping[int, MaskOf] = MappingProxyType({})
-) -> Steps[Float[Tensor, "1 pos-1"]]:
-    return (yield from _forward(model, tokens, removals)).loss
+@dataclass(frozen=True)
+class _Everything:
+    """The removal of all experts at all tokens."""
+
+    removal: RemovalName = "zero"
+
+    def kept(self, indices: Int[Tensor, "pos slot"], n_experts: int) -> Bool[Tensor, "pos expert"]:
+        return torch.zeros(len(indices), n_experts, dtype=torch.bool, device=indices.device)
 
 
 @dataclass
@@ -148,23 +194,18 @@ class _Removed:
     expert: int = -1
     """Which expert that was."""
 
-    def __call__(self, indices: Int[Tensor, "1 pos slot"], layer: int, n_experts: int) -> ExpertMask:
-        at_token = indices[0, self.pos].tolist()
+    def kept(self, indices: Int[Tensor, "pos slot"], n_experts: int) -> Bool[Tensor, "pos expert"]:
+        at_token = indices[self.pos].tolist()
         self.expert = next(e for e in range(n_experts) if e not in at_token) if self.slot is None else at_token[self.slot]
-        removed = (indices[0] == self.expert).any(-1)
+        removed = (indices == self.expert).any(-1)
         if self.scope == "position":
             removed[:] = False
             removed[self.pos] = True
         if self.scope == "from_position":
             removed[: self.pos] = False
-        keep = torch.ones(1, len(removed), n_experts, dtype=torch.bool, device=removed.device)
-        keep[0, removed, self.expert] = False
-        return ExpertMask({layer: keep}, self.removal)
-
-    def losses(self, model: Transformer, tokens: Tensor, layer: int) -> Steps[Float[Tensor, " pos-1"]]:
-        """Losses of a forward without it."""
-        mask = partial(self, layer=layer, n_experts=model.cfg.experts_in(layer))
-        return (yield from _losses(model, tokens, {layer: mask}))[0]
+        keep = torch.ones(len(removed), n_experts, dtype=torch.bool, device=removed.device)
+        keep[removed, self.expert] = False
+        return keep
 
 
 def _loss_matches_logits(model: Transformer, tokens: Tensor, clean: Clean) -> Steps[Check]:
@@ -180,8 +221,7 @@ def _loss_matches_logits(model: Transformer, tokens: Tensor, clean: Clean) -> St
 
 def _no_stale_state(model: Transformer, tokens: Tensor, before: Tensor) -> Steps[Check]:
     """2. A removal leaves nothing behind: the loss before and after it is the same to the bit."""
-    nothing = torch.zeros(1, 1, 1, dtype=torch.bool, device=model.cfg.device)
-    everything = {layer: lambda indices, layer=layer: ExpertMask({layer: nothing}) for layer in model.cfg.moe_layers}
+    everything = {layer: {0: _Everything()} for layer in model.cfg.moe_layers}
     removed, after = yield from in_turn([_losses(model, tokens, everything), _losses(model, tokens)], model.streams)
     moved = float((removed - before).abs().max())
     left = float((after - before).abs().max())
@@ -207,10 +247,10 @@ def _inactive_expert_has_no_effect(model: Transformer, tokens: Tensor, generator
     active, inactive = _Removed(pos, slot=0), _Removed(pos, slot=None)
     every = model.cfg.experts_in(layer) <= model.cfg.experts_per_token  # is active everywhere: there is no inactive one
     removals = [active] if every else [active, inactive]
-    forwards = [_losses(model, tokens), *(removed.losses(model, tokens, layer) for removed in removals)]
-    clean, without_active, *without_inactive = yield from in_turn(forwards, model.streams)
-    of_inactive = max((float((losses - clean[0]).abs().max()) for losses in without_inactive), default=0.0)
-    of_active = (without_active - clean[0]).abs()
+    forwards = [_losses(model, tokens), *(_losses(model, tokens, {layer: {0: removed}}) for removed in removals)]
+    clean, without_active, *without_inactive = torch.cat((yield from in_turn(forwards, model.streams)))
+    of_inactive = max((float((losses - clean).abs().max()) for losses in without_inactive), default=0.0)
+    of_active = (without_active - clean).abs()
     before = float(of_active[:pos].max()) if pos else 0.0
     passed = of_inactive == 0 and before <= LOSS_TOLERANCE[model.cfg.dtype] and float(of_active[pos:].max()) > 0
     others = "every expert active" if every else f"expert {inactive.expert} inactive"
@@ -245,11 +285,14 @@ def _effects_equal_full_forwards(
         tasks: list[Steps[Any]] = [expert_effects.steps(model, tokens, removal=removal, picks=picks)]
     else:
         tasks = [expert_effects.steps(model, tokens, layers, scope, removal, readouts=readouts)]
-    tasks += [_losses(model, tokens), *(removed.losses(model, tokens, layer) for layer, removed in places)]
-    effects, clean, *full_forwards = yield from in_turn(tasks, model.streams)
+    rows = [None, *places]
+    together = max(1, TOKENS_TOGETHER // tokens.shape[1])
+    tasks += [_losses_of_rows(model, tokens, rows[start : start + together]) for start in range(0, len(rows), together)]
+    effects, *losses = yield from in_turn(tasks, model.streams)
+    clean, *without = torch.cat(losses)
     differences = []
-    for (layer, removed), losses in zip(places, full_forwards, strict=True):
-        full, pos, index = losses - clean[0], removed.pos, effects.layers.index(layer)
+    for (layer, removed), own in zip(places, without, strict=True):
+        full, pos, index = own - clean, removed.pos, effects.layers.index(layer)
         here = effects.expert_index[index, 0, pos] == removed.expert
         fast = effects.delta_loss[index, 0, pos, here]
         differences.append(float((full[pos] - fast).abs()) if len(fast) else math.inf)

@@ -18,7 +18,7 @@ from hooked_moe import ExpertMask, HookedMoE
 from hooked_moe.components.moe import combine_onto
 from hooked_moe.counterfactuals import LossAfter, Zero, expert_removal, removals
 from hooked_moe.counterfactuals.engine import fan_out, losses
-from hooked_moe.counterfactuals.engine.steps import Steps, pausable
+from hooked_moe.counterfactuals.engine.steps import Steps, pausable, run_to_end
 from hooked_moe.expert_mask import LayerMask
 from hooked_moe.kernels import target_loss
 from hooked_moe.kernels.target_loss import LossAndLogSum
@@ -196,6 +196,26 @@ def test_an_effect_on_an_earlier_token_fails_the_fourth_check_alone(
 
     monkeypatch.setattr(verification, "_losses", backwards)
     assert failed(verify(model, sequence)) == ["inactive expert"]
+
+
+@EVERY_ARCHITECTURE
+@pytest.mark.parametrize("removal", ["zero", "renormalize", "reroute"])
+@pytest.mark.parametrize("scope", ["position", "sequence", "from_position"])
+def test_full_forwards_that_are_rows_of_one_are_those_of_one_each(
+    scope: Any, removal: Any, model: HookedMoE, sequence: Tensor
+) -> None:
+    last = model.cfg.moe_layers[-1]
+    places = [(layer, verification._Removed(pos, slot, removal, scope)) for layer, pos, slot in ((last, 3, 0), (last, 17, 1))]
+    places.append((model.cfg.moe_layers[0], verification._Removed(0, 1, removal, scope)))
+    with torch.inference_mode():
+        rows = run_to_end(verification._losses_of_rows(model, sequence, [None, *places]))
+        experts = [removed.expert for _, removed in places]
+        assert min(experts) >= 0
+        apart = [run_to_end(verification._losses(model, sequence))]
+        apart += [run_to_end(verification._losses(model, sequence, {layer: {0: removed}})) for layer, removed in places]
+    assert [removed.expert for _, removed in places] == experts
+    torch.testing.assert_close(rows, torch.cat(apart), atol=1e-5, rtol=0)
+    assert all(float((row - rows[0]).abs().max()) > 0 for row in rows[1:])
 
 
 @UNCHECKED
