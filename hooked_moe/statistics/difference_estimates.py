@@ -25,6 +25,8 @@ MINIMUM_TO_FIT = 20
 BIN_EDGES = np.geomspace(1e-4, 3.0, 12)
 """nats of size; the variance model has one ratio in each bin."""
 N_BINS = len(BIN_EDGES) + 1
+_OF_LAYER = (1e-4, 1e4)
+"""Within which a layer's errors are from those of all layers, so that one where none was seen does not pass for exact."""
 Z = 1.959963984540054
 
 
@@ -71,8 +73,12 @@ def error_ratios(
     axis: Int[np.ndarray, " pick"],
     n_layers: int,
 ) -> Float[np.ndarray, "layer bin"]:
-    """The mean squared error of estimates over that of sizes, by layer and bin; each drawn towards its bin's in all layers, and
-    this towards that of all bins, by how many removals were drawn."""
+    """The mean squared error of estimates over that of sizes, by layer and bin; each drawn towards its bin's in all layers times
+    its layer's, and the former towards that of all bins, by how many removals were drawn.
+
+    Layers differ by more than bins do (in the last one the estimates are all but exact): without a factor of its own, what a
+    layer's bins are drawn towards would be another's.
+    """
     prior = 20
     key = axis * N_BINS + size_bin(size)
     shape = (n_layers, N_BINS)
@@ -84,8 +90,11 @@ def error_ratios(
     overall = square.sum() / max(scale.sum(), tiny)
     by_bin = square.sum(axis=0) / np.maximum(scale.sum(axis=0), tiny)
     by_bin = (n.sum(axis=0) * by_bin + prior * overall) / (n.sum(axis=0) + prior)
+    drawn = n.sum(axis=1)
+    relative = square.sum(axis=1) / np.maximum((scale * by_bin).sum(axis=1), tiny)
+    of_layer = np.clip(relative, *_OF_LAYER) ** (drawn / (drawn + prior))
     own = square / np.maximum(scale, tiny)
-    return (n * own + prior * by_bin) / (n + prior)
+    return (n * own + prior * of_layer[:, None] * by_bin) / (n + prior)
 
 
 @dataclass(frozen=True)

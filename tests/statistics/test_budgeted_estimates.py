@@ -151,6 +151,20 @@ def test_ratios_are_those_of_errors_and_sizes() -> None:
     assert found[1, middle] == pytest.approx(4.0, rel=0.1)
 
 
+def test_a_layer_of_small_errors_is_not_drawn_towards_those_of_others() -> None:
+    """Also in bins where few of its removals were drawn."""
+    random = np.random.default_rng(1)
+    sizes, axes = zip(
+        *[(np.exp(random.normal(-3, 1.5, n)), np.full(n, layer)) for layer, n in ((0, 5000), (1, 150))], strict=True
+    )
+    size, axis = np.concatenate(sizes), np.concatenate(axes)
+    error = size * np.where(axis == 0, 1.0, 0.02) * random.normal(size=len(size))
+    found = error_ratios(error, np.ones(len(size)), size, axis, 2)
+    assert (found[1] < 0.01 * found[0]).all()
+    exact = error_ratios(np.where(axis == 0, error, 0.0), np.ones(len(size)), size, axis, 2)
+    assert (exact[1] > 0).all()  # no error was seen, which is no proof that there is none
+
+
 def test_variances_are_between_their_own_and_the_models_and_add_up() -> None:
     one_large = SamplingVariance(np.array([4.0]), np.array([16.0]), np.array([1.0]))
     many_alike = SamplingVariance(np.array([4.0]), np.array([0.001]), np.array([1.0]))
