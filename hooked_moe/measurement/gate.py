@@ -77,10 +77,10 @@ def verify_once(
 def first_reading(model: Transformer, tokenized: TokenizedCorpus) -> tuple[str, Clean | None]:
     """The checksum of the weights, and of a streamed model, from the same reading of them, the losses that verification begins
     with."""
-    if not model.streams:
+    longest = _longest_first(tokenized)[0]
+    if not model.streams or len(longest) < MINIMUM_TOKENS:
         return weights_sha256(model), None
-    longest = _as_batch(_longest_first(tokenized)[0])
-    tasks: list[Steps[Any]] = [weights_sha256_steps(model), clean_losses.steps(model, longest)]
+    tasks: list[Steps[Any]] = [weights_sha256_steps(model), clean_losses.steps(model, _as_batch(longest))]
     sha256, clean = run_without_grad(in_turn(tasks, streamed=True))
     return sha256, clean
 

@@ -283,9 +283,11 @@ class Characters(Tokenizer):
         return "".join(chr(61 + token) for token in tokens)
 
 
-def corpus_of(model: HookedMoE) -> TokenizedCorpus:
+TEXTS = ("call me ishmael. some years ago", "it is a truth", "in the beginning god created the heaven", "fellow citizens")
+
+
+def corpus_of(model: HookedMoE, texts: Sequence[str] = TEXTS) -> TokenizedCorpus:
     model.tokenizer = Characters()
-    texts = ["call me ishmael. some years ago", "it is a truth", "in the beginning god created the heaven", "fellow citizens"]
     documents = [Document(id=str(i), domain="novel", title=text, text=text) for i, text in enumerate(texts)]
     return TokenizedCorpus(model, Corpus("four", documents, sha256="0"), n_ctx=16)
 
@@ -354,6 +356,17 @@ def test_what_a_removal_leaves_behind_is_found_where_losses_are_of_the_reading_b
     with (
         open_measurement(streamed, corpus_of(streamed), results=tmp_path, name="run") as run,
         pytest.raises(ValueError, match=r"verification failed \(loss, no stale state\)"),
+    ):
+        run.require("position", progress=False)
+
+
+@pytest.mark.parametrize("texts", [["ab"], ["it", "is"], ["a truth"]])
+def test_texts_too_short_to_verify_with_are_refused_before_anything_is_measured(
+    texts: list[str], streamed: HookedMoE, tmp_path: Path
+) -> None:
+    with (
+        open_measurement(streamed, corpus_of(streamed, texts), results=tmp_path, name="run") as run,
+        pytest.raises(ValueError, match="takes 8: give a corpus with longer documents"),
     ):
         run.require("position", progress=False)
 
