@@ -18,11 +18,9 @@ is kept grows with layers, experts and documents, not with tokens.
 """
 
 import importlib
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +33,13 @@ from hooked_moe.analysis.accumulators.survey import Survey
 from hooked_moe.analysis.accumulators.token_rows import TokenRows
 from hooked_moe.analysis.bayes import ChoiceData
 from hooked_moe.analysis.ceilings import ceiling_table
-from hooked_moe.analysis.cells import AUDIT_COLUMNS, Cell, CellAudit, cells_table, chosen_layers
+from hooked_moe.analysis.cells import Cell, CellAudit, cells_table, chosen_layers
 from hooked_moe.analysis.criteria import criteria_table
 from hooked_moe.analysis.expert_tokens import TokenShares, TopEffects
 from hooked_moe.analysis.progressive import progressive_table
 from hooked_moe.analysis.rankings import Scores
 from hooked_moe.analysis.redistribution import RedistributionAccumulator, layer_redistribution
+from hooked_moe.analysis.run_chunks import RunChunk, run_chunks
 from hooked_moe.analysis.saving_table import saving_table
 from hooked_moe.analysis.savings import SavingAudit
 from hooked_moe.analysis.summaries import DomainSummary, LayerSummary, ScopeSummary, SlotSummary
@@ -55,11 +54,9 @@ from hooked_moe.tables import (
     write_csv_atomic,
     write_parquet_atomic,
 )
-from hooked_moe.tables.effect_grid import EffectGrid, effect_chunks
 
 _THREADS = 2
 """What is derived is many numpy calls on long arrays, which let other threads run; more of them would wait for each other."""
-_COLUMNS = (*AUDIT_COLUMNS, "kl", "rest_cosine", "rest_norm")
 
 
 def analyse_run(
@@ -115,39 +112,6 @@ def _settings(run: Path, n_experts: int, layers: Sequence[int] | None, n_positio
     """All that decides the derived tables beside the measured ones."""
     options = {"n_experts": n_experts, "n_positions": n_positions, "seed": seed, "noise_floor": _noise_floor(run)}
     return options | {"layers": None if layers is None else list(layers)}
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """The same positions in every table of effects that a run has."""
-
-    observed: EffectGrid
-    measured: dict[str, EffectGrid]
-    """The positions with removals, by scope. Which these are may differ."""
-
-
-def _chunks(run: Path) -> Iterator[_Chunk]:
-    """All of them in order, each read while the one before is worked on."""
-    chunks = _read_chunks(run)
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, chunks, None)
-        while (chunk := coming.result()) is not None:
-            coming = reader.submit(next, chunks, None)
-            yield chunk
-
-
-def _read_chunks(run: Path) -> Iterator[_Chunk]:
-    chunks = effect_chunks(run / "effects.parquet", _COLUMNS)
-    path = run / "effects_sequence.parquet"
-    if not path.is_file():
-        for chunk in chunks:
-            yield _Chunk(chunk, {"position": chunk.measured()})
-        return
-    for chunk, other in itertools.zip_longest(chunks, effect_chunks(path, ("expert", "delta_loss"))):
-        if chunk is None or other is None:
-            raise ValueError(f"{path} and effects.parquet differ in length; they are not two views of one measurement")
-        everywhere = chunk.with_effects_of(other)
-        yield _Chunk(chunk, {"position": chunk.measured(), "sequence": everywhere.measured()})
 
 
 def _derive(
@@ -231,7 +195,7 @@ class _FirstPass:
 
     def __init__(self, run: Path, n_experts: int, layers: Iterable[int] | None) -> None:
         experts: ExpertAccumulator | None = None
-        for chunk in _chunks(run):
+        for chunk in run_chunks(run):
             if experts is None:
                 experts = ExpertAccumulator(chunk.observed.layers, n_experts)
                 wanted = chosen_layers(chunk.observed, layers)
@@ -273,11 +237,11 @@ class _SecondPass:
         if tokens.is_file() and "kl" in survey.sums.effects:
             self.token_shares, self._tokens = TokenShares(first.top_effects.tokens(tokens), survey.sums), TokenRows(tokens)
         with ThreadPoolExecutor(_THREADS) as pool:
-            for chunk in _chunks(run):
+            for chunk in run_chunks(run):
                 for done in [pool.submit(update) for update in self._updates(chunk)]:
                     done.result()
 
-    def _updates(self, chunk: _Chunk) -> Iterator[Callable[[], object]]:
+    def _updates(self, chunk: RunChunk) -> Iterator[Callable[[], object]]:
         """What the chunk adds to each of them, by itself."""
         measured = chunk.measured["position"]
         yield from self.savings.updates(measured)  # the longest first

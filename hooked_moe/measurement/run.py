@@ -202,19 +202,8 @@ class Run:
         spec = self._with_measured(spec)
         wanted = self.share is None and self._tables.have_weights(part)
         weights = [expert_weights.steps(self.model, self.layers)] if wanted else []
-        scope, picked = SCOPES[part], self.budget is not None
-        tables = verify_once(
-            self.manifest,
-            self.model,
-            self.tokenized,
-            self.removal,
-            scope,
-            self._log,
-            weights,
-            self.products,
-            picked,
-            self._clean,
-        )
+        of_run = (self.manifest, self.model, self.tokenized, self.removal, SCOPES[part], self._log)
+        tables = verify_once(*of_run, weights, self.products, self.budget is not None, self._clean)
         identity = {"plan": digest(self.plan), "part": digest(spec.as_json())}
         if self.share is None:
             self._tables.write(part, self._drawn, *tables)

@@ -7,10 +7,9 @@ could not make: that the fast counterfactuals equal full forward passes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,9 +17,10 @@ from torch import Tensor
 
 from hooked_moe.counterfactuals import LossAfter, Scope, expert_effects
 from hooked_moe.counterfactuals.engine.steps import Steps, in_turn, pausable
-from hooked_moe.expert_mask import ExpertMask, RemovalName
+from hooked_moe.expert_mask import RemovalName
+from hooked_moe.measurement.full_forwards import Everything, Removed, forward_by_layer, losses_of_rows, losses_without
 from hooked_moe.measurement.part_spec import ProductsName
-from hooked_moe.transformer import LogitsAndLoss, Transformer
+from hooked_moe.transformer import Transformer
 
 MINIMUM_TOKENS = 8
 SEQUENCE_TOKENS = 64
@@ -68,7 +68,7 @@ class Clean(NamedTuple):
 def clean_losses(model: Transformer, tokens: Int[Tensor, "1 pos"]) -> Steps[Clean]:
     """What verification compares with: an ordinary forward, made before all that it is compared with."""
     tokens = tokens.to(model.cfg.device)
-    logits, loss = yield from _forward(model, tokens)
+    logits, loss = yield from forward_by_layer(model, tokens)
     log_probabilities = logits[0, :-1].double().log_softmax(-1)
     targets = tokens[0, 1:]
     return Clean(loss, -log_probabilities[torch.arange(len(targets), device=tokens.device), targets])
@@ -112,102 +112,6 @@ def verify(
     return [loss, stale, _losses_differ(clean.used[0]), inactive, *exact]
 
 
-@runtime_checkable
-class _Removal(Protocol):
-    """What is removed in one layer, which depends on the experts that serve the tokens there."""
-
-    @property
-    def removal(self) -> RemovalName: ...
-
-    def kept(self, indices: Int[Tensor, "pos slot"], n_experts: int) -> Bool[Tensor, "pos expert"]: ...
-
-
-RemovalsByRow = Mapping[int, Mapping[int, _Removal]]
-"""By layer, and there by batch row."""
-_NONE: RemovalsByRow = MappingProxyType({})
-
-
-def _forward(model: Transformer, tokens: Int[Tensor, "1 pos"], removals: RemovalsByRow = _NONE) -> Steps[LogitsAndLoss]:
-    """An ordinary forward of one sequence."""
-    stream = yield from _last_stream(model, tokens, removals)
-    return model(stream, "both", loss_per_token=True, start_at_layer=model.cfg.n_layers, tokens=tokens)
-
-
-def _losses(model: Transformer, tokens: Int[Tensor, "1 pos"], removals: RemovalsByRow = _NONE) -> Steps[Float[Tensor, "1 pos-1"]]:
-    return (yield from _forward(model, tokens, removals)).loss
-
-
-def _losses_of_rows(
-    model: Transformer, tokens: Int[Tensor, "1 pos"], removed: Sequence[tuple[int, _Removed] | None]
-) -> Steps[Float[Tensor, "row pos-1"]]:
-    """The losses of as many copies of a sequence, in a forward for all of them: each without what is removed there in a layer."""
-    by_layer: dict[int, dict[int, _Removal]] = {}
-    for row, place in enumerate(removed):
-        if place is not None:
-            by_layer.setdefault(place[0], {})[row] = place[1]
-    streams = yield from _last_stream(model, tokens.expand(len(removed), -1), by_layer)
-    options: dict[str, Any] = {"loss_per_token": True, "start_at_layer": model.cfg.n_layers, "tokens": tokens}
-    return torch.cat([model(stream, "loss", **options) for stream in streams.split(1)])  # one row's logits at a time
-
-
-def _last_stream(
-    model: Transformer, tokens: Int[Tensor, "row pos"], removals: RemovalsByRow
-) -> Steps[Float[Tensor, "row pos d"]]:
-    """The residual streams after the last block, layer by layer, with removals in some of them."""
-    stream, n_layers = tokens, model.cfg.n_layers
-    for layer in range(n_layers):
-        options: dict[str, Any] = {"start_at_layer": layer or None, "stop_at_layer": layer + 1}
-        mask = None
-        if layer in removals:
-            rows = removals[layer]
-            served: list[Tensor] = []
-            hook = (f"blocks.{layer}.mlp.hook_expert_indices", lambda indices, hook, served=served: served.append(indices))
-            model.run_with_hooks(stream[list(rows)], fwd_hooks=[hook], **options)
-            keep = torch.ones(*tokens.shape, model.cfg.experts_in(layer), dtype=torch.bool, device=tokens.device)
-            for (row, removal), indices in zip(rows.items(), served[0], strict=True):
-                keep[row] = removal.kept(indices, keep.shape[-1])
-            mask = ExpertMask({layer: keep}, next(iter(rows.values())).removal)
-        stream = model(stream, expert_mask=mask, **options)
-        if layer + 1 < n_layers:
-            yield
-    return stream
-
-
-@dataclass(frozen=True)
-class _Everything:
-    """The removal of all experts at all tokens."""
-
-    removal: RemovalName = "zero"
-
-    def kept(self, indices: Int[Tensor, "pos slot"], n_experts: int) -> Bool[Tensor, "pos expert"]:
-        return torch.zeros(len(indices), n_experts, dtype=torch.bool, device=indices.device)
-
-
-@dataclass
-class _Removed:
-    """The removal of the expert in one slot of a token, in a scope around it; or of the first that is in none of its slots."""
-
-    pos: int
-    slot: int | None
-    removal: RemovalName = "zero"
-    scope: Scope = "position"
-    expert: int = -1
-    """Which expert that was."""
-
-    def kept(self, indices: Int[Tensor, "pos slot"], n_experts: int) -> Bool[Tensor, "pos expert"]:
-        at_token = indices[self.pos].tolist()
-        self.expert = next(e for e in range(n_experts) if e not in at_token) if self.slot is None else at_token[self.slot]
-        removed = (indices == self.expert).any(-1)
-        if self.scope == "position":
-            removed[:] = False
-            removed[self.pos] = True
-        if self.scope == "from_position":
-            removed[: self.pos] = False
-        keep = torch.ones(len(removed), n_experts, dtype=torch.bool, device=removed.device)
-        keep[removed, self.expert] = False
-        return keep
-
-
 def _loss_matches_logits(model: Transformer, tokens: Tensor, clean: Clean) -> Steps[Check]:
     """1. The loss in use is the cross-entropy of the logits at the right token: recomputed in float64, by its definition."""
     engine = yield from expert_effects.steps(model, tokens, layers=model.cfg.moe_layers[-1:])
@@ -221,8 +125,8 @@ def _loss_matches_logits(model: Transformer, tokens: Tensor, clean: Clean) -> St
 
 def _no_stale_state(model: Transformer, tokens: Tensor, before: Tensor) -> Steps[Check]:
     """2. A removal leaves nothing behind: the loss before and after it is the same to the bit."""
-    everything = {layer: {0: _Everything()} for layer in model.cfg.moe_layers}
-    removed, after = yield from in_turn([_losses(model, tokens, everything), _losses(model, tokens)], model.streams)
+    everything = {layer: {0: Everything()} for layer in model.cfg.moe_layers}
+    removed, after = yield from in_turn([losses_without(model, tokens, everything), losses_without(model, tokens)], model.streams)
     moved = float((removed - before).abs().max())
     left = float((after - before).abs().max())
     passed = left == 0 and moved > 0
@@ -244,10 +148,10 @@ def _inactive_expert_has_no_effect(model: Transformer, tokens: Tensor, generator
     otherwise.
     """
     layer, pos = _random_place(model, tokens, generator)
-    active, inactive = _Removed(pos, slot=0), _Removed(pos, slot=None)
+    active, inactive = Removed(pos, slot=0), Removed(pos, slot=None)
     every = model.cfg.experts_in(layer) <= model.cfg.experts_per_token  # is active everywhere: there is no inactive one
     removals = [active] if every else [active, inactive]
-    forwards = [_losses(model, tokens), *(_losses(model, tokens, {layer: {0: removed}}) for removed in removals)]
+    forwards = [losses_without(model, tokens), *(losses_without(model, tokens, {layer: {0: removed}}) for removed in removals)]
     clean, without_active, *without_inactive = torch.cat((yield from in_turn(forwards, model.streams)))
     of_inactive = max((float((losses - clean).abs().max()) for losses in without_inactive), default=0.0)
     of_active = (without_active - clean).abs()
@@ -273,11 +177,11 @@ def _effects_equal_full_forwards(
         tokens = tokens[:, :SEQUENCE_TOKENS]
         layers = [_random_place(model, tokens, generator)[0]]
     readouts = [LossAfter(LATER_TOKENS)] if scope == "from_position" else []
-    places: list[tuple[int, _Removed]] = []
+    places: list[tuple[int, Removed]] = []
     for _ in range(samples):
         layer, pos = _random_place(model, tokens, generator)
         slot = _random_below(model.cfg.experts_per_token, generator)
-        places.append((layer if layers is None else layers[0], _Removed(pos, slot, removal, scope)))
+        places.append((layer if layers is None else layers[0], Removed(pos, slot, removal, scope)))
     if picked:
         picks = _no_picks(model, tokens)
         for layer, removed in places:
@@ -287,7 +191,7 @@ def _effects_equal_full_forwards(
         tasks = [expert_effects.steps(model, tokens, layers, scope, removal, readouts=readouts)]
     rows = [None, *places]
     together = max(1, TOKENS_TOGETHER // tokens.shape[1])
-    tasks += [_losses_of_rows(model, tokens, rows[start : start + together]) for start in range(0, len(rows), together)]
+    tasks += [losses_of_rows(model, tokens, rows[start : start + together]) for start in range(0, len(rows), together)]
     effects, *losses = yield from in_turn(tasks, model.streams)
     clean, *without = torch.cat(losses)
     differences = []

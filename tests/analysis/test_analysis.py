@@ -69,7 +69,7 @@ def test_what_a_run_has_not_measured_is_said(tmp_path):
 
 def test_the_size_of_the_chunks_changes_nothing(run, tmp_path, monkeypatch):
     again = shutil.copytree(run, tmp_path / "again")
-    monkeypatch.setattr(analysis.run, "effect_chunks", lambda *arguments: effect_chunks(*arguments, rows=1000))
+    monkeypatch.setattr(analysis.run_chunks, "effect_chunks", lambda *arguments: effect_chunks(*arguments, rows=1000))
     analyse_run(again, n_experts=N_EXPERTS)
     for name in derived(run):
         read = pd.read_parquet if name.endswith("parquet") else pd.read_csv

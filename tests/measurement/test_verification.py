@@ -23,7 +23,7 @@ from hooked_moe.expert_mask import LayerMask
 from hooked_moe.kernels import target_loss
 from hooked_moe.kernels.target_loss import LossAndLogSum
 from hooked_moe.loading.fingerprint import config_values, versions, weights_sha256
-from hooked_moe.measurement import verification
+from hooked_moe.measurement import full_forwards, verification
 from hooked_moe.measurement.noise_floor import noise_floor
 from hooked_moe.measurement.verification import Check, verify
 from tests.conftest import EVERY_ARCHITECTURE
@@ -184,7 +184,7 @@ def test_an_inactive_expert_with_an_effect_fails_the_fourth_check_alone(
 def test_an_effect_on_an_earlier_token_fails_the_fourth_check_alone(
     model: HookedMoE, sequence: Tensor, monkeypatch: Patch
 ) -> None:
-    original = verification._losses
+    original = full_forwards.losses_without
 
     def backwards(model: HookedMoE, tokens: Tensor, *removals: Any) -> Steps[Tensor]:
         losses = yield from original(model, tokens, *removals)
@@ -194,7 +194,7 @@ def test_an_effect_on_an_earlier_token_fails_the_fourth_check_alone(
             losses[0, changed[0] - 1] += 1e-4
         return losses
 
-    monkeypatch.setattr(verification, "_losses", backwards)
+    monkeypatch.setattr(verification, "losses_without", backwards)
     assert failed(verify(model, sequence)) == ["inactive expert"]
 
 
@@ -205,14 +205,14 @@ def test_full_forwards_that_are_rows_of_one_are_those_of_one_each(
     scope: Any, removal: Any, model: HookedMoE, sequence: Tensor
 ) -> None:
     last = model.cfg.moe_layers[-1]
-    places = [(layer, verification._Removed(pos, slot, removal, scope)) for layer, pos, slot in ((last, 3, 0), (last, 17, 1))]
-    places.append((model.cfg.moe_layers[0], verification._Removed(0, 1, removal, scope)))
+    places = [(layer, full_forwards.Removed(pos, slot, removal, scope)) for layer, pos, slot in ((last, 3, 0), (last, 17, 1))]
+    places.append((model.cfg.moe_layers[0], full_forwards.Removed(0, 1, removal, scope)))
     with torch.inference_mode():
-        rows = run_to_end(verification._losses_of_rows(model, sequence, [None, *places]))
+        rows = run_to_end(full_forwards.losses_of_rows(model, sequence, [None, *places]))
         experts = [removed.expert for _, removed in places]
         assert min(experts) >= 0
-        apart = [run_to_end(verification._losses(model, sequence))]
-        apart += [run_to_end(verification._losses(model, sequence, {layer: {0: removed}})) for layer, removed in places]
+        apart = [run_to_end(full_forwards.losses_without(model, sequence))]
+        apart += [run_to_end(full_forwards.losses_without(model, sequence, {layer: {0: removed}})) for layer, removed in places]
     assert [removed.expert for _, removed in places] == experts
     torch.testing.assert_close(rows, torch.cat(apart), atol=1e-5, rtol=0)
     assert all(float((row - rows[0]).abs().max()) > 0 for row in rows[1:])
