@@ -22,7 +22,7 @@ from hooked_moe.counterfactuals.work import (
     outer_parameters,
     removal_work,
 )
-from hooked_moe.measurement.budget import FEWEST_REMOVALS, MOST_OF_A_BUDGET, Budget
+from hooked_moe.measurement.budget import FEWEST_REMOVALS, Budget, share_within
 
 CONTEXT = 512
 """Tokens of a window, unless the model's context is shorter: as in the audit."""
@@ -91,10 +91,14 @@ class Plan:
         return 0.0 if self.products is None else self.removals.work - self.removals.attention
 
     @property
+    def all_removals(self) -> int:
+        """How many there are."""
+        return self.text.documents * self.text.tokens * len(self.layers) * self.cfg.experts_per_token
+
+    @property
     def n_removals(self) -> int:
-        """That are made."""
-        every = self.text.documents * self.text.tokens * len(self.layers) * self.cfg.experts_per_token
-        return round(self.share * every)
+        """How many are made."""
+        return round(self.share * self.all_removals)
 
     def with_share(self, share: float) -> Plan:
         """The plan of a budget, from that of all removals. Those that are not made are estimated."""
@@ -111,7 +115,7 @@ class Plan:
     @property
     def disk(self) -> int:
         """A budget's tables have the estimates of all removals."""
-        return round(self.n_removals / self.share) * BYTES_PER_REMOVAL
+        return self.all_removals * BYTES_PER_REMOVAL
 
 
 def plan_of(
@@ -153,14 +157,13 @@ def affordable(plan: Plan, budget: Budget, seconds: Callable[[Plan], float]) -> 
     if budget.share is not None:
         return plan.with_share(budget.share)
     assert budget.seconds is not None
-    texts = replace(plan.with_share(0.0), first_order=0.0)
-    every = seconds(replace(plan, first_order=0.0))
-    per_share = every - seconds(texts)
-    share = min((budget.seconds - seconds(texts)) / per_share, MOST_OF_A_BUDGET)
-    if share * plan.n_removals < FEWEST_REMOVALS:
+    measuring = replace(plan, first_order=0.0)
+    texts = seconds(measuring.with_share(0.0))
+    share = share_within(budget.seconds, texts, (seconds(measuring) - texts) / plan.n_removals, plan.n_removals)
+    if share is None:
         raise ValueError(
             f"{budget.seconds:g} s are too few for {FEWEST_REMOVALS} removals: the products of the texts alone take "
-            f"{seconds(texts):.3g} s; give more time, or fewer documents"
+            f"{texts:.3g} s; give more time, or fewer documents"
         )
     return plan.with_share(share)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,11 +191,11 @@ def analyse(run: Run, log: Callable[[str], object] = print, progress: bool = Tru
         "n_positions": min(SAMPLE_SIZE, available),
         "seed": SEED,
     }
-    with ExitStack() as stack:
-        helper, fault = None, analysis_fault(directory, known=known, **settings)
+    with DrawingHelper() as helper:
+        fault = analysis_fault(directory, known=known, **settings)
         if fault is not None:
             _say_why("analysed again", fault, log)
-            helper = stack.enter_context(DrawingHelper())
+            helper.start()
             analyse_run(directory, progress=progress, **settings)
             helper.draw(directory)
         fault = explorer_fault(directory, known)
@@ -208,18 +207,16 @@ def analyse(run: Run, log: Callable[[str], object] = print, progress: bool = Tru
 
 def _analyse_budgeted(directory: Path, n_experts: int, known: FileRecords, log: Callable[[str], object], progress: bool) -> Path:
     """The same for a run with a budget, which has no removals to look at one by one."""
-    with ExitStack() as stack:
-        helper, fault = None, budgeted_fault(directory, known, n_experts=n_experts, seed=SEED)
+    with DrawingHelper() as helper:
+        fault = budgeted_fault(directory, known, n_experts=n_experts, seed=SEED)
         if fault is not None:
             _say_why("analysed again", fault, log)
-            helper = stack.enter_context(DrawingHelper())
+            helper.start()
             analyse_budgeted(directory, n_experts=n_experts, seed=SEED)
         return _report(directory, known, log, progress, helper)
 
 
-def _report(
-    directory: Path, known: FileRecords, log: Callable[[str], object], progress: bool, helper: DrawingHelper | None
-) -> Path:
+def _report(directory: Path, known: FileRecords, log: Callable[[str], object], progress: bool, helper: DrawingHelper) -> Path:
     fault = report_fault(directory, known)
     if fault is None:
         return directory / "report.html"

@@ -138,10 +138,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--documents {args.documents} --tokens {args.tokens}: give at least 1 document of 2 tokens")
     dtype, products, store = (None if name is None else DTYPES[name] for name in (args.dtype, args.products, args.store))
     assert dtype is not None  # it has a default
-    if products is not None and products.itemsize >= dtype.itemsize:
-        raise ValueError(f"--products {args.products} is no narrower than --dtype {args.dtype}: leave it out")
-    if store is not None and store.itemsize >= dtype.itemsize:
-        raise ValueError(f"--store {args.store} is no narrower than --dtype {args.dtype}: leave it out")
+    for option, name, narrower in (("--products", args.products, products), ("--store", args.store, store)):
+        if narrower is not None and narrower.itemsize >= dtype.itemsize:
+            raise ValueError(f"{option} {name} is no narrower than --dtype {args.dtype}: leave it out")
     budget = None if args.budget is None else parse_budget(args.budget)
     cfg = config_of(args.model).replace(dtype=dtype, store=store)
     rate = rate_of(args, dtype, products)

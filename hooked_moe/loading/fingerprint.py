@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Generator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -21,35 +21,32 @@ _PACKAGES = ("torch", "numpy", "scipy", "pyarrow", "tokenizers", "safetensors")
 
 def weights_sha256(model: Transformer) -> str:
     """SHA-256 over every parameter's name, dtype, shape and bytes, layer by layer; those outside of blocks come last."""
-    steps = weights_sha256_steps(model)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value
-
-
-def weights_sha256_steps(model: Transformer) -> Generator[None, None, str]:
-    """The same, with a pause after every layer: so that whatever else needs its weights shares their reading."""
-    digest = hashlib.sha256()
-
-    def add(name: str) -> None:
-        parameter = model.get_parameter(name)
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-
-    names = sorted(name for name, _ in model.named_parameters())
+    checksum = WeightsChecksum(model)
     for layer in range(model.cfg.n_layers):
-        model.blocks[layer]  # of a streamed model, this reads its weights
+        checksum.add_layer(layer)
+    return checksum.finish()
+
+
+class WeightsChecksum:
+    """The same in pieces, for whoever takes the layers in turn for something else too: all layers in order, then the rest."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self._digest = model, hashlib.sha256()
+        self._names = sorted(name for name, _ in model.named_parameters())
+
+    def add_layer(self, layer: int) -> None:
+        self.model.blocks[layer]  # of a streamed model, this reads its weights
+        self._add(name for name in self._names if name.startswith(f"blocks.{layer}."))
+
+    def finish(self) -> str:
+        self._add(name for name in self._names if not name.startswith("blocks."))
+        return self._digest.hexdigest()
+
+    def _add(self, names: Iterable[str]) -> None:
         for name in names:
-            if name.startswith(f"blocks.{layer}."):
-                add(name)
-        if layer + 1 < model.cfg.n_layers:
-            yield
-    for name in names:
-        if not name.startswith("blocks."):
-            add(name)
-    return digest.hexdigest()
+            parameter = self.model.get_parameter(name)
+            self._digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+            self._digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def model_fingerprint(model: Transformer, sha256: str | None = None) -> dict[str, Any]:

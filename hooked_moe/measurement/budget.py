@@ -60,6 +60,13 @@ class Budget:
         return ({"share": self.share} if self.seconds is None else {"seconds": self.seconds}) | {"seed": self.seed}
 
 
+def share_within(seconds: float, fixed: float, per_removal: float, removals: int) -> float | None:
+    """The share of the removals that a time is enough for, `fixed` seconds of which are for all else; None where it is enough for
+    fewer than `FEWEST_REMOVALS`."""
+    share = min((seconds - fixed) / per_removal / removals, MOST_OF_A_BUDGET)
+    return None if share * removals < FEWEST_REMOVALS else share
+
+
 def share_of(
     budget: Budget,
     model: Transformer,
@@ -102,8 +109,8 @@ def share_of(
     per_removal = max(with_some - without, 1e-9) / int(chosen.sum())
     fixed = reading + window / tokens.shape[1] * sum(map(len, windows))
     removals = len(corpus.valid_positions()) * len(layers) * model.cfg.experts_per_token
-    share = min((seconds - fixed) / per_removal / removals, MOST_OF_A_BUDGET)
-    if share * removals < FEWEST_REMOVALS:
+    share = share_within(seconds, fixed, per_removal, removals)
+    if share is None:
         needed = fixed + FEWEST_REMOVALS * per_removal
         raise ValueError(
             f"{seconds:g} s are too few: the forward passes alone take {fixed:.1f} s here, and with {FEWEST_REMOVALS} removals "

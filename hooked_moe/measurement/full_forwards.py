@@ -21,7 +21,7 @@ from hooked_moe.transformer import LogitsAndLoss, Transformer
 
 
 @runtime_checkable
-class Removal(Protocol):
+class RemovedInLayer(Protocol):
     """What is removed in one layer, which depends on the experts that serve the tokens there."""
 
     @property
@@ -30,7 +30,7 @@ class Removal(Protocol):
     def kept(self, indices: Int[Tensor, "pos slot"], n_experts: int) -> Bool[Tensor, "pos expert"]: ...
 
 
-RemovalsByRow = Mapping[int, Mapping[int, Removal]]
+RemovalsByRow = Mapping[int, Mapping[int, RemovedInLayer]]
 """By layer, and there by batch row."""
 _NONE: RemovalsByRow = MappingProxyType({})
 
@@ -52,7 +52,7 @@ def losses_of_rows(
     model: Transformer, tokens: Int[Tensor, "1 pos"], removed: Sequence[tuple[int, Removed] | None]
 ) -> Steps[Float[Tensor, "row pos-1"]]:
     """The losses of as many copies of a sequence, in a forward for all of them: each without what is removed there in a layer."""
-    by_layer: dict[int, dict[int, Removal]] = {}
+    by_layer: dict[int, dict[int, RemovedInLayer]] = {}
     for row, place in enumerate(removed):
         if place is not None:
             by_layer.setdefault(place[0], {})[row] = place[1]

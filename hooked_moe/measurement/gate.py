@@ -13,7 +13,7 @@ from jaxtyping import Int
 from hooked_moe.counterfactuals import Scope
 from hooked_moe.counterfactuals.engine.steps import Steps, in_turn, run_without_grad
 from hooked_moe.expert_mask import RemovalName
-from hooked_moe.loading.fingerprint import weights_sha256, weights_sha256_steps
+from hooked_moe.loading.fingerprint import WeightsChecksum, weights_sha256
 from hooked_moe.measurement.noise_floor import noise_floor
 from hooked_moe.measurement.part_spec import ProductsName
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
@@ -80,9 +80,19 @@ def first_reading(model: Transformer, tokenized: TokenizedCorpus) -> tuple[str, 
     longest = _longest_first(tokenized)[0]
     if not model.streams or len(longest) < MINIMUM_TOKENS:
         return weights_sha256(model), None
-    tasks: list[Steps[Any]] = [weights_sha256_steps(model), clean_losses.steps(model, _as_batch(longest))]
+    tasks: list[Steps[Any]] = [_checksum(model), clean_losses.steps(model, _as_batch(longest))]
     sha256, clean = run_without_grad(in_turn(tasks, streamed=True))
     return sha256, clean
+
+
+def _checksum(model: Transformer) -> Steps[str]:
+    """`weights_sha256`, with a pause after every layer."""
+    checksum = WeightsChecksum(model)
+    for layer in range(model.cfg.n_layers):
+        if layer:
+            yield
+        checksum.add_layer(layer)
+    return checksum.finish()
 
 
 def _longest_first(tokenized: TokenizedCorpus) -> list[Int[np.ndarray, " pos"]]:

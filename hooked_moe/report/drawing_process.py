@@ -29,11 +29,12 @@ class DrawingHelper:
     """The other process, until the end of a `with` block.
 
         with DrawingHelper() as helper:
+            helper.start()
             analyse_run(run, n_experts=64)
             helper.draw(run)
             write_report(run, helper=helper)
 
-    It takes a second to start: begin before there is anything to draw.
+    It takes a second to start: begin before there is anything to draw. Without `start`, `draw` starts it.
     """
 
     def __init__(self) -> None:
@@ -43,8 +44,6 @@ class DrawingHelper:
         self._said = self.claims / "stderr"
         self._run: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        if PROCESSES > 1:
-            self._process = self._started()
 
     def __enter__(self) -> DrawingHelper:
         return self
@@ -56,8 +55,19 @@ class DrawingHelper:
             self._process.communicate()  # what it has begun to draw, it ends
         self._directory.cleanup()
 
+    def start(self) -> None:
+        """Start it, where there are processors for it, unless it was started."""
+        if PROCESSES == 1 or self._process is not None:
+            return
+        package = str(Path(hooked_moe.__file__).parents[1])
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
+        command = [sys.executable, "-P", "-m", __name__, os.fspath(self.claims)]
+        with self._said.open("wb") as stderr:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr, env=environment)
+
     def draw(self, run: Path) -> None:
         """From now on it draws figures of the run, whose tables are all there, the last first. More than once has no effect."""
+        self.start()
         if self._process is None or self._run is not None:
             return
         self._run = run
@@ -71,13 +81,6 @@ class DrawingHelper:
         if code:
             said = self._said.read_text(errors="replace")
             raise RuntimeError(f"the process that draws figures of {self._run} ended with code {code}\n{said}")
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        package = str(Path(hooked_moe.__file__).parents[1])
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
-        command = [sys.executable, "-P", "-m", __name__, os.fspath(self.claims)]
-        with self._said.open("wb") as stderr:
-            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr, env=environment)
 
 
 def draw_figures(

@@ -221,7 +221,7 @@ def test_a_helper_that_has_begun_leaves_nothing_to_draw(measured, tmp_path, monk
 def test_a_helper_without_anything_to_draw_ends_with_its_block(monkeypatch):
     monkeypatch.setattr(drawing_process, "PROCESSES", 2)
     with DrawingHelper() as helper:
-        pass
+        helper.start()
     assert helper._process is not None
     assert helper._process.returncode is not None
     assert not helper.claims.exists()
@@ -230,6 +230,7 @@ def test_a_helper_without_anything_to_draw_ends_with_its_block(monkeypatch):
 def test_another_process_that_has_ended_already_is_told_nothing_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(drawing_process, "PROCESSES", 2)
     with DrawingHelper() as helper:
+        helper.start()
         assert helper._process is not None
         helper._process.terminate()
         helper._process.wait()

@@ -119,15 +119,17 @@ def fan_out(
         yield
     assert variants is not None
     EXPERT_OUTPUTS.release()
-    final = Final(model, variants, gather_positions(resid, positions), windows.targets(packed.targets), packed)
+    targets, readings = windows.targets(packed.targets), {}
     if lanes.axis == 0:
+        final = Final(model, variants, gather_positions(resid, positions), targets, packed)
         streams = final.at_window_starts(variants), final.at_window_starts(final.clean)
-        change = prediction_change(model, *streams, final.targets[:, :: packed.width], products)
+        change = prediction_change(model, *streams, targets[:, :: packed.width], products)
+        readings = {name: readout(final).unflatten(0, lanes.split) for name, readout in (readouts or {}).items()}
     else:
         assert positions is not None, "every layer has its own tokens"
-        change = prediction_change_of_picks(model, variants[0], resid, positions, final.targets, products)
+        assert not readouts, "picks are read by their losses alone"
+        change = prediction_change_of_picks(model, variants[0], resid, positions, targets, products)
     losses, kl = (values.unflatten(0, lanes.split) for values in change)
-    readings = {name: readout(final).unflatten(0, lanes.split) for name, readout in (readouts or {}).items()}
     if use_kernels(model.unembed.W_U):  # the two ways to a loss differ in their last bits: the clean run takes its variants'
         baseline = prediction_change(model, resid[None], resid, packed.targets, products).losses[0]
     else:
