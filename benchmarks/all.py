@@ -33,7 +33,7 @@ SUITE: dict[str, list[list[str]]] = {
     "tracing": [["--repeats", "3"]],
     "removals": [["--contexts", "256", "512", "1024", "2048", "--batches", "1", "4", "--repeats", "3"]],
     "forward": [["--repeats", "5"]],
-    "generation": [["--repeats", "5"]],
+    "generation": [["--repeats", "5"], ["--repeats", "3", "--new", "32", *OLMOE]],
     "roofline": [["--repeats", "5"], ["--repeats", "3", *OLMOE]],
     "products": [["--context", "256", "--repeats", "5"], ["--random", "--context", "256", "--repeats", "3"]],
     "scaling": [["--repeats", "2"]],

@@ -29,6 +29,7 @@ from hooked_moe.config import HookedMoEConfig
 from hooked_moe.expert_mask import ExpertMask
 from hooked_moe.hooks.hook_point import HookPoint
 from hooked_moe.hooks.hooked_module import HookedModule
+from hooked_moe.kernels.cpu.few_rows import linear
 from hooked_moe.tokenizer import Tokenizer
 from hooked_moe.warn_user import warn_user
 
@@ -63,10 +64,9 @@ class Unembed(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         if self.W_U.dtype == x.dtype:
-            return F.linear(x, self.W_U)
-        rows = self.W_U.split(8192)  # widen half-precision weights a piece at a time, never the whole matrix
-        logits = [F.linear(x, w.to(x.dtype)) for w in rows]
-        return torch.cat(logits, dim=-1) if len(logits) > 1 else logits[0]
+            return linear(x, self.W_U)
+        pieces = self.W_U.split(8192)  # widen half-precision weights a piece at a time, never the whole matrix
+        return torch.cat([linear(x, w.to(x.dtype)) for w in pieces], dim=-1)
 
 
 class Transformer(HookedModule):

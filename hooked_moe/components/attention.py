@@ -16,6 +16,7 @@ from hooked_moe.components.precision import at_least_float32
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.hooks.hook_point import HookPoint, keep_unedited_bits
+from hooked_moe.kernels.cpu.few_rows import linear
 
 
 class QueriesKeysValues(NamedTuple):
@@ -27,7 +28,7 @@ class QueriesKeysValues(NamedTuple):
 class Attention(nn.Module):
     """Subclasses say how queries, keys and values come about (`project`).
 
-    Weights keep the orientation of the checkpoint, [out, in]. Products with them are spelled as `F.linear` over views: of an
+    Weights keep the orientation of the checkpoint, [out, in]. Products with them are spelled as `linear` over views: of an
     einsum torch makes a batch of one matrix, for which oneDNN copies a weight in half precision.
     """
 
@@ -111,7 +112,7 @@ class Attention(nn.Module):
 
     def output(self, z: Float[Tensor, "batch pos head d_value"]) -> Float[Tensor, "batch pos d_model"]:
         """The heads' outputs, summed in the residual stream."""
-        out = F.linear(z.flatten(-2), self.W_O.flatten(-2))
+        out = linear(z.flatten(-2), self.W_O.flatten(-2))
         if self.hook_result.active:
             result = einsum(z, self.W_O, "batch pos head d_value, d_model head d_value -> batch pos head d_model")
             edited = self.hook_result(result)
@@ -161,7 +162,7 @@ def _later_keys(queries: int, keys: int, dtype: torch.dtype, device: torch.devic
 
 def project_heads(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Float[Tensor, "batch pos head width"]:
     """`weight` is [head, width, d_in], `bias` [head, width]."""
-    out = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    out = linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
     return out.unflatten(-1, weight.shape[:2])
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_moe.hooks.hook_point import HookPoint
+from hooked_moe.kernels.cpu.few_rows import linear
 
 
 class GatedMLP(nn.Module):
@@ -21,7 +22,6 @@ class GatedMLP(nn.Module):
         self.hook_pre, self.hook_pre_linear, self.hook_post = HookPoint(), HookPoint(), HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        pre = self.hook_pre(F.linear(x, self.W_gate))
-        pre_linear = self.hook_pre_linear(F.linear(x, self.W_in))
-        post = self.hook_post(F.silu(pre) * pre_linear)
-        return F.linear(post, self.W_out)
+        pre = self.hook_pre(linear(x, self.W_gate))
+        pre_linear = self.hook_pre_linear(linear(x, self.W_in))
+        return linear(self.hook_post(F.silu(pre) * pre_linear), self.W_out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from hooked_moe.components.norm import RMSNorm
 from hooked_moe.components.rotary import Rotation
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.hooks.hook_point import HookPoint
+from hooked_moe.kernels.cpu.few_rows import linear
 
 LATENT_EPS = 1e-6
 """The eps of the norms of latents, whatever that of the other norms (transformers' DeepseekV2RMSNorm default)."""
@@ -39,11 +39,11 @@ class LatentAttention(Attention):
 
     def project(self, x: Float[Tensor, "batch pos d_model"], rotate: Rotation) -> QueriesKeysValues:
         """Down to the latents, up to the heads, rotated."""
-        down = F.linear(x, self.W_DKV)
+        down = linear(x, self.W_DKV)
         latent, k_position = down.split([len(self.kv_norm.w), self.cfg.rotary_width], dim=-1)
         up = project_heads(self.hook_kv_latent(self.kv_norm(latent)), self.W_UKV)
         if self.W_DQ is not None and self.q_norm is not None:
-            x = self.q_norm(F.linear(x, self.W_DQ))
+            x = self.q_norm(linear(x, self.W_DQ))
         q = self.hook_q(project_heads(x, self.W_Q))
         k_content, v = up.split([self.d_content, self.cfg.value_width], dim=-1)
         k = self.hook_k(torch.cat((k_content, k_position.unsqueeze(2).expand(-1, -1, self.cfg.n_heads, -1)), dim=-1))

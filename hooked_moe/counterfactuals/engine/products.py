@@ -7,8 +7,9 @@ the product of what differs, for which W and x' - x are rounded to bfloat16: so 
 does not change, nothing. The sums are in float32, and all that is no product (norms, attention, routing, activations) is made of
 them.
 
-Components need not know. Wherever they multiply by a weight but in the experts, they call `F.linear`, which torch shows to a
-`TorchFunctionMode` of this thread; the experts, whose products are grouped, are run by a function that is handed to the block.
+Components need not know. Wherever they multiply by a weight but in the experts, they call `F.linear` or our own `linear`, and
+torch shows both to a `TorchFunctionMode` of this thread; the experts, whose products are grouped, are run by a function that is
+handed to the block.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from hooked_moe.components.experts import ExpertGroups, Experts
 from hooked_moe.components.moe import ExpertOutputs, MoE
 from hooked_moe.counterfactuals.engine.clean_run import RunExperts, gather_positions
+from hooked_moe.kernels.cpu import few_rows
 from hooked_moe.kernels.cpu.expert_mlp import ROW_MULTIPLE, blocks_of, runs_by_block
 from hooked_moe.kernels.cpu.grouped_matmul import grouped_matmul
 from hooked_moe.kernels.cpu.scratch import Scratch
@@ -89,10 +91,10 @@ class _ExpertProducts(NamedTuple):
 
 
 class _LinearCalls(TorchFunctionMode):
-    """While it is entered, `F.linear` of this thread is its `linear`."""
+    """While it is entered, products by `F.linear` and `few_rows.linear` of this thread are by its `linear`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (self.linear if func is F.linear else func)(*args, **(kwargs or {}))
+        return (self.linear if func in (F.linear, few_rows.linear) else func)(*args, **(kwargs or {}))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise NotImplementedError

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_moe.config import ClampedSwiGLU
+from hooked_moe.kernels.cpu import few_rows
 from hooked_moe.kernels.cpu.alignment import begins_aligned
 from hooked_moe.kernels.cpu.scratch import Scratch
 from hooked_moe.kernels.dispatch import use_reference
@@ -69,9 +70,9 @@ def expert_mlp(
     where it is given."""
     out = (scratch or Scratch()).matrix(len(token) + ROW_MULTIPLE, W_out.shape[1], like=x)
     token = F.pad(token, (0, ROW_MULTIPLE))
-    to_hidden, to_out = W_in.mT.unbind(0), W_out.mT.unbind(0)
+    to_hidden, to_out = W_in.unbind(0), W_out.unbind(0)
     for expert, rows in blocks:
-        pre = x.index_select(0, token[rows]) @ to_hidden[expert].to(x.dtype)  # weights may be stored in a narrower one
+        pre = few_rows.product(x.index_select(0, token[rows]), to_hidden[expert].to(x.dtype))  # may be stored in a narrower one
         post = swiglu(pre if b_in is None else pre + b_in[expert], clamp)
         _multiply(post, to_out[expert], out[rows])
         if b_out is not None:
@@ -83,9 +84,9 @@ def product_by_block(
     x: Float[Tensor, "n d_in"], weight: Float[Tensor, "expert d_out d_in"], blocks: Blocks
 ) -> Float[Tensor, "n d_out"]:
     """`out[r] = weight[e] @ x[r]` for the rows r of every expert e."""
-    out, factors = x.new_empty(len(x) + ROW_MULTIPLE, weight.shape[1]), weight.mT.unbind(0)
+    out, weights = x.new_empty(len(x) + ROW_MULTIPLE, weight.shape[1]), weight.unbind(0)
     for expert, rows in blocks:
-        _multiply(_rows_of(x, rows), factors[expert], out[rows])
+        _multiply(_rows_of(x, rows), weights[expert], out[rows])
     return out[: len(x)]
 
 
@@ -105,11 +106,11 @@ def _rows_of(x: Float[Tensor, "n width"], rows: slice) -> Float[Tensor, "block w
     return x[rows] if missing <= 0 else F.pad(x[rows], (0, 0, 0, missing))
 
 
-def _multiply(x: Float[Tensor, "block d_in"], factor: Float[Tensor, "d_in d_out"], out: Float[Tensor, "block d_out"]) -> None:
-    """`out = x @ factor`, in the dtype of x, rounded alike wherever in their matrices the two blocks begin."""
-    factor = factor.to(x.dtype)
+def _multiply(x: Float[Tensor, "block d_in"], weight: Float[Tensor, "d_out d_in"], out: Float[Tensor, "block d_out"]) -> None:
+    """`out = x @ weight.T`, in the dtype of x, rounded alike wherever in their matrices the two blocks begin."""
+    weight = weight.to(x.dtype)
     x = x if begins_aligned(x) else x.clone()
-    if begins_aligned(out):
-        torch.mm(x, factor, out=out)
+    if begins_aligned(out) and not few_rows.are_few(len(x), x, weight):
+        torch.mm(x, weight.T, out=out)
     else:
-        out.copy_(x @ factor)
+        out.copy_(few_rows.product(x, weight))

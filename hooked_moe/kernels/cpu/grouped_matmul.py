@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_moe.kernels.cpu import few_rows
 from hooked_moe.kernels.dispatch import use_reference
 
-FEW = 4
-"""Rows are few where there is at most one for so many experts."""
+_EXPERTS_A_ROW = 4
+"""As many of them or more, and most experts have no rows."""
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,13 +26,15 @@ def grouped_matmul(
 
     torch's `grouped_mm` takes float32, bfloat16 and float16 whose rows are whole numbers of 16 bytes; the loop takes the rest,
     and weights stored in a narrower dtype than `x`, which take no gradient. On a CPU torch's multiplies for every expert, also
-    for those without rows, which are most of them while tokens are generated.
+    for those without rows, which are most of them while tokens are generated, and by `x @ weight.T` also for few rows.
     """
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         return grouped_matmul_loop(x, weight, ends)
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.device.type == "cpu" and len(x) * FEW <= len(weight) and not needs_gradient and not use_reference():
-        return _of_experts_with_rows(x, weight, ends, _product)  # bit for bit as torch's
+    if x.device.type == "cpu" and not needs_gradient and not use_reference():
+        mean = ceil(len(x) / len(weight))
+        if len(x) * _EXPERTS_A_ROW <= len(weight) or few_rows.are_few(mean, x, weight):
+            return _of_experts_with_rows(x, weight, ends, few_rows.product)
     whole_rows = all(width * x.itemsize % 16 == 0 for width in weight.shape[1:])  # both: one is a row of the gradient
     if x.dtype in _FUSED_DTYPES and whole_rows and len(x) and x.stride(1) == 1 and not use_reference():
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
@@ -62,10 +66,6 @@ def _of_experts_with_rows(
             pieces.append(product(x[start:end], weight[expert]))
             start = end
     return torch.cat(pieces) if pieces else x.new_empty(0, weight.shape[1])
-
-
-def _product(x: Float[Tensor, "n d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "n d_out"]:
-    return x @ weight.T
 
 
 class _WidenedProduct(torch.autograd.Function):
