@@ -1,11 +1,11 @@
-"""Half precision on the change: how fast all removals are, and how far off, in three forms.
+"""Half precision on the change: how fast all removals are, and how far off, in four forms.
 
     python -m benchmarks.products                                # the shipped models
     python -m benchmarks.products --random                       # random weights, d_model 1024, 4 layers of 64 experts top-8
     python -m benchmarks.products --small                        # seconds; shows that it works, measures nothing
 
-float32 throughout; float32 with the products of removals in bfloat16, of what they change (`products="bfloat16"`); and a model in
-bfloat16 throughout. The three take turns. How far off an effect is, in nats, is against float32 in the same run.
+float32 throughout; float32 with the products of removals in bfloat16 or float16, of what they change (`products="bfloat16"`); and
+a model in bfloat16 throughout. The four take turns. How far off an effect is, in nats, is against float32 in the same run.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def rows(name: str, model: HookedMoE, tokens: Tensor, repeats: int) -> Iterator[
     forms: dict[str, Callable[[], ExpertEffects]] = {
         "float32": lambda: expert_effects(model, tokens),
         "products in bfloat16": lambda: expert_effects(model, tokens, products="bfloat16"),
+        "products in float16": lambda: expert_effects(model, tokens, products="float16"),
         "all in bfloat16": lambda: expert_effects(half, tokens),
     }
     seconds, exact = timed(forms, repeats), forms["float32"]()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 
@@ -35,6 +36,7 @@ from hooked_moe.counterfactuals.work import parameters
 from hooked_moe.loading.pretrained import read_config
 from hooked_moe.loading.published import published_config, published_names
 from hooked_moe.loading.registry import locate
+from hooked_moe.measurement.part_spec import ProductsName
 
 HERE = ("cpu", "cuda", "mps", "xpu")
 """Kinds of devices that may be in this machine."""
@@ -114,7 +116,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dtype", choices=sorted(DTYPES), default="float32", help="of weights and products (default: %(default)s)"
     )
     parser.add_argument("--store", choices=["bfloat16", "float16"], help="of the experts' weights in memory (default: --dtype)")
-    parser.add_argument("--products", choices=["bfloat16"], help="of products of what a removal changes (default: --dtype)")
+    parser.add_argument(
+        "--products", choices=list(get_args(ProductsName)), help="of products of what a removal changes (default: --dtype)"
+    )
     parser.add_argument("--budget", metavar="SHARE|TIME", help="make a sample of the removals: 1%%, or what takes 10min or 2h")
     parser.add_argument(
         "--device",

@@ -70,7 +70,8 @@ def expert_effects(
     [layer, batch, pos, slot] of the layers measured; what is not picked is nan. A pick of padding, or where there is no next
     token, is passed over. `products="bfloat16"` makes the products of a removal's way through the later layers of its change
     alone, in half precision, and adds them to the clean run's, which stays in float32: faster where a device multiplies bfloat16
-    faster, and off by some 1e-5 nats in the median; scope="sequence" has no such form.
+    faster, and off by some 1e-5 nats in the median; "float16", which GPUs multiply as fast, is off by a tenth of that, and
+    refused where a change exceeds its range; scope="sequence" has no such form.
 
     Exact: equals a full forward with the same `ExpertMask` (float32: within 1e-5 nats). The cost of all removals of a sequence
     is about that of `slots * (layers - 1) / 2` forwards over it and `slots * layers` unembeddings; with scope="sequence", of a

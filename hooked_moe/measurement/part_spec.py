@@ -28,7 +28,7 @@ SCOPES: dict[Part, Scope] = {
 """What verification has to have looked at before each."""
 
 
-ProductsName = Literal["bfloat16"]
+ProductsName = Literal["bfloat16", "float16"]
 """The dtype in which the products of removals may be made of their change (`expert_effects`)."""
 
 

@@ -89,6 +89,6 @@ def test_it_goes_with_other_dtypes_of_the_model_and_is_said(tmp_path: Path) -> N
 def test_products_in_bfloat16_without_units_for_them_are_noted(
     units: bool, name: str, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(options, "has_bfloat16_products", lambda: units)
+    monkeypatch.setattr(options, "has_units_for", lambda name: units)
     assert options.dtype_named(name, torch.device("cpu")) == getattr(torch, name)
     assert ("--store bfloat16 in place of --dtype bfloat16" in capsys.readouterr().out) == said

@@ -109,7 +109,7 @@ def test_an_audit_in_python_takes_them(opened: Callable[..., Run], tmp_path: Pat
 def test_a_cpu_without_units_for_them_is_noted(
     units: bool, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(options, "has_bfloat16_products", lambda: units)
+    monkeypatch.setattr(options, "has_units_for", lambda name: units)
     assert options.products_named("bfloat16", torch.device("cpu")) == "bfloat16"
     assert options.products_named(None, torch.device("cpu")) is None
     assert ("no units for products in bfloat16" in capsys.readouterr().out) == said

@@ -29,7 +29,7 @@ from hooked_moe.counterfactuals.engine.lanes import Lanes, Variants
 from hooked_moe.counterfactuals.engine.losses import loss_at, prediction_change
 from hooked_moe.counterfactuals.engine.padding import Packed
 from hooked_moe.counterfactuals.engine.pick_losses import prediction_change_of_picks
-from hooked_moe.counterfactuals.engine.products import AS_WRITTEN, Products, products_in
+from hooked_moe.counterfactuals.engine.products import AS_WRITTEN, Products, products_in, require_in_range
 from hooked_moe.counterfactuals.engine.readout import Final, Readout
 from hooked_moe.counterfactuals.engine.steps import Steps
 from hooked_moe.counterfactuals.engine.windows import Windows
@@ -123,12 +123,15 @@ def fan_out(
     if lanes.axis == 0:
         final = Final(model, variants, gather_positions(resid, positions), targets, packed)
         streams = final.at_window_starts(variants), final.at_window_starts(final.clean)
-        change = prediction_change(model, *streams, targets[:, :: packed.width], products)
+        targets = targets[:, :: packed.width]
+        change = prediction_change(model, *streams, targets, products)
         readings = {name: readout(final).unflatten(0, lanes.split) for name, readout in (readouts or {}).items()}
     else:
         assert positions is not None, "every layer has its own tokens"
         assert not readouts, "picks are read by their losses alone"
         change = prediction_change_of_picks(model, variants[0], resid, positions, targets, products)
+    if products == torch.float16:
+        require_in_range(change.losses, targets)
     losses, kl = (values.unflatten(0, lanes.split) for values in change)
     if use_kernels(model.unembed.W_U):  # the two ways to a loss differ in their last bits: the clean run takes its variants'
         baseline = prediction_change(model, resid[None], resid, packed.targets, products).losses[0]

@@ -3,9 +3,9 @@
     W x' = W x + W (x' - x)
 
 Of every product of the clean run, in float32, the input x and the outcome W x are kept while its block is visited. A variant adds
-the product of what differs, for which W and x' - x are rounded to bfloat16: so one part in 2^9 of a change is lost, and of what
-does not change, nothing. The sums are in float32, and all that is no product (norms, attention, routing, activations) is made of
-them.
+the product of what differs, for which W and x' - x are rounded to bfloat16 or float16: so one part in 2^9 or 2^12 of a change is
+lost, and of what does not change, nothing. The sums are in float32, and all that is no product (norms, attention, routing,
+activations) is made of them.
 
 Components need not know. Wherever they multiply by a weight but in the experts, they call `F.linear` or our own `linear`, and
 torch shows both to a `TorchFunctionMode` of this thread; the experts, whose products are grouped, are run by a function that is
@@ -232,6 +232,16 @@ class _ChangedProducts(_LinearCalls):
         if id(clean) not in self._here:
             self._here[id(clean)] = gather_positions(clean, self._positions)
         return self._here[id(clean)]
+
+
+def require_in_range(losses: Float[Tensor, "variant batch pos"], targets: Int[Tensor, "batch pos"]) -> None:
+    """Raise `ValueError` if some loss, by products in float16, is not a number where there is a target (-1: none)."""
+    lost = int((~losses.isfinite() & (targets >= 0)).sum())
+    if lost:
+        raise ValueError(
+            f"products='float16': {lost} of the losses after a removal are not finite. float16 ends at 65,504, and what a "
+            "removal changes in this model may be more, or its weights are; products='bfloat16' has the range of float32"
+        )
 
 
 def _plus_clean(change: Float[Tensor, "row token width"], clean: Float[Tensor, "batch token width"]) -> Tensor:

@@ -124,18 +124,24 @@ def _checked_embeddings(
     return embeddings.detach().to(model.cfg.device, model.cfg.dtype)
 
 
+_PRODUCTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def checked_products(model: Transformer, products: Any) -> torch.dtype | None:
-    """The dtype. Raises `ValueError` for any but bfloat16 and None, and for a model in half precision."""
+    """The dtype. Raises `ValueError` for any but bfloat16, float16 and None, and for a model in half precision."""
     if products is None:
         return None
-    if products not in ("bfloat16", torch.bfloat16):
-        raise ValueError(f"products must be 'bfloat16' or None, not {described(products)}")
+    for name, dtype in _PRODUCTS.items():
+        if products in (name, dtype):
+            break
+    else:
+        raise ValueError(f"products must be {', '.join(map(repr, _PRODUCTS))} or None, not {described(products)}")
     if model.cfg.dtype.itemsize < 4:
         raise ValueError(
-            f"products='bfloat16' rounds what a removal changes alone, and this model rounds everything to {model.cfg.dtype}: "
+            f"products={name!r} rounds what a removal changes alone, and this model rounds everything to {model.cfg.dtype}: "
             "load it with dtype='float32' (store='bfloat16' keeps the experts' weights as small)"
         )
-    return torch.bfloat16
+    return dtype
 
 
 def require_unhooked(model: Transformer) -> None:
