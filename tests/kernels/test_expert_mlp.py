@@ -15,6 +15,7 @@ from torch import Tensor
 from hooked_moe import HookedMoE
 from hooked_moe.config import ClampedSwiGLU
 from hooked_moe.kernels.cpu import expert_mlp as kernel
+from hooked_moe.kernels.cpu import few_rows
 
 HALF = torch.bfloat16
 
@@ -57,23 +58,29 @@ def test_every_row_is_the_mlp_of_its_expert(
     torch.testing.assert_close(rows.double(), definition(*inputs, ends), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("smallest", [few_rows._LARGE, 1], ids=["few rows as many", "few rows transposed"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, HALF])
 @settings(max_examples=25, deadline=None)
 @given(experts, widths)
 @example([1, 2], (5, 3))
+@example([1, 3, 2, 1, 4, 1], (40, 33))
 @example([700, 43, 0, 31], (40, 33))
-def test_stage_by_stage_gives_the_same_bits(dtype: torch.dtype, threads: int, counts: list[int], width: tuple[int, int]) -> None:
+def test_stage_by_stage_gives_the_same_bits(
+    dtype: torch.dtype, threads: int, smallest: int, counts: list[int], width: tuple[int, int]
+) -> None:
     x, token, W_in, W_out, ends = drawn(counts, *width, dtype)
     blocks = kernel.blocks_of(ends, dtype)
-    before = torch.get_num_threads()
+    before, large = torch.get_num_threads(), few_rows._LARGE
     torch.set_num_threads(threads)
+    few_rows._LARGE = smallest
     try:
         whole = kernel.expert_mlp(x, token, W_in, W_out, blocks)
         pre = kernel.product_by_block(x[token], W_in, blocks)
         staged = kernel.product_by_block(kernel.swiglu_by_block(pre, blocks), W_out, blocks)
     finally:
         torch.set_num_threads(before)
+        few_rows._LARGE = large
     assert torch.equal(whole, staged)
 
 

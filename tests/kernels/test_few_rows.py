@@ -41,6 +41,7 @@ def test_a_product_of_few_rows_is_the_product(rows: int, d_in: int, d_out: int, 
     assert_close_to_double(few_rows.product(x, weight), x.double() @ weight.double().T)
     out = few_rows.linear(x[None], weight, bias)
     assert out.shape == (1, rows, d_out)
+    assert out.is_contiguous()
     assert_close_to_double(out, F.linear(x[None].double(), weight.double(), bias.double()))
 
 

@@ -49,5 +49,5 @@ def linear(
     """`F.linear`, faster for few rows. A `TorchFunctionMode` sees the call, as it sees that of `F.linear`."""
     if not are_few(x.shape[:-1].numel(), x, weight):
         return F.linear(x, weight, bias)
-    out = product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], len(weight))
+    out = product(x.reshape(-1, x.shape[-1]), weight).contiguous().view(*x.shape[:-1], len(weight))
     return out if bias is None else out + bias
