@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY_PAGES = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
-    *(f"benchmarks/{name}.md" for name in ("CALIBRATION", "FUZZ", "RESULTS")),
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("*.md")),
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "hooked_moe").rglob("README.md")),
 )
 """Documents that stand elsewhere in the repository, and are pages of the site under the same path."""
@@ -58,5 +59,5 @@ def link_in_site(target: str, page: str) -> str:
     if path.startswith("docs/"):
         path = path.removeprefix("docs/").replace(".ipynb", ".md")
     elif path not in REPOSITORY_PAGES:
-        return target  # mkdocs says that it leads nowhere
+        raise PluginError(f"{here} links to {target}, which is no page of the site")  # mkdocs passes over what is outside docs/
     return posixpath.relpath(path, posixpath.dirname(page) or ".")
