@@ -85,9 +85,15 @@ def room(cpus: int, gpus: float) -> int:
     total = 0
     for node in import_ray().nodes():
         has: Mapping[str, float] = node["Resources"] if node["Alive"] else {}
-        by_gpu = has.get("GPU", 0.0) // gpus if gpus else float("inf")
-        total += int(min(has.get("CPU", 0.0) // cpus, by_gpu))
+        total += int(min(has.get("CPU", 0.0) // cpus, _room_on_gpus(has.get("GPU", 0.0), gpus)))
     return total
+
+
+def _room_on_gpus(number: float, each: float) -> float:
+    """A worker that takes a part of a GPU takes it of a single one."""
+    if not each:
+        return float("inf")
+    return number // each if each >= 1 else int(number) * int(1 / each + 1e-9)
 
 
 class RayWorker:

@@ -79,9 +79,15 @@ def share_of(
 
     One window is run without removals and with some of them; the rest follows by the number of tokens and of removals. Weights
     that are streamed are read once for all documents: what that takes shows where two windows take less than twice the time of
-    one. Raises `ValueError` where the time is too short for `FEWEST_REMOVALS`.
+    one. Raises `ValueError` where the budget is not enough for `FEWEST_REMOVALS`.
     """
+    removals = len(corpus.valid_positions()) * len(layers) * model.cfg.experts_per_token
     if budget.share is not None:
+        if budget.share * removals < FEWEST_REMOVALS:
+            raise ValueError(
+                f"{100 * budget.share:g}% of {removals:,} removals are fewer than {FEWEST_REMOVALS}, which say nothing of a "
+                "model: give a larger share or more text, or leave out the budget"
+            )
         return {"share": budget.share}
     assert budget.seconds is not None
     seconds = budget.seconds
@@ -108,7 +114,6 @@ def share_of(
         reading = without - window
     per_removal = max(with_some - without, 1e-9) / int(chosen.sum())
     fixed = reading + window / tokens.shape[1] * sum(map(len, windows))
-    removals = len(corpus.valid_positions()) * len(layers) * model.cfg.experts_per_token
     share = share_within(seconds, fixed, per_removal, removals)
     if share is None:
         needed = fixed + FEWEST_REMOVALS * per_removal

@@ -188,11 +188,11 @@ def test_roofline_has_every_phase_and_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("random", [[], ["--random"]])
-def test_products_are_in_three_forms_and_half_of_the_change_is_nearer_than_half_of_all(random: list[str]) -> None:
+def test_products_are_in_four_forms_and_half_of_the_change_is_nearer_than_half_of_all(random: list[str]) -> None:
     (table,) = products.main(["--small", *random])
-    assert column(table, "form") == ["float32", "products in bfloat16", "all in bfloat16"]
-    off = [float(cell) for cell in column(table, "off by, median")]
-    assert off[0] == 0 <= off[1] < off[2]
+    assert column(table, "form") == ["float32", "products in bfloat16", "products in float16", "all in bfloat16"]
+    exact, bfloat16, float16, all_in_bfloat16 = [float(cell) for cell in column(table, "off by, median")]
+    assert exact == 0 <= float16 < bfloat16 < all_in_bfloat16
 
 
 def test_clocks_give_each_second_to_the_innermost_function() -> None:

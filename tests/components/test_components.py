@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,12 +25,14 @@ from hooked_moe import ActivationCache, HookedMoE, HookedMoEConfig
 from hooked_moe.components.attention import QueriesKeysValues
 from hooked_moe.components.experts import ExpertGroups
 from hooked_moe.components.gated_mlp import GatedMLP
+from hooked_moe.components.moe import MoE
 from hooked_moe.components.norm import RMSNorm
 from hooked_moe.components.rotary import rotation
 from hooked_moe.components.router import Router
 from hooked_moe.config import ClampedSwiGLU, YarnScaling
 from hooked_moe.hooks.hook_point import keep_unedited_bits
 from hooked_moe.kernels import routing
+from hooked_moe.kernels.cpu import few_rows
 from hooked_moe.kernels.cpu import grouped_matmul as kernel
 from hooked_moe.kernels.routing import RoutingRule
 from hooked_moe.kernels.swiglu import swiglu
@@ -571,6 +574,25 @@ def test_unembedding_half_precision_weights_in_pieces_is_the_whole_product(make_
     with torch.no_grad():
         x = torch.randn(1, 3, model.cfg.d_model)
         torch.testing.assert_close(model.unembed(x), x @ model.unembed.W_U.float().T)
+
+
+@pytest.mark.parametrize("stored", [None, torch.bfloat16])
+@pytest.mark.parametrize("d_expert", [12, 10])  # of 10 values a row is no whole number of 16 bytes
+@EVERY_ARCHITECTURE
+def test_any_number_of_tokens_runs_under_autocast(
+    architecture: str, d_expert: int, stored: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(architecture, d_expert=d_expert).requires_grad_(False)
+    for block in model.blocks:
+        if stored is not None and isinstance(block.mlp, MoE):
+            block.mlp.experts.W_in.data = block.mlp.experts.W_in.to(stored)
+            block.mlp.experts.W_out.data = block.mlp.experts.W_out.to(stored)
+    for length, smallest in itertools.product((1, 2, 3, 11), (few_rows._LARGE, 1)):
+        monkeypatch.setattr(few_rows, "_LARGE", smallest)
+        tokens = torch.randint(0, 61, (1, length), generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(tokens)
+        assert (found - model(tokens)).abs().max() < 2.0
 
 
 @pytest.mark.parametrize("gradients", [True, False])

@@ -189,21 +189,40 @@ def test_streamed_and_stored_in_bfloat16_they_are_the_same_to_the_bit(tokens: Te
     assert differences(expected, expert_effects(in_memory, tokens)).median() < SHARE
 
 
-@pytest.mark.parametrize("picked", [False, True])
-def test_a_change_beyond_the_range_of_float16_is_refused(tokens: Tensor, picked: bool) -> None:
+@pytest.mark.parametrize("form", ["all", "picked", "later tokens"])
+def test_a_change_beyond_the_range_of_float16_is_refused(tokens: Tensor, form: str) -> None:
     model = random_model()
     with torch.no_grad():
         model.get_parameter("blocks.1.attn.W_O").mul_(6e4)  # none is out of range, but sums of them are
-    picks = torch.ones(3, *tokens.shape, 3, dtype=torch.bool) if picked else None
-    near = expert_effects(model, tokens, picks=picks, products="bfloat16")
+    options: dict[str, Any] = {
+        "all": {},
+        "picked": {"picks": torch.ones(3, *tokens.shape, 3, dtype=torch.bool)},
+        "later tokens": {"scope": "from_position", "readouts": [LossAfter(2)]},
+    }[form]
+    near = expert_effects(model, tokens, products="bfloat16", **options)
     assert near.delta_loss[:, :, :-1].isfinite().all()
-    with pytest.raises(ValueError, match=r"losses after a removal are not finite. float16 ends at 65,504"):
-        expert_effects(model, tokens, picks=picks, products="float16")
+    with pytest.raises(ValueError, match=r"predictions after a removal are not finite. float16 ends at 65,504"):
+        expert_effects(model, tokens, products="float16", **options)
+
+
+def test_a_later_token_out_of_range_is_refused_too() -> None:
+    losses, targets, streams = torch.zeros(2, 1, 3), torch.tensor([[4, 2, -1]]), torch.zeros(2, 1, 6, 8)
+    losses[:, :, 2] = float("nan")
+    products.require_in_range(losses, targets, streams)
+    streams[1, 0, 3, 5] = float("inf")
+    products.require_in_range(losses, targets, None)
+    with pytest.raises(ValueError, match="1 of the predictions"):
+        products.require_in_range(losses, targets, streams)
 
 
 def test_what_cannot_be_is_refused(model: HookedMoE, tokens: Tensor, unchecked: None) -> None:
     with pytest.raises(ValueError, match=r"products must be 'bfloat16', 'float16' or None, not 'float8'"):
         expert_effects(model, tokens, products="float8")
+    strided = random_model()
+    weight = strided.get_parameter("blocks.1.attn.W_K")
+    weight.data = weight.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    with pytest.raises(ValueError, match=r"products='bfloat16' takes contiguous weights, which blocks.1.attn.W_K is not"):
+        expert_effects(strided, tokens, products="bfloat16")
     with pytest.raises(ValueError, match=r"in the model's own dtype: leave out products, or choose another scope"):
         expert_effects(model, tokens, scope="sequence", products="bfloat16")
     with pytest.raises(ValueError, match=r"rounds everything to torch.bfloat16: load it with dtype='float32'"):

@@ -78,9 +78,10 @@ def test_other_dtypes_stay_as_they_are(dtype: torch.dtype) -> None:
     assert torch.equal(few_rows.product(x, weight), x @ weight.T)
 
 
-def test_autocast_stays_in_charge_of_the_dtype() -> None:
+@pytest.mark.parametrize("bias", [None, torch.ones(4)])
+def test_autocast_stays_in_charge_of_the_dtype(bias: Tensor | None) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        assert few_rows.linear(random(1, 8), random(4, 8)).dtype == torch.bfloat16
+        assert few_rows.linear(random(1, 8), random(4, 8), bias).dtype == torch.bfloat16
 
 
 class Calls(TorchFunctionMode):

@@ -135,6 +135,16 @@ def test_too_few_seconds_are_refused_before_anything_is_measured(
         run.require_sample(progress=False)
 
 
+def test_a_share_of_too_few_removals_is_refused_before_anything_is_measured(
+    opened: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sample without removals nothing could be analysed, and intervals of a handful say nothing."""
+    monkeypatch.setattr(measurement.run, "measure_part", lambda *_, **__: pytest.fail("was measured"))
+    said = r"0.1% of 1,824 removals are fewer than 200, which say nothing of a model: give a larger share"
+    with opened(tmp_path, budget=Budget(share=0.001)) as run, pytest.raises(ValueError, match=said):
+        run.require_sample(progress=False)
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_the_time_of_reading_streamed_weights_counts_once_for_all_documents(
     budgeted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import hooked_moe
-from hooked_moe import HookedMoE
+from hooked_moe import HookedMoE, measurement
 from hooked_moe.cli import options
 from hooked_moe.counterfactuals.engine import products
 from hooked_moe.measurement import Run, open_measurement
@@ -78,7 +78,10 @@ def test_a_run_is_found_again_and_refused_by_other_products(opened: Callable[...
         opened(tmp_path, name="one")
 
 
-def test_a_budgeted_run_draws_the_same_removals_and_makes_them_by_products(opened: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_budgeted_run_draws_the_same_removals_and_makes_them_by_products(
+    opened: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurement.budget, "FEWEST_REMOVALS", 1)
     tables = []
     for form in (None, "bfloat16"):
         with opened(tmp_path, products=form, budget=Budget(share=0.3)) as run:

@@ -209,13 +209,15 @@ def test_what_stops_the_other_process_is_said(measured, tmp_path, monkeypatch):
 
 def test_a_helper_that_has_begun_leaves_nothing_to_draw(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(drawing_process, "PROCESSES", 2)
-    run = shutil.copytree(measured, tmp_path / "run\nof two lines", ignore=shutil.ignore_patterns("figures", "report.html"))
+    undrawn = shutil.ignore_patterns("figures", "report.html")
+    run, plain = (shutil.copytree(measured, tmp_path / name, ignore=undrawn) for name in ("run\nof two lines", "plain"))
+    write_report(plain)
     with DrawingHelper() as helper:
         helper.draw(run)
         helper.wait()
         monkeypatch.setattr(Drawing, "save", None)
         write_report(run, helper=helper)
-    assert (run / "report.html").read_bytes() == (measured / "report.html").read_bytes()
+    assert (run / "report.html").read_bytes() == (plain / "report.html").read_bytes()
 
 
 def test_a_helper_without_anything_to_draw_ends_with_its_block(monkeypatch):

@@ -131,7 +131,7 @@ def fan_out(
         assert not readouts, "picks are read by their losses alone"
         change = prediction_change_of_picks(model, variants[0], resid, positions, targets, products)
     if products == torch.float16:
-        require_in_range(change.losses, targets)
+        require_in_range(change.losses, targets, variants if packed.width > 1 else None)
     losses, kl = (values.unflatten(0, lanes.split) for values in change)
     if use_kernels(model.unembed.W_U):  # the two ways to a loss differ in their last bits: the clean run takes its variants'
         baseline = prediction_change(model, resid[None], resid, packed.targets, products).losses[0]

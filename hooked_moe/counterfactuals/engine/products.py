@@ -76,6 +76,8 @@ def products_in(dtype: torch.dtype | None) -> Products:
 
 
 class _Product(NamedTuple):
+    weight: Float[Tensor, "d_out d_in"]
+    """Kept, so that no other takes its address, by which a product is found."""
     x: Float[Tensor, "batch pos d_in"]
     out: Float[Tensor, "batch pos d_out"]
 
@@ -115,7 +117,7 @@ class _CleanProducts(_LinearCalls):
         self, x: Float[Tensor, "batch pos d_in"], weight: Float[Tensor, "d_out d_in"], bias: Tensor | None = None
     ) -> Float[Tensor, "batch pos d_out"]:
         out = F.linear(x, weight, bias)
-        self._products[weight.data_ptr()] = _Product(x, out)
+        self._products[weight.data_ptr()] = _Product(weight, x, out)
         return out
 
     def run_experts(
@@ -154,9 +156,9 @@ class _ChangedProducts(_LinearCalls):
         self, x: Float[Tensor, "row token d_in"], weight: Float[Tensor, "d_out d_in"], bias: Tensor | None = None
     ) -> Float[Tensor, "row token d_out"]:
         """The bias is in the clean run's product."""
-        clean_x, clean_out = self._clean.product_with(weight)
-        change = F.linear(self._shift_of(x, clean_x), self._clean.narrow(weight))
-        return _plus_clean(change, self._at_positions(clean_out))
+        clean = self._clean.product_with(weight)
+        change = F.linear(self._shift_of(x, clean.x), self._clean.narrow(weight))
+        return _plus_clean(change, self._at_positions(clean.out))
 
     def run_experts(
         self, moe: MoE, x: Float[Tensor, "row token d_model"], indices: Int[Tensor, "row token slot"], scratch: Scratch | None
@@ -234,12 +236,19 @@ class _ChangedProducts(_LinearCalls):
         return self._here[id(clean)]
 
 
-def require_in_range(losses: Float[Tensor, "variant batch pos"], targets: Int[Tensor, "batch pos"]) -> None:
-    """Raise `ValueError` if some loss, by products in float16, is not a number where there is a target (-1: none)."""
+def require_in_range(
+    losses: Float[Tensor, "variant batch query"],
+    targets: Int[Tensor, "batch query"],
+    streams: Float[Tensor, "variant batch token d_model"] | None,
+) -> None:
+    """Raise `ValueError` if some loss, by products in float16, is not a number where there is a target (-1: none), or some last
+    stream, where later tokens are read too."""
     lost = int((~losses.isfinite() & (targets >= 0)).sum())
+    if streams is not None:
+        lost += int((~streams.sum(-1).isfinite()).sum())
     if lost:
         raise ValueError(
-            f"products='float16': {lost} of the losses after a removal are not finite. float16 ends at 65,504, and what a "
+            f"products='float16': {lost} of the predictions after a removal are not finite. float16 ends at 65,504, and what a "
             "removal changes in this model may be more, or its weights are; products='bfloat16' has the range of float32"
         )
 

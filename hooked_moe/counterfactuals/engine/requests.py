@@ -128,7 +128,8 @@ _PRODUCTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def checked_products(model: Transformer, products: Any) -> torch.dtype | None:
-    """The dtype. Raises `ValueError` for any but bfloat16, float16 and None, and for a model in half precision."""
+    """The dtype. Raises `ValueError` for any but bfloat16, float16 and None, for a model in half precision, and for weights whose
+    views are copies."""
     if products is None:
         return None
     for name, dtype in _PRODUCTS.items():
@@ -141,6 +142,9 @@ def checked_products(model: Transformer, products: Any) -> torch.dtype | None:
             f"products={name!r} rounds what a removal changes alone, and this model rounds everything to {model.cfg.dtype}: "
             "load it with dtype='float32' (store='bfloat16' keeps the experts' weights as small)"
         )
+    for weight, parameter in model.named_parameters():
+        if not parameter.is_contiguous():  # a product knows its weight by the address, and views of these are copies
+            raise ValueError(f"products={name!r} takes contiguous weights, which {weight} is not: make it so, by .contiguous()")
     return dtype
 
 

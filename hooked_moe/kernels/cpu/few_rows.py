@@ -28,7 +28,7 @@ def are_few(rows: int, x: Float[Tensor, "*any d_in"], weight: Float[Tensor, "*ex
         return False
     d_out, d_in = weight.shape[-2:]
     enough = d_out * d_in >= _LARGE and (d_in <= _LONG or torch.get_num_threads() > 1)
-    return enough and not torch.compiler.is_compiling()
+    return enough and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
 
 
 def product(x: Float[Tensor, "row d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "row d_out"]:

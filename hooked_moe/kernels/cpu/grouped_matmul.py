@@ -28,10 +28,10 @@ def grouped_matmul(
     and weights stored in a narrower dtype than `x`, which take no gradient. On a CPU torch's multiplies for every expert, also
     for those without rows, which are most of them while tokens are generated, and by `x @ weight.T` also for few rows.
     """
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight.dtype.itemsize < x.dtype.itemsize:
         return grouped_matmul_loop(x, weight, ends)
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.device.type == "cpu" and not needs_gradient and not use_reference():
+    if x.device.type == "cpu" and not (needs_gradient or torch.is_autocast_enabled("cpu") or use_reference()):
         mean = ceil(len(x) / len(weight))
         if len(x) * _EXPERTS_A_ROW <= len(weight) or few_rows.are_few(mean, x, weight):
             return _of_experts_with_rows(x, weight, ends, few_rows.product)
@@ -45,12 +45,13 @@ def grouped_matmul_loop(
     x: Float[Tensor, "n d_in"], weight: Float[Tensor, "expert d_out d_in"], ends: Int[Tensor, " expert"]
 ) -> Float[Tensor, "n d_out"]:
     """The same, one expert after another: the reference."""
-    if weight.dtype != x.dtype:
+    if weight.dtype.itemsize < x.dtype.itemsize:
         return _of_experts_with_rows(x, weight, ends, _widened_product)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     rows = x.split(counts)
     # unbind once: indexing a stacked weight expert by expert would make a gradient of the whole stack for each
-    return torch.cat([rows_e @ weight_e.T for rows_e, weight_e in zip(rows, weight.unbind(0), strict=True)])
+    out = torch.cat([rows_e @ weight_e.T for rows_e, weight_e in zip(rows, weight.unbind(0), strict=True)])
+    return out.to(x.dtype)  # as torch's, also under autocast
 
 
 def _of_experts_with_rows(
@@ -65,7 +66,7 @@ def _of_experts_with_rows(
         if end > start:
             pieces.append(product(x[start:end], weight[expert]))
             start = end
-    return torch.cat(pieces) if pieces else x.new_empty(0, weight.shape[1])
+    return torch.cat(pieces).to(x.dtype) if pieces else x.new_empty(0, weight.shape[1])
 
 
 class _WidenedProduct(torch.autograd.Function):
