@@ -59,6 +59,11 @@ def read_compared_run(directory: Path) -> ComparedRun:
     manifest = read_checked_json(manifest_path)
     if not (isinstance(manifest.get("model"), dict) and isinstance(manifest["model"].get("config"), dict)):
         raise ValueError(f"{manifest_path} does not say what model it is of; it was not written by `hooked-moe audit`")
+    if "budget" in manifest:
+        raise ValueError(
+            f"{directory} is a budgeted audit, which made a sample of the removals; compare-runs takes audits of all: give "
+            "`hooked-moe audit` the same settings without --budget"
+        )
     absent = [name for name in _NEEDED if not (directory / name).is_file()]
     if absent and "protocol" in manifest:
         raise ValueError(

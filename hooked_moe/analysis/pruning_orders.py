@@ -91,12 +91,7 @@ class PruningOrders:
 
     def prune(self, ranking: str, share: float, per: Per) -> Pruning:
         """`share` of every layer's experts, or of the model's. Raises ValueError for a share that takes none or too many."""
-        n_experts = self.n_experts
-        if not 1 <= round(share * n_experts) <= n_experts - self.n_active:
-            raise ValueError(
-                f"a share of {share:g} is {round(share * n_experts)} of a layer's {n_experts} experts, and a token goes to "
-                f"{self.n_active}: give a share that removes from 1 to {n_experts - self.n_active}"
-            )
+        check_share(share, self.n_experts, self.n_active)
         if ranking == TABLE:
             chosen = choose_experts(self.sums, share, per=per, effect=self.effect, half=self.half)
             return Pruning(ranking, "table", per, share, chosen)
@@ -116,6 +111,15 @@ class PruningOrders:
     @property
     def n_experts(self) -> int:
         return self._shape[1]
+
+
+def check_share(share: float, n_experts: int, n_active: int) -> None:
+    """Raise ValueError where a share of a layer's experts is none, or leaves fewer than a token goes to."""
+    if not 1 <= round(share * n_experts) <= n_experts - n_active:
+        raise ValueError(
+            f"a share of {share:g} is {round(share * n_experts)} of a layer's {n_experts} experts, and a token goes to "
+            f"{n_active}: give a share that removes from 1 to {n_experts - n_active}"
+        )
 
 
 def _statistics(run: Path, n_experts: int, half: Half | None) -> tuple[pa.Table, dict[str, Float[np.ndarray, "layer expert"]]]:

@@ -29,7 +29,7 @@ import pyarrow as pa
 from hooked_moe.analysis.cells import Cell, cells_from_table, cells_table
 from hooked_moe.analysis.criteria import PAPER_CRITERIA
 from hooked_moe.analysis.saving_table import SAVINGS
-from hooked_moe.checks import whole_number
+from hooked_moe.checks import WrongTypeError, described, whole_number
 from hooked_moe.cli.console import parser_of, run_command
 from hooked_moe.cli.measured_run import Execution, MeasuredForm, analyse, open_run, open_run_of, read_documents, share_ends
 from hooked_moe.cli.options import (
@@ -168,6 +168,8 @@ def audit(
     if scope not in ("position", "both"):
         raise ValueError(f"scope must be 'position' or 'both', not {scope!r}")
     if budget is not None:
+        if not isinstance(budget, str | Budget):
+            raise WrongTypeError(f"budget must be text, as in '1%' or '10min', or a Budget, not {described(budget)}")
         budget = parse_budget(budget, "budget") if isinstance(budget, str) else budget
         require_all(positions is None and scope == "position", "positions and scope")
     read = read_documents(model, corpus, unit, documents, as_argument, log)

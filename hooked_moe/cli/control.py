@@ -12,6 +12,7 @@ and writes control.csv. Tables 4-6.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,6 +88,8 @@ def print_control(table: pa.Table) -> None:
         mark = PROTOCOL_WORDS[row["outcome"]].mark
         numbers = f"{row['d_position']:+.3f} {interval:<16} {p_value(row['p_t']):>7} {p_value(row['p_wilcoxon']):>7} {rho}"
         print(f"  {row['population']:<10} {row['layer']:>5} {numbers} {mark}")
+    if any(math.isnan(row["d_position"]) for row in table.to_pylist()):
+        print("nan: of too few documents, or too few positions, for a test over them")
 
 
 def released_control(args: argparse.Namespace) -> Path:

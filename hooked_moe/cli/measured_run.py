@@ -10,6 +10,7 @@ from typing import Any
 
 from hooked_moe.analysis import analyse_run, analysis_fault
 from hooked_moe.analysis.budgeted import analyse_budgeted, budgeted_fault
+from hooked_moe.checks import whole_number
 from hooked_moe.cli.options import (
     SEED,
     Spelling,
@@ -137,6 +138,8 @@ def open_run_of(
             f"{spell('context', n_ctx)}: give a number from {MINIMUM_TOKENS} to {model.cfg.n_ctx}, the context of "
             f"{model.cfg.model_name}"
         )
+    if limit is not None and whole_number(limit, "tokens") < 2:
+        raise ValueError(f"{spell('tokens', limit)}: give 2 or more of each document: one token predicts nothing")
     tokenized = TokenizedCorpus(model, corpus, n_ctx, limit, form.bos)
     longest = max(tokenized.lengths()) + tokenized.first
     if form.context is not None and n_ctx > longest:

@@ -139,7 +139,8 @@ def first_documents(corpus: Corpus, n: int | None, spell: Spelling = as_option) 
     if n is None:
         return corpus
     if not 1 <= n <= len(corpus.documents):
-        raise ValueError(f"{spell('documents', n)}: corpus {corpus.name!r} has {len(corpus.documents)} documents")
+        has = len(corpus.documents)
+        raise ValueError(f"{spell('documents', n)}: corpus {corpus.name!r} has {has} documents: give a number from 1 to {has}")
     return dataclasses.replace(corpus, documents=corpus.documents[:n])
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from hooked_moe.analysis.pruning import ADDITIVE_SHARE, predict_pruning
-from hooked_moe.analysis.pruning_orders import RANKINGS, TABLE, Pruning, PruningOrders, random_ranking, seed_of
+from hooked_moe.analysis.pruning_orders import RANKINGS, TABLE, Pruning, PruningOrders, check_share, random_ranking, seed_of
 from hooked_moe.analysis.pruning_table import PRUNING, MeasuredLosses, pruning_summary, pruning_table
 from hooked_moe.analysis.summed_effects import SUMS_FILE
 from hooked_moe.checks import unknown_name
@@ -87,6 +87,7 @@ def prune(args: argparse.Namespace) -> Path:
     check_options(args)
     with open_run(args) as run:
         run.model.require_weights("pruning")
+        check_sizes(run, args)
         if not run.has("position"):
             run.require("position", memory_budget=args.memory)
         if share_ends(run):
@@ -115,6 +116,14 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--evaluate {args.evaluate}: an interval over documents takes {MINIMUM_PAIRS} of them or more")
     if args.evaluate_tokens < 2:
         raise ValueError(f"--evaluate-tokens {args.evaluate_tokens}: a loss takes two tokens or more")
+
+
+def check_sizes(run: Run, args: argparse.Namespace) -> None:
+    """Raises `ValueError` before anything is measured for shares that this model cannot lose, and for too few documents."""
+    for one in args.shares:
+        check_share(one, run.model.cfg.num_experts, run.model.cfg.experts_per_token)
+    if args.save_to is None:
+        evaluated(len(run.tokenized.documents), args.evaluate)
 
 
 # --- pruned models, measured -----------------------------------------------------------------------------------------------

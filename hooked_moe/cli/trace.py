@@ -67,7 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--draws", type=whole_number, help=f"of the noise, for each case (default: {DEFINED.draws})")
     parser.add_argument("--cases", type=whole_number, help=f"at most (default: {DEFINED.n_cases})")
-    parser.add_argument("--min-cases", type=whole_number, help=f"fewer usable ones are refused (default: {DEFINED.min_cases})")
+    parser.add_argument(
+        "--min-cases",
+        type=whole_number,
+        help=f"fewer usable ones are refused (default: {DEFINED.min_cases}, or --cases if that is less)",
+    )
     parser.add_argument("--search", choices=["joint", "layer_first"], help="over layers and experts together, or the layer first")
     parser.add_argument("--token-rule", choices=["space", "bare_first", "first_token"], help="which token an answer is")
     parser.add_argument(

@@ -167,7 +167,9 @@ def _file_corpus(name: str) -> Corpus:
         near = difflib.get_close_matches(name.lower(), CORPUS_NAMES, n=2, cutoff=0.4)
         hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give one of those, or a path."
         known = ", ".join(map(repr, CORPUS_NAMES))
-        raise ValueError(f"There is no corpus {quoted(name)}; expected {known} or a .jsonl or .txt file. {hint}")
+        raise ValueError(
+            f"There is no corpus {quoted(name)}; expected {known}, a .jsonl or .txt file, or a directory of such. {hint}"
+        )
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{name} ends in {path.suffix!r}; expected .jsonl (one JSON object per line) or .txt (plain text).")
     return corpus_of(as_unicode(name), file_documents(path, as_unicode(path.stem)))

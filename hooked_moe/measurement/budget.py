@@ -6,12 +6,13 @@ import re
 import time
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 
-from hooked_moe.checks import quoted
+from hooked_moe.checks import WrongTypeError, described, quoted
 from hooked_moe.counterfactuals import expert_effects
 from hooked_moe.expert_mask import RemovalName
 from hooked_moe.measurement.part_spec import ProductsName
@@ -39,6 +40,9 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.share is None) == (self.seconds is None):
             raise ValueError("a budget is either a share of the removals or a time")
+        for name, value in (("share", self.share), ("seconds", self.seconds)):
+            if isinstance(value, bool) or not isinstance(value, Real | None):
+                raise WrongTypeError(f"{name} must be a number, not {described(value)}")
         if self.share is not None and not 0 < self.share < 1:
             raise ValueError(
                 f"a budget is a share of the removals above 0 and below 1, not {self.share!r}; without one, all are made"
@@ -53,6 +57,11 @@ class Budget:
         if match is None:
             raise ValueError(f"{quoted(text)}: give a share of the removals, as in 1%, or a time, as in 90s, 10min or 2h")
         number = float(match[1])
+        if not number or (match[2] == "%" and number >= 100):
+            raise ValueError(
+                f"{quoted(text)}: a share of the removals lies above 0% and below 100%, and a time above 0; without a budget, "
+                "all are made"
+            )
         return cls(share=number / 100) if match[2] == "%" else cls(seconds=number * _SECONDS[match[2]])
 
     def as_json(self) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def open_measurement(
     plan = measurement_plan(model, tokenized, layers, removal, budget, products, weights_sha256)
     name = name or f"{Path(tokenized.corpus.name).stem}-{digest(plan)[:8]}"
     directory = results_directory(results) / Path(plan["model"]["name"]).name / name
-    lock = claim(directory, plan) if share is None else claim_share(directory, plan, share)
+    lock = claim(directory, plan) if share is None else claim_share(directory, plan, share, log)
     rest = (share, executor, object_store, budget, products, clean)
     return Run(directory, model, tokenized, layers, removal, plan, lock, log, *rest)
 

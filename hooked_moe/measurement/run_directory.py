@@ -7,7 +7,7 @@ write shards alone, which appear whole and say what they are of, share the direc
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from hooked_moe.tables import read_checked_json, remove_temporaries, write_check
 WRITER_LOCK = "writer.lock"
 WAIT_SECONDS = 60.0
 """How long the writer of a share waits while another prepares the directory."""
+_SOON = 2.0
+"""And how long before it says so."""
 
 
 def results_directory(results: str | os.PathLike[str]) -> Path:
@@ -48,20 +50,23 @@ def claim(directory: Path, plan: dict[str, Any]) -> filelock.BaseFileLock:
     return lock
 
 
-def claim_share(directory: Path, plan: dict[str, Any], share: Share) -> Lock:
+def claim_share(directory: Path, plan: dict[str, Any], share: Share, log: Callable[[str], object]) -> Lock:
     """As `claim`, for a process that writes a share of the shards beside others that write theirs.
 
-    The first of them prepares the directory. Raises `BlockingIOError` where another process writes tables there, or this very
-    share.
+    The first of them prepares the directory, which the others wait for; the log is told where that takes long. Raises
+    `BlockingIOError` where another process writes tables there, or this very share.
     """
     _make(directory)
     lock = SharedLock(directory / WRITER_LOCK)
     try:
         if lock.acquire_alone():
             _prepare(directory, plan)
+        if not lock.acquire_shared(_SOON):
+            log(f"{directory} is being written by another process: share {share} waits for {WAIT_SECONDS:g} s")
         if not lock.acquire_shared(WAIT_SECONDS):
             raise BlockingIOError(
-                f"{directory} is being written by another process, and not a share of it: wait for it, or give the run a name"
+                f"{directory} is being written by another process, and not a share of it: wait for it, or give the run a name "
+                "(--run, in Python name=)"
             )
         _check_plan(directory / "plan.json", plan)
         return Locks([_share_lock(directory, share), lock])
@@ -87,7 +92,9 @@ def writer_lock(directory: Path) -> filelock.BaseFileLock:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise BlockingIOError(f"{directory} is being written by another process: wait for it, or give the run a name") from None
+        raise BlockingIOError(
+            f"{directory} is being written by another process: wait for it, or give the run a name (--run, in Python name=)"
+        ) from None
     return lock
 
 

@@ -21,7 +21,7 @@ class Share:
     def __post_init__(self) -> None:
         number, of = (as_int_or_none(value) for value in (self.number, self.of))
         if number is None or of is None or not 1 <= number <= of:
-            raise ValueError(f"share {self.number!r} of {self.of!r}: shares are counted from 1, as in Share(1, 8) to Share(8, 8)")
+            raise ValueError(f"share {self.number!r} of {self.of!r}: shares are counted from 1, as in 1/8 to 8/8")
 
     def __contains__(self, document: int) -> bool:
         return document % self.of == self.number - 1

@@ -2,6 +2,7 @@
 
 from hooked_moe.analysis.pruning_orders import RANKINGS
 from hooked_moe.report.blocks import Action
+from hooked_moe.report.budgeted_sections import is_budgeted
 from hooked_moe.report.figures.names import label
 from hooked_moe.report.inputs import Inputs
 from hooked_moe.report.number_text import nats, preset_share, share
@@ -16,6 +17,8 @@ def actions(inputs: Inputs) -> tuple[Action, ...]:
     savings = read_savings(inputs)
     best = savings.recommended
     steps = [*_without_a_criterion(savings)] if best is None else [*_with(inputs, best)]
+    if is_budgeted(inputs):
+        return (*steps, Action("For what a sample cannot tell, and to compare runs, make all removals: leave out --budget."))
     return (*steps, Action("Ask the same of another model or text, and compare:", "hooked-moe compare-runs RUN OTHER_RUN"))
 
 

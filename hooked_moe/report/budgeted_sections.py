@@ -24,10 +24,10 @@ def budget_notice(inputs: Inputs) -> Iterable[Paragraph]:
     seed = inputs.value("parts", "sampled", "seed")
     text = (
         f" {made:,} of {total:,} removals were made ({share(made / total)}), drawn at random with seed {seed}, those that could "
-        "cost much more often than others. All means and savings are estimates without bias, of these and a cheap estimate "
-        "of every removal. Intervals say what other documents of the kind would give: they hold both the choice of documents and "
-        "that of removals. What a sample cannot tell (orders within a position, spreads, shares of variance, tests of single "
-        "positions) is left out."
+        "cost much more often than others. All means, and savings in nats, are estimates without bias, of these and a cheap "
+        "estimate of every removal; a share is the ratio of two. Intervals say what other documents of the kind would give: they "
+        "hold both the choice of documents and that of removals. What a sample cannot tell (orders within a position, spreads, "
+        "shares of variance, tests of single positions) is left out."
     )
     yield Paragraph(text, "A budgeted audit.")
 

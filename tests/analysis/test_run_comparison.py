@@ -128,16 +128,17 @@ def test_models_of_another_shape_have_no_counterparts(run: Path, tmp_path: Path)
 
 
 def test_what_cannot_be_compared_says_what_to_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    released, unfinished, lacking = (tmp_path / name for name in ("released", "unfinished", "lacking"))
-    for directory in (released, unfinished, lacking):
+    released, unfinished, lacking, budgeted = (tmp_path / name for name in ("released", "unfinished", "lacking", "budgeted"))
+    for directory in (released, unfinished, lacking, budgeted):
         directory.mkdir()
-    for directory, more in ((released, {"protocol": {}}), (lacking, {})):
+    for directory, more in ((released, {"protocol": {}}), (lacking, {}), (budgeted, {"budget": {"share": 0.1}})):
         tables.write_checked_json({"model": SHAPE} | more, directory / "manifest.json")
     for second, words in (
         (tmp_path / "nothing", "is no directory"),
         (unfinished, "it has no manifest.json"),
         (released, "a run of --protocol as_released"),
         (lacking, "lacks effects.parquet, documents.parquet, experts.parquet, savings.csv"),
+        (budgeted, "a budgeted audit, which made a sample of the removals"),
         (run, "are one run; give two"),
     ):
         assert command.main([str(run), str(second)]) == 1

@@ -19,7 +19,7 @@ from hooked_moe.analysis import predict_pruning
 from hooked_moe.analysis.pruning_orders import ORACLES, RANKINGS, TABLE, PruningOrders
 from hooked_moe.analysis.pruning_table import PRUNING
 from hooked_moe.cli import paper, prune
-from hooked_moe.measurement import pruned_losses
+from hooked_moe.measurement import Run, pruned_losses
 from hooked_moe.report.figures.drawing import Drawing
 from tests.support.hf_models import logits_of
 from tests.support.number_text import number_reader, token_ids, write_corpus
@@ -292,7 +292,8 @@ def test_unequal_numbers_are_not_saved(workplace, tmp_path, capsys):
         (("--save", "there", "--criterion", "reap"), "--save writes one model: give one --shares"),
     ],
 )
-def test_bad_input_is_answered(workplace, options, message, capsys):
+def test_bad_input_is_answered_before_anything_is_measured(workplace, options, message, capsys, monkeypatch):
+    monkeypatch.setattr(Run, "require", lambda *_, **__: pytest.fail("was measured"))
     assert run_prune(*options) == 1
     assert message.lower() in capsys.readouterr().err.lower()
 

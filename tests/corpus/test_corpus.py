@@ -128,7 +128,7 @@ def test_malformed_files_are_refused_with_the_place(
 
 
 def test_an_unknown_name_lists_the_names_and_suggests_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"no corpus 'wikitext2'; expected 'held-out', 'wikitext-2' .* mean 'wikitext-2'"):
+    with pytest.raises(ValueError, match=r"no corpus 'wikitext2'; expected 'held-out', 'wikitext-2', .* mean 'wikitext-2'"):
         load_corpus("wikitext2")
     with pytest.raises(ValueError, match=r"no corpus 'zzz'.*or a path"):
         load_corpus("zzz")

@@ -128,8 +128,11 @@ def test_what_a_share_lacks_is_measured_by_the_run_that_merges(opened: Opened, m
 
 def test_shares_and_whole_runs_keep_each_other_out(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_directory, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(run_directory, "_SOON", 0.1)
+    said: list[str] = []
     with opened("run"), pytest.raises(BlockingIOError, match="by another process, and not a share of it: wait for it"):
-        opened("run", share=Share(1, 2))
+        opened("run", share=Share(1, 2), log=said.append)
+    assert "is being written by another process: share 1/2 waits for 0.1 s" in said[0]
     with opened("run", share=Share(1, 2)):
         with pytest.raises(BlockingIOError, match="is being written by another process: wait for it"):
             opened("run")

@@ -194,6 +194,12 @@ def test_other_budgets_are_refused(text: str) -> None:
         Budget.parse(text)
 
 
+@pytest.mark.parametrize("wrong", [{"share": "a"}, {"share": True}, {"seconds": "10"}])
+def test_a_budget_is_a_number(wrong: dict[str, Any], unchecked: None) -> None:
+    with pytest.raises(TypeError, match="must be a number, not"):
+        Budget(**wrong)
+
+
 @pytest.mark.parametrize(("options", "part"), [({"budget": Budget(share=0.1)}, "position"), ({}, "estimates"), ({}, "sampled")])
 def test_a_run_measures_a_sample_or_everything_and_not_both(
     options: dict[str, Any], part: Any, opened: Callable[..., Run], tmp_path: Path
@@ -284,4 +290,6 @@ def test_the_page_says_that_it_is_budgeted(analysed: Run) -> None:
     assert "What the budget bought" in page
     assert "How well a ranking orders experts" not in page
     assert "a sample of the removals cannot tell it" in page
+    assert "leave out --budget" in page
+    assert "compare-runs" not in page, "which takes all removals"
     assert report_fault(analysed.directory) is None

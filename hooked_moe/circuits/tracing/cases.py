@@ -55,8 +55,8 @@ def find_cases(model: Transformer, records: Iterable[FactRecord], protocol: Prot
         why = "; ".join(f"{count} where {reason}" for reason, count in excluded.most_common()) or "none was excluded"
         raise ValueError(
             f"only {cases.n_cases} of {len(records)} facts are usable cases, and at least {least} are needed to choose an "
-            f"expert on one half and test it on the other. Excluded: {why}. Give more facts, or a lower min_margin, min_drop or "
-            "min_cases"
+            f"expert on one half and test it on the other. Excluded: {why}. Give more facts, others that the model knows, or a "
+            "protocol that asks for less (min_margin, min_drop, min_cases)"
         )
     return cases
 

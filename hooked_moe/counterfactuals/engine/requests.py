@@ -136,7 +136,7 @@ def checked_products(model: Transformer, products: Any) -> torch.dtype | None:
         if products in (name, dtype):
             break
     else:
-        raise ValueError(f"products must be {', '.join(map(repr, _PRODUCTS))} or None, not {described(products)}")
+        raise ValueError(f"products must be 'bfloat16', 'float16' or None, not {described(products)}")
     if model.cfg.dtype.itemsize < 4:
         raise ValueError(
             f"products={name!r} rounds what a removal changes alone, and this model rounds everything to {model.cfg.dtype}: "
