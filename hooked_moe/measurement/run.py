@@ -39,7 +39,7 @@ from hooked_moe.measurement.run_directory import claim, claim_share, results_dir
 from hooked_moe.measurement.run_tables import BESIDE, RunTables, tables_of
 from hooked_moe.measurement.shard_files import remove_shards_of_part
 from hooked_moe.measurement.shard_transfer import ShardTransfer
-from hooked_moe.measurement.shards import measure_part
+from hooked_moe.measurement.shards import measure_part, require_room
 from hooked_moe.measurement.share import Share
 from hooked_moe.measurement.tokenized_corpus import TokenizedCorpus
 from hooked_moe.measurement.verification import Clean
@@ -192,9 +192,9 @@ class Run:
         nothing is measured. `memory_budget` bounds the memory beside the model's weights. `executor` takes the place of the run's
         own.
         """
-        if memory_budget is not None:
-            parse_bytes(memory_budget)
         spec = self._spec(PartRequest(part, positions, layers, orders, seed))
+        if memory_budget is not None:
+            require_room(self.model, self.tokenized, spec, parse_bytes(memory_budget))
         if self._is_measured(spec):
             if self.share is None:
                 remove_shards_of_part(self.directory / "shards", part)

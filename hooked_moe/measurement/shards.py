@@ -283,6 +283,13 @@ def _least_budget(model: Transformer, corpus: TokenizedCorpus, spec: PartSpec) -
     return max(least, least_budget_of_gradients(model.cfg, length)) if spec.part == "position" else least
 
 
+def require_room(model: Transformer, corpus: TokenizedCorpus, spec: PartSpec, budget: int) -> None:
+    """Raises `ValueError` where a memory budget has no room for one document, which would show after verification only."""
+    least = _least_budget(model, corpus, spec)
+    if spec.part == "position" and budget < least:
+        raise ValueError(f"memory_budget (--memory) is {budget:,} bytes, and the longest document takes {least:,} at least")
+
+
 def _merge(files: ShardFiles, units: Sequence[str], name: str, schema: pa.Schema, target: Path) -> None:
     """Join the shards of a table in order, one in memory at a time."""
     with atomic_path(target) as temporary, parquet_writer(schema, temporary) as writer:

@@ -145,6 +145,14 @@ def test_a_share_of_too_few_removals_is_refused_before_anything_is_measured(
         run.require_sample(progress=False)
 
 
+def test_memory_without_room_for_a_document_is_refused_before_verification(
+    opened: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurement.run, "verify_once", lambda *_, **__: pytest.fail("was verified"))
+    with opened(tmp_path) as run, pytest.raises(ValueError, match=r"memory_budget \(--memory\) is 1,000 bytes, and the longest"):
+        run.require("position", memory_budget="1KB", progress=False)
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_the_time_of_reading_streamed_weights_counts_once_for_all_documents(
     budgeted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
