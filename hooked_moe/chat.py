@@ -64,12 +64,19 @@ class ChatTemplate:
         name = template or ("tool_use" if variables.get("tools") is not None and "tool_use" in self.sources else "default")
         if name not in self.sources:
             raise unknown_name("chat template", name, self.sources, f"There are {', '.join(map(repr, self.sources))}.")
-        said = [_plain({key: value for key, value in message.items() if value is not None}) for message in checked(messages)]
+        given_by_key = ({key: value for key, value in message.items() if value is not None} for message in checked(messages))
+        said = [_plain(_with_reasoning(message)) for message in given_by_key]
         given = _plain({"tools": None, "documents": None, **self.special_tokens, **variables})
         try:
             return _compiled(self.sources[name]).render(messages=said, add_generation_prompt=add_generation_prompt, **given)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise ValueError(f"the chat template {quoted(name)} refuses these messages, or fails: {error}") from error
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose reasoning has one of its names has it under those that templates read, as in transformers."""
+    reasoning = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def rendered(templates: ChatTemplate | None, conversations: Any, chat_template: str | None = None, **options: Any) -> list[str]:

@@ -155,7 +155,8 @@ def _choose(
     generator: torch.Generator | None,
 ) -> Int[Tensor, " batch"]:
     """Sample among the `top_k` most probable tokens, and of those the fewest whose probabilities reach `top_p`."""
-    ordered, tokens = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    below = logits - logits.amax(dim=-1, keepdim=True)  # which no temperature, however low, makes infinite
+    ordered, tokens = (below / temperature).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         ordered, tokens = ordered[:, :top_k], tokens[:, :top_k]
     probabilities = ordered.softmax(-1)

@@ -142,7 +142,7 @@ class Tokenizer:
         A SentencePiece-like decoder takes the space off the first token that it is given: so each is decoded after the last one.
         """
         pieces = []
-        for before, token in zip([None, *ids[:-1]], ids, strict=True):
+        for before, token in zip([None, *ids], ids, strict=False):
             alone = "" if before is None else self.decode([before])
             together = self.decode([token] if before is None else [before, token])
             pieces.append(together[len(alone) :] if together.startswith(alone) else self.decode([token]))

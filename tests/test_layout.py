@@ -64,8 +64,8 @@ def f(
 def test_the_core_of_the_model_stays_small() -> None:
     counts = {str(path.relative_to(ROOT)): lines_of_code(path.read_text(encoding="utf-8")) for path in CORE}
     # 1,500 for five families; 380 for four more, with sinks, windows and sigmoid routers; 150 for TransformerLens's names and
-    # options, and for checks of what files say; 20 for keys and values that are extended in place.
-    assert sum(counts.values()) <= 2050, counts
+    # options, and for checks of what files say; 20 for keys and values that are extended in place; 15 for torch's own hooks.
+    assert sum(counts.values()) <= 2065, counts
 
 
 def test_a_family_is_a_small_file() -> None:

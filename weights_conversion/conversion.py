@@ -9,8 +9,8 @@ from weights_conversion.errors import CheckpointError
 from weights_conversion.hf_config import HFConfig
 from weights_conversion.weight_map import Weight
 
-NOT_IN_CHECKPOINTS = ("model_name", "revision", "dtype", "device")
-"""Fields of a config that say where a model came from or where it is, not what it is."""
+NOT_IN_CHECKPOINTS = ("model_name", "revision", "dtype", "store", "device")
+"""Fields of a config that say where a model came from or how it is held, not what it is."""
 
 
 @dataclass(frozen=True)

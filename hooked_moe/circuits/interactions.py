@@ -108,6 +108,8 @@ def pair_interactions(
         weights = (block.routing.weights * kept)[None]
         return combine_onto(block.resid_mid, block.expert_outputs, weights, block.shared_out)[0]
 
+    if metric.width > 1:
+        raise ValueError(f"{metric.name} is of later tokens, and pairs of experts are read at the token itself")
     effects = token_effects(
         model,
         run.tokens,

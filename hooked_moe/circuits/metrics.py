@@ -19,6 +19,7 @@ from hooked_moe.counterfactuals import At, LogitDifference, token_effects
 from hooked_moe.counterfactuals.engine.clean_run import gather_positions
 from hooked_moe.counterfactuals.engine.padding import Packed, pack
 from hooked_moe.counterfactuals.engine.readout import Final, Readout, by_name
+from hooked_moe.counterfactuals.engine.windows import Windows
 from hooked_moe.progress import progress_bar
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, "*batch"]] | Readout
@@ -63,7 +64,7 @@ def total_effect(pair: PromptPair, metric: Any) -> Float[Tensor, "batch pos"]:
     """The metric of the clean run minus that of the corrupted one; of a readout at the token itself, for each token."""
     if not is_readout(metric) or isinstance(metric, At):
         return metric_changes(pair, metric, pair.resid_post("clean")[None])[0, :, None].expand(pair.tokens.shape).clone()
-    packed = pack(pair.tokens, pair.attention_mask)
+    packed = replace(pack(pair.tokens, pair.attention_mask), width=metric.width)
     values = metric(_final(pair, packed, pair.resid_post("clean")[None]))[0]
     total = values.new_full(pair.tokens.shape, float("nan"))
     row, position = packed.real
@@ -80,7 +81,7 @@ def metric_changes(
         return torch.stack([metric_of_rows(metric, pair.model.logits(variant)) for variant in final]) - baseline
     require_one_place(metric)
     place, packed = cast(At, metric), pack(pair.tokens, pair.attention_mask)
-    there = replace(packed, query_positions=place.packed_positions(packed)[:, :1])
+    there = replace(packed, query_positions=place.packed_positions(packed)[:, :1], width=place.readout.width)
     return place.readout(_final(pair, there, final))[..., 0]
 
 
@@ -91,9 +92,12 @@ def require_one_place(metric: Any) -> None:
 
 
 def _final(pair: PromptPair, packed: Packed, final: Float[Tensor, "variant batch pos d_model"]) -> Final:
-    """What readouts see, at the queries of `packed`."""
-    at = packed.original_query_positions().clamp(min=0)
-    targets = gather_positions(packed.targets, packed.query_positions)
+    """What readouts see, at the queries of `packed` and as many tokens after them as a window has."""
+    windows = Windows(packed.query_positions, packed.width)
+    batch, length = packed.tokens.shape
+    tokens = windows.token_positions(batch, length, packed.tokens.device)
+    at = gather_positions(packed.original_positions, tokens).clamp(min=0)
+    targets = windows.targets(packed.targets)
     clean = gather_positions(pair.resid_post("corrupt"), at)
     return Final(pair.model, torch.stack([gather_positions(x, at) for x in final]), clean, targets, packed)
 

@@ -134,7 +134,8 @@ def _mix(weights: Float[Tensor, "batch pos slot"], outputs: Float[Tensor, "batch
 def _router_logits(
     pair: PromptPair, layer: int, run: Literal["clean", "corrupt"] = "corrupt"
 ) -> Float[Tensor, "batch pos expert"]:
-    return pair.moe(layer).router(pair.mlp_input(run, layer)).detach()
+    with torch.no_grad():
+        return pair.moe(layer).router(pair.mlp_input(run, layer)).clone()
 
 
 def _soft(pair: PromptPair, layer: int, gradient: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert"]:

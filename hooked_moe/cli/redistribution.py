@@ -18,6 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import scipy
 
+from hooked_moe.checks import quoted
 from hooked_moe.cli.console import parser_of, run_command
 from hooked_moe.cli.measured_run import analyse, open_run, share_ends
 from hooked_moe.cli.options import add_measurement_arguments, parse_sample
@@ -53,6 +54,8 @@ def redistribution(args: argparse.Namespace) -> Path:
 
 def released_redistribution(args: argparse.Namespace) -> Path:
     """The paper's pairing of rows, and the aligned one on the same texts; returns the run's directory."""
+    if args.positions != "all":
+        raise ValueError(f"--positions {quoted(args.positions)}: the released pairing is of all rows; leave it out")
     with open_released_run(args) as run:
         table = by_layer(run.redistribution())
         command = "hooked-moe redistribution --protocol as_released"

@@ -30,7 +30,7 @@ from hooked_moe.loading.revisions import check_revisions, delete_revision
 from hooked_moe.model import HookedMoE
 from hooked_moe.report.checkpoint_page import write_checkpoint_report
 from hooked_moe.surgery.grafting import check_same_architecture
-from hooked_moe.tables import CHECKPOINTS, read_csv, table_with_schema, write_csv_atomic
+from hooked_moe.tables import CHECKPOINTS, read_csv, table_with_schema, write_csv_atomic, write_json_atomic
 
 LOG_SPACED = "log-spaced"
 OLMOE_STEPS = {
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> Path:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "checkpoints.csv"
     rows: list[dict[str, Any]] = read_csv(path, CHECKPOINTS).to_pylist() if path.is_file() else []
+    check_settings(args, path)
     first: HookedMoEConfig | None = None
     for checkpoint in checkpoints:
         if any(row["checkpoint"] == checkpoint.label for row in rows):
@@ -99,6 +100,19 @@ def run(args: argparse.Namespace) -> Path:
     report = write_checkpoint_report(args.out)
     print(f"report: {report}")
     return report
+
+
+def check_settings(args: argparse.Namespace, table: Path) -> None:
+    """Record by what checkpoints are audited. Raises `ValueError` where some were audited by other settings."""
+    path, names = args.out / "settings.json", ("model", "layers", "corpus", "documents", "tokens", "dtype")
+    settings = {name: getattr(args, name) for name in names}
+    if table.is_file():
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        other = [name for name in names if before.get(name, ...) != settings[name]]
+        if other:
+            were = ", ".join(f"--{name} {before.get(name)}" for name in other)
+            raise ValueError(f"{table} is of other settings ({were}): give these again, or another --out")
+    write_json_atomic(settings, path)
 
 
 def _audited(model: HookedMoE, checkpoint: Checkpoint, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -66,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Path:
     """The whole study; returns the report's path."""
+    if args.n_facts < 1:
+        raise ValueError(f"--n-facts {args.n_facts}: give 1 or more")
+    if args.floor and not set(NULL_SWEEPS) & set(args.sweeps):
+        raise ValueError(f"--floor goes with the sweeps {', '.join(NULL_SWEEPS)}, and --sweeps names none of them")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.stream:
         return _finish(args, CheckpointGrafts(HookedMoE, *_directories(args), stream=True), None)

@@ -108,9 +108,10 @@ def trace(args: argparse.Namespace) -> Path:
         args.model, dtype=dtype_named(args.dtype, device), device=device, revision=args.revision, stream=args.stream
     )
     results = args.results / model.cfg.model_name
+    records = [record for record in records if args.split == "all" or record.split in ("", args.split)]
     result = trace_facts(
         model,
-        [record for record in records if args.split == "all" or record.split in ("", args.split)],
+        records,
         protocol=args.protocol,
         discovery=discovery,
         memory_budget=args.memory,

@@ -33,8 +33,8 @@ class TensorResult(GridResult):
     """A `GridResult` whose arrays are tensors. What `load` gives is on the CPU."""
 
     def array(self, name: str) -> np.ndarray:
-        tensor: Tensor = getattr(self, name)
-        return tensor.detach().cpu().numpy()
+        tensor: Tensor = getattr(self, name).detach().cpu()
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # numpy has no bfloat16
 
     @classmethod
     def from_arrays(cls: type[T], arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> T:

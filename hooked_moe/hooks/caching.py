@@ -78,7 +78,8 @@ class Kept:
                 "incl_bwd differentiates the output, which must be one number, as with return_type='loss', and be computed with "
                 f"gradients enabled, not {got}"
             )
-        gradients = torch.autograd.grad(output, list(self.watched.values()), allow_unused=True, materialize_grads=True)
+        places = list(self.watched.values())  # none, where indices alone are kept
+        gradients = torch.autograd.grad(output, places, allow_unused=True, materialize_grads=True) if places else ()
         for name, gradient in zip(self.watched, gradients, strict=True):
             self.activations[f"{name}_grad"] = self._kept(gradient, name)
 

@@ -42,12 +42,17 @@ class HookPoint(nn.Module):
     @property
     def active(self) -> bool:
         """Whether any hook is attached. Layouts that only a hook would need are built only then."""
-        return bool(self.fwd_hooks or self.bwd_hooks)
+        return bool(self.fwd_hooks or self.bwd_hooks or self._of_torch)
+
+    @property
+    def _of_torch(self) -> bool:
+        forward = self._forward_hooks or self._forward_pre_hooks
+        return bool(forward or self._backward_hooks or self._backward_pre_hooks)
 
     @property
     def may_edit(self) -> bool:
         """Whether a hook may change the activation or its gradient. What is only looked at need not be computed from."""
-        return bool(self.bwd_hooks) or not all(registered.reads_only for registered in self.fwd_hooks)
+        return bool(self.bwd_hooks or self._of_torch) or not all(registered.reads_only for registered in self.fwd_hooks)
 
     def add_hook(
         self, fn: Callable[..., Any], dir: str = "fwd", is_permanent: bool = False, reads_only: bool = False
@@ -84,7 +89,7 @@ class HookPoint(nn.Module):
     def __call__(self, x: Tensor) -> Tensor:
         """The activation, after the hooks; torch's own hooks count too. Torch's way into a module, spared where nobody listens,
         is much of the time of a small step, which passes hundreds of hook points."""
-        if self.fwd_hooks or self.bwd_hooks or self._forward_hooks or self._forward_pre_hooks or self._backward_hooks:
+        if self.active:
             return cast(Tensor, super().__call__(x))
         return x
 
@@ -137,6 +142,19 @@ class HookPoint(nn.Module):
 
     def extra_repr(self) -> str:
         return self.name
+
+
+def _telling_the_group(register: Callable[..., Any]) -> Callable[..., Any]:
+    def register_and_tell(self: HookPoint, *args: Any, **kwargs: Any) -> Any:
+        handle = register(self, *args, **kwargs)
+        self._tell_group()
+        return handle
+
+    return register_and_tell
+
+
+for _way in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):  # torch's own
+    setattr(HookPoint, f"register_{_way}", _telling_the_group(getattr(nn.Module, f"register_{_way}")))
 
 
 def laid_out_like(original: Tensor, edited: Tensor) -> Tensor:

@@ -55,8 +55,9 @@ class LogitLens:
         return self._rows().to_dataframe()
 
     def plot(self, **options: Any) -> Any:
-        """A heat map of streams by positions; see `hooked_moe.tables.GridResult.plot`."""
-        return self._rows().plot(**({"across": "pos"} | options))
+        """A heat map of streams by positions, or by rows where there is one position; see `hooked_moe.tables.GridResult.plot`."""
+        across = next(axis for axis in ("pos", "batch", "choice") if axis in (*self.axes, "choice"))
+        return self._rows().plot(**({"across": across} | options))
 
     def _repr_html_(self) -> str:
         return str(self._rows()._repr_html_())

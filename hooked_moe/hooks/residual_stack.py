@@ -226,8 +226,11 @@ class ResidualStack(Mapping[Any, Tensor]):
             raise ValueError(f"layers={layers} are out of range: there are {len(labels)} streams, {', '.join(labels)}") from None
         labels, stack = [labels[layer] for layer in kept], stack[kept]
         axes = ["batch"] * self.has_batch_dim + ["pos"] * (stack.dim() - 2 - self.has_batch_dim)
+        rows = options.pop("batch_slice", None)
+        if rows is not None and not self.has_batch_dim:
+            raise ValueError("batch_slice takes rows of a batch, and this cache has no axis of one")
         if self.has_batch_dim:
-            stack = take(stack, options.pop("batch_slice", None), 1)
+            stack = take(stack, rows, 1)
             axes = axes[len(axes) + 2 - stack.dim() :]  # without the batch, where one row of it was taken
         if (lens := options.pop("lens", None)) is not None:
             stack = torch.stack([lens(stream, layer) for stream, layer in zip(stack, kept, strict=True)])

@@ -30,8 +30,8 @@ from hooked_moe.warn_user import warn_user
 NEEDED_FILES = ["*.safetensors", "*.json"]
 ALLOWED_FILES = [*NEEDED_FILES, "*.jinja"]
 """No pickles and no code: nothing that is downloaded can run. Chat templates are text here, to be saved along."""
-IGNORED_FILES = ["*/*", "consolidated*"]
-"""Other copies of the weights that repositories keep beside them."""
+IGNORED_FILES = ["[!a]*/*", "a[!d]*/*", "consolidated*"]
+"""Other copies of the weights, which repositories keep beside them, most in folders; additional_chat_templates is one to have."""
 
 
 def download(

@@ -34,7 +34,8 @@ def _with(inputs: Inputs, best: Row) -> tuple[Action, ...]:
         )
     else:
         cost = Action(
-            "See what pruning for good would cost, at several shares of the experts:", f"hooked-moe prune --model {model}"
+            "See what pruning for good would cost, at several shares of the experts (with the corpus and settings of this run):",
+            f"hooked-moe prune --model {model}",
         )
     if name not in RANKINGS:
         return (cost,)

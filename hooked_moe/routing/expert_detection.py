@@ -56,7 +56,7 @@ class ExpertContrast(GridResult):
         for place in np.argsort(order, axis=None, kind="stable"):
             row, expert = divmod(int(place), order.shape[1])
             own = chosen.setdefault(self.layers[row], [])
-            if np.isfinite(order[row, expert]) and len(own) < most:
+            if not np.isnan(order[row, expert]) and len(own) < most:
                 own.append(expert)
             if sum(map(len, chosen.values())) == n:
                 break

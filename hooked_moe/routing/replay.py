@@ -52,9 +52,11 @@ def record_routes(model: Transformer, tokens: Tokens, attention_mask: Mask | Non
     layers = model.cfg.moe_layers
     points = [f"blocks.{layer}.mlp.hook_expert_{what}" for layer in layers for what in ("indices", "weights")]
     _, cache = model.run_with_cache(tokens, attention_mask=real, names_filter=points, stop_at_layer=max(layers) + 1)
-    index, weight = (
-        torch.stack([cache[f"blocks.{layer}.mlp.hook_expert_{what}"] for layer in layers]) for what in ("indices", "weights")
-    )
+    with torch.inference_mode(False):  # to be replayed in any mode
+        index, weight = (
+            torch.stack([cache[f"blocks.{layer}.mlp.hook_expert_{what}"].clone() for layer in layers])
+            for what in ("indices", "weights")
+        )
     return Routes(layers, index, weight, torch.ones_like(tokens, dtype=torch.bool) if real is None else real)
 
 

@@ -10,10 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_moe.components.moe import MoE
+from hooked_moe.components.precision import without_autocast
 from hooked_moe.surgery.grafting import Model, check_graftable
 from hooked_moe.transformer import Transformer
 
 
+@without_autocast()
 def match_experts(a: Transformer, b: Transformer) -> dict[int, list[int]]:
     """For each layer, which expert of `b` stands for expert 0, 1, ... of `a`: the assignment that makes the cosines of their
     router rows largest in sum (the Hungarian algorithm).
@@ -22,8 +24,7 @@ def match_experts(a: Transformer, b: Transformer) -> dict[int, list[int]]:
     `ValueError` for models that cannot exchange parts, and for experts that stand in groups.
     """
     check_graftable(a, b)
-    if a.cfg.n_expert_groups > 1:
-        raise ValueError(f"experts stand in {a.cfg.n_expert_groups} groups: renumbering them would change the routing")
+    _refuse_groups(a)
     matched = {}
     for layer in a.cfg.moe_layers:
         rows, columns = scipy.optimize.linear_sum_assignment(
@@ -40,18 +41,25 @@ def align_experts(a: Transformer, b: Model) -> Model:
     return renumber_experts(b, match_experts(a, b))
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def renumber_experts(model: Model, order: dict[int, list[int]]) -> Model:
     """A copy of a model in which expert i of a layer is what was expert `order[layer][i]`. Raises `ValueError` for an order that
-    is no permutation of a layer's experts."""
+    is no permutation of a layer's experts, and for experts that stand in groups."""
+    _refuse_groups(model)
     renumbered = copy.deepcopy(model)
     for layer, old in order.items():
         moe = renumbered.blocks[layer].mlp
         if not isinstance(moe, MoE) or sorted(old) != list(range(moe.num_experts)):
             raise ValueError(f"order of layer {layer}: give each of its experts once; layers {model.cfg.moe_layers} have experts")
-        for parameter in (moe.router.W, moe.experts.W_in, moe.experts.W_out):
+        for parameter in (*moe.router.parameters(), *moe.experts.parameters()):  # all have an axis of experts first
             parameter.copy_(parameter[old].clone())
     return renumbered
+
+
+def _refuse_groups(model: Transformer) -> None:
+    if model.cfg.n_expert_groups > 1:
+        raise ValueError(f"experts stand in {model.cfg.n_expert_groups} groups: renumbering them would change the routing")
 
 
 def _router_rows(model: Transformer, layer: int) -> Float[Tensor, "expert d_model"]:

@@ -24,6 +24,7 @@ _MAY_DIFFER = ("model_name", "revision", "dtype", "device", "n_ctx", "initialize
 """Fields of a config that say nothing about where a weight goes."""
 
 
+@torch.inference_mode(False)
 def graft(a: Model, b: Transformer, layers: Layers = "all", parts: Parts = tuple(BLOCK_PARTS)) -> Model:
     """A new model: `a` with the parameters of `parts` in `layers` taken from `b`. Neither is changed.
 
@@ -50,7 +51,13 @@ def graft(a: Model, b: Transformer, layers: Layers = "all", parts: Parts = tuple
     memo: dict[int, object] = {id(a.tokenizer): a.tokenizer}
     for name in taken:
         memo[id(hosts[name])] = torch.nn.Parameter(donors[name].detach().clone(), hosts[name].requires_grad)
-    return copy.deepcopy(a, memo)
+    return _unhooked(copy.deepcopy(a, memo))
+
+
+def _unhooked(model: Model) -> Model:
+    """Hooks of a model stay with it: its copy has none."""
+    model.reset_hooks(including_permanent=True)
+    return model
 
 
 def default_places(available: Collection[Place], layers: Layers, parts: Parts) -> frozenset[Place]:
@@ -93,12 +100,13 @@ class Grafts:
     The model that `model` returns is one and the same each time, and shares its weights with both; change none of them.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, a: Transformer, b: Transformer) -> None:
         check_graftable(a, b)
         self.places = places(a)
         self.cfg = a.cfg
         memo: dict[int, object] = {id(parameter): _shared(parameter) for parameter in a.parameters()}
-        self._model = copy.deepcopy(a, memo | {id(a.tokenizer): a.tokenizer})
+        self._model = _unhooked(copy.deepcopy(a, memo | {id(a.tokenizer): a.tokenizer}))
         self._sources = {name: (own, other) for (name, own), (_, other) in zip(_named(a), _named(b), strict=True)}
 
     def model(self, from_b: Collection[Place]) -> Transformer:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooked_moe.components.gated_mlp import GatedMLP
 from hooked_moe.components.moe import MoE
+from hooked_moe.components.precision import at_least_float32
 from hooked_moe.config import HookedMoEConfig
 from hooked_moe.transformer import Transformer
 
@@ -28,8 +29,9 @@ def upcycle(dense: Model, cfg: HookedMoEConfig, *, noise: float = 0.01, seed: in
     the first neurons, which the routed ones then leave out. Every weight of an expert is multiplied by 1 + noise x N(0, 1), so
     that experts can part. Routers are new. All other weights are those of `dense`, which is not changed.
 
-    An expert's output is scaled so that, under a router without preferences, the layer's output is that of the dense MLP on
-    average over the neurons drawn: by (MLP neurons / its own) / (sum of a token's routing weights).
+    An expert's output is scaled so that, under a router without preferences (and a gate of shared experts without), the layer's
+    output is that of the dense MLP on average over the neurons drawn: by (MLP neurons / its own) / (sum of a token's routing
+    weights).
 
     Raises `ValueError` for a config that differs in more than its experts, and for MLPs with fewer neurons than are needed.
 
@@ -42,7 +44,10 @@ def upcycle(dense: Model, cfg: HookedMoEConfig, *, noise: float = 0.01, seed: in
     """
     _check_same_shape(dense.cfg, cfg)
     generator = torch.Generator().manual_seed(seed)
-    model = type(dense)(cfg.replace(device=torch.device("cpu"), dtype=torch.float32), dense.tokenizer)
+    wide = torch.promote_types(dense.cfg.dtype, torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of routers and gates
+        model = type(dense)(cfg.replace(device=torch.device("cpu"), dtype=wide), dense.tokenizer)
     parameters = dict(model.named_parameters())
     for name, parameter in dense.named_parameters():
         if ".mlp." not in name:
@@ -57,6 +62,8 @@ def upcycle(dense: Model, cfg: HookedMoEConfig, *, noise: float = 0.01, seed: in
 
 
 def _check_same_shape(dense: HookedMoEConfig, cfg: HookedMoEConfig) -> None:
+    if cfg.expert_bias:
+        raise ValueError("the config has experts with biases: how a dense MLP's would be shared among them is not defined here")
     differing = [
         field.name
         for field in dataclasses.fields(cfg)
@@ -70,7 +77,7 @@ def _check_same_shape(dense: HookedMoEConfig, cfg: HookedMoEConfig) -> None:
 
 
 def _neurons(mlp: MoE | GatedMLP, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate rows, up rows and down rows of a dense layer, each [neuron, d_model], in float32."""
+    """Gate rows, up rows and down rows of a dense layer, each [neuron, d_model], in float32 or wider."""
     rows: tuple[Tensor, Tensor, Tensor]
     if isinstance(mlp, GatedMLP):
         rows = mlp.W_gate, mlp.W_in, mlp.W_out.T
@@ -81,7 +88,7 @@ def _neurons(mlp: MoE | GatedMLP, layer: int) -> tuple[Tensor, Tensor, Tensor]:
             f"layer {layer} of the dense model is a mixture of {mlp.num_experts} experts; "
             "expected an ordinary MLP, or one expert with norm_topk_prob and without shared ones"
         )
-    return tuple(matrix.detach().float().cpu() for matrix in rows)  # type: ignore[return-value]
+    return tuple(at_least_float32(matrix.detach()).cpu() for matrix in rows)  # type: ignore[return-value]
 
 
 def _fill_experts(
@@ -92,7 +99,10 @@ def _fill_experts(
         raise ValueError(f"experts of {cfg.d_expert} neurons beside {shared} shared ones need as many; the dense MLP has {n}")
     if moe.shared is not None:
         _fill_mlp(moe.shared, neurons, torch.arange(shared, device="cpu"))
-    weight_sum = 1.0 if cfg.norm_topk_prob else cfg.experts_per_token / moe.num_experts
+        if moe.W_shared_gate is not None:
+            moe.shared.W_out.mul_(2.0)  # a gate without preferences halves it
+    of_each = 0.5 if cfg.router_score == "sigmoid" else 1 / moe.num_experts  # of a router without preferences
+    weight_sum = 1.0 if cfg.norm_topk_prob else cfg.experts_per_token * of_each
     scale = (n - shared) / (cfg.d_expert * weight_sum * cfg.routed_scaling_factor)
     for expert in range(moe.num_experts):
         drawn = shared + torch.randperm(n - shared, generator=generator, device="cpu")[: cfg.d_expert].sort().values

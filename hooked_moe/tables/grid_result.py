@@ -117,6 +117,7 @@ class GridResult(Result):
         numbers = [field.name for field in table.schema if pa.types.is_primitive(field.type)]
         values = [name for name in numbers if name not in self.AXES and name != self.PRESENT]
         candidates = [*others, self.PRESENT] if self.PRESENT else others
+        candidates = [axis for axis in candidates if axis in table.column_names]
         value, across = value or values[0], across or candidates[-1]
         if value not in values:
             raise unknown_name("column", value, values, f"This result has {', '.join(values)}.")

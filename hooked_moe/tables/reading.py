@@ -39,11 +39,12 @@ def read_json(
 
 
 def read_csv(path: str | os.PathLike[str], schema: pa.Schema | None = None) -> pa.Table:
-    """The inverse of `write_csv_atomic`, exact for columns in `schema`; the types of others are inferred.
+    """The inverse of `write_csv_atomic`, exact for columns in `schema`; the types of others are inferred, but for names that a
+    corpus gives, which may look like numbers or dates.
 
     Raises `ValueError` that names the file where it holds no such table.
     """
-    kinds = {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
+    kinds = {"domain": pa.string()} if schema is None else dict(zip(schema.names, schema.types, strict=True))
     options = pyarrow.csv.ConvertOptions(column_types=kinds, null_values=[""], strings_can_be_null=False)
     with _readable(path):
         return pyarrow.csv.read_csv(path, pyarrow.csv.ReadOptions(use_threads=False), convert_options=options)

@@ -122,21 +122,28 @@ def _replaced(
     ids = sorted({prompt.true_id for prompt in prompts})
     column = {token: place for place, token in enumerate(ids)}
     logits = answer_logits(model, prompts, protocol, ids, progress)
-    least = protocol.min_margin
+    true_of: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for prompt in prompts:
+        true_of[prompt.record.relation, prompt.record.subject].add(prompt.record.true)
     kept: list[CorruptedRun] = []
     n_cases = 0
     for number, prompt in enumerate(prompts):
         if n_cases == protocol.n_cases:
             break
-        own = column[prompt.true_id]
-        others = [
-            other
-            for other in same_shape[prompt.shape]
-            if prompts[other].true_id != prompt.true_id
-            and prompt.record.foil in (None, prompts[other].record.true)
-            and (least is None or float(logits[other, column[prompts[other].true_id]] - logits[other, own]) >= least)
-            and (least is None or float(logits[number, own] - logits[number, column[prompts[other].true_id]]) >= least)
-        ]
+        own, record = column[prompt.true_id], prompt.record
+
+        def replaces(other: int, number: int = number, own: int = own, record: FactRecord = record) -> bool:
+            """Whether the subject of another prompt can take the place of this one's: whose answers are others, and known."""
+            donor = prompts[other].record
+            if prompts[other].true_id == ids[own] or record.foil not in (None, donor.true):
+                return False
+            if donor.true in true_of[record.relation, record.subject] or record.true in true_of[donor.relation, donor.subject]:
+                return False
+            before, after = (float(row[own] - row[column[prompts[other].true_id]]) for row in (logits[number], logits[other]))
+            knows_its_own = protocol.min_margin is None or -after >= protocol.min_margin
+            return knows_its_own and _reason_against(before, before - after, protocol) is None
+
+        others = list(filter(replaces, same_shape[prompt.shape]))
         if not others:
             excluded["no other subject of the relation has as many tokens and another answer that the model knows"] += 1
             continue

@@ -17,6 +17,7 @@ from hooked_moe.circuits.tracing.readings import READINGS, check_readings
 from hooked_moe.circuits.tracing.result import TracingResult
 from hooked_moe.circuits.tracing.tables import blocks_table, cases_table, experts_table
 from hooked_moe.circuits.tracing.units import TraceBatches, trace_batches
+from hooked_moe.components.precision import without_autocast
 from hooked_moe.corpus import FactRecord
 from hooked_moe.executors import Executor
 from hooked_moe.progress import progress_bar
@@ -27,6 +28,8 @@ PATCH_BYTES = 256 << 20
 
 
 @torch.no_grad()
+@torch.inference_mode(False)
+@without_autocast()
 def trace_facts(
     model: Transformer,
     records: Iterable[FactRecord],

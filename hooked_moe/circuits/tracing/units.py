@@ -56,7 +56,7 @@ class TraceBatches:
         arrays = {field.name: np.asarray(getattr(rows, field.name)) for field in fields(rows) if field.name not in _NO_ARRAYS}
         arrays |= {_VALUE + name: value for name, value in rows.expert_values.items()}
         with atomic_path(self.path(unit)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy 2.0 has no allow_pickle, and would store it
 
     def path(self, unit: int) -> Path:
         """The file of a unit."""
