@@ -22,6 +22,7 @@ TALK = [
     {"role": "assistant", "content": "In Frànce.", "tool_calls": None},
     {"role": "user", "content": "  And Rome?\n"},
 ]
+THOUGHT = [TALK[0], {"role": "assistant", "content": "In France.", "reasoning": "It is its capital."}, TALK[2]]
 SYSTEM = [{"role": "system", "content": "Be brief."}, *TALK]
 SPECIAL = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 
@@ -45,7 +46,9 @@ def directory_with(template: Any, directory: Path, **files: str) -> HookedMoE:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("talk", [TALK, SYSTEM, TALK[:1], [TALK, TALK[:1]]], ids=["talk", "system", "one", "two talks"])
+@pytest.mark.parametrize(
+    "talk", [TALK, SYSTEM, TALK[:1], [TALK, TALK[:1]], THOUGHT], ids=["talk", "system", "one", "two talks", "thought"]
+)
 @pytest.mark.parametrize("options", [{}, {"add_generation_prompt": True, "enable_thinking": False, "tools": [{"name": "<f>"}]}])
 def test_a_conversation_is_rendered_as_transformers_does(
     name: str, talk: list[Any], options: dict[str, Any], theirs: transformers.PreTrainedTokenizerFast, tmp_path: Path

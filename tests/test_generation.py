@@ -132,6 +132,7 @@ def sampled(**options: Any) -> Tensor:
         ({"top_p": 1.0}, [0.5, 0.05, 0.3, 0.15]),
         ({"top_k": 3, "top_p": 0.9}, [0.5 / 0.95, 0.0, 0.3 / 0.95, 0.15 / 0.95]),
         ({"temperature": 1e-3}, [1.0, 0.0, 0.0, 0.0]),
+        ({"temperature": 1e-38}, [1.0, 0.0, 0.0, 0.0]),
     ],
 )
 def test_tokens_are_drawn_with_their_probabilities(options: dict[str, Any], expected: list[float]) -> None:

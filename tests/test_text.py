@@ -135,6 +135,7 @@ def test_several_texts_are_masked_as_each_alone(reader: HookedMoE) -> None:
 def test_tokens_are_shown_as_strings(reader: HookedMoE) -> None:
     tokens = reader.to_tokens("The whale swam")
     assert reader.to_str_tokens("The whale swam") == reader.to_str_tokens(tokens[0])
+    assert reader.to_str_tokens("", prepend_bos=False) == []
     assert "".join(reader.to_str_tokens("The whale swam")) == "The whale swam"
     assert reader.to_str_tokens("whale", prepend_bos=True)[0] == END
     assert reader.to_string(tokens) == ["The whale swam"]

@@ -21,7 +21,7 @@ from hooked_moe.circuits import (
     router_attribution,
 )
 from hooked_moe.circuits.pairs import expert_deltas, prompt_pair
-from hooked_moe.counterfactuals import KL, At, LogitDifference, expert_effects
+from hooked_moe.counterfactuals import KL, After, At, LogitDifference, expert_effects
 from tests.conftest import EVERY_ARCHITECTURE, expert_output, random_model, without_type_checks
 from tests.support.hf_models import save, tiny
 from tests.support.prompt_pairs import FIRST, MASKS, METRIC, SECOND, difference_at_end, random_pair
@@ -133,6 +133,25 @@ def test_a_readout_without_a_place_is_read_at_the_patched_token() -> None:
         torch.testing.assert_close(own.values[:, :, pos], at.values[:, :, pos], atol=LOGITS, rtol=1e-4, equal_nan=True)
         torch.testing.assert_close(own.total[:, pos], at.total[:, pos], atol=LOGITS, rtol=1e-4)
     assert own.total[0, :3].isnan().all()
+
+
+def test_the_total_of_a_later_readout_is_read_there_too() -> None:
+    model, mask = random_model(), MASKS["left"]
+    clean_cache, (_, corrupt) = caches(model, mask)[0], random_pair()
+    readout = LogitDifference(FIRST, SECOND)
+    own, after = (
+        get_act_patch_expert(model, corrupt, clean_cache, metric, attention_mask=mask) for metric in (readout, After(2, readout))
+    )
+    torch.testing.assert_close(after.total[:, 3:-2], own.total[:, 5:], atol=LOGITS, rtol=1e-4)
+    assert after.total[:, -2:].isnan().all()
+
+
+def test_a_cache_made_in_inference_mode_serves_for_slopes() -> None:
+    model, (clean, corrupt) = random_model(), random_pair()
+    expected = router_attribution(model, clean, corrupt, METRIC)
+    with torch.inference_mode():
+        _, cache = model.run_with_cache(clean)
+    assert torch.equal(router_attribution(model, cache, corrupt, METRIC).soft, expected.soft)
 
 
 def test_transformer_lens_finds_the_same_patches() -> None:

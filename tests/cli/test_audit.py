@@ -459,3 +459,11 @@ def test_the_module_runs_as_a_command_and_its_figures_are_the_same_in_every_proc
     monkeypatch.undo()
     assert audit.main([*given, "--results", str(tmp_path / "b")]) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["2019", "2020-01-01", "true"])
+def test_kinds_of_text_may_be_named_like_numbers(workplace: Path, tmp_path: Path, name: str) -> None:
+    texts = [" ".join(str((n * k) % 40 + 2) for k in range(1, 12)) for n in range(1, 7)]
+    (tmp_path / f"{name}.txt").write_text("\n\u001e\n".join(texts))
+    directory = run_audit(tmp_path, "--corpus", str(tmp_path / f"{name}.txt"))
+    assert f">{name}<" in (directory / "report.html").read_text()

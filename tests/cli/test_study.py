@@ -188,6 +188,28 @@ def test_lists_of_checkpoints_that_make_no_sense(
     assert said in capsys.readouterr().err
 
 
+def test_other_settings_do_not_go_into_one_curve(
+    base: Path, neighbour: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = [Response(layer, "mean_kl", 0.5) for layer in ("all", "1")]
+    monkeypatch.setattr("hooked_moe.cli.study_checkpoints.reduced_audit", lambda *arguments: tmp_path)
+    monkeypatch.setattr("hooked_moe.cli.study_checkpoints.audit_responses", lambda directory: measured)
+    options = ["checkpoints", *SMALL, "--layers", "1", "--out", str(tmp_path / "out"), "--steps", "0", "--models"]
+    assert main([*options, str(base)]) == 0
+    assert main([*options, str(base)]) == 0
+    assert main(["checkpoints", *SMALL, "--layers", "all", *options[len(SMALL) + 3 :], str(neighbour)]) == 1
+    assert "checkpoints.csv is of other settings (--layers 1): give these again, or another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--n-facts", "0"], "--n-facts 0: give 1 or more"), (["--floor", "x", "--sweeps", "ends"], "--floor goes with the sweeps")],
+)
+def test_options_of_grafts_that_would_do_nothing(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["grafts", *options]) == 1
+    assert said in capsys.readouterr().err
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with hub_for(tmp_path / "cache", monkeypatch) as server:

@@ -111,3 +111,9 @@ def test_gradients_need_one_number(model: HookedMoE, tokens: Tensor) -> None:
         model.run_with_cache(tokens, incl_bwd=True)
     with torch.no_grad(), pytest.raises(ValueError, match=r"not a tensor \[\] that does not require a gradient"):
         model.run_with_cache(tokens, return_type="loss", incl_bwd=True)
+
+
+@pytest.mark.parametrize("names", [[], ["expert_indices"]])
+def test_gradients_of_nothing_are_none(names: list[str], model: HookedMoE, tokens: Tensor) -> None:
+    _, cache = model.run_with_cache(tokens, names_filter=names, return_type="loss", incl_bwd=True)
+    assert not [name for name in cache if name.endswith("_grad")]

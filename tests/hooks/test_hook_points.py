@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,41 @@ def test_each_hook_point_fires_once_with_the_declared_shape(spec: HookSpec, mode
 
 
 @EVERY_ARCHITECTURE
+@MANY_FORWARDS
+def test_torchs_own_hooks_fire_at_every_point_too(model: HookedMoE, tokens: Tensor) -> None:
+    """As nnsight attaches them; those of gradients where there is one."""
+    plain = model(tokens)
+    for way in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        fired: set[str] = set()
+
+        def note(*_: object, name: str, fired: set[str] = fired) -> None:
+            fired.add(name)
+
+        points = model.hook_dict.items()
+        handles = [getattr(point, f"register_{way}")(functools.partial(note, name=name)) for name, point in points]
+        out = model(tokens)
+        if "backward" in way:
+            out.sum().backward()
+        for handle in handles:
+            handle.remove()
+        silent = set(model.hook_dict) - fired
+        selection = ("hook_expert_indices", "hook_selection_bias")  # which has no gradient
+        assert all("backward" in way and name.endswith(selection) for name in silent), (way, silent)
+        torch.testing.assert_close(out, plain, atol=1e-5, rtol=1e-5)
+    assert not any(point.active for point in model.hook_dict.values())
+
+
+@MANY_FORWARDS
+def test_torchs_own_hooks_may_edit_a_single_expert(model: HookedMoE, tokens: Tensor) -> None:
+    site = model.blocks[0].mlp.experts.hook_points[2]
+    with model.hooks(fwd_hooks=[(site.name, lambda x, hook: 0 * x)]):
+        expected = model(tokens)
+    handle = site.register_forward_hook(lambda module, args, out: 0 * out)
+    assert torch.equal(model(tokens), expected)
+    handle.remove()
+    assert not torch.equal(model(tokens), expected)
+
+
 def test_hooks_fire_in_the_order_of_the_computation(model: HookedMoE, tokens: Tensor) -> None:
     order: list[str] = []
     with torch.no_grad():

@@ -266,3 +266,26 @@ def test_an_activation_is_stacked_over_layers(model: HookedMoE, tokens: Tensor) 
     _, cache = model.run_with_cache(tokens)
     assert torch.equal(cache.stack_activation("router_logits"), torch.stack([cache["router_logits", i] for i in range(3)]))
     assert torch.equal(cache.stack_activation("scale", 2, "ln2"), theirs(cache).stack_activation("scale", 2, "ln2"))
+
+
+@pytest.mark.parametrize(
+    ("options", "axes"),
+    [
+        ({}, ("batch",)),
+        ({"positions": None}, ("batch", "pos")),
+        ({"batch_slice": 0}, ()),
+        ({"positions": None, "batch_slice": 0}, ("pos",)),
+    ],
+)
+def test_a_logit_lens_is_drawn_whatever_its_axes(
+    options: dict[str, Any], axes: tuple[str, ...], model: HookedMoE, tokens: Tensor
+) -> None:
+    lens = model.run_with_cache(tokens)[1].logit_lens(top_k=3, **options)
+    assert lens.axes == axes
+    assert lens.plot().get_axes()
+
+
+def test_rows_of_no_batch_are_refused(model: HookedMoE, tokens: Tensor) -> None:
+    cache = model.run_with_cache(tokens[:1], remove_batch_dim=True)[1]
+    with pytest.raises(ValueError, match="has no axis of one"):
+        cache.logit_lens(batch_slice=0)

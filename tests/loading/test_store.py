@@ -92,3 +92,12 @@ def test_products_in_bfloat16_without_units_for_them_are_noted(
     monkeypatch.setattr(options, "has_units_for", lambda name: units)
     assert options.dtype_named(name, torch.device("cpu")) == getattr(torch, name)
     assert ("--store bfloat16 in place of --dtype bfloat16" in capsys.readouterr().out) == said
+
+
+def test_a_model_that_is_stored_narrow_is_saved_as_it_computes(tokens: Tensor, tmp_path: Path) -> None:
+    random_model().save_pretrained(tmp_path / "wide")
+    stored = HookedMoE.from_pretrained(tmp_path / "wide", store="bfloat16")
+    stored.save_pretrained(tmp_path / "narrow")
+    again = HookedMoE.from_pretrained(tmp_path / "narrow")
+    assert (again.cfg.dtype, again.cfg.store) == (torch.float32, None)
+    torch.testing.assert_close(again(tokens), stored(tokens), atol=1e-5, rtol=1e-5)

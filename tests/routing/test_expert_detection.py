@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,17 @@ def test_risk_differences_are_those_by_hand(reader: HookedMoE, last: int | None)
     expected = compare_shares(flat[0], total[0], flat[1], total[1])
     np.testing.assert_allclose(contrast.low.ravel(), expected.low)
     assert contrast.layers == layers
+
+
+def test_an_expert_that_the_second_texts_never_use_marks_the_first_most() -> None:
+    """Its ratio is infinite; that of one which neither uses is none."""
+    reader = number_reader(random_model)
+    ratios = detect_experts(reader, PAIRS, "risk_ratio")
+    value = np.full_like(ratios.value, np.nan)
+    value[1] = [0.0, np.nan, 0.5, np.inf, 1.0, 2.0]
+    contrast = replace(ratios, value=value)
+    assert contrast.prefer(2) == {ratios.layers[1]: [3, 5]}
+    assert contrast.avoid(2) == {ratios.layers[1]: [0, 2]}
 
 
 def test_a_planted_marker_is_found_and_steers() -> None:

@@ -21,7 +21,7 @@ from hooked_moe.routing import (
     routing_against_content,
     steer_routes,
 )
-from tests.conftest import EVERY_ARCHITECTURE
+from tests.conftest import EVERY_ARCHITECTURE, random_model
 from tests.support.hf_models import FAMILIES, pair_of, random_tokens
 
 
@@ -186,3 +186,19 @@ def test_routes_that_do_not_fit_are_refused(
         replay_routes(make_model("olmoe", num_experts=4), tokens, routes)
     with pytest.raises(ValueError, match=r"the metric gave a tensor \[2, 11\]; expected one number, or one per batch row"):
         routing_against_content(Condition(model, tokens), Condition(model, tokens), lambda logits: logits[..., 0])
+
+
+def test_routes_in_half_precision_are_saved(tokens: Tensor, tmp_path: Path) -> None:
+    model = random_model(dtype=torch.bfloat16)
+    routes = record_routes(model, tokens)
+    routes.save(tmp_path / "routes.parquet")
+    again = Routes.load(tmp_path / "routes.parquet")
+    assert torch.equal(again.weight.bfloat16(), routes.weight)
+    assert torch.equal(again.expert_index, routes.expert_index)
+
+
+def test_routes_recorded_in_inference_mode_are_replayed_with_gradients(model: HookedMoE, tokens: Tensor) -> None:
+    with torch.inference_mode():
+        routes = record_routes(model, tokens)
+    replay_routes(model, tokens, routes).sum().backward()
+    assert model.blocks[0].mlp.experts.W_in.grad is not None

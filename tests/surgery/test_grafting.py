@@ -306,9 +306,41 @@ def test_renumbered_experts_are_found_again_and_compute_the_same(model: HookedMo
     assert torch.equal(graft(model, align_experts(model, shuffled), "all", ["experts"])(tokens), model(tokens))
 
 
+@pytest.mark.parametrize(("architecture", "changes"), [("gpt-oss", {}), ("glm", {"n_expert_groups": 1, "groups_per_token": 1})])
+@torch.no_grad()
+def test_biases_of_routers_and_experts_go_with_their_experts(architecture: str, changes: dict[str, Any], tokens: Tensor) -> None:
+    model = random_model(architecture, **changes)
+    order = {layer: [3, 1, 4, 0, 5, 2] for layer in model.cfg.moe_layers}
+    shuffled = renumber_experts(model, order)
+    torch.testing.assert_close(shuffled(tokens), model(tokens), atol=1e-5, rtol=1e-5)
+    assert same(align_experts(model, shuffled), model)
+
+
+def test_alignment_does_not_depend_on_torch_modes(model: HookedMoE) -> None:
+    b = other_training()
+    expected = match_experts(model, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert match_experts(model, b) == expected
+    with torch.inference_mode():
+        copies = [align_experts(model, b), graft(model, b), Grafts(model, b).model([])]
+    assert not any(parameter.is_inference() for copy in copies for parameter in copy.parameters())
+
+
+def test_hooks_stay_with_the_model_that_has_them(model: HookedMoE, tokens: Tensor) -> None:
+    b = other_training()
+    plain = graft(model, b, layers={1})(tokens)
+    model.add_hook("blocks.0.hook_resid_post", lambda x, hook: x * 2, is_permanent=True)
+    assert torch.equal(graft(model, b, layers={1})(tokens), plain)
+    assert not Grafts(model, b).model([]).has_hooks
+    assert model.has_hooks
+    model.reset_hooks(including_permanent=True)
+
+
 def test_experts_in_groups_are_not_renumbered() -> None:
     with pytest.raises(ValueError, match="3 groups"):
         match_experts(random_model("deepseek"), other_training("deepseek"))
+    with pytest.raises(ValueError, match="3 groups"):
+        renumber_experts(random_model("deepseek"), {0: [1, 0, 2, 3, 4, 5]})
     with pytest.raises(ValueError, match="each of its experts once"):
         renumber_experts(random_model(), {0: [0, 0, 1, 2, 3, 4]})
 

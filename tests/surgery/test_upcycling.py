@@ -44,6 +44,46 @@ def test_copies_without_noise_compute_what_the_dense_model_does(
     torch.testing.assert_close(model(tokens), dense(tokens), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("router", "changes"),
+    [
+        ({"router_score": "sigmoid"}, {"norm_topk_prob": False}),
+        ({"router_score": "sigmoid"}, {}),
+        ({}, {"d_expert": 8, "d_shared": 4, "shared_gate": True}),
+    ],
+    ids=["sigmoids", "sigmoids, renormalised", "shared behind a gate"],
+)
+@torch.no_grad()
+def test_without_preferences_every_kind_of_router_and_gate_computes_the_same(
+    router: dict[str, Any], changes: dict[str, Any], tokens: torch.Tensor
+) -> None:
+    dense = random_model(**ONE_EXPERT, **router)
+    model = upcycle(dense, dense.cfg.replace(num_experts=6, experts_per_token=2, **changes), noise=0.0)
+    for block in model.blocks:
+        block.mlp.router.W.zero_()
+        if block.mlp.W_shared_gate is not None:
+            block.mlp.W_shared_gate.zero_()
+    torch.testing.assert_close(model(tokens), dense(tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_the_seed_determines_the_model_and_leaves_torchs_alone(dense: HookedMoE) -> None:
+    cfg = dense.cfg.replace(num_experts=6, experts_per_token=2)
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    one = upcycle(dense, cfg, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    other = upcycle(dense, cfg, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_double_precision_stays() -> None:
+    dense = random_model(**ONE_EXPERT, dtype=torch.float64)
+    model = upcycle(dense, dense.cfg.replace(num_experts=6, experts_per_token=2), noise=0.0)
+    assert torch.equal(model.embed.W_E, dense.embed.W_E)
+    assert torch.equal(model.blocks[0].mlp.experts.W_in[4], dense.blocks[0].mlp.experts.W_in[0])
+
+
 @torch.no_grad()
 def test_narrow_experts_are_subsets_of_neurons_that_are_right_on_average(dense: HookedMoE, tokens: torch.Tensor) -> None:
     model = upcycle(
@@ -85,6 +125,8 @@ def test_a_dense_layer_is_a_source_too() -> None:
 
 
 def test_what_cannot_be_upcycled_is_refused(dense: HookedMoE) -> None:
+    with pytest.raises(ValueError, match="experts with biases"):
+        upcycle(dense, dense.cfg.replace(num_experts=6, experts_per_token=2, expert_bias=True))
     with pytest.raises(ValueError, match="d_model=32, the new config 16"):
         upcycle(dense, random_config(d_model=16))
     with pytest.raises(ValueError, match="layer 0 of the dense model is a mixture of 6 experts"):

@@ -18,6 +18,7 @@ import torch
 from hooked_moe import HookedMoE, Tokenizer
 from hooked_moe.chat import ChatTemplate
 from hooked_moe.circuits.tracing import Protocol, TracingResult, estimate, trace_facts
+from hooked_moe.circuits.tracing.cases import find_cases
 from hooked_moe.circuits.tracing.findings import choice_stability, conclusion, findings
 from hooked_moe.circuits.tracing.foils import prompts_with_foils
 from hooked_moe.circuits.tracing.places import places_of
@@ -247,6 +248,36 @@ def test_foils_are_as_likely_as_the_true_answer_for_other_subjects(planted: Hook
     chosen = result.selection
     assert chosen is not None
     assert (chosen.layer, chosen.expert) == (LAYER, EXPERT)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)], ids=["inference", "autocast"])
+def test_it_does_not_depend_on_torch_modes(planted: HookedMoE, traced: TracingResult, mode: Any) -> None:
+    with mode:
+        found = trace_facts(planted, planted_records(), corruption="replace", **FEW)
+    pd.testing.assert_frame_equal(found.experts.to_pandas(), traced.experts.to_pandas())
+    pd.testing.assert_frame_equal(found.blocks.to_pandas(), traced.blocks.to_pandas())
+
+
+def test_a_subject_whose_answers_are_the_same_is_no_donor(planted: HookedMoE) -> None:
+    """Where a subject has two answers, neither it nor another subject with one of them takes its place."""
+    records = [*planted_records(), FactRecord(50, "side", "the {} is", "s0", "west", None)]
+    protocol = Protocol(corruption="replace", min_margin=None, min_drop=None, min_cases=4, max_donors=50)
+    runs = find_cases(planted, records, protocol).runs
+    assert len(runs) > 100
+    for run in runs:
+        assert run.donor is not None
+        assert run.prompt.record.subject != "s0", "every other subject is in the east or the west, where s0 is too"
+        assert run.donor.record.subject != "s0"
+        assert run.donor.record.true != run.prompt.record.true
+
+
+def test_with_another_subject_too_the_corruption_has_to_take_what_is_asked(planted: HookedMoE, traced: TracingResult) -> None:
+    drops = traced.cases["drop"].to_numpy()
+    with pytest.raises(ValueError, match=r"only 0 of \d+ facts are usable"):
+        find_cases(planted, planted_records(), Protocol(min_drop=2 * float(drops.max()), min_cases=4))
+    some = find_cases(planted, planted_records(), Protocol(min_drop=float(np.median(drops)), min_cases=4, max_donors=50))
+    everyone = find_cases(planted, planted_records(), Protocol(min_cases=4, max_donors=50))
+    assert 0 < len(some.runs) < len(everyone.runs)
 
 
 def test_a_split_that_is_given_is_kept(planted: HookedMoE, traced: TracingResult, tmp_path: Path) -> None:
