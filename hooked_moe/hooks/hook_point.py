@@ -42,17 +42,14 @@ class HookPoint(nn.Module):
     @property
     def active(self) -> bool:
         """Whether any hook is attached. Layouts that only a hook would need are built only then."""
-        return bool(self.fwd_hooks or self.bwd_hooks or self._of_torch)
-
-    @property
-    def _of_torch(self) -> bool:
-        forward = self._forward_hooks or self._forward_pre_hooks
-        return bool(forward or self._backward_hooks or self._backward_pre_hooks)
+        own, forward = self.fwd_hooks or self.bwd_hooks, self._forward_hooks or self._forward_pre_hooks
+        return bool(own or forward or self._backward_hooks or self._backward_pre_hooks)
 
     @property
     def may_edit(self) -> bool:
         """Whether a hook may change the activation or its gradient. What is only looked at need not be computed from."""
-        return bool(self.bwd_hooks or self._of_torch) or not all(registered.reads_only for registered in self.fwd_hooks)
+        of_torch = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return bool(self.bwd_hooks or of_torch) or not all(registered.reads_only for registered in self.fwd_hooks)
 
     def add_hook(
         self, fn: Callable[..., Any], dir: str = "fwd", is_permanent: bool = False, reads_only: bool = False
