@@ -57,7 +57,7 @@ def metric_of_rows(metric: Any, logits: Float[Tensor, "batch pos d_vocab"]) -> F
             f"the metric returned {got} for {rows} rows; it must return one number for each, [{rows}]. "
             "Average over rows afterwards, as in result.values.mean(1)"
         )
-    return value.reshape(rows)
+    return (value if value.is_floating_point() else value.float()).reshape(rows)  # a count, or whether the answer is right
 
 
 def total_effect(pair: PromptPair, metric: Any) -> Float[Tensor, "batch pos"]:

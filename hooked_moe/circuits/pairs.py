@@ -128,7 +128,9 @@ def clean_side(model: Transformer, clean: Clean, corrupt: Tokens, attention_mask
 
 
 def single_run(model: Transformer, run: Clean, attention_mask: Mask | None) -> PromptPair:
-    """One run, from its cache or made here, as both sides of a pair."""
+    """One run, from its cache or made here, as both sides of a pair. Raises `ValueError` while hooks are attached: they would act
+    on what is computed again of the cache."""
+    require_unhooked(model)
     if not isinstance(run, Mapping):
         return prompt_pair(model, run, run, attention_mask)
     shape = run["hook_embed"].shape[:2]

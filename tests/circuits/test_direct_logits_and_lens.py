@@ -218,6 +218,7 @@ REFUSALS: dict[str, tuple[Callable[[HookedMoE, Tensor], Any], str]] = {
         lambda m, t: direct_logit_attribution(m, m.run_with_cache(t)[1], 3, attention_mask=torch.ones(2, 6)),
         r"attention_mask has shape \[2, 6\]",
     ),
+    "a model with hooks": (lambda m, t: hooked_attribution(m, t), "hook_shared_out has hooks"),
     "a dense layer": (lambda m, t: expert_lens(m, t, 0), "layer 0 is dense"),
     "no such layer": (lambda m, t: expert_vocabulary(m, 3, 0), "layer 3 is out of range"),
     "no such expert": (lambda m, t: expert_vocabulary(m, 1, 6), "expert 6 is out of range: layer 1 has experts 0 to 5"),
@@ -235,6 +236,12 @@ def unused_expert(model: HookedMoE, tokens: Tensor) -> Any:
     _, cache = model.run_with_cache(tokens[:1, :1])
     unused = set(range(6)) - set(cache["blocks.1.mlp.hook_expert_indices"].flatten().tolist())
     return expert_vocabulary(model, 1, unused.pop(), reference=tokens[:1, :1])
+
+
+def hooked_attribution(model: HookedMoE, tokens: Tensor) -> Any:
+    _, cache = model.run_with_cache(tokens)
+    with model.hooks(fwd_hooks=[("blocks.1.mlp.hook_shared_out", lambda x, hook: 2 * x)]):
+        return direct_logit_attribution(model, cache, 3)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -135,6 +135,13 @@ def test_a_readout_without_a_place_is_read_at_the_patched_token() -> None:
     assert own.total[0, :3].isnan().all()
 
 
+def test_whether_an_answer_is_right_is_a_metric() -> None:
+    model, (clean, corrupt) = random_model(), random_pair()
+    right = model(clean)[:, -1].argmax(-1)
+    found = get_act_patch_expert(model, corrupt, clean, lambda logits: logits[:, -1].argmax(-1) == right, positions=[6])
+    assert torch.equal(found.total, 1.0 - (model(corrupt)[:, -1].argmax(-1) == right).float()[:, None].expand(found.total.shape))
+
+
 def test_the_total_of_a_later_readout_is_read_there_too() -> None:
     model, mask = random_model(), MASKS["left"]
     clean_cache, (_, corrupt) = caches(model, mask)[0], random_pair()
