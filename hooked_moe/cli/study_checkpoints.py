@@ -30,7 +30,7 @@ from hooked_moe.loading.revisions import check_revisions, delete_revision
 from hooked_moe.model import HookedMoE
 from hooked_moe.report.checkpoint_page import write_checkpoint_report
 from hooked_moe.surgery.grafting import check_same_architecture
-from hooked_moe.tables import CHECKPOINTS, read_csv, table_with_schema, write_csv_atomic, write_json_atomic
+from hooked_moe.tables import CHECKPOINTS, read_csv, read_json, table_with_schema, write_csv_atomic, write_json_atomic
 
 LOG_SPACED = "log-spaced"
 OLMOE_STEPS = {
@@ -107,7 +107,7 @@ def check_settings(args: argparse.Namespace, table: Path) -> None:
     path, names = args.out / "settings.json", ("model", "layers", "corpus", "documents", "tokens", "dtype")
     settings = {name: getattr(args, name) for name in names}
     if table.is_file():
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        before = read_json(path) if path.is_file() else {}
         other = [name for name in names if before.get(name, ...) != settings[name]]
         if other:
             were = ", ".join(f"--{name} {before.get(name)}" for name in other)

@@ -87,11 +87,18 @@ def with_foils(records: Iterable[FactRecord]) -> list[FactRecord]:
     """
     records = list(records)
     answers: dict[str, set[str]] = defaultdict(set)
-    true_of: dict[tuple[str, str], set[str]] = defaultdict(set)
     for record in records:
         answers[record.relation].add(record.true)
-        true_of[record.relation, record.subject].add(record.true)
+    true_of = answers_by_subject(records)
     return [record if record.foil is not None else replace(record, foil=_drawn(record, answers, true_of)) for record in records]
+
+
+def answers_by_subject(records: Iterable[FactRecord]) -> dict[tuple[str, str], set[str]]:
+    """All that is true of each (relation, subject)."""
+    true_of: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for record in records:
+        true_of[record.relation, record.subject].add(record.true)
+    return true_of
 
 
 def _drawn(record: FactRecord, answers: dict[str, set[str]], true_of: dict[tuple[str, str], set[str]]) -> str:

@@ -285,8 +285,7 @@ def _least_budget(model: Transformer, corpus: TokenizedCorpus, spec: PartSpec) -
 
 def require_room(model: Transformer, corpus: TokenizedCorpus, spec: PartSpec, budget: int) -> None:
     """Raises `ValueError` where a memory budget has no room for one document, which would show after verification only."""
-    least = _least_budget(model, corpus, spec)
-    if spec.part == "position" and budget < least:
+    if spec.part == "position" and budget < (least := _least_budget(model, corpus, spec)):
         raise ValueError(f"memory_budget (--memory) is {budget:,} bytes, and the longest document takes {least:,} at least")
 
 

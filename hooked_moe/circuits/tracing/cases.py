@@ -17,6 +17,7 @@ from hooked_moe.circuits.tracing.observed import observe
 from hooked_moe.circuits.tracing.prompts import Prompt, as_prompts
 from hooked_moe.circuits.tracing.protocol import Protocol
 from hooked_moe.corpus import FactRecord
+from hooked_moe.corpus.facts import answers_by_subject
 from hooked_moe.progress import progress_bar
 from hooked_moe.transformer import Transformer
 
@@ -122,28 +123,26 @@ def _replaced(
     ids = sorted({prompt.true_id for prompt in prompts})
     column = {token: place for place, token in enumerate(ids)}
     logits = answer_logits(model, prompts, protocol, ids, progress)
-    true_of: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for prompt in prompts:
-        true_of[prompt.record.relation, prompt.record.subject].add(prompt.record.true)
+    true_of = answers_by_subject(prompt.record for prompt in prompts)
+
+    def replaces(other: int, number: int) -> bool:
+        """Whether the subject of one prompt can take the place of another's: whose answers are others, and known."""
+        donor, record = prompts[other].record, prompts[number].record
+        own, foil = column[prompts[number].true_id], column[prompts[other].true_id]
+        if own == foil or record.foil not in (None, donor.true):
+            return False
+        if donor.true in true_of[record.relation, record.subject] or record.true in true_of[donor.relation, donor.subject]:
+            return False
+        before, after = (float(row[own] - row[foil]) for row in (logits[number], logits[other]))
+        knows_its_own = protocol.min_margin is None or -after >= protocol.min_margin
+        return knows_its_own and _reason_against(before, before - after, protocol) is None
+
     kept: list[CorruptedRun] = []
     n_cases = 0
     for number, prompt in enumerate(prompts):
         if n_cases == protocol.n_cases:
             break
-        own, record = column[prompt.true_id], prompt.record
-
-        def replaces(other: int, number: int = number, own: int = own, record: FactRecord = record) -> bool:
-            """Whether the subject of another prompt can take the place of this one's: whose answers are others, and known."""
-            donor = prompts[other].record
-            if prompts[other].true_id == ids[own] or record.foil not in (None, donor.true):
-                return False
-            if donor.true in true_of[record.relation, record.subject] or record.true in true_of[donor.relation, donor.subject]:
-                return False
-            before, after = (float(row[own] - row[column[prompts[other].true_id]]) for row in (logits[number], logits[other]))
-            knows_its_own = protocol.min_margin is None or -after >= protocol.min_margin
-            return knows_its_own and _reason_against(before, before - after, protocol) is None
-
-        others = list(filter(replaces, same_shape[prompt.shape]))
+        others = [other for other in same_shape[prompt.shape] if replaces(other, number)]
         if not others:
             excluded["no other subject of the relation has as many tokens and another answer that the model knows"] += 1
             continue

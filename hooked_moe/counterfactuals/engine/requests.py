@@ -132,10 +132,8 @@ def checked_products(model: Transformer, products: Any) -> torch.dtype | None:
     views are copies."""
     if products is None:
         return None
-    for name, dtype in _PRODUCTS.items():
-        if products in (name, dtype):
-            break
-    else:
+    name = next((name for name, dtype in _PRODUCTS.items() if products in (name, dtype)), None)
+    if name is None:
         raise ValueError(f"products must be 'bfloat16', 'float16' or None, not {described(products)}")
     if model.cfg.dtype.itemsize < 4:
         raise ValueError(
@@ -145,7 +143,7 @@ def checked_products(model: Transformer, products: Any) -> torch.dtype | None:
     for weight, parameter in model.named_parameters():
         if not parameter.is_contiguous():  # a product knows its weight by the address, and views of these are copies
             raise ValueError(f"products={name!r} takes contiguous weights, which {weight} is not: make it so, by .contiguous()")
-    return dtype
+    return _PRODUCTS[name]
 
 
 def require_unhooked(model: Transformer) -> None:
