@@ -93,7 +93,7 @@ def _room_on_gpus(number: float, each: float) -> float:
     """A worker that takes a part of a GPU takes it of a single one."""
     if not each:
         return float("inf")
-    return number // each if each >= 1 else int(number) * int(1 / each + 1e-9)
+    return number // each if each >= 1 else number // 1 * int(1 / each + 1e-9)  # 1 // 0.2 is 4
 
 
 class RayWorker:

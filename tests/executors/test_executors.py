@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from hooked_moe import HookedMoE
-from hooked_moe.executors import Executor, Work, arrival, in_parallel
+from hooked_moe.executors import Executor, Work, arrival, in_parallel, ray_cluster
 from hooked_moe.loading import from_pretrained
 from hooked_moe.measurement import Run, open_measurement, run_directory, shards
 from hooked_moe.measurement.shards import PartMeasurement
@@ -321,3 +321,10 @@ def test_threads_yield_every_unit_and_stop_at_an_error() -> None:
 
     with pytest.raises(ValueError, match="unit"):
         list(in_parallel(fail, range(7), 2))
+
+
+@pytest.mark.parametrize(
+    ("number", "each", "room"), [(1.0, 0.2, 5), (1.0, 0.1, 10), (2.0, 0.4, 4), (2.0, 0.3, 6), (4.0, 1.0, 4), (5.0, 2.0, 2)]
+)
+def test_a_part_of_a_gpu_is_of_a_single_one(number: float, each: float, room: int) -> None:
+    assert ray_cluster._room_on_gpus(number, each) == room

@@ -86,7 +86,16 @@ def test_the_patterns_leave_pickles_code_and_other_copies_on_the_hub(hub: FakeHu
     HookedMoE.from_pretrained("someone/olmoe-like")
     patterns = {key: hub.calls[-1][1][key] for key in ("allow_patterns", "ignore_patterns")}
     wanted = ["config.json", "tokenizer.json", "model-00001-of-00003.safetensors", "model.safetensors.index.json"]
-    unwanted = ["pytorch_model.bin", "model.pt", "modeling_olmoe.py", "consolidated.00.safetensors", "original/model.safetensors"]
+    wanted += ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+    unwanted = [
+        "onnx/config.json",
+        "assets/model.safetensors",
+        "pytorch_model.bin",
+        "model.pt",
+        "modeling_olmoe.py",
+        "consolidated.00.safetensors",
+        "original/model.safetensors",
+    ]
     filtered = huggingface_hub.utils.filter_repo_objects([*wanted, *unwanted], **patterns)
     assert list(filtered) == wanted
 

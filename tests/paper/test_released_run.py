@@ -271,6 +271,8 @@ def test_options_that_the_released_protocol_fixes_are_refused_by_name(capsys):
     assert "--removal, --scope: --protocol as_released fixes that" in capsys.readouterr().err
     assert audit.main(["--protocol", "as_released", "--ray", "auto"]) == 1
     assert "--ray: --protocol as_released fixes that" in capsys.readouterr().err
+    assert redistribution.main(["--protocol", "as_released", "--positions", "5"]) == 1
+    assert "--positions '5': the released pairing is of all rows; leave it out" in capsys.readouterr().err
     assert released_positions("all") == 200
     with pytest.raises(ValueError, match="give a number from 3"):
         released_positions("2")
